@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv, checks the style and runs the tests. Arguments go to pytest, for example -m slow.
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "$0")/venv.sh"
+echo "== ruff check"
+.venv/bin/ruff check unigrpo_jax tests
+echo "== pytest"
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sourced by the scripts beside it: goes to the repository's root, makes .venv and installs into it.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least 3.11" >&2
+  exit 2
+fi
+requirements=${REQUIREMENTS:-requirements.txt}
+stamp=.venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c 1-16)
+if [ ! -f "$stamp" ]; then
+  echo "== installing $requirements into .venv"
+  "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  touch "$stamp"
+fi

@@ -1,0 +1,65 @@
+"""Eight fake CPU devices for every test, and the recorded tiny BAGEL."""
+
+import json
+import os
+import pathlib
+
+# Before anything imports jax: the device count is fixed when the backend starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+from unigrpo_jax import weights  # noqa: E402
+from unigrpo_jax.models import bagel  # noqa: E402
+from unigrpo_jax.models import config as config_lib  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+  """Folder of the recorded reference outputs: a complete tiny BAGEL in the official format."""
+  return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def config(golden) -> config_lib.BagelConfig:
+  return config_lib.read_config(golden)
+
+
+@pytest.fixture(scope="session")
+def params(golden, config):
+  """{"bagel", "vae"}: the golden weights in float32."""
+  return weights.load_official(golden, config, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def model(golden, config) -> bagel.Bagel:
+  """The network of `params["bagel"]`, computing in float32."""
+  ids = json.loads((golden / config_lib.BAGEL_FILE).read_text())["special_token_ids"]
+  return bagel.Bagel(config, (ids["start_of_image"], ids["end_of_image"]), dtype=jnp.float32)
+
+
+@pytest.fixture
+def compilations():
+  """A list that grows by one with every program that XLA compiles."""
+  events = []
+
+  def listen(name, seconds, **_):
+    if name.endswith("backend_compile_duration"):
+      events.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def pytest_configure(config):
+  # Compiled programs are kept where pytest keeps its own cache, so that a second run is quick.
+  cache = getattr(config, "cache", None)
+  if cache is not None:
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,1 @@
+"""Compares this implementation with recorded reference outputs: `python -m tests.parity DIR`."""

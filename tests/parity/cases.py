@@ -1,0 +1,207 @@
+"""Bookkeeping of a parity run: what was compared, how far off it was, and what nobody looked at.
+
+A case is a group of arrays of one recording that share a tolerance. Every array that a case does
+not read or compare ends in a NOT COVERED line with its name, so nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+PASS, FAIL, NOT_COVERED = "PASS", "FAIL", "NOT COVERED"
+
+
+class NotCovered(Exception):
+  """A case that cannot be tried because the folder does not hold what it needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+  """When two arrays agree: |a - b| <= absolute + relative * |b|.
+
+  Attributes:
+    absolute, relative: of the rule above.
+    of_norm: |.| is the L2 norm of the whole array instead of an element.
+  """
+
+  absolute: float
+  relative: float
+  of_norm: bool = False
+
+  def __str__(self) -> str:
+    if self.of_norm:
+      return f"{self.relative:.0e}*norm"
+    if not self.absolute and not self.relative:
+      return "exact"
+    absolute = [f"{self.absolute:.0e}"] if self.absolute else []
+    relative = [f"{self.relative:.0e}*|b|"] if self.relative else []
+    return "+".join(absolute + relative)
+
+  def compare(self, a: np.ndarray, b: np.ndarray) -> tuple[float, float, bool]:
+    """(worst |a - b|, the same over the largest |b|, whether a agrees with the recorded b)."""
+    a, b = (x.astype(np.float64) for x in (a, b))
+    if not a.size:
+      return 0.0, 0.0, True
+    difference = np.abs(a - b)
+    size = np.linalg.norm(b) if self.of_norm else np.abs(b)
+    error = np.linalg.norm(difference) if self.of_norm else difference
+    # Written so that a NaN on either side fails.
+    agrees = bool(np.all(error <= self.absolute + self.relative * size))
+    worst, scale = float(np.max(error)), float(np.max(size))
+    return worst, worst / scale if scale else (0.0 if worst == 0 else np.inf), agrees
+
+
+MODEL = Tolerance(1e-4, 1e-4)
+LOOP = Tolerance(5e-4, 5e-4)
+EXACT = Tolerance(0.0, 0.0)
+PIXELS = Tolerance(1.0, 0.0)
+GRADIENT = Tolerance(0.0, 1e-3, of_norm=True)
+FORMULA = Tolerance(0.0, 1e-6)
+
+
+@dataclasses.dataclass
+class Line:
+  """One printed case."""
+
+  name: str
+  tolerance: str = "-"
+  worst_abs: float | None = None
+  worst_rel: float | None = None
+  result: str = PASS
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+  def __str__(self) -> str:
+    numbers = ("-" if n is None else f"{n:.2e}" for n in (self.worst_abs, self.worst_rel))
+    notes = f"  {'; '.join(self.notes)}" if self.notes else ""
+    return f"{self.name}  {'  '.join(numbers)}  {self.tolerance}  {self.result}{notes}"
+
+
+class Recording:
+  """The arrays of one npz file, and which of them have been used.
+
+  Attributes:
+    name: the file's name without suffix.
+    lines: the cases so far, in the order in which they were first compared.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.name = path.stem
+    self.lines: list[Line] = []
+    self._used: set[str] = set()
+    with np.load(path, allow_pickle=False) as arrays:
+      self._arrays = {key: arrays[key] for key in arrays.files}
+
+  def __contains__(self, key: str) -> bool:
+    return key in self._arrays
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    """An array that a case starts from."""
+    if key not in self._arrays:
+      raise NotCovered(f"the file has no {key}")
+    self._used.add(key)
+    return self._arrays[key]
+
+  def number(self, key: str) -> Any:
+    """The only element of an array, as a Python number."""
+    return self[key].reshape(-1)[0].item()
+
+  def matches(self, pattern: str) -> Iterator[re.Match[str]]:
+    """Keys that match `pattern` whole, in the file's order."""
+    return (m for m in map(re.compile(pattern).fullmatch, list(self._arrays)) if m)
+
+  def check(self, case: str, key: str, actual: Any, tolerance: Tolerance) -> None:
+    """Compares `actual` with the recorded array `key` and adds the result to `case`."""
+    if key not in self._arrays:
+      self._line(f"{self.name}/{case}/{key}", "-").result = NOT_COVERED
+      return
+    self._used.add(key)
+    self.check_equal(case, key, actual, self._arrays[key], tolerance)
+
+  def check_equal(
+    self, case: str, what: str, actual: Any, expected: Any, tolerance: Tolerance
+  ) -> None:
+    """Compares two arrays, of which `expected` is recorded or follows from what is."""
+    line = self._line(f"{self.name}/{case}", str(tolerance))
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
+      line.result = FAIL
+      line.notes.append(f"{what}: shape {list(actual.shape)}, recorded {list(expected.shape)}")
+      return
+    worst_abs, worst_rel, agrees = tolerance.compare(actual, expected)
+    # np.fmax would let a NaN vanish behind a number.
+    line.worst_abs = float(np.maximum(worst_abs, line.worst_abs or 0.0))
+    line.worst_rel = float(np.maximum(worst_rel, line.worst_rel or 0.0))
+    if not agrees:
+      line.result = FAIL
+      line.notes.append(f"{what}: {worst_abs:.2e}")
+
+  def run(self, case: Callable[[Any, Recording], None], folder: Any) -> None:
+    """Runs a case; what it raises becomes a line, and the other cases go on."""
+    try:
+      case(folder, self)
+    except NotCovered as reason:
+      line = Line(f"{self.name}/{case.__name__}", result=NOT_COVERED, notes=[str(reason)])
+      self.lines.append(line)
+    except Exception as error:  # Whatever it is, it is this case's failure.
+      note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+      self.lines.append(Line(f"{self.name}/{case.__name__}", result=FAIL, notes=[note]))
+
+  def close(self) -> None:
+    """Adds a line for the arrays that no case used. Inputs and `aux_` data need no comparison."""
+    left = [key for key in self._arrays if key not in self._used and not _is_given(key)]
+    if left:
+      # Keys such as guard/i1/clip come by the hundred: their first part and count stand for them.
+      groups = collections.Counter(f"{k.split('/')[0]}/*" if "/" in k else k for k in left)
+      names = [f"{name} ({count})" if "/" in name else name for name, count in groups.items()]
+      self.lines.append(Line(f"{self.name}/rest", result=NOT_COVERED, notes=[", ".join(names)]))
+
+  def _line(self, name: str, tolerance: str) -> Line:
+    for line in self.lines:
+      if (line.name, line.tolerance) == (name, tolerance):
+        return line
+    self.lines.append(Line(name, tolerance))
+    return self.lines[-1]
+
+
+def _is_given(key: str) -> bool:
+  return key.startswith(("in_", "aux_"))
+
+
+class Readme:
+  """What the README.md of a folder says about its arrays: the only record of some settings."""
+
+  def __init__(self, folder: pathlib.Path):
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    self._sections = dict(re.findall(r"^## (\S+)\.npz\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+
+  def section(self, file: str) -> str:
+    """The text on one npz file; empty where there is none."""
+    return self._sections.get(file, "")
+
+  def meaning(self, file: str, key: str) -> str:
+    """The line on one array; empty where there is none."""
+    found = re.search(rf"^\| `{re.escape(key)}` \|(.*)$", self.section(file), re.M)
+    return found[1] if found else ""
+
+
+# Cases by the npz file that they read.
+CASES: dict[str, list[Callable[[Any, Recording], None]]] = {}
+
+
+def case(*files: str):
+  """Registers a function (folder, recording) as a case of some npz files."""
+
+  def register(function):
+    for file in files:
+      CASES.setdefault(file, []).append(function)
+    return function
+
+  return register

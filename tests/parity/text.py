@@ -1,0 +1,85 @@
+"""Text: the forward over a growing cache, and greedy decoding."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from tests.parity import cases, network
+from unigrpo_jax.data import packing
+
+# No token has this id: a decode that the recording never let end.
+NEVER = -1
+
+
+@cases.case("a_text_forward")
+def forward(folder, rec):
+  net = folder.network
+  chunks = [rec[f"in_ids_{m[1]}"] for m in rec.matches(r"in_ids_(chunk\d+)")]
+  context = net.empty(1, sum(len(ids) + network.TEXT_MULTIPLE for ids in chunks))
+  logits = []
+  for i, ids in enumerate(chunks, 1):
+    rec.check("positions", f"in_pos_chunk{i}", int(context.position[0]) + np.arange(len(ids)),
+              cases.EXACT)
+    context, (hidden,) = net.append_text(context, [ids])
+    logits.append(net.logits(hidden))
+    rec.check("chunks", f"out_hidden_chunk{i}", hidden, cases.MODEL)
+    rec.check("chunks", f"out_logits_chunk{i}", logits[-1], cases.MODEL)
+  network.check_cache(rec, "cache", context)
+  ids = np.concatenate(chunks)
+  logp = np.asarray(jax.nn.log_softmax(np.concatenate(logits)))
+  rec.check("logprobs", "out_token_logprobs", logp[np.arange(len(ids) - 1), ids[1:]], cases.MODEL)
+
+
+@cases.case("a_text_forward")
+def training_path(folder, rec):
+  net = folder.network
+  ids = np.concatenate([rec[m[0]] for m in rec.matches(r"in_ids_chunk\d+")])
+  batch = packing.pack(
+    [[packing.Text(ids, labels=ids)]], image_markers=folder.image_markers
+  )
+  hidden, _ = net.apply("packed", batch)
+  rec.check("training_path", "out_logits_train_path", net.logits(np.asarray(hidden[0, : len(ids)])),
+            cases.MODEL)
+
+
+@cases.case("b_greedy_text")
+def single(folder, rec):
+  net = folder.network
+  prompt, start = rec["in_prompt_ids"], rec.number("in_start_token")
+  expected = rec["out_tokens"]
+  context, _ = net.append_text(net.empty(1, len(prompt) + len(expected)), [prompt])
+  rec.check("single", "in_start_position", context.position, cases.EXACT)
+  rollout = net.greedy(context, start, NEVER, len(expected) - 1)
+  tokens = np.append(start, rollout.ids[0])
+  rec.check("single", "out_tokens", tokens, cases.EXACT)
+  logits = forced(net, context, [expected])[0]
+  rec.check("single_logits", "out_step_logits", logits, cases.MODEL)
+  top = np.sort(logits, axis=1)
+  rec.check("single_logits", "out_min_top2_margin", (top[:, -1] - top[:, -2]).min(keepdims=True),
+            cases.MODEL)
+  end = rec.number("in_eos_id")
+  rollout = net.greedy(context, start, end, len(expected) - 1)
+  ids = np.asarray(rollout.ids[0])[np.asarray(rollout.mask[0])]
+  rec.check("single", "out_tokens_eos", np.append(start, ids[ids != end]), cases.EXACT)
+
+
+@cases.case("b_greedy_text")
+def batch(folder, rec):
+  net = folder.network
+  lengths = rec["in_batch_prompt_lens"]
+  prompts = network.split(rec["in_batch_prompt_ids"], lengths)
+  expected = rec["out_batch_tokens"]
+  start = int(expected[0, 0])
+  context, _ = net.append_text(net.empty(len(prompts), max(lengths) + len(expected)), prompts)
+  rollout = net.greedy(context, start, NEVER, len(expected) - 1)
+  tokens = np.concatenate([np.full((1, len(prompts)), start), np.asarray(rollout.ids).T])
+  rec.check("batch", "out_batch_tokens", tokens, cases.EXACT)
+  logits = forced(net, context, list(expected.T))
+  rec.check("batch_logits", "out_batch_step_logits", np.stack(logits, axis=1), cases.MODEL)
+
+
+def forced(net, context, tokens: list[np.ndarray]) -> list[np.ndarray]:
+  """Logits of each step of a decode that fed these tokens, a row each."""
+  _, hidden = net.append_text(context, tokens)
+  return [net.logits(h) for h in hidden]

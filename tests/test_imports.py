@@ -1,0 +1,68 @@
+"""Who may import whom, read from the source."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "unigrpo_jax"
+# Room -> what it may import: rooms of the package, or libraries. Entry points import everything.
+ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
+ROOMS = {
+  "errors": set(),
+  "types": ARRAYS,
+  "losses": ARRAYS | {"types"},
+  "sampling": ARRAYS | {"types"},
+  "models": ARRAYS | {"flax", "types", "errors"},
+  "data": {"numpy", "PIL", "transformers", "types", "errors", "models.config"},
+  "sharding": {"jax", "flax", "errors"},
+  "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
+  "safetensors_io": {"numpy", "ml_dtypes", "errors"},
+  "weights": {"jax", "numpy", "ml_dtypes", "errors", "safetensors_io"},
+}
+STANDARD = {
+  "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
+  "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
+  "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
+  "threading",
+}
+
+
+every_file = pytest.mark.parametrize(
+  "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def _imports(path):
+  """Dotted names that a file imports, with `from a import b` as a.b."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _room(path):
+  return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@every_file
+def test_a_room_imports_only_what_it_may(path):
+  room = _room(path)
+  if room not in ROOMS:
+    return  # An entry point, or one of what only entry points use.
+  for name in _imports(path):
+    own = name.removeprefix("unigrpo_jax.")
+    allowed = {room} | ROOMS[room]
+    known = name.split(".")[0] in STANDARD
+    assert known or any(own == a or own.startswith(a + ".") for a in allowed), f"imports {name}"
+
+
+@every_file
+def test_nothing_forbidden_is_imported_and_no_file_is_long(path):
+  for name in _imports(path):
+    assert name.split(".")[0] not in {"torch", "tensorflow", "clu", "pickle"}, name
+    assert not name.startswith("jax.experimental.pjit"), name
+  assert len(path.read_text().splitlines()) <= 500, "split it by noun"

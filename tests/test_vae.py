@@ -1,0 +1,140 @@
+"""The autoencoder against recorded outputs of the official code, and its array formulas."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unigrpo_jax import weights
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import vae
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CONFIG = config_lib.read_config(GOLDEN).vae
+UNITS = dict(scale=CONFIG.scale_factor, shift=CONFIG.shift_factor)
+TOLERANCE = dict(atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def params():
+  tree = weights.load_official(GOLDEN, config_lib.read_config(GOLDEN), parts=("vae",))
+  return tree["vae"]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+  """The recordings, NCHW made NHWC."""
+  arrays = np.load(GOLDEN / "d_vae.npz")
+  return {name: np.moveaxis(arrays[name], 1, -1) for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def encode(params):
+  return jax.jit(lambda x: vae.VAE(CONFIG).apply({"params": params}, x, method="encode"))
+
+
+@pytest.fixture(scope="module")
+def decode(params):
+  return jax.jit(lambda x: vae.VAE(CONFIG).apply({"params": params}, x, method="decode"))
+
+
+@pytest.mark.parametrize("image", ["0", "1"])
+def test_recorded_encode(encode, recorded, image):
+  mean, logvar = encode(recorded[f"in_image{image}"])
+  moments = np.concatenate([mean, logvar], axis=-1)
+  np.testing.assert_allclose(moments, recorded[f"out_moments{image}"], **TOLERANCE)
+  fixed = vae.latents_from_moments(mean, logvar, None, **UNITS)
+  np.testing.assert_allclose(fixed, recorded[f"out_latent_mean{image}"], **TOLERANCE)
+  sampled = vae.latents_from_moments(mean, logvar, recorded[f"in_noise{image}"], **UNITS)
+  np.testing.assert_allclose(sampled, recorded[f"out_latent_sampled{image}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("image", ["0", "1"])
+def test_recorded_decode(decode, recorded, image):
+  out = decode(recorded[f"out_latent_sampled{image}"])
+  np.testing.assert_allclose(out, recorded[f"out_decoded{image}"], **TOLERANCE)
+
+
+def test_recorded_low_contrast(encode, recorded):
+  moments = np.concatenate(encode(recorded["in_lowcontrast_image"]), axis=-1)
+  np.testing.assert_allclose(moments, recorded["out_lowcontrast_moments"], **TOLERANCE)
+
+
+def test_recorded_padded_batch(encode, recorded):
+  moments = encode(recorded["in_padded_images"])
+  latents = vae.latents_from_moments(*moments, recorded["in_padded_noise"], **UNITS)
+  np.testing.assert_allclose(latents, recorded["out_padded_latent"], **TOLERANCE)
+
+
+def test_parameter_tree_is_the_checkpoint_s(params):
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  created = jax.eval_shape(vae.VAE(CONFIG).init, jax.random.key(0), images)["params"]
+  shape_and_dtype = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
+  assert jax.tree.map(shape_and_dtype, created) == jax.tree.map(shape_and_dtype, params)
+
+
+def test_released_sizes():
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  net = vae.VAE(config_lib.VAEConfig())
+  created = jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+  count = {side: sum(leaf.size for leaf in jax.tree.leaves(created[side])) for side in created}
+  assert count == {"encoder": 34_274_208, "decoder": 49_545_475}
+  mean, _ = jax.eval_shape(lambda p, x: net.apply({"params": p}, x, method="encode"),
+                           created, images)
+  assert mean.shape == (1, 8, 8, 16)
+
+
+def test_query_blocks_change_nothing(params, monkeypatch):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 6, 64))
+  run = lambda: vae.MidAttention().apply(  # noqa: E731
+    {"params": params["decoder"]["mid_attention"]}, x
+  )
+  whole = run()
+  monkeypatch.setattr(vae, "QUERY_BLOCK", 7)
+  np.testing.assert_allclose(run(), whole, atol=5e-6)
+
+
+def test_mid_attention_never_holds_all_scores():
+  x = jax.ShapeDtypeStruct((1, 128, 128, 32), jnp.float32)
+  net = vae.MidAttention()
+  params = jax.eval_shape(net.init, jax.random.key(0), x)
+  compiled = jax.jit(net.apply).lower(params, x).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * 16384**2 / 4
+
+
+def test_images_of_a_batch_do_not_meet(encode, recorded):
+  images = np.concatenate([recorded["in_image0"], recorded["in_lowcontrast_image"]])
+  for together, alone in zip(encode(images), encode(images[:1])):
+    np.testing.assert_allclose(together[:1], alone, atol=1e-5)
+
+
+def test_latents_from_moments_by_hand():
+  # exp(2 ln 3 / 2) = 3, so 0.5 * (1 + 3 * 2 - 0.2) = 3.4; without noise 0.5 * (1 - 0.2) = 0.4.
+  mean, logvar = jnp.ones(1), jnp.full(1, 2 * np.log(3.0))
+  sampled = vae.latents_from_moments(mean, logvar, jnp.full(1, 2.0), scale=0.5, shift=0.2)
+  np.testing.assert_allclose(sampled, [3.4], rtol=1e-6)
+  fixed = vae.latents_from_moments(mean, logvar, None, scale=0.5, shift=0.2)
+  np.testing.assert_allclose(fixed, [0.4], rtol=1e-6)
+
+
+def test_to_uint8_truncates():
+  # 127.5 and 254.9 would round up.
+  pixels = jnp.array([-3.0, -1.0, 0.0, 2 * 254.9 / 255 - 1, 1.0, 7.0])
+  np.testing.assert_array_equal(vae.to_uint8(pixels), np.uint8([0, 0, 127, 254, 255, 255]))
+
+
+def test_recorded_packing():
+  tables = np.load(GOLDEN / "l_tables.npz")
+  latents = np.moveaxis(tables["in_latent"], 0, -1)[None]
+  tokens = vae.pack_latents(latents, 2)
+  np.testing.assert_array_equal(tokens[0], tables["out_packed_latent"])
+  np.testing.assert_array_equal(vae.unpack_latents(tokens, 2, 3, 2), latents)
+
+
+def test_packing_refuses_what_does_not_divide():
+  with pytest.raises(ValueError, match="5x4"):
+    vae.pack_latents(jnp.zeros((1, 5, 4, 3)), 2)
+  with pytest.raises(ValueError, match="6 tokens"):
+    vae.unpack_latents(jnp.zeros((1, 6, 12)), 2, 4, 2)

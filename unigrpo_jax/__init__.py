@@ -1,0 +1,1 @@
+"""UniGRPO: joint text and image reinforcement learning for BAGEL, in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""Host-side data: tokenizer and image transforms."""

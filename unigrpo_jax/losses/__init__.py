@@ -1,0 +1,1 @@
+"""Objectives: pure functions of arrays. They never see a model, a mesh or a config."""

@@ -1,0 +1,121 @@
+"""The objectives of supervised training: next-token cross entropy and velocity regression.
+
+Letters: B rows, Y labels a row, D model width, V vocabulary, I image tokens, C features of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+  logits_fn: Callable[[chex.Array], chex.Array],
+  hidden: chex.Array,
+  label_ids: chex.Array,
+  label_weight: chex.Array,
+  *,
+  chunk: int,
+) -> tuple[chex.Array, chex.Array]:
+  """Weighted mean cross entropy of the labels, never holding [B, Y, V] logits.
+
+    ce_y = log sum_v exp(logits_yv) - logits_y[label_y],    loss = sum_y w_y ce_y / sum_y w_y
+
+  A chunk of labels a row at a time, forward and backward: its logits are recomputed, not kept.
+  Source: official BAGEL `Bagel.forward`; with w = 1 / sqrt(labels of the text) its
+  `ce_loss_reweighting`.
+
+  Args:
+    logits_fn: [B, chunk, D] -> [B, chunk, V], any float dtype.
+    hidden: hidden states that predict the labels, [B, Y, D].
+    label_ids: [B, Y] int32.
+    label_weight: [B, Y] float32, not negative; 0 for padding, whatever `hidden` holds there.
+    chunk: labels of each row whose logits exist at once.
+
+  Returns:
+    (loss [] float32, 0 where all weights are 0; ce [B, Y] float32 in nats, 0 at weight 0).
+
+  Raises:
+    ValueError: `chunk` is less than 1.
+  """
+  chex.assert_rank([hidden, label_ids, label_weight], [3, 2, 2])
+  chex.assert_equal_shape([hidden[..., 0], label_ids, label_weight])
+  if chunk < 1:
+    raise ValueError(f"chunk={chunk} must be at least 1")
+  rows, count, _ = hidden.shape
+  chunks = max(-(-count // chunk), 1)
+  size = -(-count // chunks)
+
+  @jax.checkpoint
+  def chunk_ce(inputs):
+    hidden, ids = inputs
+    logits = logits_fn(hidden).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+  # 0 * NaN is NaN, in the gradient too: padding is cleared before it enters and after it leaves.
+  counts = label_weight > 0
+  hidden = jnp.where(counts[..., None], hidden, 0)
+  def split(array):  # [B, Y, ...] -> [chunks, B, size, ...]
+    padding = [(0, 0), (0, chunks * size - count)] + [(0, 0)] * (array.ndim - 2)
+    return jnp.moveaxis(jnp.pad(array, padding).reshape(rows, chunks, size, *array.shape[2:]), 1, 0)
+
+  ce = jax.lax.map(chunk_ce, (split(hidden), split(label_ids)))
+  ce = jnp.moveaxis(ce, 0, 1).reshape(rows, chunks * size)[:, :count]
+  ce = jnp.where(counts, ce, 0.0)
+  weight = label_weight.astype(jnp.float32)
+  return _mean(ce * weight, weight), ce
+
+
+def velocity_mse(
+  velocity: chex.Array, target: chex.Array, noise: chex.Array, mask: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+  """Mean squared error of predicted velocities over the latent tokens that count.
+
+    e = (v - (noise - target))^2,    loss = mean over counting tokens of mean_c e
+
+  Rectified flow (Liu et al. 2022): dx/dt of x_t = (1 - t) target + t noise. Source: official BAGEL
+  `Bagel.forward`. There is no weight in t.
+
+  Args:
+    velocity, target, noise: [..., I, C]; taken to float32.
+    mask: tokens that count, [..., I] bool.
+
+  Returns:
+    (loss [] float32, 0 where nothing counts; e [..., I, C] float32, 0 where mask is False).
+  """
+  chex.assert_equal_shape([velocity, target, noise])
+  chex.assert_shape(mask, velocity.shape[:-1])
+  goal = noise.astype(jnp.float32) - target.astype(jnp.float32)
+  # Cleared before squaring, so that no gradient of padding is 0 * NaN.
+  difference = jnp.where(mask[..., None], velocity.astype(jnp.float32) - goal, 0.0)
+  squared = jnp.square(difference)
+  return _mean(squared.mean(-1), mask.astype(jnp.float32)), squared
+
+
+def shifted_timesteps(normal: chex.Array, *, shift: float) -> chex.Array:
+  """Flow times for training, from standard normal draws.
+
+    t = s sigma(z) / (1 + (s - 1) sigma(z))
+
+  Source: official BAGEL `Bagel.forward` (logit-normal times, Esser et al. 2024, eq. 19 and 23). A
+  draw of -inf is a clean image, t = 0.
+
+  Args:
+    normal: z, any shape.
+    shift: s, 1 for none; larger is noisier.
+
+  Returns:
+    t in [0, 1], float32, 1 is noise.
+  """
+  u = jax.nn.sigmoid(normal.astype(jnp.float32))
+  return shift * u / (1 + (shift - 1) * u)
+
+
+def _mean(values: chex.Array, weight: chex.Array) -> chex.Array:
+  """sum(values) / sum(weight) in float32; 0 where all weights are 0."""
+  total = weight.sum()
+  return jnp.where(total > 0, values.sum() / jnp.where(total > 0, total, 1.0), 0.0)

@@ -1,0 +1,1 @@
+"""Flax Linen modules of BAGEL; pure through `apply`."""

@@ -1,0 +1,114 @@
+"""One attention for every mode: grouped queries, keys in several parts, visibility by order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+
+
+class Keys(NamedTuple):
+  """One part of the keys: `k`, `v` [Bk, S, K, H] and `order` [Bk, S] int32 (see types.Tokens).
+
+  Bk may divide the number of query rows B: then each part serves B / Bk consecutive rows, which
+  is how the images of a group share their context without a copy of it.
+  """
+
+  k: chex.Array
+  v: chex.Array
+  order: chex.Array
+
+
+def attend(q, reach, parts: list[Keys], *, precision=None, query_block: int = 1024):
+  """Softmax attention of `q` over the union of `parts`, where order <= reach.
+
+  Args:
+    q: [B, T, N, H] queries; query head n reads key-value head n // (N / K).
+    reach: [B, T] int32, the last order each query sees.
+    parts: keys and values; their partial softmaxes are merged by log-sum-exp, so that a cache and
+      the new tokens need not be concatenated.
+    precision: matmul precision.
+    query_block: queries scored at once; the scores held are [B, N, query_block, S].
+
+  Returns:
+    [B, T, N, H] in the dtype of `q`; exactly zero for a query that sees nothing.
+  """
+  chex.assert_rank([q, reach], [4, 2])
+  length = q.shape[1]
+  blocks = -(-length // query_block)
+  if blocks == 1:
+    return _attend_block(q, reach, parts, precision)
+  # Equal blocks: 4,098 queries become 5 x 820, not 4 x 1,024 and a block of 2.
+  size = -(-length // blocks)
+  pad = blocks * size - length
+  q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+  reach = jnp.pad(reach, ((0, 0), (0, pad)), constant_values=types.BLIND)
+  q = jnp.moveaxis(q.reshape(q.shape[0], blocks, size, *q.shape[2:]), 1, 0)
+  reach = jnp.moveaxis(reach.reshape(reach.shape[0], blocks, size), 1, 0)
+  # Rematerialised, else the backward pass would keep the scores of every block.
+  step = jax.checkpoint(lambda block: _attend_block(*block, parts, precision))
+  out = jnp.moveaxis(jax.lax.map(step, (q, reach)), 0, 1)
+  return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length]
+
+
+def _attend_block(q, reach, parts: list[Keys], precision):
+  partials = [_partial_softmax(q, reach, part, precision) for part in parts]
+  peak = partials[0][0]
+  for part_peak, _, _ in partials[1:]:
+    peak = jnp.maximum(peak, part_peak)
+  # A query that sees nothing has peak -inf; 0 keeps exp(-inf - peak) a clean zero.
+  peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  total, out = 0.0, 0.0
+  for part_peak, part_total, part_out in partials:
+    weight = jnp.exp(part_peak - peak)  # [B, T, N]
+    total += weight * part_total
+    out += weight[..., None] * part_out
+  return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+
+
+def _partial_softmax(q, reach, keys: Keys, precision):
+  """Unnormalised softmax over one part: peak and total [B, T, N], sum [B, T, N, H], float32."""
+  rows, length, num_heads, head_dim = q.shape
+  key_rows, _, kv_heads, _ = keys.k.shape
+  if rows % key_rows or num_heads % kv_heads:
+    raise ValueError(f"queries {q.shape} do not divide over keys {keys.k.shape}")
+  shared = rows // key_rows * length
+  # [Bk, (B/Bk) T, K, N/K, H]: rows that share a context become longer queries.
+  q = q.reshape(key_rows, shared, kv_heads, num_heads // kv_heads, head_dim)
+  visible = keys.order[:, None, :] <= reach.reshape(key_rows, shared)[:, :, None]
+  scores = jnp.einsum(
+    "btkgh,bskh->bkgts", q, keys.k, precision=precision, preferred_element_type=jnp.float32
+  )
+  scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+  peak = jax.lax.stop_gradient(scores.max(-1))
+  finite_peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+  weights = jnp.exp(scores - finite_peak[..., None])
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh", weights.astype(keys.v.dtype), keys.v, precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+  by_query = lambda a: jnp.moveaxis(a, 3, 1).reshape(rows, length, num_heads)
+  return by_query(peak), by_query(weights.sum(-1)), out.reshape(rows, length, num_heads, head_dim)
+
+
+def rotate(x, position, theta: float):
+  """Rotary position embedding, half-split convention (Su et al. 2021, as in Qwen2).
+
+  Args:
+    x: [B, T, N, H] float32. Angles at bf16 would merge neighbouring positions beyond 256.
+    position: [B, T] int32.
+    theta: base of the frequencies theta^(-2j/H).
+
+  Returns:
+    [B, T, N, H] float32.
+  """
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position.astype(jnp.float32)[..., None, None] * frequency  # [B, T, 1, H/2]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = x[..., :half], x[..., half:]
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,324 @@
+"""BAGEL: one network that reads text and images, writes text, and predicts latent velocities.
+
+A sequence is a list of splits. Text enters as [im_start] ids [im_end] and is causal; an image
+enters as [vision_start] tokens [vision_end] and sees itself whole. Text, markers and ViT patches
+run through the understanding expert, latent tokens through the generation expert. A split of text
+advances the RoPE position by its length, an image by one; all tokens of an image share one id.
+
+Time runs from data (t = 0) to noise (t = 1); the velocity is dx/dt = noise - data.
+"""
+
+from __future__ import annotations
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import layers, mot, siglip
+
+
+class Bagel(nn.Module):
+  """The network without its VAE.
+
+  Attributes:
+    config: sizes.
+    image_markers: ids of <|vision_start|> and <|vision_end|>.
+    dtype: of activations and caches. float32 also asks for exact float32 products.
+    param_dtype: of parameters made by `init`.
+  """
+
+  config: config_lib.BagelConfig
+  image_markers: tuple[int, int]
+  dtype: jnp.dtype = jnp.bfloat16
+  param_dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    c, width = self.config, self.config.llm.hidden_size
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
+    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype)
+    self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
+    self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **kinds)
+    self.time_embedder = layers.TwoLayer(width, "silu", **kinds)
+    self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)
+    self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **kinds)
+    self.latent_pos_embed = self._position_table(c.max_latent_size)
+    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype)
+    self.connector = layers.TwoLayer(width, "gelu_tanh", **kinds)
+    self.vit_pos_embed = self._position_table(c.vit_max_patches_per_side)
+
+  def _position_table(self, side: int):
+    return layers.Table(
+      side * side, self.config.llm.hidden_size, ("position", "features"), dtype=self.dtype,
+      param_dtype=self.param_dtype, init=layers.sincos_init(side),
+    )
+
+  def __call__(self, batch: types.PackedBatch):
+    """Touches every parameter; for `init`."""
+    hidden, velocity = self.packed(batch)
+    return self.logits(hidden), velocity
+
+  # Embeddings.
+
+  def embed_text(self, ids):
+    """[B, T] int32 -> [B, T, D]."""
+    return self.embed_tokens(ids)
+
+  def embed_patches(self, patches: types.Patches):
+    """ViT, connector and position table: [M, P, D]."""
+    features = self.vit(patches.pixels, patches.ids, patches.mask)
+    return self.connector(features) + self.vit_pos_embed(patches.ids)
+
+  def embed_latents(self, x, t, ids):
+    """Latents x [M, I, C] at times t ([M] or [M, I]) and places ids [M, I] -> [M, I, D]."""
+    t = t[:, None] if t.ndim == 1 else t
+    time = self.time_embedder(layers.time_features(t))
+    return self.vae2llm(x) + time + self.latent_pos_embed(ids)
+
+  # The decoder.
+
+  def decode(
+    self,
+    und: types.Tokens | None,
+    gen: types.Tokens | None,
+    context: types.Context | None,
+    *,
+    keep_kv: bool = False,
+  ):
+    """Runs one stream of tokens for each expert over `context`.
+
+    Returns:
+      (hidden of und [B, T, D] or None, hidden of gen or None, new (k, v) or None), both after
+      their expert's final norm.
+    """
+    tokens = {"und": und, "gen": gen}
+    xs = {e: None if s is None else s.x.astype(self.dtype) for e, s in tokens.items()}
+    xs = {
+      e: None if x is None else nn.with_logical_constraint(x, ("batch", "length", "features"))
+      for e, x in xs.items()
+    }
+    layout = mot.Layout(
+      streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
+      context_order=None if context is None else context.order,
+      keep_kv=keep_kv,
+    )
+    xs, kv = self.layers(xs, None if context is None else (context.k, context.v), layout)
+    normed = self.norm(xs)
+    return normed["und"], normed["gen"], kv
+
+  def logits(self, hidden):
+    """Understanding-expert hidden states [..., D] -> [..., V] in the compute dtype."""
+    return self.lm_head(hidden)
+
+  # Growing a context.
+
+  def append_text(self, context: types.Context, ids, mask):
+    """Appends tokens to each row: [B, T] ids, [B, T] bool mask -> (context, hidden [B, T, D]).
+
+    A row's real tokens come first. Sampled, given and forced tokens all enter here.
+    """
+    slots = context.cursor + jnp.arange(ids.shape[1])
+    count = jnp.cumsum(mask, axis=1)
+    tokens = types.Tokens(
+      x=self.embed_text(ids),
+      position=context.position[:, None] + count - 1,
+      order=jnp.where(mask, slots, types.UNSEEN),
+      reach=jnp.where(mask, slots, types.BLIND),
+    )
+    hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
+    return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
+
+  def append_patches(self, context: types.Context, patches: types.Patches):
+    """Appends one image a row, as the ViT sees it; a row without patches stays as it was."""
+    start, end = self._embed_markers(patches.mask.shape[0])
+    x = jnp.concatenate([start, self.embed_patches(patches), end], axis=1)
+    present = patches.mask.any(axis=1, keepdims=True)
+    mask = jnp.concatenate([present, patches.mask, present], axis=1)
+    slots = context.cursor + jnp.arange(mask.shape[1])
+    tokens = _image_split(x, mask, slots, context)
+    _, _, kv = self.decode(tokens, None, context, keep_kv=True)
+    return _extend(context, kv, tokens.order, advance=present[:, 0].astype(jnp.int32))
+
+  def append_latents(self, context: types.Context, latents, grid: types.LatentGrid):
+    """Appends one clean image a row: latents [B, I, C] f32, at t = 0."""
+    rows, count = grid.mask.shape
+    markers = jnp.concatenate(self._embed_markers(rows), axis=1)
+    present = jnp.repeat(grid.mask.any(axis=1, keepdims=True), 2, axis=1)
+    x = self.embed_latents(latents, jnp.zeros(rows), grid.ids)
+    slots = context.cursor + 1 + jnp.arange(count)
+    gen = _image_split(x, grid.mask, slots, context, last=slots[-1] + 1)
+    marker_slots = context.cursor + jnp.array([0, count + 1])
+    und = _image_split(markers, present, marker_slots, context)
+    _, _, kv = self.decode(und, gen, context, keep_kv=True)
+    order = jnp.concatenate([und.order, gen.order], axis=1)
+    return _extend(context, kv, order, advance=present[:, 0].astype(jnp.int32))
+
+  # Predicting an image.
+
+  def velocity(
+    self,
+    context: types.Context | None,
+    x,
+    t,
+    grid: types.LatentGrid,
+    *,
+    reach=None,
+    position=None,
+    return_hidden: bool = False,
+  ):
+    """Velocity of noisy images that see their context and themselves.
+
+    Args:
+      context: B rows; None means that the images see only themselves, at position 0.
+      x: noisy latents, [M, I, C] float32; M = B * R, the R images of a row consecutive.
+      t: flow time, [M] float32.
+      grid: places of the latents.
+      reach: last place of the context that each image sees, [M] int32; None: all of it.
+      position: RoPE position of each image, [M] int32; None: its context's next.
+      return_hidden: also returns what the heads see.
+
+    Returns:
+      [M, I, C] float32, zero at padding; with `return_hidden` a pair with the hidden states
+      ([M, 2, D], [M, I, D]).
+    """
+    images = x.shape[0]
+    if position is None:
+      here = jnp.zeros(1, jnp.int32) if context is None else context.position
+      position = jnp.repeat(here, images // here.shape[0])
+    if reach is None:
+      reach = jnp.full(images, types.EVERYTHING)
+
+    def tokens(x, mask):
+      return types.Tokens(
+        x=x,
+        position=jnp.broadcast_to(position[:, None], mask.shape),
+        order=jnp.where(mask, types.OWN, types.UNSEEN),
+        reach=jnp.where(mask, reach[:, None], types.BLIND),
+      )
+
+    markers = jnp.concatenate(self._embed_markers(images), axis=1)
+    und = tokens(markers, jnp.ones((images, 2), bool))
+    gen = tokens(self.embed_latents(x, t, grid.ids), grid.mask)
+    und_hidden, gen_hidden, _ = self.decode(und, gen, context)
+    velocity = self.llm2vae(gen_hidden).astype(jnp.float32)
+    velocity = jnp.where(grid.mask[..., None], velocity, 0.0)
+    return (velocity, (und_hidden, gen_hidden)) if return_hidden else velocity
+
+  # Training.
+
+  def packed(self, batch: types.PackedBatch):
+    """The training forward of B sequences, equal to the official packed mask.
+
+    Everything that later tokens may see runs once as a context; then every image to denoise runs
+    as a row of its own over that context, none of whose keys is copied.
+
+    Returns:
+      (hidden states at the label slots [B, Y, D], velocities [B, R, I, C] float32 or None).
+    """
+    x = self.embed_text(batch.und_ids)
+    if batch.vit is not None:
+      x = x.at[batch.vit_row[:, None], batch.vit_slot].set(
+        self.embed_patches(batch.vit), mode="drop"
+      )
+    und = types.Tokens(x, batch.und_position, batch.und_order, batch.und_reach)
+    gen = None
+    if batch.clean_latents is not None:
+      x = self.embed_latents(batch.clean_latents, jnp.zeros(x.shape[0]), batch.clean_ids)
+      gen = types.Tokens(x, batch.clean_position, batch.clean_order, batch.clean_reach)
+    hidden, _, kv = self.decode(und, gen, None, keep_kv=batch.target is not None)
+    labelled = jnp.take_along_axis(hidden, batch.label_slot[..., None], axis=1, mode="clip")
+    if batch.target is None:
+      return labelled, None
+    rows, per_row = batch.t.shape
+    order = und.order if gen is None else jnp.concatenate([und.order, gen.order], axis=1)
+    context = types.Context(*kv, order=order, position=None, cursor=None)
+    flat = lambda a: a.reshape(rows * per_row, *a.shape[2:])
+    t = batch.t[..., None, None]
+    x_t = (1 - t) * batch.target + t * batch.noise
+    grid = types.LatentGrid(flat(batch.noisy_ids), flat(batch.noisy_mask))
+    velocity = self.velocity(
+      context, flat(x_t), flat(batch.t), grid,
+      reach=flat(batch.noisy_reach), position=flat(batch.noisy_position),
+    )
+    return labelled, velocity.reshape(batch.target.shape)
+
+  def _embed_markers(self, rows: int):
+    """Embedded <|vision_start|> and <|vision_end|>, [rows, 1, D] each."""
+    return tuple(self.embed_text(jnp.full((rows, 1), marker)) for marker in self.image_markers)
+
+
+class FinalNorms(nn.Module):
+  """The final norm of each expert."""
+
+  epsilon: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  def setup(self):
+    self.und = layers.RMSNorm(self.epsilon, self.dtype, self.param_dtype)
+    self.gen = layers.RMSNorm(self.epsilon, self.dtype, self.param_dtype)
+
+  def __call__(self, xs):
+    norms = {"und": self.und, "gen": self.gen}
+    return {e: None if x is None else norms[e](x) for e, x in xs.items()}
+
+
+def empty_context(
+  config: config_lib.BagelConfig, rows: int, capacity: int, dtype=jnp.bfloat16
+) -> types.Context:
+  """A context of `rows` empty sequences with room for `capacity` tokens each."""
+  llm = config.llm
+  shape = (llm.num_layers, rows, capacity, llm.num_kv_heads, llm.head_dim)
+  return types.Context(
+    k=jnp.zeros(shape, dtype),
+    v=jnp.zeros(shape, dtype),
+    order=jnp.full((rows, capacity), types.UNSEEN, jnp.int32),
+    position=jnp.zeros(rows, jnp.int32),
+    cursor=jnp.zeros((), jnp.int32),
+  )
+
+
+def _image_split(x, mask, slots, context: types.Context, last=None) -> types.Tokens:
+  """Tokens of an image split: one position, everything up to the split's last slot in reach."""
+  last = slots[-1] if last is None else last
+  return types.Tokens(
+    x=x,
+    position=jnp.broadcast_to(context.position[:, None], mask.shape),
+    order=jnp.where(mask, slots, types.UNSEEN),
+    reach=jnp.where(mask, last, types.BLIND),
+  )
+
+
+def _extend(context: types.Context, kv, order, advance) -> types.Context:
+  """Writes new keys and values, once, at the cursor. The caller provides the room."""
+  at = context.cursor
+
+  def write(cache, new):
+    cache = jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0))
+    return nn.with_logical_constraint(cache, ("layers", "batch", "length", "kv_heads", "head_dim"))
+
+  return types.Context(
+    k=write(context.k, kv[0]),
+    v=write(context.v, kv[1]),
+    order=jax.lax.dynamic_update_slice(context.order, order, (0, at)),
+    position=context.position + advance,
+    cursor=at + order.shape[1],
+  )
+
+
+def example_batch(config: config_lib.BagelConfig) -> types.PackedBatch:
+  """The smallest batch that touches every parameter; for `Bagel.init`, usually under eval_shape."""
+  integers = jnp.zeros((1, 1), jnp.int32)
+  latents = jnp.zeros((1, 1, 1, config.latent_dim))
+  return types.PackedBatch(
+    und_ids=integers, und_position=integers, und_order=integers, und_reach=integers,
+    label_slot=integers, label_ids=integers, label_weight=jnp.ones((1, 1)),
+    vit=types.Patches(jnp.zeros((1, 1, config.vit.patch_dim)), integers, integers == 0),
+    vit_row=integers[0], vit_slot=integers,
+    clean_latents=latents[0], clean_ids=integers, clean_position=integers, clean_order=integers,
+    clean_reach=integers,
+    target=latents, noise=latents, t=jnp.ones((1, 1)), noisy_ids=integers[None],
+    noisy_mask=integers[None] == 0, noisy_position=integers, noisy_reach=integers,
+  )

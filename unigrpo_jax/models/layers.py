@@ -1,0 +1,150 @@
+"""The small layers that the networks share, each with logical axis names on its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Qwen2's `initializer_range`; only training from nothing sees it.
+_INIT = nn.initializers.normal(0.02)
+
+
+def matmul_precision(dtype):
+  """Full float32 products where float32 was asked for (a TPU would round them to bf16)."""
+  return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+class Linear(nn.Module):
+  """Contraction of the last axes of x with a kernel of any rank.
+
+  Attributes:
+    features: output axes.
+    axes: logical name of every kernel axis, input axes first.
+    use_bias: adds a bias over the output axes.
+    dtype: of the product. param_dtype: of the parameters.
+    zero: starts the kernel at zero (output heads of a flow model).
+  """
+
+  features: Sequence[int]
+  axes: tuple[str | None, ...]
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  zero: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    inputs = len(self.axes) - len(self.features)
+    shape = (*x.shape[x.ndim - inputs :], *self.features)
+    init = nn.initializers.zeros if self.zero else _INIT
+    kernel = self.param(
+      "kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype
+    )
+    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    y = jax.lax.dot_general(
+      x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
+      precision=matmul_precision(self.dtype),
+    )
+    if self.use_bias:
+      bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[inputs:])
+      y += self.param("bias", bias_init, tuple(self.features), self.param_dtype).astype(self.dtype)
+    return y
+
+
+class Table(nn.Module):
+  """An embedding table, [rows, features]; `axes` names both."""
+
+  rows: int
+  features: int
+  axes: tuple[str | None, str | None]
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  init: nn.initializers.Initializer = _INIT
+
+  @nn.compact
+  def __call__(self, ids):
+    table = self.param(
+      "embedding", nn.with_logical_partitioning(self.init, self.axes),
+      (self.rows, self.features), self.param_dtype,
+    )
+    # Rows are gathered whole: where width and batch lie along the same mesh axis, the partitioner
+    # would otherwise replicate the gathered activations instead of the table.
+    table = nn.with_logical_constraint(table, (self.axes[0], None))
+    return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, statistics in float32 (Zhang and Sennrich 2019)."""
+
+  epsilon: float
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  axis: str | None = "norm"
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param(
+      "scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+      (x.shape[-1],), self.param_dtype,
+    )
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    # The official code rounds before it multiplies by the weight.
+    return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class TwoLayer(nn.Module):
+  """fc2(activation(fc1(x))): the time embedder and the ViT connector."""
+
+  features: int
+  activation: str
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    activation = {"silu": nn.silu, "gelu_tanh": lambda y: nn.gelu(y, approximate=True)}
+    x = Linear((self.features,), (None, "embed"), name="fc1", **kinds)(x)
+    x = activation[self.activation](x)
+    return Linear((self.features,), ("embed", None), name="fc2", **kinds)(x)
+
+
+def time_features(t, size: int = 256):
+  """[cos(t f), sin(t f)], f_k = 10000^(-2k/size); t in [0, 1] is not scaled by 1000.
+
+  Args:
+    t: flow times of any shape, float32.
+    size: number of features.
+
+  Returns:
+    [..., size] float32.
+  """
+  half = size // 2
+  frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+  angle = t.astype(jnp.float32)[..., None] * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def sincos_table(side: int, features: int) -> np.ndarray:
+  """The fixed 2-D table [side * side, features]: first half encodes the column, second the row.
+
+  Each half is [sin(p w), cos(p w)] with w_k = 10000^(-k / (features/4)). float64, then float32.
+  """
+  quarter = features // 4
+  omega = 10_000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+  row, column = np.divmod(np.arange(side * side), side)
+  encode = lambda place: np.concatenate(
+    [np.sin(place[:, None] * omega), np.cos(place[:, None] * omega)], axis=1
+  )
+  return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+
+
+def sincos_init(side: int):
+  """Initializer that fills a table with `sincos_table`."""
+  return lambda key, shape, dtype: jnp.asarray(sincos_table(side, shape[1]), dtype)

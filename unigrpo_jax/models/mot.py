@@ -1,0 +1,157 @@
+"""Mixture of transformers: two experts, one attention (Qwen2 decoder of BAGEL).
+
+A token belongs to one expert, which owns every weight that touches it; the softmax is shared. The
+decoder takes a stream of tokens for each expert, either of them None: an absent stream costs
+nothing, and no token passes through the expert it does not use.
+"""
+
+from __future__ import annotations
+
+import chex
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+from unigrpo_jax.models import attention, layers
+from unigrpo_jax.models import config as config_lib
+
+# The order in which the tokens of the experts stand in keys and queries.
+EXPERTS = ("und", "gen")
+
+
+class Attention(nn.Module):
+  """Projections of one expert: q, k, v with bias, q and k normed by head and rotated; o."""
+
+  config: config_lib.LLMConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  def setup(self):
+    c = self.config
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    heads = lambda n, name: layers.Linear((n, c.head_dim), ("embed", name, "head_dim"), **kinds)
+    self.q = heads(c.num_heads, "heads")
+    self.k = heads(c.num_kv_heads, "kv_heads")
+    self.v = heads(c.num_kv_heads, "kv_heads")
+    self.o = layers.Linear(
+      (c.hidden_size,), ("heads", "head_dim", "embed"), use_bias=False, **kinds
+    )
+    norm = lambda: layers.RMSNorm(c.rms_norm_eps, jnp.float32, self.param_dtype)
+    self.q_norm, self.k_norm = norm(), norm()
+
+  def project(self, x, position):
+    """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; k as it is cached."""
+    theta = self.config.rope_theta
+    q = attention.rotate(self.q_norm(self.q(x)), position, theta).astype(self.dtype)
+    k = attention.rotate(self.k_norm(self.k(x)), position, theta).astype(self.dtype)
+    v = self.v(x)
+    q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
+    k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))
+    v = nn.with_logical_constraint(v, ("batch", "length", "kv_heads", "head_dim"))
+    return q, k, v
+
+
+class GatedMLP(nn.Module):
+  """down(silu(gate(x)) * up(x)), no biases."""
+
+  config: config_lib.LLMConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False)
+    wide, width = self.config.intermediate_size, self.config.hidden_size
+    gate = layers.Linear((wide,), ("embed", "mlp"), name="gate", **kinds)(x)
+    up = layers.Linear((wide,), ("embed", "mlp"), name="up", **kinds)(x)
+    hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+    return layers.Linear((width,), ("mlp", "embed"), name="down", **kinds)(hidden)
+
+
+class Expert(nn.Module):
+  """One expert's half of a block."""
+
+  config: config_lib.LLMConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  def setup(self):
+    norm = lambda: layers.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype)
+    self.input_norm, self.post_attention_norm = norm(), norm()
+    self.attention = Attention(self.config, self.dtype, self.param_dtype)
+    self.mlp = GatedMLP(self.config, self.dtype, self.param_dtype)
+
+  def project(self, x, position):
+    return self.attention.project(self.input_norm(x), position)
+
+  def finish(self, x, attended):
+    """Residual and MLP: x [B, T, D], attended [B, T, N, H] -> [B, T, D]."""
+    x = x + self.attention.o(attended)
+    x = x + self.mlp(self.post_attention_norm(x))
+    return nn.with_logical_constraint(x, ("batch", "length", "features"))
+
+
+@struct.dataclass
+class Layout:
+  """What every layer is told about the tokens, besides their activations.
+
+  Attributes:
+    streams: for each expert its `Tokens` without embeddings, or None.
+    context_order: order of the cached keys, [Bc, S] int32, or None.
+    keep_kv: whether the layers return their keys and values.
+  """
+
+  streams: dict[str, types.Tokens | None]
+  context_order: chex.Array | None
+  keep_kv: bool = struct.field(pytree_node=False)
+
+
+class Block(nn.Module):
+  """One decoder layer over a stream for each expert."""
+
+  config: config_lib.LLMConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  def setup(self):
+    self.und = Expert(self.config, self.dtype, self.param_dtype)
+    self.gen = Expert(self.config, self.dtype, self.param_dtype)
+
+  def __call__(self, xs, context_kv, layout: Layout):
+    """xs {expert: [B, T, D] or None}, context_kv (k, v) [Bc, S, K, H] -> (xs, (k, v) or None)."""
+    # In this order everywhere: a dict that has been through a pytree comes back sorted.
+    streams = {e: layout.streams[e] for e in EXPERTS if layout.streams[e] is not None}
+    experts = {"und": self.und, "gen": self.gen}
+    with jax.named_scope("project"):
+      projected = [experts[e].project(xs[e], s.position) for e, s in streams.items()]
+    q, k, v = (_join(parts) for parts in zip(*projected))
+    parts = [attention.Keys(k, v, _join([s.order for s in streams.values()]))]
+    if context_kv is not None:
+      parts.append(attention.Keys(*context_kv, layout.context_order))
+    with jax.named_scope("attend"):
+      reach = _join([s.reach for s in streams.values()])
+      out = attention.attend(q, reach, parts, precision=layers.matmul_precision(self.dtype))
+    lengths = [projection[0].shape[1] for projection in projected]
+    outs = [out] if len(lengths) == 1 else jnp.split(out, lengths[:1], axis=1)
+    with jax.named_scope("finish"):
+      xs = xs | {e: experts[e].finish(xs[e], attended) for e, attended in zip(streams, outs)}
+    return xs, (k, v) if layout.keep_kv else None
+
+
+def _join(arrays):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+
+
+def stack(config: config_lib.LLMConfig, dtype, param_dtype) -> nn.Module:
+  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised."""
+  scanned = nn.scan(
+    nn.remat(Block, prevent_cse=False),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, nn.broadcast),
+    length=config.num_layers,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  return scanned(config, dtype, param_dtype)

@@ -1,0 +1,214 @@
+"""The FLUX autoencoder: images to latents and back. Everything is float32, images are NHWC.
+
+Letters: M images, H and W pixels, h and w latents (H / downsample), z latent channels, p latent
+patch side, C channels of a layer.
+
+Pixels are in [-1, 1]. A latent in *model units* is `scale * (moment - shift)`, about unit variance;
+it is what the flow transports, and what `encode` followed by `latents_from_moments` gives and
+`decode` takes.
+
+Only images of one size belong in a batch. Padding smaller ones changes their latents, because the
+convolutions near the border, the group norms and the mid attention all see the padding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+from unigrpo_jax.models import attention
+from unigrpo_jax.models import config as config_lib
+
+# Without HIGHEST a TPU would multiply these float32 operands in one bf16 pass.
+PRECISION = jax.lax.Precision.HIGHEST
+
+# The mid attention of a 1024 px image has 16384 positions: all scores would be 1 GB an image. A
+# block of this many queries holds a thirty-second of it.
+QUERY_BLOCK = 512
+
+conv = functools.partial(nn.Conv, padding=1, dtype=jnp.float32, precision=PRECISION)
+conv_3x3 = functools.partial(conv, kernel_size=(3, 3))
+conv_1x1 = functools.partial(conv, kernel_size=(1, 1), padding=0)
+# Two-pass variance: the one-pass form cancels on nearly constant images, where it matters most.
+group_norm = functools.partial(
+  nn.GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False
+)
+
+
+class ResBlock(nn.Module):
+  """Two 3x3 convolutions, each after group norm and SiLU, around a shortcut."""
+
+  channels: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[M, H, W, C] -> [M, H, W, channels]."""
+    y = conv_3x3(self.channels, name="conv1")(nn.silu(group_norm(name="norm1")(x)))
+    y = conv_3x3(self.channels, name="conv2")(nn.silu(group_norm(name="norm2")(y)))
+    if x.shape[-1] != self.channels:
+      x = conv_1x1(self.channels, name="nin_shortcut")(x)
+    return x + y
+
+
+class MidAttention(nn.Module):
+  """One attention head as wide as the layer, over all positions of an image."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[M, h, w, C] -> [M, h, w, C]."""
+    num_images, height, width, channels = x.shape
+    y = group_norm(name="norm")(x)
+    # [M, h, w, C] -> [M, h w, 1, C]: a single head.
+    q, k, v = (
+      conv_1x1(channels, name=name)(y).reshape(num_images, height * width, 1, channels)
+      for name in ("q", "k", "v")
+    )
+    order = jnp.zeros((num_images, height * width), jnp.int32)
+    reach = jnp.full_like(order, types.EVERYTHING)
+    out = attention.attend(
+      q, reach, [attention.Keys(k, v, order)], precision=PRECISION, query_block=QUERY_BLOCK
+    )
+    return x + conv_1x1(channels, name="proj_out")(out.reshape(x.shape))
+
+
+class Encoder(nn.Module):
+  """Pixels to the moments of the latent posterior."""
+
+  config: config_lib.VAEConfig
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """[M, H, W, in_channels] -> [M, h, w, 2 z]: means, then log-variances."""
+    config = self.config
+    x = conv_3x3(config.ch, name="conv_in")(images)
+    for i, multiple in enumerate(config.ch_mult):
+      channels = config.ch * multiple
+      for j in range(config.num_res_blocks):
+        x = ResBlock(channels, name=f"down_{i}_block_{j}")(x)
+      if i < len(config.ch_mult) - 1:
+        # Padded on the right and bottom only: symmetric padding would shift the latent grid by
+        # half a pixel a level and still look almost right.
+        x = conv_3x3(
+          channels, strides=2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample"
+        )(x)
+    x = ResBlock(channels, name="mid_block_1")(x)
+    x = MidAttention(name="mid_attention")(x)
+    x = ResBlock(channels, name="mid_block_2")(x)
+    return conv_3x3(2 * config.z_channels, name="conv_out")(nn.silu(group_norm(name="norm_out")(x)))
+
+
+class Decoder(nn.Module):
+  """Latents (posterior units) to pixels. Nothing bounds the result to [-1, 1]."""
+
+  config: config_lib.VAEConfig
+
+  @nn.compact
+  def __call__(self, latents: jax.Array) -> jax.Array:
+    """[M, h, w, z] -> [M, H, W, out_channels]."""
+    config = self.config
+    channels = config.ch * config.ch_mult[-1]
+    x = conv_3x3(channels, name="conv_in")(latents)
+    x = ResBlock(channels, name="mid_block_1")(x)
+    x = MidAttention(name="mid_attention")(x)
+    x = ResBlock(channels, name="mid_block_2")(x)
+    for i, multiple in reversed(list(enumerate(config.ch_mult))):
+      channels = config.ch * multiple
+      for j in range(config.num_res_blocks + 1):
+        x = ResBlock(channels, name=f"up_{i}_block_{j}")(x)
+      if i > 0:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        x = conv_3x3(channels, name=f"up_{i}_upsample")(x)
+    return conv_3x3(config.out_channels, name="conv_out")(nn.silu(group_norm(name="norm_out")(x)))
+
+
+class VAE(nn.Module):
+  """The autoencoder, as shipped in `ae.safetensors`. Frozen here, so nothing is rematerialised.
+
+  At 1024 px one float32 activation of the outermost level is 512 MiB an image: bound the images a
+  call decodes by the memory there is. The parameters (84 M) carry no logical axes: every chip holds
+  them whole.
+  """
+
+  config: config_lib.VAEConfig
+
+  def setup(self) -> None:
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+
+  def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance of the posterior, each [M, h, w, z] float32, in posterior units.
+
+    Args:
+      images: [M, H, W, in_channels] in [-1, 1]; H and W multiples of `config.downsample`.
+    """
+    with jax.named_scope("vae_encode"):
+      mean, logvar = jnp.split(self.encoder(images.astype(jnp.float32)), 2, axis=-1)
+    return mean, logvar
+
+  def decode(self, latents: jax.Array) -> jax.Array:
+    """[M, h, w, z] in model units -> images [M, H, W, out_channels] float32, not clipped."""
+    with jax.named_scope("vae_decode"):
+      latents = latents.astype(jnp.float32)
+      return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Encodes and decodes the posterior mean: touches every parameter, for initialisation."""
+    mean, logvar = self.encode(images)
+    scale, shift = self.config.scale_factor, self.config.shift_factor
+    return self.decode(latents_from_moments(mean, logvar, None, scale=scale, shift=shift))
+
+
+def latents_from_moments(
+  mean: jax.Array, logvar: jax.Array, noise: jax.Array | None, *, scale: float, shift: float
+) -> jax.Array:
+  """A latent in model units: `scale * (mean + exp(logvar / 2) * noise - shift)`.
+
+  Args:
+    mean, logvar: posterior moments, one shape. The log-variance is not clamped, as officially.
+    noise: standard normal of that shape, or None for the mean itself. BAGEL's own encode always
+      samples, when it edits as when it trains.
+    scale, shift: `VAEConfig.scale_factor` and `shift_factor`.
+  """
+  mean = mean.astype(jnp.float32)
+  if noise is not None:
+    mean = mean + jnp.exp(0.5 * logvar.astype(jnp.float32)) * noise.astype(jnp.float32)
+  return scale * (mean - shift)
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+  """Pixels in [-1, 1] to uint8 `trunc(255 clip(x / 2 + 1/2, 0, 1))`: truncated, not rounded."""
+  unit = jnp.clip(0.5 * images.astype(jnp.float32) + 0.5, 0.0, 1.0)
+  return (255.0 * unit).astype(jnp.uint8)
+
+
+def pack_latents(latents: jax.Array, patch_size: int) -> jax.Array:
+  """[M, h p, w p, z] -> tokens [M, h w, p p z]: row-major grid, features ordered (py, px, channel).
+
+  Raises:
+    ValueError: a side is not a multiple of `patch_size`.
+  """
+  num_images, height, width, channels = latents.shape
+  p = patch_size
+  if height % p or width % p:
+    raise ValueError(f"latents of {height}x{width} do not divide into {p}x{p} patches")
+  h, w = height // p, width // p
+  # [M, h, py, w, px, z] -> [M, h, w, py, px, z]
+  grid = latents.reshape(num_images, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5)
+  return grid.reshape(num_images, h * w, p * p * channels)
+
+
+def unpack_latents(
+  tokens: jax.Array, height_tokens: int, width_tokens: int, patch_size: int
+) -> jax.Array:
+  """Inverse of `pack_latents`: [M, h w, p p z] -> [M, h p, w p, z]."""
+  num_images, num_tokens, features = tokens.shape
+  h, w, p = height_tokens, width_tokens, patch_size
+  if num_tokens != h * w or features % (p * p):
+    raise ValueError(f"{num_tokens} tokens of {features} are not a {h}x{w} grid of {p}x{p} patches")
+  # [M, h, w, py, px, z] -> [M, h, py, w, px, z]
+  grid = tokens.reshape(num_images, h, w, p, p, features // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+  return grid.reshape(num_images, h * p, w * p, features // (p * p))

@@ -1,0 +1,1 @@
+"""Samplers: token decoding and flow integration. They receive functions, never a model."""

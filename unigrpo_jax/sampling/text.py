@@ -1,0 +1,110 @@
+"""Sampling text: one `lax.while_loop` over a preallocated cache, every row with its own key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+
+# What `max_tokens` sampled tokens need in the cache: the start token and a closing terminator too.
+EXTRA_SLOTS = 2
+
+StepFn = Callable[[Any, chex.Array, chex.Array], tuple[Any, chex.Array]]
+
+
+def sample_tokens(logits, keys, temperature: float):
+  """Draws one token a row.
+
+  Args:
+    logits: [B, V], any float dtype; the softmax is taken in float32.
+    keys: [B] typed PRNG keys, one a row, so that a row's draw ignores its neighbours.
+    temperature: 0 takes the largest logit, the lowest id among ties.
+
+  Returns:
+    (ids [B] int32, log-probabilities [B] float32 under softmax(logits / temperature); under
+    softmax(logits) at temperature 0).
+  """
+  chex.assert_rank([logits, keys], [2, 1])
+  logits = logits.astype(jnp.float32)
+  if temperature > 0:
+    logits = logits / temperature
+    ids = jax.vmap(jax.random.categorical)(keys, logits)
+  else:
+    ids = jnp.argmax(logits, axis=-1)
+  logp = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=-1)[:, 0]
+  return ids.astype(jnp.int32), logp
+
+
+def sample(
+  step_fn: StepFn,
+  context: Any,
+  *,
+  keys,
+  start_id: int,
+  end_id: int,
+  max_tokens: int,
+  temperature: float,
+  active=None,
+  on_step: Callable[[chex.Array], None] | None = None,
+) -> tuple[types.TextRollout, Any]:
+  """Samples until every row has ended, and leaves each row's text closed in its context.
+
+  The start token is fed, never sampled. A row that reaches `max_tokens` without a terminator is
+  cut: its last token stays, and a terminator is fed that was not sampled. So the context always
+  holds [start] ids [end], the very ids that were sampled.
+
+  Args:
+    step_fn: (context, ids [B], active [B] bool) -> (context, logits [B, V]); feeds one token to
+      the active rows and leaves the others as they were.
+    context: what `step_fn` carries, with room for `max_tokens + EXTRA_SLOTS` more tokens.
+    keys: [B] typed PRNG keys; token i of a row uses its key folded with i.
+    start_id: token fed first.
+    end_id: terminator.
+    max_tokens: most tokens sampled a row, the terminator included.
+    temperature: see `sample_tokens`.
+    active: rows that take part, [B] bool; None: all of them.
+    on_step: called on the host with the number of tokens sampled so far.
+
+  Returns:
+    (TextRollout with T = max_tokens, the context after the closing token).
+  """
+  rows = keys.shape[0]
+  active = jnp.ones(rows, bool) if active is None else active
+  blank = types.TextRollout(
+    ids=jnp.zeros((rows, max_tokens), jnp.int32),
+    logp=jnp.zeros((rows, max_tokens), jnp.float32),
+    mask=jnp.zeros((rows, max_tokens), bool),
+    finished=jnp.zeros(rows, bool),
+  )
+
+  def unfinished(state):
+    _, _, active, _, _ = state
+    return active.any()
+
+  def feed_and_sample(state):
+    context, feed, active, step, out = state
+    context, logits = step_fn(context, feed, active)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    ids, logp = sample_tokens(logits, step_keys, temperature)
+    ended = active & (feed == end_id) & (step > 0)
+    sampled = active & ~ended & (step < max_tokens)
+    at = jnp.minimum(step, max_tokens - 1)
+    put = lambda table, new: table.at[:, at].set(jnp.where(sampled, new, table[:, at]))
+    out = types.TextRollout(
+      ids=put(out.ids, ids),
+      logp=put(out.logp, logp),
+      mask=put(out.mask, sampled),
+      finished=out.finished | (sampled & (ids == end_id)),
+    )
+    if on_step is not None:
+      jax.debug.callback(on_step, step)
+    return context, jnp.where(sampled, ids, end_id), active & ~ended, step + 1, out
+
+  state = (context, jnp.full(rows, start_id, jnp.int32), active, jnp.int32(0), blank)
+  context, _, _, _, out = jax.lax.while_loop(unfinished, feed_and_sample, state)
+  return out, context
