@@ -1,6 +1,8 @@
 """The command line: five modes, several prompts, and every mistake as one clear line."""
 
+import functools
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import safetensors.numpy
 
 from unigrpo_jax import errors, generate
 
+ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--steps=3", "--max_tokens=4", "--temperature=1"]
 
 
@@ -184,10 +187,11 @@ def test_bad_checkpoints_give_one_line(folder, tmp_path, capsys, damage, words):
   assert not (tmp_path / "o.png").exists()
 
 
-def test_as_a_program(golden, tmp_path):
+def test_as_a_program(golden):
   """The real exit status and streams, once."""
   command = [sys.executable, "-m", "unigrpo_jax.generate", f"--checkpoint={golden}"]
-  bad = subprocess.run([*command, "--prompt="], capture_output=True, text=True, cwd=tmp_path)
+  run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT)
+  bad = run([*command, "--prompt="])
   assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stdout == ""
-  usage = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path)
+  usage = run([*command, "--help"])
   assert usage.returncode == 0 and "--understand" in usage.stdout and "examples:" in usage.stdout

@@ -134,8 +134,20 @@ def next_token_labels(ids: Sequence[int] | np.ndarray) -> np.ndarray:
   return np.append(np.asarray(ids, np.int32)[1:], np.int32(NO_LABEL))
 
 
+@dataclasses.dataclass(frozen=True)
+class Widths:
+  """Features of a ViT patch and of a latent token; see `pack`."""
+
+  patch: int
+  latent: int
+
+
 def pack(
-  samples: Sequence[Sequence[Split]], *, image_markers: tuple[int, int], pad_to: PadTo | None = None
+  samples: Sequence[Sequence[Split]],
+  *,
+  image_markers: tuple[int, int],
+  pad_to: PadTo | None = None,
+  widths: Widths | None = None,
 ) -> types.PackedBatch:
   """Packs B samples into B rows.
 
@@ -143,9 +155,11 @@ def pack(
     samples: a list of splits each.
     image_markers: ids of <|vision_start|> and <|vision_end|>.
     pad_to: multiples to round sizes up to; None: `PadTo()`.
+    widths: given, kinds of split that no sample has are there all the same, as padding, so that
+      batches of a random mixture keep one structure; None leaves them out.
 
   Returns:
-    A `PackedBatch` of numpy arrays. Kinds of split that no sample has are None. Labels, images to
+    A `PackedBatch` of numpy arrays. Labels, images to
     denoise and ViT images stand in the order of their samples and splits.
 
   Raises:
@@ -171,9 +185,9 @@ def pack(
     **_columns([row.und for row in rows], length, dict(
       und_ids=0, und_position=0, und_order=types.UNSEEN, und_reach=types.BLIND)),
     **_labels([row.labels for row in rows], pad_to.labels),
-    **_patch_images([row.patches for row in rows], length, pad_to),
-    **_clean_latents(rows, pad_to.clean),
-    **_noisy_images([row.noisy for row in rows], pad_to),
+    **_patch_images([row.patches for row in rows], length, pad_to, widths),
+    **_clean_latents(rows, pad_to.clean, widths),
+    **_noisy_images([row.noisy for row in rows], pad_to, widths),
   )
 
 
@@ -301,13 +315,13 @@ def _labels(rows, multiple: int) -> dict[str, np.ndarray]:
   return columns | dict(label_weight=weight)
 
 
-def _patch_images(rows, length: int, pad_to: PadTo) -> dict:
+def _patch_images(rows, length: int, pad_to: PadTo, widths: Widths | None) -> dict:
   images = [(b, *image) for b, row in enumerate(rows) for image in row]
-  if not images:
+  width = _same_width((pixels for _, pixels, _, _ in images), widths and widths.patch)
+  if width is None:
     return {}
   count = _round_up(len(images), pad_to.images)
-  patches = _round_up(max(len(ids) for _, _, ids, _ in images), pad_to.patches)
-  width = _same_width(pixels for _, pixels, _, _ in images)
+  patches = _round_up(max((len(ids) for _, _, ids, _ in images), default=0), pad_to.patches)
   out = types.Patches(
     pixels=np.zeros((count, patches, width), np.float32),
     ids=np.zeros((count, patches), np.int32),
@@ -322,11 +336,14 @@ def _patch_images(rows, length: int, pad_to: PadTo) -> dict:
   return dict(vit=out, vit_row=vit_row, vit_slot=vit_slot)
 
 
-def _clean_latents(rows: list[_Row], multiple: int) -> dict[str, np.ndarray]:
-  if not any(row.clean for row in rows):
+def _clean_latents(
+  rows: list[_Row], multiple: int, widths: Widths | None
+) -> dict[str, np.ndarray]:
+  parts = (part for row in rows for part in row.clean_latents)
+  width = _same_width(parts, widths and widths.latent)
+  if width is None:
     return {}
   length = _round_up(max(len(row.clean) for row in rows), multiple)
-  width = _same_width(part for row in rows for part in row.clean_latents)
   latents = np.zeros((len(rows), length, width), np.float32)
   for b, row in enumerate(rows):
     if row.clean:
@@ -335,12 +352,13 @@ def _clean_latents(rows: list[_Row], multiple: int) -> dict[str, np.ndarray]:
   return _columns([row.clean for row in rows], length, fills) | dict(clean_latents=latents)
 
 
-def _noisy_images(rows, pad_to: PadTo) -> dict[str, np.ndarray]:
-  if not any(rows):
+def _noisy_images(rows, pad_to: PadTo, widths: Widths | None) -> dict[str, np.ndarray]:
+  images = [image for row in rows for image, _, _ in row]
+  width = _same_width((np.asarray(image.target) for image in images), widths and widths.latent)
+  if width is None:
     return {}
   count = _round_up(max(len(row) for row in rows), pad_to.noisy)
-  tokens = _round_up(max(len(image.ids) for row in rows for image, _, _ in row), pad_to.latents)
-  width = _same_width(np.asarray(image.target) for row in rows for image, _, _ in row)
+  tokens = _round_up(max((len(image.ids) for image in images), default=0), pad_to.latents)
   shape = (len(rows), count)
   out = dict(
     target=np.zeros((*shape, tokens, width), np.float32),
@@ -360,8 +378,9 @@ def _noisy_images(rows, pad_to: PadTo) -> dict[str, np.ndarray]:
   return out
 
 
-def _same_width(arrays) -> int:
-  widths = {array.shape[1] for array in arrays}
-  if len(widths) > 1:
-    raise ValueError(f"token features of widths {sorted(widths)} do not go into one batch")
-  return widths.pop()
+def _same_width(arrays, width: int | None) -> int | None:
+  """The one width that all arrays and `width` have; None where there is none of either."""
+  found = {array.shape[1] for array in arrays} | ({width} if width else set())
+  if len(found) > 1:
+    raise ValueError(f"token features of widths {sorted(found)} do not go into one batch")
+  return found.pop() if found else None

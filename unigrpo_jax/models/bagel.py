@@ -27,18 +27,20 @@ class Bagel(nn.Module):
     image_markers: ids of <|vision_start|> and <|vision_end|>.
     dtype: of activations and caches. float32 also asks for exact float32 products.
     param_dtype: of parameters made by `init`.
+    remat: recomputes each layer of the decoder in the backward pass instead of keeping it.
   """
 
   config: config_lib.BagelConfig
   image_markers: tuple[int, int]
   dtype: jnp.dtype = jnp.bfloat16
   param_dtype: jnp.dtype = jnp.float32
+  remat: bool = True
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
-    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype)
+    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype, self.remat)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **kinds)
     self.time_embedder = layers.TwoLayer(width, "silu", **kinds)

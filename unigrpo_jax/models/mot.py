@@ -144,10 +144,10 @@ def _join(arrays):
   return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
 
 
-def stack(config: config_lib.LLMConfig, dtype, param_dtype) -> nn.Module:
-  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised."""
+def stack(config: config_lib.LLMConfig, dtype, param_dtype, remat: bool) -> nn.Module:
+  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked."""
   scanned = nn.scan(
-    nn.remat(Block, prevent_cse=False),
+    nn.remat(Block, prevent_cse=False) if remat else Block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
     in_axes=(0, nn.broadcast),
