@@ -6,9 +6,14 @@ import pathlib
 
 # Before anything imports jax: the device count is fixed when the backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# Without the second flag, eight devices on a few cores may start independent collectives of one
+# program in different orders, and wait for each other until they are killed.
+_FLAGS = (
+  "--xla_force_host_platform_device_count=8",
+  "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f for f in _FLAGS if f.split("=")[0] not in _GIVEN)])
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

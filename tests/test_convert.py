@@ -18,7 +18,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
 
-from unigrpo_jax import checkpoints, convert, errors, folders, weights
+from unigrpo_jax import checkpoints, conversion, convert, errors, folders, weights
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
@@ -49,7 +49,7 @@ def refuse(capsys, *arguments: str) -> str:
 @pytest.fixture
 def pieces(monkeypatch):
   """Makes the tiny model stream as the large one does: by layers, and by rows within a tensor."""
-  monkeypatch.setattr(convert, "_PIECE_BYTES", 2**15)
+  monkeypatch.setattr(conversion, "_PIECE_BYTES", 2**15)
   monkeypatch.setattr(checkpoints, "_BATCH_BYTES", 2**16)
 
 
@@ -66,7 +66,7 @@ def official(golden, tmp_path) -> pathlib.Path:
 
 @pytest.fixture
 def converted(official, tmp_path) -> pathlib.Path:
-  convert.convert(official, tmp_path / "converted")
+  conversion.convert(official, tmp_path / "converted")
   return tmp_path / "converted"
 
 
@@ -103,15 +103,15 @@ def test_round_trip_of_every_file(golden, tmp_path, capsys, pieces):
 
 def test_round_trip_of_bfloat16_and_an_unusual_header(official, tmp_path, pieces):
   to_bfloat16(official / "ema.safetensors")
-  convert.convert(official, tmp_path / "c")
+  conversion.convert(official, tmp_path / "c")
   params = folders.open_folder(tmp_path / "c").load_params()
   assert {x.dtype for x in jax.tree.leaves(params["bagel"])} == {jnp.dtype(jnp.bfloat16)}
-  convert.export(tmp_path / "c", tmp_path / "o")
+  conversion.export(tmp_path / "c", tmp_path / "o")
   assert digests(tmp_path / "o") == digests(official)
 
 
 def test_orbax_alone_reads_what_was_streamed(official, tmp_path, params, pieces):
-  convert.convert(official, tmp_path / "c")
+  conversion.convert(official, tmp_path / "c")
   loaded = ocp.load(tmp_path / "c" / folders.PARAMS)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
@@ -144,14 +144,15 @@ def test_one_part(converted):
   assert set(folders.open_folder(converted).load_params(parts=("vae",))) == {"vae"}
 
 
-def test_export_casts_trained_masters(official, tmp_path, params):
+def test_export_casts_trained_masters(official, tmp_path, params, capsys):
   """Float32 parameters go back into the bfloat16 file that they came from."""
   to_bfloat16(official / "ema.safetensors")
-  convert.convert(official, tmp_path / "c")
+  conversion.convert(official, tmp_path / "c")
   shutil.rmtree(tmp_path / "c" / folders.PARAMS)
   trained = jax.tree.map(lambda x: x + jnp.float32(1e-3), params)
   checkpoints.save_tree(tmp_path / "c" / folders.PARAMS, trained)
-  convert.export(tmp_path / "c", tmp_path / "o")
+  conversion.export(tmp_path / "c", tmp_path / "o")
+  assert "no checksums" in capsys.readouterr().err
   again = folders.open_folder(tmp_path / "o").load_params()
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b),
@@ -220,15 +221,15 @@ def test_a_failure_leaves_nothing(official, converted, tmp_path, failure, exists
   def fail(self, name, nbytes):
     raise failure
 
-  monkeypatch.setattr(convert.Progress, "add", fail)
+  monkeypatch.setattr(conversion.Progress, "add", fail)
   before = digests(tmp_path)
   new = converted if exists else tmp_path / "deep" / "new"
   with pytest.raises(type(failure)):
-    convert.convert(official, new, overwrite=exists)
+    conversion.convert(official, new, overwrite=exists)
   assert digests(tmp_path) == before
   back = tmp_path / "back"
   with pytest.raises(type(failure)):
-    convert.export(converted, back)
+    conversion.export(converted, back)
   assert digests(tmp_path) == before
   assert sorted(x.name for x in tmp_path.iterdir()) == ["converted", "official"]
 
@@ -271,7 +272,7 @@ def test_hub_that_does_not_answer(tmp_path):
 def test_hub_name_without_the_hub(tmp_path, capsys, monkeypatch):
   arguments = ("--source=ByteDance-Seed/BAGEL-7B-MoT", f"--target={tmp_path / 'c'}")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  assert "pip install" in refuse(capsys, *arguments)
+  assert "pip install huggingface_hub" in refuse(capsys, *arguments)
 
   def offline(*args, **kwargs):
     raise ConnectionError("could not reach host\nmore")
@@ -308,7 +309,7 @@ def test_damaged_converted_folders(converted, tmp_path, capsys):
   manifest.write_text(json.dumps(json.loads(good) | {"format_version": 99}))
   assert "format_version=99" in refuse(capsys, *back)
   manifest.write_text(json.dumps({"format_version": 1, "weights": {}}))
-  assert "header of ema.safetensors is missing" in refuse(capsys, *back)
+  assert "header of ema.safetensors is missing; convert" in refuse(capsys, *back)
   manifest.write_text(good)
 
   data = max((converted / folders.PARAMS).rglob("*"), key=lambda x: x.is_file() * x.stat().st_size)

@@ -77,9 +77,11 @@ def _refused(capsys, *args):
     errors.report(lambda: generate.main(list(args)))
   assert stop.value.code == 2
   captured = capsys.readouterr()
-  assert captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
-  assert captured.out == ""
-  return captured.err
+  # Before the line may stand what was announced; nothing else.
+  *said, line = captured.err.splitlines()
+  assert all(words.startswith(("loading ", "loaded ", "draw: step")) for words in said), said
+  assert line.startswith("error: ") and captured.out == ""
+  return line
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,10 @@ def _refused(capsys, *args):
     (["--prompts_file=missing.txt"], "missing.txt"),
     (["--prompt=a", "--image=missing.png"], "missing.png"),
     (["--prompt=a", "--out=/dev/null/a.png"], "/dev/null"),
+    (["--prompt=a", "--out=/proc/nowhere/a.png"], "/proc/nowhere"),
+    (["--prompt=a", "--out=" + "x" * 300 + ".png"], "cannot write"),
+    (["--prompt=a", "--shift=1e39"], "--shift=1e+39"),
+    (["--prompt=a", "--cfg_text_scale=inf"], "--cfg_text_scale=inf"),
     (["--prompt=a", "--steps=3", "--height=40"], "height=40"),
     (["--prompt=a", "--steps=3", "--height=256"], "height=256"),
     (["--prompt=" + "a" * 5000, "--steps=3"], "5000 tokens"),
@@ -172,11 +178,12 @@ NAME = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
     (lambda f: _reconfigure(f / "llm_config.json", hidden_size="64"), ["hidden_size='64'"]),
     (lambda f: (f / "llm_config.json").write_text("{"), ["llm_config.json", "JSON"]),
     (lambda f: (f / "ae.safetensors").unlink(), ["ae.safetensors"]),
+    (lambda f: _rewrite(f, lambda t: t["llm2vae.weight"].fill(np.nan)), ["not finite", "prompt 1"]),
     (lambda f: (f / "bagel_config.json").unlink(), ["tokenizer"]),
     (lambda f: shutil.rmtree(f), ["no such folder"]),
   ],
   ids=["truncated", "missing", "shape", "surplus", "layers", "ffn", "vit", "type", "json", "no_vae",
-       "no_tokenizer", "no_folder"],
+       "nan", "no_tokenizer", "no_folder"],
 )
 def test_bad_checkpoints_give_one_line(folder, tmp_path, capsys, damage, words):
   damage(folder)
@@ -185,6 +192,14 @@ def test_bad_checkpoints_give_one_line(folder, tmp_path, capsys, damage, words):
   )
   assert all(word in line for word in words), line
   assert not (tmp_path / "o.png").exists()
+
+
+def test_an_output_that_is_a_folder_is_refused_before_anything_runs(golden, tmp_path, capsys):
+  (tmp_path / "a.png").mkdir()
+  line = _refused(
+    capsys, f"--checkpoint={golden}", "--prompt=a", f"--out={tmp_path / 'a.png'}"
+  )
+  assert "a.png is a folder" in line
 
 
 def test_as_a_program(golden):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.parity import __main__ as runner
-from tests.parity import cases
+from tests.parity import cases, network, training
 from unigrpo_jax import errors, safetensors_io
+from unigrpo_jax.data import packing
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
@@ -26,7 +27,8 @@ def test_every_recorded_output_is_reproduced(golden, monkeypatch, capsys):
   not_passed = [line for line in output.splitlines()[:-1] if not line.endswith(cases.PASS)]
   assert status == 0 and not not_passed, "\n".join([*not_passed, output.splitlines()[-1]])
   # A case a file at least: nothing disappeared with its registration.
-  assert {line.split("/")[0] for line in output.splitlines()[:-1]} == set(runner.MODEL_FILES)
+  files = {file.stem for file in golden.glob("*.npz")}
+  assert {line.split("/")[0] for line in output.splitlines()[:-1]} == files
 
 
 @pytest.fixture
@@ -73,8 +75,34 @@ def test_one_wrong_recorded_number_fails(copy, monkeypatch, capsys):
   assert "FAIL  out_mask0:" in result["l_tables/masks"]
   assert "PASS" in result["l_tables/position_ids"]
   # The renamed array is missed under its old name and reported under its new one.
-  assert "NOT COVERED" in result["l_tables/pack/out_packed_latent"]
+  missing = "NOT COVERED  README.md describes out_packed_latent"
+  assert result["l_tables/missing"].endswith(missing)
   assert result["l_tables/rest"].endswith("NOT COVERED  out_latent")
+
+
+@pytest.mark.parametrize(("file", "change"), [
+  ("b_greedy_text", "out_batch_tokens"),
+  ("e_t2i_velocity", "out_key_cache_l1"),
+  ("g2_generate_cfg_pack", "channel__out_first_step_v_text_uncond"),
+  ("i_edit", "call3_text_pos"),
+  ("i_edit", "out_image_uint8"),
+])
+def test_a_wrong_result_of_any_kind_fails(copy, monkeypatch, capsys, file, change):
+  def nudge(arrays):
+    value = arrays[change]
+    # Read by the case as well as compared: reading must not count for comparing.
+    step = 0.01 * value if value.dtype.kind == "f" else np.full_like(value, 2)
+    arrays[change] = np.where(value > 127, value - step, value + step).astype(value.dtype)
+
+  spoil(copy / f"{file}.npz", nudge)
+  status, output = run(monkeypatch, capsys, copy, "--only", file)
+  assert status == 1 and f"FAIL  {change}:" in output
+
+
+def test_a_file_of_another_name_is_known_by_its_arrays(copy, monkeypatch, capsys):
+  (copy / "l_tables.npz").rename(copy / "more_tables.npz")
+  status, output = run(monkeypatch, capsys, copy, "--only", "more", "--strict")
+  assert status == 0 and "more_tables/masks  0.00e+00" in output
 
 
 def test_what_nobody_compares_is_not_covered(copy, monkeypatch, capsys):
@@ -86,15 +114,19 @@ def test_what_nobody_compares_is_not_covered(copy, monkeypatch, capsys):
 
 
 def test_missing_files_are_not_covered(copy, monkeypatch, capsys):
-  for name in ("README.md", "d_vae.npz", "ema.safetensors"):
+  for name in ("d_vae.npz", "ema.safetensors"):
     (copy / name).unlink()
   (copy / "e_t2i_velocity.npz").write_bytes(b"not an archive")
+  status, output = run(monkeypatch, capsys, copy, "--only", "d_vae")
+  assert status == 0 and "d_vae  -  -  -  NOT COVERED  the folder has no such file" in output
+  # Nobody asks for what nothing describes.
+  (copy / "README.md").unlink()
   status, output = run(monkeypatch, capsys, copy)
   result = {line.split("  ")[0]: line for line in output.splitlines()}
-  assert status == 1
-  assert result["d_vae"].endswith("NOT COVERED  the folder has no such file")
+  assert status == 1 and "d_vae" not in result
   assert "FAIL  not readable" in result["e_t2i_velocity"]
   assert result["a_text_forward/forward"].endswith("NOT COVERED  the folder has no ema.safetensors")
+  assert "out_hidden_chunk1" in result["a_text_forward/rest"]
   assert "NOT COVERED  README.md names no" in result["k_transforms/size_tables"]
   assert "PASS" in result["k_transforms/folder_rules"]
   assert "PASS" in result["l_tables/masks"]
@@ -137,3 +169,61 @@ def test_a_shape_mismatch_fails(tmp_path):
   recording = cases.Recording(tmp_path / "x.npz")
   recording.check("case", "out_a", np.zeros(2), cases.MODEL)
   assert str(recording.lines[0]).endswith("FAIL  out_a: shape [2], recorded [2, 1]")
+
+
+@pytest.fixture
+def training_pack(golden, tmp_path):
+  """A function (change of the arrays) -> the recorded training pack after it, and its recording."""
+
+  def make(change):
+    shutil.copy(golden / "j_training.npz", tmp_path)
+    spoil(tmp_path / "j_training.npz", change)
+    recording = cases.Recording(tmp_path / "j_training.npz")
+    return training.OfficialPack(network.Folder(golden), recording), recording
+
+  return make
+
+
+@pytest.mark.parametrize(("gap", "result"), [(2, cases.PASS), (-1, cases.FAIL)])
+def test_a_gap_in_the_positions_is_a_dropped_image(training_pack, golden, gap, result):
+  def shift(arrays):
+    # The second split of the first sample, an image to denoise.
+    start, length = arrays["in_split_lens"][:2]
+    arrays["in_packed_position_ids"][start : start + length] += gap
+
+  pack, recording = training_pack(shift)
+  dropped = [split for split in pack.samples()[0] if isinstance(split, packing.Dropped)]
+  assert [split.advance for split in dropped] == ([gap] if gap > 0 else [])
+  training.layout(network.Folder(golden), recording)
+  assert recording.lines[0].result == result
+
+
+def test_labels_on_end_markers_of_images(training_pack):
+  def move(arrays):
+    # The last labels of the pack: to the ends of the first ViT image and of the first noisy one.
+    ends = arrays["in_packed_vit_token_indexes"][5] + 1, arrays["in_mse_loss_indexes"][5] + 1
+    arrays["in_ce_loss_indexes"][-2:] = ends
+    arrays["in_ce_loss_weights"][-2:] = 0.25, 0.5
+
+  pack, _ = training_pack(move)
+  batch = pack.batch(reweighted=True)
+  tokens = batch.und_ids.shape[1]
+  # Sample 0 has no label but that of its noisy image 0; sample 1 has its text's before the ViT's.
+  assert batch.label_slot[0, 0] == tokens and batch.label_weight[0, 0] == 0.5
+  last = len(pack.label_order[1]) - 1
+  at = batch.und_order[1, batch.label_slot[1, last]]
+  assert at + 16 == pack.rec["in_packed_vit_token_indexes"][5] + 1
+  assert batch.label_weight[1, last] == 0.25
+  # Values come back in the order of the official list.
+  values = pack.labels(batch.label_ids)
+  np.testing.assert_array_equal(values, pack.rec["in_packed_label_ids"])
+
+
+def test_padding_to_a_fixed_length_is_no_sample(training_pack):
+  def pad(arrays):
+    arrays["in_sample_lens"] = np.append(arrays["in_sample_lens"], 9)
+    arrays["in_split_lens"] = np.append(arrays["in_split_lens"], 9)
+    arrays["in_attn_modes"] = np.append(arrays["in_attn_modes"], "causal")
+
+  pack, _ = training_pack(pad)
+  assert len(pack.samples()) == 3

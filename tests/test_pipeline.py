@@ -71,7 +71,8 @@ def test_a_row_alone_equals_the_row_in_a_batch(one_device, mode):
   together = _run(one_device, requests, settings)
   for request, got in zip(requests[:2], together):
     _assert_same(got, _run(one_device, [request], settings)[0])
-  assert len({result.ids for result in together}) == (3 if settings.writes else 1)
+  writes = settings.think or settings.understand
+  assert len({result.ids for result in together}) == (3 if writes else 1)
 
 
 def test_a_repeated_batch_compiles_nothing(one_device, compilations):
@@ -111,6 +112,20 @@ def test_thinking_reads_the_system_prompt_and_conditions_the_image(one_device):
   assert (thought.image != plain.image).mean() > 0.1
 
 
+def test_given_reasoning_draws_what_sampled_reasoning_drew(one_device):
+  """Thinking greedily, then giving the same words back, is the same image."""
+  settings = dataclasses.replace(_settings("think"), temperature=0)
+  request = _requests(False)[0]
+  sampled = _run(one_device, [request], settings)[0]
+  words = one_device.tokenizer.decode(sampled.ids)
+  assert tuple(one_device.tokenizer.encode(words)) == sampled.ids and not sampled.finished
+  given = _run(one_device, [dataclasses.replace(request, reasoning=words)], settings)[0]
+  assert given.text is None
+  assert np.abs(given.image.astype(int) - sampled.image).max() <= 1
+  with pytest.raises(errors.InputError, match="not asked for"):
+    _run(one_device, [dataclasses.replace(request, reasoning=words)], SETTINGS)
+
+
 def test_only_answering_needs_no_vae(golden):
   answering = pipeline.Pipeline.open(golden).load(("bagel",))
   assert set(answering.params) == {"bagel"}
@@ -131,6 +146,19 @@ def test_only_answering_needs_no_vae(golden):
 def test_impossible_requests_are_refused(one_device, request_, settings, words):
   with pytest.raises(errors.InputError, match=words):
     _run(one_device, [request_], settings)
+
+
+@pytest.mark.parametrize(
+  "name, value", [("num_timesteps", 1), ("shift", 0), ("temperature", -1), ("max_tokens", 0)]
+)
+def test_impossible_settings_are_refused(name, value):
+  with pytest.raises(errors.InputError, match=f"{name}={value} must be"):
+    dataclasses.replace(SETTINGS, **{name: value})
+
+
+def test_an_empty_batch_is_refused(one_device):
+  with pytest.raises(errors.InputError, match="at least one request"):
+    _run(one_device, [], SETTINGS)
 
 
 def test_mixed_batches_are_refused(one_device):

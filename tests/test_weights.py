@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import struct
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +270,36 @@ def test_sharded_equals_whole_and_reads_only_its_slices(golden, config, params, 
   assert calls[q] == 4
 
 
+@pytest.mark.parametrize("spec", [("fsdp", "tensor"), ("fsdp", None), (None, None)])
+def test_a_host_holds_one_shard_at_a_time(golden, config, spec, monkeypatch):
+  """Numbers read from the files and not yet handed to their devices, at any moment."""
+  mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  where = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+  abstract = weights.abstract_params(config, parts=("bagel",))
+  shardings = jax.tree.map(lambda x: where(), abstract)
+  shardings["bagel"]["layers"]["gen"]["mlp"]["gate"]["kernel"] = where(None, *spec)
+  # The table's own row only: a file read is a layer of a shard, on top of it.
+  (leaf,) = [x for x in weights.table(config) if x.path[1:] == ("layers", "gen", "mlp", "gate",
+                                                               "kernel")]
+  read, put, live, most = weights.OfficialReader.read, jax.device_put, [0], [0]
+
+  def counted(self, wanted, *arguments):
+    array = read(self, wanted, *arguments)
+    if wanted == leaf:
+      live[0] += array.size
+      most[0] = max(most[0], live[0])
+      weakref.finalize(array, lambda size=array.size: live.__setitem__(0, live[0] - size))
+    return array
+
+  monkeypatch.setattr(weights.OfficialReader, "read", counted)
+  # As an accelerator does; the CPU backend would keep the host's own array.
+  monkeypatch.setattr(jax, "device_put", lambda x, place: put(np.array(x), place))
+  loaded = weights.load_official(golden, config, shardings=shardings, parts=("bagel",))
+  kernel = weights.lookup(loaded, leaf.path)
+  assert most[0] == kernel.addressable_shards[0].data.size
+  assert live[0] == 0
+
+
 def test_dtype_by_part_and_widening(official, config):
   """bfloat16 files load as bfloat16; a stack of two dtypes becomes the float32 that holds both."""
   path = official / "ema.safetensors"
@@ -328,6 +360,61 @@ def test_offsets_that_contradict_the_shape(official):
   text = json.dumps(header).encode()
   path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(128))
   assert "decoder.conv_in.bias" in message(official)
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("[" * 100_000, "unreadable header"),
+    ('{"a": 3}', "tensor a is described by int"),
+    ('{"a": {"shape": [1], "data_offsets": [0, 4]}}', "tensor a has no dtype"),
+    ('{"a": {"dtype": "F32", "data_offsets": [0, 4]}}', "tensor a has no shape"),
+    ('{"a": {"dtype": "F32", "shape": [1]}}', "tensor a has no data_offsets"),
+    ('{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', "dtype [] is no text"),
+    ('{"a": {"dtype": "F8", "shape": [1], "data_offsets": [0, 1]}}', "supported: F32, BF16, F16"),
+    ('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', "shape of a is [inf]"),
+    ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, Infinity]}}', "whole numbers"),
+    ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "shape of a is [-1]"),
+    ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "expected two"),
+    ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "do not fit its shape"),
+  ],
+)
+def test_headers_that_cannot_be(official, text, expected):
+  path = official / "ae.safetensors"
+  path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4))
+  assert expected in message(official) and "ae.safetensors: " in message(official)
+
+
+@pytest.mark.parametrize("rows_bytes", [1, 1000, 2**24])
+def test_any_slice_is_read(golden, rows_bytes, monkeypatch):
+  """Whole rows, columns, and a system that gives a few bytes at a time."""
+  monkeypatch.setattr(safetensors_io, "_ROWS_BYTES", rows_bytes)
+  preadv = os.preadv
+  monkeypatch.setattr(
+    os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:1700]], offset)
+  )
+  rng = np.random.default_rng(0)
+  for file in ("ema.safetensors", "ae.safetensors"):
+    raw = read_raw(golden / file)
+    with safetensors_io.SafetensorsFile(golden / file) as opened:
+      for name in rng.choice(sorted(raw), 20):
+        array = raw[name]
+        np.testing.assert_array_equal(opened.read(name), array)
+        ends = [sorted(rng.integers(0, size + 1, 2).tolist()) for size in array.shape]
+        index = tuple(slice(*pair) for pair in ends)
+        for part in (index, index[:1], (slice(None), *index[1:])):
+          found = opened.read(name, part)
+          np.testing.assert_array_equal(found, array[part])
+          assert found.dtype == array.dtype and found.shape == array[part].shape
+
+
+def test_file_that_shrinks_while_it_is_read(official):
+  path = official / "ae.safetensors"
+  with safetensors_io.SafetensorsFile(path) as file:
+    last = max(file.entries.values(), key=lambda entry: entry.stop)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(errors.InputError, match="ae.safetensors: ends at byte .* shorter"):
+      file.read(last.name)
 
 
 @pytest.mark.parametrize("start", [4, 12])

@@ -31,12 +31,14 @@ class Request:
     seed: seeds everything random about this row, whatever its neighbours.
     image: RGB image to edit or to talk about (PIL), or None.
     size: height and width in pixels; None with an image, whose own (resized) size it then is.
+    reasoning: when thinking, what to draw from instead of what the model would write.
   """
 
   prompt: str
   seed: int = 0
   image: Any = None
   size: tuple[int, int] | None = None
+  reasoning: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,13 @@ class Settings:
   temperature: float = 0.3
   max_tokens: int = 1000
 
-  @property
-  def writes(self) -> bool:
-    """Whether text is sampled."""
-    return self.think or self.understand
+  def __post_init__(self):
+    errors.require("num_timesteps", self.num_timesteps, low=2)
+    errors.require("shift", self.shift, above=0)
+    errors.require("temperature", self.temperature, low=0)
+    errors.require("max_tokens", self.max_tokens, low=1)
+    errors.require("guidance.text_scale", self.guidance.text_scale, low=0)
+    errors.require("guidance.image_scale", self.guidance.image_scale, low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Batch:
     seeds: of each row.
     prompt_ids, prompt_mask: [B, T] int32 and bool, [im_start] ids [im_end] padded.
     system_ids: [T] int32 like the prompts, or None.
+    given_ids, given_mask: given reasonings like the prompts, or None.
     images: VAE-resized RGB images (PIL), or None.
     patches: of the images, or None.
     sizes: height and width in pixels of each row's image.
@@ -90,6 +96,8 @@ class Batch:
   prompt_ids: np.ndarray
   prompt_mask: np.ndarray
   system_ids: np.ndarray | None
+  given_ids: np.ndarray | None
+  given_mask: np.ndarray | None
   images: tuple[Any, ...] | None
   patches: types.Patches | None
   sizes: tuple[tuple[int, int], ...]
@@ -100,6 +108,11 @@ class Batch:
   def edits(self) -> bool:
     """Whether the images are to be changed rather than talked about."""
     return self.images is not None and not self.settings.understand
+
+  @property
+  def writes(self) -> bool:
+    """Whether text is sampled."""
+    return self.settings.understand or (self.settings.think and self.given_ids is None)
 
 
 def prepare(
@@ -119,9 +132,12 @@ def prepare(
     multiple: the number of rows is filled up to a multiple of this.
 
   Raises:
-    InputError: a prompt is empty or too long, an image or a size is impossible.
+    InputError: a prompt is empty or too long, an image or a size is impossible, or some requests
+      have an image or a reasoning and others not.
   """
   real = len(requests)
+  if not real:
+    raise errors.InputError("a batch needs at least one request")
   requests = [*requests, *[requests[0]] * (-real % multiple)]
   wrap = lambda ids: [tokenizer.im_start, *ids, tokenizer.im_end]
   prompts = []
@@ -138,11 +154,14 @@ def prepare(
       tokenizer_lib.SYSTEM_PROMPT_VLM if settings.understand else tokenizer_lib.SYSTEM_PROMPT_GEN
     )
     system_ids = np.asarray(wrap(tokenizer.encode(words)), np.int32)
-  with_image = [request.image is not None for request in requests]
-  if any(with_image) != all(with_image):
-    raise errors.InputError("a batch needs an image for every request or for none of them")
+  given_ids, given_mask = None, None
+  if _all_or_none(requests, "reasoning"):
+    if not settings.think or settings.understand:
+      raise errors.InputError("a reasoning is given but not asked for; set think, to draw from it")
+    given = [wrap(tokenizer.encode(request.reasoning)) for request in requests]
+    given_ids, given_mask = pad_rows(given, TEXT_BUCKET)
   images, patches = None, None
-  if all(with_image):
+  if _all_or_none(requests, "image"):
     images = tuple(images_lib.resize(request.image, config.vae_image) for request in requests)
     sizes = [(image.height, image.width) for image in images]
     patches = image_patches(config, images)
@@ -155,17 +174,26 @@ def prepare(
     grid = latent_grid(config, sizes)
   batch = Batch(
     settings=settings, real=real, seeds=tuple(request.seed for request in requests),
-    prompt_ids=prompt_ids, prompt_mask=prompt_mask, system_ids=system_ids, images=images,
-    patches=patches, sizes=tuple(sizes), grid=grid, capacity=0,
+    prompt_ids=prompt_ids, prompt_mask=prompt_mask, system_ids=system_ids, given_ids=given_ids,
+    given_mask=given_mask, images=images, patches=patches, sizes=tuple(sizes), grid=grid,
+    capacity=0,
   )
   return dataclasses.replace(batch, capacity=_capacity(config, batch))
+
+
+def _all_or_none(requests: Sequence[Request], field: str) -> bool:
+  """Whether the requests have `field`; refuses a mixture."""
+  present = [getattr(request, field) is not None for request in requests]
+  if any(present) != all(present):
+    raise errors.InputError(f"a batch needs a {field} for every request or for none of them")
+  return all(present)
 
 
 def _check_sizes(config: config_lib.BagelConfig, sizes) -> None:
   stride, most = config.latent_stride, config.max_image_side
   for height, width in sizes:
     for name, side in (("height", height), ("width", width)):
-      if side < stride or side % stride or side > most:
+      if side != int(side) or side < stride or side % stride or side > most:
         nearest = min(max(round(side / stride), 1) * stride, most)
         raise errors.InputError(
           f"{name}={side}: an image side must be a multiple of {stride} between {stride} and "
@@ -176,7 +204,8 @@ def _check_sizes(config: config_lib.BagelConfig, sizes) -> None:
 def _capacity(config: config_lib.BagelConfig, batch: Batch) -> int:
   """Cache slots that a batch needs; refuses what the RoPE positions of the model do not reach."""
   system = 0 if batch.system_ids is None else len(batch.system_ids)
-  written = batch.settings.max_tokens + text.EXTRA_SLOTS if batch.settings.writes else 0
+  written = batch.settings.max_tokens + text.EXTRA_SLOTS if batch.writes else 0
+  written += 0 if batch.given_ids is None else batch.given_ids.shape[1]
   clean = batch.grid if batch.edits else None
   splits = [part.mask.shape[1] + 2 for part in (clean, batch.patches) if part is not None]
   room = config.llm.max_positions - system - written - len(splits) - 1
@@ -186,7 +215,7 @@ def _capacity(config: config_lib.BagelConfig, batch: Batch) -> int:
         f"prompt {row + 1} has {length - 2} tokens, at most {max(room - 2, 0)} fit: the model has "
         f"{config.llm.max_positions} positions (max_position_embeddings), of which system prompt, "
         f"images and max_tokens take {config.llm.max_positions - room}; shorten the prompt"
-        + (f" or lower max_tokens={batch.settings.max_tokens}" if written else "")
+        + (f" or lower max_tokens={batch.settings.max_tokens}" if batch.writes else "")
       )
   total = system + sum(splits) + batch.prompt_ids.shape[1] + written
   return -(-total // TEXT_BUCKET) * TEXT_BUCKET
@@ -204,6 +233,11 @@ def image_patches(config: config_lib.BagelConfig, images: Sequence[Any]) -> type
         config.interpolate_pos,
       )
     )
+    if ids[-1].max() >= config.vit.num_positions:
+      raise errors.InputError(
+        f"an image of {array.shape[1]}x{array.shape[0]} pixels needs row {ids[-1].max()} of the "
+        f"ViT's position table, which has {config.vit.num_positions}; use a smaller image"
+      )
   pixels, mask = pad_rows(pixels)
   return types.Patches(pixels, pad_rows(ids)[0], mask)
 

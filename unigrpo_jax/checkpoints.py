@@ -8,10 +8,16 @@ an ordinary Orbax checkpoint.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import logging
 import pathlib
+import re
+import sys
 from typing import Any
 
 import jax
@@ -28,6 +34,8 @@ _CHUNK_BYTES = 16 * 2**20
 _DATA_FILE_BYTES = 128 * 2**20
 # Small leaves are saved together, up to this size.
 _BATCH_BYTES = 128 * 2**20
+# Leaves are loaded together until they reach this size; 2 GiB take some seconds.
+_LOAD_BYTES = 2 * 2**30
 # Orbax keeps the tree under this name inside a checkpoint folder, and joins keys with dots.
 _ITEM = "state"
 
@@ -58,6 +66,7 @@ class StreamedLeaf:
 
 
 def _context() -> ocp.Context:
+  _mute()
   context = ocp.Context()
   saving = context.array_options.saving
   saving.storage_options.chunk_byte_size = _CHUNK_BYTES
@@ -65,13 +74,81 @@ def _context() -> ocp.Context:
   saving.use_compression = False
   saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
   context.memory_options.deepcopy_host_arrays = False
+  context.pytree_options.loading.partial_load = True
   return context
 
 
+@functools.cache
+def _mute() -> None:
+  """Keeps the traces of Orbax's threads and event loops off the screen, for the whole process.
+
+  A failed read or write leaves hundreds of them, some seconds later: when TensorStore answers a
+  loop that is closed, or a task is collected. What failed is raised by the functions of this module
+  all the same, in one line.
+  """
+  logging.getLogger("absl").addFilter(
+    lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
+  )
+  lost = ("was never retrieved", "was destroyed but it is pending")
+  logging.getLogger("asyncio").addFilter(
+    lambda record: not any(words in record.getMessage() for words in lost)
+  )
+  show = sys.unraisablehook
+
+  def filtered(unraisable) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    dropped = code is not None and "orbax" in pathlib.PurePath(code.co_filename).parts
+    if not dropped and str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = filtered
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that, when closed, waits for the tasks that still run in it.
+
+  Orbax closes a loop on the first failure, while other reads or writes are under way: writes would
+  make files in a folder that the caller has already removed.
+  """
+
+  def close(self) -> None:
+    tasks = [] if self.is_closed() else asyncio.all_tasks(self)
+    if tasks:
+      self.run_until_complete(asyncio.wait(tasks))
+      for task in tasks:
+        task.cancelled() or task.exception()  # seen, so not reported as lost
+    super().close()
+
+
+def _to_the_end(call: Callable[..., Any], *arguments: Any) -> Any:
+  """Calls a function of Orbax, and returns or raises once nothing of it is under way any more.
+
+  In a thread of its own, which Ctrl-C does not reach: an interrupted call would write on, or take
+  the interruption for a broken checkpoint.
+  """
+
+  def in_context() -> Any:
+    with _context():
+      return call(*arguments)
+
+  original = asyncio.new_event_loop
+  asyncio.new_event_loop = _PatientLoop
+  try:
+    with concurrent.futures.ThreadPoolExecutor(1, "checkpoint") as thread:
+      return thread.submit(in_context).result()
+  finally:
+    asyncio.new_event_loop = original
+
+
 def save_tree(path: pathlib.Path | str, tree: Mapping[str, Any]) -> None:
-  """Saves a tree of (sharded) arrays as an Orbax checkpoint; all processes call it together."""
-  with _context():
-    ocp.save(pathlib.Path(path).absolute(), tree)
+  """Saves a tree of (sharded) arrays as an Orbax checkpoint; all processes call it together.
+
+  Raises:
+    InputError: a write fails.
+  """
+  path = pathlib.Path(path).absolute()
+  with _writing(path):
+    _to_the_end(ocp.save, path, tree)
 
 
 def describe(path: pathlib.Path | str) -> dict[str, Any]:
@@ -84,7 +161,9 @@ def describe(path: pathlib.Path | str) -> dict[str, Any]:
   if not path.is_dir():
     raise errors.InputError(f"{path}: no such checkpoint folder")
   try:
-    stored = ocp.metadata(path).metadata
+    stored = _to_the_end(ocp.metadata, path).metadata
+    if not isinstance(stored, Mapping):  # Orbax logs what is wrong, and returns None
+      raise ValueError("its arrays cannot be opened")
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
   except Exception as error:  # Orbax raises many kinds for a folder that is damaged or not its own
     raise errors.InputError(
@@ -105,19 +184,26 @@ def load_tree(path: pathlib.Path | str, abstract: Mapping[str, Any]) -> dict[str
   """
   path = pathlib.Path(path).absolute()
   stored = dict(_flatten(describe(path)))
-  for name, wanted in _flatten(abstract):
+  wanted = dict(_flatten(abstract))
+  for name, leaf in wanted.items():
     if name not in stored:
-      raise errors.InputError(f"{path}: parameter {'/'.join(name)} {list(wanted.shape)} is missing")
-    if tuple(stored[name].shape) != tuple(wanted.shape):
+      raise errors.InputError(f"{path}: parameter {'/'.join(name)} {list(leaf.shape)} is missing")
+    if tuple(stored[name].shape) != tuple(leaf.shape):
       raise errors.InputError(
         f"{path}: parameter {'/'.join(name)} is stored as {list(stored[name].shape)}, but its "
-        f"config asks for {list(wanted.shape)}; use the config that belongs to the checkpoint"
+        f"config asks for {list(leaf.shape)}; use the config that belongs to the checkpoint"
       )
-  context = _context()
-  context.pytree_options.loading.partial_load = True
+  loaded: dict[Path, jax.Array] = {}
+  batch: dict[Path, jax.ShapeDtypeStruct] = {}
+  size = 0
   try:
-    with context:
-      return ocp.load(path, abstract)
+    for number, (name, leaf) in enumerate(wanted.items(), 1):
+      batch[name], size = leaf, size + leaf.size * leaf.dtype.itemsize
+      # Ctrl-C takes effect between two of these.
+      if size >= _LOAD_BYTES or number == len(wanted):
+        loaded |= _flatten(_to_the_end(ocp.load, path, _cut(abstract, batch)))
+        batch, size = {}, 0
+    return _cut(abstract, loaded)
   except Exception as error:
     raise errors.InputError(
       f"{path}: cannot be loaded ({_first_line(error)}); convert or save it again"
@@ -127,6 +213,7 @@ def load_tree(path: pathlib.Path | str, abstract: Mapping[str, Any]) -> dict[str
 def save_streaming(
   path: pathlib.Path | str,
   leaves: Sequence[StreamedLeaf],
+  nest: Callable[[dict[Path, np.ndarray]], dict[str, Any]],
   *,
   progress: Callable[[str, int], None] = lambda name, done: None,
 ) -> None:
@@ -137,6 +224,7 @@ def save_streaming(
   Args:
     path: a folder that does not exist yet.
     leaves: the whole tree.
+    nest: {path: array} -> nested dicts.
     progress: called with the name of a leaf and the bytes written of it just now.
 
   Raises:
@@ -147,21 +235,20 @@ def save_streaming(
 
   def save_batch() -> None:
     with _writing(path):
-      ocp.partial.save(path, _nest(batch))
+      _to_the_end(ocp.partial.save, path, nest(batch))
     for name, array in batch.items():
       progress("/".join(name), array.nbytes)
     batch.clear()
 
-  with _context():
-    for leaf in leaves:
-      batch[leaf.path] = leaf.read(0, min(leaf.step, leaf.shape[leaf.axis]))
-      # One call costs about 20 ms however little it writes.
-      if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
-        save_batch()
-    if batch:
+  for leaf in leaves:
+    batch[leaf.path] = leaf.read(0, min(leaf.step, leaf.shape[leaf.axis]))
+    # One call costs about 20 ms however little it writes.
+    if sum(array.nbytes for array in batch.values()) >= _BATCH_BYTES:
       save_batch()
-    with _writing(path):
-      ocp.partial.finalize(path)
+  if batch:
+    save_batch()
+  with _writing(path):
+    _to_the_end(ocp.partial.finalize, path)
   for leaf in leaves:
     if leaf.step < leaf.shape[leaf.axis]:
       _grow(path, leaf, progress)
@@ -205,7 +292,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
   except Exception as error:
     raise errors.InputError(
       f"{path}: cannot be written ({_first_line(error)}); check free disk space and permissions"
-    ) from error
+    ) from None
 
 
 class StoredTree:
@@ -248,16 +335,6 @@ def _open_array(path: pathlib.Path, leaf: Path, *, write: bool = False) -> tenso
   return tensorstore.open(spec, open=True, read=True, write=write).result()
 
 
-def _nest(values: Mapping[Path, Any]) -> dict[str, Any]:
-  root: dict[str, Any] = {}
-  for path, value in values.items():
-    node = root
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return root
-
-
 def _flatten(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
   for key, value in tree.items():
     if isinstance(value, Mapping):
@@ -266,5 +343,75 @@ def _flatten(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, A
       yield (*path, key), value
 
 
+def _cut(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> dict[str, Any]:
+  """Nested dicts of the shape of `tree`, with only `leaves` in them."""
+  found = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      inner = _cut(value, leaves, (*path, key))
+      if inner:
+        found[key] = inner
+    elif (*path, key) in leaves:
+      found[key] = leaves[(*path, key)]
+  return found
+
+
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+  """What went wrong; TensorStore puts the system's own words last, and its settings after them."""
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  line = re.split(r" \[\w+=| See full TensorStore details", line)[0]
+  return line if len(line) <= 200 else f"{line[:60]} ... {line[-130:]}"
+
+
+class TrainCheckpoints:
+  """The checkpoints of a training run: saved in the background, atomic, the last few kept.
+
+  Raises:
+    InputError: `folder` cannot be used.
+  """
+
+  def __init__(self, folder: pathlib.Path | str, *, keep: int):
+    """`keep` is how many of the latest checkpoints stay."""
+    _mute()
+    policies = ocp.training.preservation_policies
+    self._checkpointer = ocp.training.Checkpointer(
+      pathlib.Path(folder).absolute(), preservation_policy=policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  @property
+  def latest(self) -> int | None:
+    """The step of the newest complete checkpoint."""
+    newest = self._checkpointer.latest
+    return None if newest is None else newest.step
+
+  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+    """Saves `state` and the JSON object `record`; returns once the arrays are copied.
+
+    Raises:
+      InputError: the previous save failed, or this one cannot start.
+    """
+    with _writing(self._checkpointer.directory):
+      # A failed save must not go unnoticed until the run needs it.
+      self._checkpointer.wait()
+      self._checkpointer.save_async(step, state, custom_metadata=dict(record), force=True)
+
+  def record(self, step: int) -> dict[str, Any]:
+    """The JSON object that was saved with `step`."""
+    return dict(self._checkpointer.metadata(step).custom_metadata or {})
+
+  def load(self, step: int, abstract: Any) -> Any:
+    """The state of `step`, each array straight into the sharding that `abstract` gives it."""
+    try:
+      return self._checkpointer.load(step, abstract)
+    except Exception as error:
+      raise errors.InputError(
+        f"{self._checkpointer.directory}: checkpoint {step} cannot be loaded "
+        f"({_first_line(error)}); remove it to resume from the one before"
+      ) from error
+
+  def close(self) -> None:
+    """Waits for the save under way; raises InputError if it fails."""
+    with _writing(self._checkpointer.directory):
+      self._checkpointer.wait()
+      self._checkpointer.close()

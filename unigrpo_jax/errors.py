@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+import math
 import sys
 
 
 class InputError(Exception):
   """Bad input: the message is one line that names the key or file, the value, and what to do."""
+
+
+def require(
+  name: str, value: float | None, *, low: float | None = None, above: float | None = None,
+  high: float | None = None,
+) -> None:
+  """Raises InputError unless `value` is None, or finite and low <= value, above < value <= high."""
+  if value is None:
+    return
+  bounds = [
+    (low is not None, f"at least {low}", low is None or value >= low),
+    (above is not None, f"more than {above}", above is None or value > above),
+    (high is not None, f"at most {high}", high is None or value <= high),
+  ]
+  if not math.isfinite(value) or not all(holds for _, _, holds in bounds):
+    wanted = " and ".join(words for asked, words, _ in bounds if asked) or "finite"
+    raise InputError(f"{name}={value} must be {wanted}")
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,14 +1,14 @@
 """Model folders: an official BAGEL folder, or what `unigrpo_jax.convert` makes of one.
 
 A converted folder holds
-  unigrpo_jax.json   format version and the headers of the official weight files
+  unigrpo_jax.json   format version; headers and checksums of the official weight files
   official/          every file of the official folder but the weights, unchanged
   params/            the parameter tree, an Orbax checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
@@ -20,12 +20,14 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
-from unigrpo_jax import checkpoints, errors, weights
+from unigrpo_jax import checkpoints, errors, safetensors_io, weights
 from unigrpo_jax.models import config as config_lib
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
 FORMAT_VERSION = 1
+AGAIN = "convert the official folder again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +102,19 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
     InputError: the folder does not exist, is neither kind, or its config cannot be read.
   """
   path = pathlib.Path(path)
+  if path.exists() and not path.is_dir():
+    raise errors.InputError(f"{path}: is a file; expected the folder of a BAGEL")
   if not path.is_dir():
     raise errors.InputError(
       f"{path}: no such folder; expected an official BAGEL folder, or one made by "
       "python -m unigrpo_jax.convert"
     )
   if (path / MANIFEST).is_file():
-    version = config_lib.read_json(path / MANIFEST).get("format_version")
+    version = read_manifest(path).get("format_version")
     if version != FORMAT_VERSION:
       raise errors.InputError(
         f"{path / MANIFEST}: format_version={version!r}, this program reads {FORMAT_VERSION}; "
-        "convert the official folder again"
+        + AGAIN
       )
     files = path / OFFICIAL
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
@@ -120,6 +124,32 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
     f"{path}: not a BAGEL folder: it holds neither {config_lib.LLM_FILE} and "
     f"{' and '.join(weights.FILES.values())} (official) nor {MANIFEST} (converted)"
   )
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  """Reads `unigrpo_jax.json` of a converted folder; raises InputError if it is damaged."""
+  try:
+    return config_lib.read_json(path / MANIFEST)
+  except errors.InputError as error:
+    raise errors.InputError(f"{error}; {AGAIN}") from None
+
+
+def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Path]:
+  """The files of a folder beside the official weights, sorted by name.
+
+  Args:
+    folder: an official folder, or the `files` of a converted one.
+    note: whether to say on stderr what is no file and so belongs to no copy of the folder.
+  """
+  names = set(weights.FILES.values())
+  others = sorted(path for path in folder.iterdir() if path.name not in names)
+  dropped = [
+    f"{path.name} ({'sub-folder' if path.is_dir() else 'dangling link or special file'})"
+    for path in others if not path.is_file()
+  ]
+  if note and dropped:
+    print(f"note: not copied from {folder}: {', '.join(dropped)}", file=sys.stderr)
+  return [path for path in others if path.is_file()]
 
 
 @contextlib.contextmanager
@@ -151,6 +181,9 @@ def staging(
   while not parent.exists():
     created.append(parent)
     parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
+    raise errors.InputError(f"--target={target}: {parent} {why}; choose another place")
   free = shutil.disk_usage(parent).free
   if free < needed_bytes * 1.01 + 2**24:
     raise errors.InputError(
@@ -162,16 +195,20 @@ def staging(
     if other.name.startswith(prefix):
       print(f"note: {other} belongs to a run that still runs or was killed", file=sys.stderr)
   staged = target.parent / f"{prefix}{os.getpid()}"
-  with _terminate_as_interrupt():
+  with _interruptible() as ignore:
     try:
       staged.mkdir(parents=True)
       yield staged
       _replace(staged, target)
-    except BaseException:
+    except BaseException as error:
+      # A closing terminal sends more than one signal: the second must not stop the cleaning.
+      ignore()
       _remove(staged)
       for folder in created:
         with contextlib.suppress(OSError):
           folder.rmdir()
+      if isinstance(error, errors.InputError):
+        raise errors.InputError(str(error).replace(str(staged), str(target))) from None
       raise
 
 
@@ -203,28 +240,84 @@ def _replace(staged: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _remove(staged: pathlib.Path) -> None:
-  """Removes a folder that background writers may still be adding files to, for a few seconds."""
-  for _ in range(20):
-    shutil.rmtree(staged, ignore_errors=True)
-    if not staged.exists():
+  """Removes a folder; goes on until it stays away, should a library still be adding files to it."""
+  absent, deadline = 0, time.monotonic() + 10
+  while absent < 3:
+    absent = 0 if staged.exists() else absent + 1
+    # Unlike shutil.rmtree, this works where no more than one more file can be opened.
+    for folder, names, files in os.walk(staged, topdown=False):
+      with contextlib.suppress(OSError):
+        for name in files:
+          os.unlink(os.path.join(folder, name))
+        for name in names:
+          os.rmdir(os.path.join(folder, name))
+    with contextlib.suppress(OSError):
+      staged.rmdir()
+    if time.monotonic() > deadline:
+      print(f"note: {staged} could not be removed; delete it", file=sys.stderr)
       return
-    time.sleep(0.25)
-  print(f"note: {staged} could not be removed; delete it", file=sys.stderr)
+    time.sleep(0.1)
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-  """Lets SIGTERM clean up as Ctrl-C does."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+  """Lets SIGTERM and SIGHUP clean up as Ctrl-C does; yields what makes all three do nothing."""
 
   def interrupt(number, frame):
     raise KeyboardInterrupt
 
+  numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+  before = {number: signal.getsignal(number) for number in numbers if number is not None}
+  # What is ignored stays so: SIGHUP under nohup, SIGINT in a script's background job.
+  before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+
+  def set_all(handlers: Mapping[int, Any]) -> None:
+    with contextlib.suppress(ValueError):  # not the main thread: the process is not ours to manage
+      for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+  set_all(dict.fromkeys(before, interrupt))
   try:
-    before = signal.signal(signal.SIGTERM, interrupt)
-  except ValueError:  # not the main thread: the process is not ours to manage
-    yield
-    return
-  try:
-    yield
+    yield lambda: set_all(dict.fromkeys(before, signal.SIG_IGN))
   finally:
-    signal.signal(signal.SIGTERM, before)
+    set_all(before)
+
+
+def write_official(
+  target: pathlib.Path, folder: ModelFolder, params: dict[str, Any], *, dtype: Any
+) -> None:
+  """Writes parameters in memory as an official folder, replacing `target` on success.
+
+  Args:
+    target: the folder to make.
+    folder: where the configs, the tokenizer and the parts that `params` lacks come from.
+    params: {"bagel": ...}, {"vae": ...} or both, arrays whole on this host.
+    dtype: of the written parts of `params`; the other parts keep theirs.
+
+  Raises:
+    InputError: the target cannot be made.
+  """
+  missing = [part for part in weights.PARTS if part not in params]
+  kept = folder.load_params(parts=missing) if missing else {}
+  others = other_files(folder.files, note=True)
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, kept)))
+  with staging(folder.path, target, overwrite=True, needed_bytes=needed) as staged:
+    for path in others:
+      shutil.copyfile(path, staged / path.name)
+    for part in weights.PARTS:
+      tree, kind = (params[part], dtype) if part in params else (kept[part], None)
+      leaves = weights.table(folder.config, (part,))
+      entries = {
+        name: (np.dtype(kind or weights.lookup({part: tree}, leaf.path).dtype), leaf.official_shape)
+        for leaf in leaves for name in leaf.names
+      }
+      header = safetensors_io.make_header(entries)
+      safetensors_io.write(staged / weights.FILES[part], header, _pieces(leaves, {part: tree}))
+
+
+def _pieces(leaves, tree) -> Iterator[tuple[str, int, np.ndarray]]:
+  """The official tensors of parameters in memory, whole: (name, 0, tensor)."""
+  for leaf in leaves:
+    value = np.asarray(weights.lookup(tree, leaf.path))
+    for layer, name in enumerate(leaf.names):
+      yield name, 0, leaf.to_official(value[layer] if leaf.stacked else value)

@@ -1,12 +1,12 @@
-"""Draws, edits and answers from the command line: `python -m unigrpo_jax.generate --help`."""
+"""Draws, edits and answers from the command line."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import sys
@@ -25,9 +25,10 @@ examples:
   python -m unigrpo_jax.generate --checkpoint=BAGEL-7B-MoT --prompt="a red kite" --out=kite.png
   python -m unigrpo_jax.generate --checkpoint=BAGEL-7B-MoT --prompts_file=prompts.txt --out=images
 
-Beside every image NAME.png lies NAME.json with the prompt, the reasoning, the seed, the settings
-and the seconds of each phase. A row's result depends on its prompt, seed and settings alone, not on
-the batch it ran in (to float rounding).
+The defaults are the released model's; a checkpoint states others under "generation" in its
+bagel_config.json. Beside every image NAME.png lies NAME.json with the prompt, the reasoning, the
+seed, the settings and the seconds of each phase. A row's result depends on its prompt, seed and
+settings alone, not on the batch it ran in (to float rounding).
 """
 
 
@@ -48,9 +49,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "with --understand the JSON file (default: answer.json)")
   add("--height", type=int, help="pixels (default: the largest the checkpoint is configured for)")
   add("--width", type=int, help="pixels (default: as --height)")
-  add("--steps", type=int, default=50, help="points of the time grid, %(default)s by default; "
-      "one velocity evaluation less")
-  add("--shift", type=float, default=3.0, help="timestep shift (default: %(default)s)")
+  add("--steps", type=int, help="points of the time grid (default: 50); one velocity evaluation "
+      "less")
+  add("--shift", type=float, help="timestep shift (default: 3)")
   add("--cfg_text_scale", type=float, help="guidance by the prompt; 1 turns all guidance off "
       "(default: 4)")
   add("--cfg_image_scale", type=float, help="guidance by the image; 1 turns it off (default: 1, "
@@ -61,12 +62,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="norm that guidance may not exceed (default: global, editing text_channel)")
   add("--cfg_renorm_min", type=float, default=0.0, help="least renorm factor; 1 turns it off "
       "(default: %(default)s)")
+  add("--cfg_pack_coupled", action="store_true", help="take the global norm over the whole batch, "
+      "as the official code does to a pack; an image then depends on its neighbours")
   add("--seed", type=int, default=0, help="seed of the first row; row i has seed + i "
       "(default: %(default)s)")
-  add("--temperature", type=float, default=0.3, help="of sampled text; 0 is greedy "
-      "(default: %(default)s)")
-  add("--max_tokens", type=int, default=1000, help="most tokens of reasoning or answer "
-      "(default: %(default)s)")
+  add("--temperature", type=float, help="of sampled text; 0 is greedy (default: 0.3)")
+  add("--max_tokens", type=int, help="most tokens of reasoning or answer (default: 1000)")
   add("--batch_size", type=int, help="rows run together (default: all)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
@@ -85,20 +86,15 @@ def _check_args(args: argparse.Namespace) -> None:
     raise errors.InputError(
       "--height and --width cannot be given with --image: an edit keeps its image's (resized) size"
     )
-  bounds = [
-    ("steps", 2, None), ("shift", 0, None), ("temperature", 0, None), ("max_tokens", 1, None),
-    ("batch_size", 1, None), ("height", 1, None), ("width", 1, None), ("cfg_renorm_min", 0, 1),
-    ("seed", 0, 2**31 - 1), ("cfg_text_scale", 0, None), ("cfg_image_scale", 0, None),
-  ]
-  for name, low, high in bounds:
-    value = getattr(args, name)
-    bad = value is not None and (
-      not math.isfinite(value) or value < low or (high is not None and value > high)
-    )
-    if bad or (name == "shift" and value == 0):
-      most = "" if high is None else f" and at most {high}"
-      least = "more than 0" if name == "shift" else f"at least {low}"
-      raise errors.InputError(f"--{name}={value} must be {least}{most}")
+  bounds = {
+    "steps": dict(low=2, high=100_000), "shift": dict(above=0, high=1e6),
+    "temperature": dict(low=0, high=1e6), "max_tokens": dict(low=1), "batch_size": dict(low=1),
+    "height": dict(low=1), "width": dict(low=1), "cfg_renorm_min": dict(low=0, high=1),
+    "seed": dict(low=0, high=2**31 - 1), "cfg_text_scale": dict(low=0, high=1e6),
+    "cfg_image_scale": dict(low=0, high=1e6),
+  }
+  for name, bound in bounds.items():
+    errors.require(f"--{name}", getattr(args, name), **bound)
   if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
     low, high = args.cfg_interval
     raise errors.InputError(f"--cfg_interval={low} {high} must have 0 <= LOW < HIGH")
@@ -136,10 +132,27 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
     if out.suffix in (".png", ".json") or out.is_file():
       raise errors.InputError(f"--out={out} must be a folder for {count} prompts")
     paths = [out / f"{row:05d}{suffix}" for row in range(count)]
-  folder = next(p for p in (paths[0].parent, *paths[0].absolute().parent.parents) if p.exists())
-  if not folder.is_dir() or not os.access(folder, os.W_OK):
-    raise errors.InputError(f"--out={out}: cannot write into {folder}")
+  _probe(out, paths)
   return paths
+
+
+def _probe(out: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
+  """Writes and removes a file where results will go: better now than after the computation."""
+  made, path = [], paths[0]
+  try:
+    for existing in paths:
+      if existing.is_dir():
+        raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
+    for folder in reversed(path.absolute().parents):
+      if not folder.exists():
+        folder.mkdir()
+        made.append(folder)
+    write_aside(path, lambda aside: aside.write_bytes(b""), rename=False)
+  except OSError as error:
+    raise errors.InputError(f"--out={out}: cannot write there ({error.strerror})") from None
+  finally:
+    for folder in reversed(made):
+      folder.rmdir()
 
 
 class Progress:
@@ -151,6 +164,7 @@ class Progress:
   def __call__(self, phase: str, done: int, total: int) -> None:
     now = time.perf_counter()
     if phase != self._phase:
+      self.finish()
       self._phase, self._start, self._last, self._done = phase, now, now, 0
     if done <= self._done:
       return
@@ -163,9 +177,13 @@ class Progress:
       f"{phase}: step {done} of {total}, {left:.0f} s left"
     )
     print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
-    if terminal and done == total:
-      print(file=sys.stderr)
     sys.stderr.flush()
+
+  def finish(self) -> None:
+    """Ends the line of the last phase."""
+    if self._phase is not None and sys.stderr.isatty():
+      print(file=sys.stderr)
+    self._phase = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,23 +204,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches.Request(prompt, seed=args.seed + row, image=image, size=size if any(size) else None)
     for row, prompt in enumerate(prompts)
   ]
-  settings = _settings(args)
   pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
+  settings = _settings(args, pipeline.config.generation)
   step = args.batch_size or len(requests)
   starts = range(0, len(requests), step)
-  ready = [pipeline.prepare(requests[first : first + step], settings) for first in starts]
+  ready = [pipeline.prepare(requests[first : first + step], settings, step) for first in starts]
 
+  print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
   start = time.perf_counter()
   pipeline.load(("bagel",) if args.understand else ("bagel", "vae"))
   load_seconds = round(time.perf_counter() - start, 3)
   shape = " x ".join(f"{axis} {pipeline.mesh.shape[axis]}" for axis in sharding.MESH_AXES)
   print(
-    f"loaded {args.checkpoint} in {load_seconds:.1f} s on {jax.default_backend()} ({shape}); "
-    f"{len(requests)} prompt(s) in {len(ready)} batch(es)", file=sys.stderr,
+    f"loaded in {load_seconds:.1f} s on {jax.default_backend()} ({shape}); {len(requests)} "
+    f"prompt(s) in {len(ready)} batch(es), of which the first compiles", file=sys.stderr,
   )
   progress = Progress()
   for first, batch in zip(starts, ready):
-    results = pipeline.run(batch, progress)
+    try:
+      results = pipeline.run(batch, progress)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise errors.InputError(
+        f"{len(batch.seeds)} rows do not fit in device memory; give a smaller --batch_size"
+      ) from None
     record = {
       "checkpoint": args.checkpoint,
       "image": str(args.image) if args.image else None,
@@ -211,27 +237,34 @@ def main(argv: Sequence[str] | None = None) -> None:
       "batch": len(results),
       "seconds": {"load": load_seconds} | pipeline.seconds,
     }
+    progress.finish()
     for path, request, result in zip(paths[first:], requests[first:], results):
-      _save(path, request, result, record)
+      try:
+        _save(path, request, result, record)
+      except OSError as error:
+        raise errors.InputError(f"{path}: cannot be written ({error.strerror})") from None
       _show(path, request, result, args.understand)
 
 
-def _settings(args: argparse.Namespace):
-  """The settings, with the released model's own guidance where none was given."""
+def _settings(args: argparse.Namespace, defaults):
+  """The settings: what was given, else the checkpoint's own; editing has the release's guidance."""
   from unigrpo_jax import batches
   from unigrpo_jax.sampling import flow
 
   editing = args.image is not None and not args.understand
-  chosen = lambda value, drawing, edit: value if value is not None else edit if editing else drawing
+  given = lambda value, default: default if value is None else value
   return batches.Settings(
-    think=args.think, understand=args.understand, num_timesteps=args.steps, shift=args.shift,
-    temperature=args.temperature, max_tokens=args.max_tokens,
+    think=args.think, understand=args.understand,
+    num_timesteps=given(args.steps, defaults.num_timesteps),
+    shift=given(args.shift, defaults.timestep_shift),
+    temperature=given(args.temperature, defaults.temperature),
+    max_tokens=given(args.max_tokens, defaults.max_tokens),
     guidance=flow.Guidance(
-      text_scale=chosen(args.cfg_text_scale, 4.0, 4.0),
-      image_scale=chosen(args.cfg_image_scale, 1.0, 2.0),
-      interval=tuple(chosen(args.cfg_interval, (0.4, 1.0), (0.0, 1.0))),
-      renorm=chosen(args.cfg_renorm, "global", "text_channel"),
-      renorm_min=args.cfg_renorm_min,
+      text_scale=given(args.cfg_text_scale, defaults.cfg_text_scale),
+      image_scale=given(args.cfg_image_scale, 2.0 if editing else 1.0),
+      interval=tuple(given(args.cfg_interval, (0.0, 1.0) if editing else defaults.cfg_interval)),
+      renorm=given(args.cfg_renorm, "text_channel" if editing else defaults.cfg_renorm_type),
+      renorm_min=args.cfg_renorm_min, pack_coupled=args.cfg_pack_coupled,
     ),
   )
 
@@ -255,14 +288,16 @@ def _save(path: pathlib.Path, request, result, record) -> None:
   write_aside(path.with_suffix(".json"), lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def write_aside(path: pathlib.Path, write) -> None:
+def write_aside(path: pathlib.Path, write, rename: bool = True) -> None:
   """Writes beside `path`, then renames: an interrupted run leaves no half-written file."""
   aside = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     write(aside)
-    aside.replace(path)
+    if rename:
+      aside.replace(path)
   finally:
-    aside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      aside.unlink()
 
 
 def _show(path: pathlib.Path, request, result, understand: bool) -> None:

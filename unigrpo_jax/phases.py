@@ -37,6 +37,7 @@ class Inputs:
     latents: clean latents of the rows' images, [B, I, C] float32, with their `grid`.
     patches: of the rows' images.
     prompt_ids, prompt_mask: [B, T] int32 and bool.
+    given_ids, given_mask: reasoning that was given, not sampled, likewise.
   """
 
   prompt_ids: Any
@@ -45,6 +46,8 @@ class Inputs:
   latents: Any = None
   grid: types.LatentGrid | None = None
   patches: types.Patches | None = None
+  given_ids: Any = None
+  given_mask: Any = None
 
 
 @struct.dataclass
@@ -75,8 +78,11 @@ def read(model: bagel_lib.Bagel, params, inputs: Inputs, *, capacity: int) -> Co
     ids = jnp.broadcast_to(inputs.system_ids, (rows, *inputs.system_ids.shape))
     return run(context, ids, jnp.ones(ids.shape, bool), method="append_text")[0]
 
+  def with_text(context, ids, mask):
+    return run(context, ids, mask, method="append_text")[0]
+
   def with_prompt(context):
-    return run(context, inputs.prompt_ids, inputs.prompt_mask, method="append_text")[0]
+    return with_text(context, inputs.prompt_ids, inputs.prompt_mask)
 
   empty = functools.partial(bagel_lib.empty_context, model.config, rows, dtype=model.dtype)
   main = with_system(empty(capacity))
@@ -86,11 +92,14 @@ def read(model: bagel_lib.Bagel, params, inputs: Inputs, *, capacity: int) -> Co
     main = run(main, inputs.patches, method="append_patches")
   before_prompt = main.mark()
   main = with_prompt(main)
+  after_prompt = main.mark()
+  if inputs.given_ids is not None:
+    main = with_text(main, inputs.given_ids, inputs.given_mask)
   without_image = None
   if inputs.latents is not None:
     system = 0 if inputs.system_ids is None else inputs.system_ids.shape[0]
     without_image = with_prompt(with_system(empty(system + inputs.prompt_ids.shape[1])))
-  return Contexts(main, before_prompt, main.mark(), without_image)
+  return Contexts(main, before_prompt, after_prompt, without_image)
 
 
 @functools.partial(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from typing import Any
@@ -20,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import batches, folders, phases, sharding, types
+from unigrpo_jax import batches, errors, folders, phases, sharding, types, weights
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 
-# Pixels that a device encodes or decodes at once: one float32 activation of it is 2 GiB.
-VAE_PIXELS = 4 * 1024 * 1024
+# Pixels that a device encodes or decodes at once; decoding them takes 3.5 GiB of temporaries.
+VAE_PIXELS = 1024 * 1024
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,7 +78,10 @@ class Pipeline:
     tokenizer = tokenizer_lib.load(folder.files)
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    mesh = sharding.default_mesh(folder.config.llm.num_kv_heads) if mesh is None else mesh
+    if mesh is None:
+      count = sum(math.prod(leaf.shape) for leaf in weights.table(folder.config))
+      size = count * jnp.dtype(dtype).itemsize
+      mesh = sharding.sampling_mesh(folder.config.llm.num_kv_heads, size)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
     model = bagel_lib.Bagel(folder.config, markers, dtype=dtype, param_dtype=dtype)
     return cls(folder, model, tokenizer, mesh)
@@ -98,10 +102,10 @@ class Pipeline:
     return self
 
   def prepare(
-    self, requests: Sequence[batches.Request], settings: batches.Settings
+    self, requests: Sequence[batches.Request], settings: batches.Settings, rows: int = 1
   ) -> batches.Batch:
-    """Checks requests and makes a batch of them; see `batches.prepare`."""
-    multiple = sharding.batch_multiple(self.mesh)
+    """Checks requests and makes a batch of a multiple of `rows`; see `batches.prepare`."""
+    multiple = math.lcm(rows, sharding.batch_multiple(self.mesh))
     return batches.prepare(
       self.config, self.tokenizer, requests, settings, multiple=multiple
     )
@@ -115,18 +119,23 @@ class Pipeline:
 
     Returns:
       One result a request, in order. `seconds` holds the time of each phase.
+
+    Raises:
+      InputError: a row's log-probabilities or latents are not finite.
     """
     self.seconds = {}
     settings, rollout, drawn = batch.settings, None, [None] * batch.real
     with sharding.activate(self.mesh):
       with self._timed("read"):
         contexts = self._run(phases.read, self._inputs(batch), capacity=batch.capacity)
-      if settings.writes:
+      if batch.writes:
         with self._timed("write"):
           rollout, contexts = self._write(contexts, batch, progress)
+          _check_finite("text", rollout.logp[: batch.real])
       if not settings.understand:
         with self._timed("draw"):
           latents = self._draw(contexts, batch, progress)
+          _check_finite("image", latents[: batch.real])
         with self._timed("decode"):
           drawn = self._decode(latents, batch)
     return [self._result(rollout, row, image) for row, image in enumerate(drawn)]
@@ -136,6 +145,7 @@ class Pipeline:
     return phases.Inputs(
       prompt_ids=batch.prompt_ids, prompt_mask=batch.prompt_mask, system_ids=batch.system_ids,
       latents=latents, grid=batch.grid if batch.edits else None, patches=batch.patches,
+      given_ids=batch.given_ids, given_mask=batch.given_mask,
     )
 
   def _encode(self, batch: batches.Batch) -> np.ndarray:
@@ -207,13 +217,14 @@ class Pipeline:
 
   @property
   def _vae_pixels(self) -> int:
-    return VAE_PIXELS * sharding.batch_multiple(self.mesh)
+    return VAE_PIXELS * self.mesh.size
 
   def _run_vae(self, program, *arrays) -> np.ndarray:
     """Runs a VAE program with the images spread over the mesh, filled up to share it evenly."""
     count = len(arrays[0])
-    rows = np.arange(count + -count % sharding.batch_multiple(self.mesh)) % count
-    spread = jax.device_put([np.asarray(a)[rows] for a in arrays], sharding.along_batch(self.mesh))
+    rows = np.arange(count + -count % self.mesh.size) % count
+    everywhere = sharding.along_all(self.mesh)
+    spread = jax.device_put([np.asarray(a)[rows] for a in arrays], everywhere)
     return np.asarray(program(self.vae, self.params["vae"], *spread))[:count]
 
   @contextlib.contextmanager
@@ -232,6 +243,15 @@ def param_shardings(model: bagel_lib.Bagel, mesh: jax.sharding.Mesh, parts: Sequ
     "vae": lambda: vae_lib.VAE(c.vae).init(key, pixels),
   }
   return {part: sharding.shardings(jax.eval_shape(make[part])["params"], mesh) for part in parts}
+
+
+def _check_finite(what: str, values: np.ndarray) -> None:
+  bad = [row for row, value in enumerate(values) if not np.isfinite(value).all()]
+  if bad:
+    raise errors.InputError(
+      f"the {what} of prompt {bad[0] + 1} is not finite ({len(bad)} of {len(values)} rows): the "
+      "weights hold non-finite values, or the guidance is too strong for the dtype"
+    )
 
 
 @functools.lru_cache(maxsize=16)

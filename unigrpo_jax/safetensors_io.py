@@ -7,11 +7,10 @@ there has no bfloat16, and a broken file has to be explained in one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 import math
-import mmap
 import os
 import pathlib
 import struct
@@ -29,6 +28,8 @@ DTYPES = {
 }
 # The largest header that the safetensors library itself accepts.
 _MAX_HEADER_BYTES = 100_000_000
+# Rows that are read whole for a slice of their columns, at once.
+_ROWS_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,10 @@ class Header:
     return 8 + len(self.text.encode("utf-8"))
 
 
-def parse_header(text: str, *, source: pathlib.Path | str) -> Header:
-  """Parses a header; `source` is named in errors.
+def parse_header(
+  text: str, *, source: pathlib.Path | str, advice: str | None = None
+) -> Header:
+  """Parses a header; errors name `source` and end with `advice`, unless it is to download again.
 
   Raises:
     InputError: not a safetensors header, an unknown dtype, or offsets that contradict the shapes.
@@ -69,35 +72,67 @@ def parse_header(text: str, *, source: pathlib.Path | str) -> Header:
     raw = json.loads(text)
     if not isinstance(raw, dict):
       raise ValueError(f"expected a JSON object, found {type(raw).__name__}")
-    entries = {n: _entry(n, v, source) for n, v in raw.items() if n != "__metadata__"}
+    entries = {n: _entry(n, v) for n, v in raw.items() if n != "__metadata__"}
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
       # Bytes that belong to no tensor would be lost when the file is written again.
       if entry.start != end:
         raise ValueError(f"tensor {entry.name} starts at {entry.start}, the last ends at {end}")
       end = entry.stop
-  except (ValueError, KeyError, TypeError) as error:
+  except errors.InputError as error:
+    raise errors.InputError(f"{source}: {error}{f'; {advice}' if advice else ''}") from None
+  except (ValueError, TypeError, RecursionError) as error:
     raise errors.InputError(
-      f"{source}: not a safetensors file (unreadable header: {error}); download it again"
+      f"{source}: not a safetensors file (unreadable header: {error}); "
+      f"{advice or 'download it again'}"
     ) from None
   return Header(text=text, entries=entries)
 
 
-def _entry(name: str, value: dict[str, Any], source: pathlib.Path | str) -> TensorEntry:
+def make_header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Header:
+  """The header of a file that holds `tensors` (name -> dtype, shape), ordered by name."""
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  start, entries = 0, {}
+  for name in sorted(tensors):
+    dtype, shape = tensors[name]
+    stop = start + math.prod(shape) * dtype.itemsize
+    entries[name] = dict(dtype=names[dtype], shape=list(shape), data_offsets=[start, stop])
+    start = stop
+  text = json.dumps(entries, separators=(",", ":"))
+  # The format asks for data that starts at a multiple of eight bytes.
+  return parse_header(text + " " * (-len(text.encode()) % 8), source="a new header")
+
+
+def _entry(name: str, value: Any) -> TensorEntry:
+  if not isinstance(value, dict):
+    raise ValueError(f"tensor {name} is described by {type(value).__name__}, not by an object")
+  for key in ("dtype", "shape", "data_offsets"):
+    if key not in value:
+      raise ValueError(f"tensor {name} has no {key}")
+  if not isinstance(value["dtype"], str):
+    raise ValueError(f"tensor {name}: dtype {str(value['dtype'])[:80]} is no text")
   if value["dtype"] not in DTYPES:
     raise errors.InputError(
-      f"{source}: tensor {name} has dtype {value['dtype']!r}; supported: {', '.join(DTYPES)}"
+      f"tensor {name} has dtype {value['dtype']!r}; supported: {', '.join(DTYPES)}"
     )
   dtype = DTYPES[value["dtype"]]
-  shape = tuple(int(size) for size in value["shape"])
-  start, stop = (int(offset) for offset in value["data_offsets"])
-  if start < 0 or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+  shape, offsets = (_integers(name, key, value[key]) for key in ("shape", "data_offsets"))
+  if len(offsets) != 2:
+    raise ValueError(f"data_offsets of {name} are {list(offsets)}, expected two")
+  start, stop = offsets
+  if stop - start != math.prod(shape) * dtype.itemsize:
     raise ValueError(f"offsets [{start}, {stop}] of {name} do not fit its shape {list(shape)}")
   return TensorEntry(name=name, dtype=dtype, shape=shape, start=start, stop=stop)
 
 
+def _integers(name: str, key: str, values: Any) -> tuple[int, ...]:
+  if not isinstance(values, list) or not all(type(x) is int and 0 <= x < 2**63 for x in values):
+    raise ValueError(f"{key} of {name} is {str(values)[:80]}, expected a list of whole numbers")
+  return tuple(values)
+
+
 class SafetensorsFile:
-  """An open safetensors file; `read` copies one slice and maps nothing afterwards.
+  """An open safetensors file, read a slice at a time.
 
   Raises:
     InputError: the file is missing, truncated, or not in safetensors format.
@@ -141,7 +176,6 @@ class SafetensorsFile:
       ) from None
     header = parse_header(text, source=self.path)
     expected = 8 + length + header.data_bytes
-    # A mapped read past the end of a short file kills the process with SIGBUS: refuse it here.
     if size < expected:
       raise errors.InputError(
         f"{self.path}: truncated: {size} bytes, but its header describes {expected}; "
@@ -159,31 +193,49 @@ class SafetensorsFile:
     return self.header.entries
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Copies `tensor[index]` into memory, touching only the pages that hold it.
+    """Reads `tensor[index]`; slices have no step.
 
-    The mapping is closed again before returning: file pages that stay mapped would count as this
-    process's resident memory until the kernel needed them.
+    Rows lie together in the file and are read at once. A slice of columns is cut out of whole rows,
+    some rows at a time.
+
+    Raises:
+      InputError: the file became shorter since it was opened, or the disk fails.
     """
     entry = self.entries[name]
-    if entry.stop == entry.start:
-      return np.empty(entry.shape, entry.dtype)[index]
-    rows = slice(0, 1, 1)
-    inner_bytes = entry.stop - entry.start
-    if entry.shape:
-      rows = slice(*index[0].indices(entry.shape[0])) if index else slice(0, entry.shape[0], 1)
-      inner_bytes //= entry.shape[0]
-    first = self.header.data_offset + entry.start + rows.start * inner_bytes
-    length = (rows.stop - rows.start) * inner_bytes
-    skip = first % mmap.ALLOCATIONGRANULARITY
-    with mmap.mmap(
-      self._file.fileno(), skip + length, access=mmap.ACCESS_READ, offset=first - skip
-    ) as mapped:
-      flat = np.frombuffer(mapped, _bits(entry.dtype), length // entry.dtype.itemsize, skip)
-      shape = (rows.stop - rows.start, *entry.shape[1:]) if entry.shape else ()
-      view = flat.reshape(shape)[(slice(None), *index[1:]) if index else ()]
-      copy = np.array(view, order="C")
-      del view, flat  # a mapping that is still viewed cannot be closed
-    return copy.view(entry.dtype)
+    whole = tuple(slice(0, size, 1) for size in entry.shape)
+    index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape))
+    index += whole[len(index):]
+    out = np.empty([max(part.stop - part.start, 0) for part in index], _bits(entry.dtype))
+    if not out.size:
+      return out.view(entry.dtype)
+    first = self.header.data_offset + entry.start
+    if index[1:] == whole[1:]:
+      row_bytes = out.nbytes // out.shape[0] if index else 0
+      self._fill(out, first + (index[0].start * row_bytes if index else 0))
+      return out.view(entry.dtype)
+    row_bytes = (entry.stop - entry.start) // entry.shape[0]
+    step = max(_ROWS_BYTES // row_bytes, 1)
+    rows = np.empty([min(step, out.shape[0]), *entry.shape[1:]], out.dtype)
+    for start in range(0, out.shape[0], step):
+      block = out[start : start + step]
+      self._fill(rows[: len(block)], first + (index[0].start + start) * row_bytes)
+      block[...] = rows[(slice(0, len(block)), *index[1:])]
+    return out.view(entry.dtype)
+
+  def _fill(self, out: np.ndarray, offset: int) -> None:
+    """Reads the bytes of `out`, which is contiguous, from `offset` on."""
+    left = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+      while left:
+        # One call reads at most 2 GiB, and fewer bytes than asked for when a signal arrives.
+        count = os.preadv(self._file.fileno(), [left], offset)
+        if not count:
+          raise errors.InputError(
+            f"{self.path}: ends at byte {offset}: it became shorter while it was read"
+          )
+        left, offset = left[count:], offset + count
+    except OSError as error:
+      raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
   def close(self) -> None:
     self._file.close()
@@ -209,6 +261,8 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
 
 def contiguous(array: np.ndarray) -> np.ndarray:
   """`np.ascontiguousarray`, several times as fast for a transposed matrix."""
+  if array.flags.c_contiguous:
+    return array
   if array.ndim != 2 or abs(array.strides[0]) >= abs(array.strides[1]):
     out = np.empty(array.shape, array.dtype)
     copy_into(out, array)

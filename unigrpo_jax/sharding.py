@@ -44,10 +44,18 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
   return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def default_mesh(num_kv_heads: int) -> Mesh:
-  """All devices: tensor as wide as the key-value heads allow, the rest fsdp."""
+def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
+  """All devices, laid out for sampling: tensor as wide as the key-value heads allow.
+
+  Where what is left of the parameters fits in 0.7 of a device, the other devices are replicas:
+  sharded further, every layer would be gathered again for every token.
+  """
   count = len(jax.devices())
   tensor = math.gcd(count, num_kv_heads)
+  # The CPU backend, say, does not know its limit.
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  if param_bytes / tensor <= 0.7 * limit:
+    return make_mesh(data=count // tensor, tensor=tensor)
   return make_mesh(fsdp=count // tensor, tensor=tensor)
 
 
@@ -68,18 +76,40 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
   An axis that its mesh axes do not divide (an odd vocabulary, say) stays whole.
   """
-  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+  is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
 
-  def fit(leaf, spec):
-    names = [spec[i] if i < len(spec) else None for i in range(len(leaf.shape))]
-    sizes = [mesh.shape[name] if name else 1 for name in names]
-    kept = [name if size % ways == 0 else None for name, size, ways in
-            zip(names, leaf.shape, sizes)]
-    return NamedSharding(mesh, PartitionSpec(*kept))
+  def place(leaf):
+    axes = leaf.get_partition_spec() if is_box(leaf) else ()
+    spec = nn.logical_to_mesh_axes(tuple(axes), RULES)
 
-  return jax.tree.map(fit, nn.meta.unbox(boxed), specs)
+    def fit(array):
+      names = [spec[i] if i < len(spec) else None for i in range(len(array.shape))]
+      ways = [mesh.shape[name] if name else 1 for name in names]
+      kept = [name if size % way == 0 else None
+              for name, size, way in zip(names, array.shape, ways)]
+      return NamedSharding(mesh, PartitionSpec(*kept))
+
+    # A box may hold nothing: the optimizer's place for a parameter of another group.
+    return jax.tree.map(fit, nn.meta.unbox(leaf))
+
+  return jax.tree.map(place, boxed, is_leaf=is_box)
 
 
-def along_batch(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def unbox(boxed: Any) -> Any:
+  """A tree made by `Module.init` as plain arrays."""
+  return nn.meta.unbox(boxed)
+
+
+def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Sharding of an array whose `axis` is the batch."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
+
+
+def along_all(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array whose first axis is spread over every device."""
+  return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

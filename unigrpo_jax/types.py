@@ -13,6 +13,8 @@ last token; a noisy image reaches the token before it, and its own tokens beside
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 from flax import struct
 import jax.numpy as jnp
@@ -179,3 +181,20 @@ class PackedBatch:
   noisy_mask: chex.Array | None = None
   noisy_position: chex.Array | None = None
   noisy_reach: chex.Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes.
+
+  Attributes:
+    step: optimizer steps taken, [] int32.
+    params: of the network, float32.
+    opt_state: of the optimizer.
+    ema: moving average of the parameters, or None.
+  """
+
+  step: chex.Array
+  params: Any
+  opt_state: Any
+  ema: Any

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -376,7 +377,12 @@ class OfficialReader:
     InputError: a file is missing, broken, or does not match the config.
   """
 
-  def __init__(self, folder: pathlib.Path | str, config, parts: Sequence[str] = PARTS):
+  def __init__(
+    self, folder: pathlib.Path | str, config, parts: Sequence[str] = PARTS,
+    *, observe: Callable[[str, np.ndarray], None] = lambda name, rows: None,
+  ):
+    """`observe` gets whatever is read from the files: a tensor's name and a slice of it."""
+    self._observe = observe
     self.leaves = table(config, parts)
     self.files: dict[str, safetensors_io.SafetensorsFile] = {}
     folder = pathlib.Path(folder)
@@ -403,13 +409,18 @@ class OfficialReader:
     index = index if index is not None else (slice(None),) * len(leaf.shape)
     shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape)]
     out = np.empty(shape, dtype if dtype is not None else self.dtype(leaf))
-    if not leaf.stacked:
-      layer = leaf.read_layer(lambda part: file.read(leaf.names[0], part), index)
-      safetensors_io.copy_into(out, layer)
-      return out
-    for row, name in enumerate(leaf.names[index[0]]):
-      layer = leaf.read_layer(lambda part, name=name: file.read(name, part), index[1:])
-      safetensors_io.copy_into(out[row], layer)
+
+    def read(name: str, part: Index) -> np.ndarray:
+      tensor = file.read(name, part)
+      self._observe(name, tensor)
+      return tensor
+
+    names, targets, inner = leaf.names, [out], index
+    if leaf.stacked:
+      names, targets, inner = leaf.names[index[0]], out, index[1:]
+    for name, target in zip(names, targets):
+      layer = leaf.read_layer(functools.partial(read, name), inner)
+      safetensors_io.copy_into(target, layer)
     return out
 
   def close(self) -> None:
@@ -433,7 +444,8 @@ def load_official(
 ) -> dict[str, Any]:
   """Reads an official folder straight into (sharded) arrays; no host ever holds the model.
 
-  Each device's slice of each parameter is read from the file by itself, a layer at a time.
+  Each device's slice of each parameter is read from the file by itself, a layer at a time, and
+  handed over before the next: the largest thing a host holds is one shard of one parameter.
 
   Args:
     folder: holds `ema.safetensors` and `ae.safetensors`.
@@ -468,13 +480,19 @@ def part_dtype(dtype: Any, part: str) -> Any:
 
 
 def _load_leaf(reader: OfficialReader, leaf: Leaf, dtype: Any, sharding: Any) -> jax.Array:
-  # Replicas ask for the same slice once each: read it once.
-  slices: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-  def read(index: Index) -> np.ndarray:
+  """One parameter, a shard at a time; `jax.make_array_from_callback` would hold all at once."""
+  holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
     key = tuple(part.indices(size) for part, size in zip(index, leaf.shape))
-    if key not in slices:
-      slices[key] = reader.read(leaf, index, dtype)
-    return slices[key]
-
-  return jax.make_array_from_callback(leaf.shape, sharding, read)
+    holders.setdefault(key, []).append(device)
+  shards = []
+  for key, devices in holders.items():  # replicas hold the same slice: it is read once
+    host = reader.read(leaf, tuple(slice(*part) for part in key), dtype)
+    for device in devices:
+      place = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+      shards.append(jax.device_put(host, place))
+    # A copy still under way would keep the host's slice alive while the next one is read.
+    jax.block_until_ready(shards[-len(devices):])
+    del host
+  dtype = dtype if dtype is not None else reader.dtype(leaf)
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=dtype)

@@ -1,13 +1,14 @@
 """Bookkeeping of a parity run: what was compared, how far off it was, and what nobody looked at.
 
-A case is a group of arrays of one recording that share a tolerance. Every array that a case does
-not read or compare ends in a NOT COVERED line with its name, so nothing is skipped in silence.
+A case is a group of arrays of one recording that share a tolerance. Every recorded result that no
+case compares ends in a NOT COVERED line with its name, and so does what the folder's README.md
+describes but the folder does not hold: nothing is skipped in silence.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import pathlib
 import re
@@ -20,6 +21,10 @@ PASS, FAIL, NOT_COVERED = "PASS", "FAIL", "NOT COVERED"
 
 class NotCovered(Exception):
   """A case that cannot be tried because the folder does not hold what it needs."""
+
+
+class NoArray(NotCovered):
+  """A case whose arrays the file does not hold; what it leaves uncompared is listed anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +41,11 @@ class Tolerance:
   of_norm: bool = False
 
   def __str__(self) -> str:
-    if self.of_norm:
-      return f"{self.relative:.0e}*norm"
     if not self.absolute and not self.relative:
       return "exact"
     absolute = [f"{self.absolute:.0e}"] if self.absolute else []
-    relative = [f"{self.relative:.0e}*|b|"] if self.relative else []
+    size = "norm" if self.of_norm else "|b|"
+    relative = [f"{self.relative:.0e}*{size}"] if self.relative else []
     return "+".join(absolute + relative)
 
   def compare(self, a: np.ndarray, b: np.ndarray) -> tuple[float, float, bool]:
@@ -84,29 +88,39 @@ class Line:
 
 
 class Recording:
-  """The arrays of one npz file, and which of them have been used.
+  """The arrays of one npz file, and which of them have been compared.
 
   Attributes:
     name: the file's name without suffix.
     lines: the cases so far, in the order in which they were first compared.
+    keys: names of the arrays.
   """
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: pathlib.Path, described: Iterable[str] = ()):
+    """Reads a file that should hold the arrays `described`."""
     self.name = path.stem
     self.lines: list[Line] = []
-    self._used: set[str] = set()
+    self._described = set(described)
+    self._compared: set[str] = set()
     with np.load(path, allow_pickle=False) as arrays:
       self._arrays = {key: arrays[key] for key in arrays.files}
+    self.keys = list(self._arrays)
 
   def __contains__(self, key: str) -> bool:
     return key in self._arrays
 
   def __getitem__(self, key: str) -> np.ndarray:
-    """An array that a case starts from."""
+    """An array that a case starts from. Reading a result is not comparing it."""
     if key not in self._arrays:
-      raise NotCovered(f"the file has no {key}")
-    self._used.add(key)
+      raise NoArray(key)
+    # The names in recordings of formulas do not tell what is given: there it is what a case reads.
+    if "/" in key:
+      self._compared.add(key)
     return self._arrays[key]
+
+  def get(self, key: str, default: Any) -> Any:
+    """An array that a file may do without."""
+    return self._arrays.get(key, default)
 
   def number(self, key: str) -> Any:
     """The only element of an array, as a Python number."""
@@ -114,15 +128,13 @@ class Recording:
 
   def matches(self, pattern: str) -> Iterator[re.Match[str]]:
     """Keys that match `pattern` whole, in the file's order."""
-    return (m for m in map(re.compile(pattern).fullmatch, list(self._arrays)) if m)
+    return (m for m in map(re.compile(pattern).fullmatch, self.keys) if m)
 
   def check(self, case: str, key: str, actual: Any, tolerance: Tolerance) -> None:
-    """Compares `actual` with the recorded array `key` and adds the result to `case`."""
-    if key not in self._arrays:
-      self._line(f"{self.name}/{case}/{key}", "-").result = NOT_COVERED
-      return
-    self._used.add(key)
-    self.check_equal(case, key, actual, self._arrays[key], tolerance)
+    """Compares `actual` with the recorded array `key`, if there is one."""
+    if key in self._arrays:
+      self._compared.add(key)
+      self.check_equal(case, key, actual, self._arrays[key], tolerance)
 
   def check_equal(
     self, case: str, what: str, actual: Any, expected: Any, tolerance: Tolerance
@@ -134,6 +146,8 @@ class Recording:
       line.result = FAIL
       line.notes.append(f"{what}: shape {list(actual.shape)}, recorded {list(expected.shape)}")
       return
+    if expected.dtype.kind == "U":
+      actual, expected = actual != expected, np.zeros(expected.shape)
     worst_abs, worst_rel, agrees = tolerance.compare(actual, expected)
     # np.fmax would let a NaN vanish behind a number.
     line.worst_abs = float(np.maximum(worst_abs, line.worst_abs or 0.0))
@@ -142,25 +156,33 @@ class Recording:
       line.result = FAIL
       line.notes.append(f"{what}: {worst_abs:.2e}")
 
+  def not_covered(self, case: str, reason: str) -> None:
+    """Adds a line for what cannot be compared."""
+    self.lines.append(Line(f"{self.name}/{case}", result=NOT_COVERED, notes=[reason]))
+
   def run(self, case: Callable[[Any, Recording], None], folder: Any) -> None:
     """Runs a case; what it raises becomes a line, and the other cases go on."""
     try:
       case(folder, self)
+    except NoArray:
+      pass  # `close` lists what is described but missing, and what was left uncompared.
     except NotCovered as reason:
-      line = Line(f"{self.name}/{case.__name__}", result=NOT_COVERED, notes=[str(reason)])
-      self.lines.append(line)
+      self.not_covered(case.__name__, str(reason))
     except Exception as error:  # Whatever it is, it is this case's failure.
       note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
       self.lines.append(Line(f"{self.name}/{case.__name__}", result=FAIL, notes=[note]))
 
   def close(self) -> None:
-    """Adds a line for the arrays that no case used. Inputs and `aux_` data need no comparison."""
-    left = [key for key in self._arrays if key not in self._used and not _is_given(key)]
+    """Adds lines for results that no case compared, and for arrays that should be there."""
+    left = [key for key in self.keys if key not in self._compared and not GIVEN.match(key)]
     if left:
       # Keys such as guard/i1/clip come by the hundred: their first part and count stand for them.
       groups = collections.Counter(f"{k.split('/')[0]}/*" if "/" in k else k for k in left)
       names = [f"{name} ({count})" if "/" in name else name for name, count in groups.items()]
-      self.lines.append(Line(f"{self.name}/rest", result=NOT_COVERED, notes=[", ".join(names)]))
+      self.not_covered("rest", ", ".join(names))
+    missing = sorted(self._described - set(self.keys))
+    if missing:
+      self.not_covered("missing", f"README.md describes {', '.join(missing)}")
 
   def _line(self, name: str, tolerance: str) -> Line:
     for line in self.lines:
@@ -170,8 +192,8 @@ class Recording:
     return self.lines[-1]
 
 
-def _is_given(key: str) -> bool:
-  return key.startswith(("in_", "aux_"))
+# Arrays that a recording starts from, and data beside it: they need no comparison.
+GIVEN = re.compile(r"in_|aux_|call\d+_\w+_noise$")
 
 
 class Readme:
@@ -179,12 +201,26 @@ class Readme:
 
   def __init__(self, folder: pathlib.Path):
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    self._sections = dict(re.findall(r"^## (\S+)\.npz\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    self._text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    self._sections = dict(re.findall(r"^## (\S+)\.npz\n(.*?)(?=^## |\Z)", self._text, re.M | re.S))
+
+  @property
+  def files(self) -> set[str]:
+    """The npz files it describes, in a section each or in one table."""
+    listed = re.findall(r"^\| (\w+) \|", self._text, re.M)
+    return {*self._sections, *listed} - {"array", "file"}
 
   def section(self, file: str) -> str:
     """The text on one npz file; empty where there is none."""
     return self._sections.get(file, "")
+
+  def title(self, file: str) -> str:
+    """The text on one npz file before its table of arrays."""
+    return self.section(file).partition("\n|")[0]
+
+  def arrays(self, file: str) -> list[str]:
+    """The arrays it describes of one npz file."""
+    return re.findall(r"^\| `([^`]+)` \|", self.section(file), re.M)
 
   def meaning(self, file: str, key: str) -> str:
     """The line on one array; empty where there is none."""

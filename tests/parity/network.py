@@ -114,7 +114,7 @@ class Network:
     return np.asarray(self.apply("logits", padded))[: len(hidden)]
 
   def greedy(self, context: types.Context, start: int, end: int, max_tokens: int):
-    """Decodes every row at temperature 0: `TextRollout`."""
+    """Decodes at most `max_tokens` > 0 tokens a row at temperature 0: `TextRollout`."""
     def run(params, context):
       def step(context, ids, active):
         context, hidden = self.model.apply(

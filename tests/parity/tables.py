@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -10,24 +11,32 @@ import PIL.Image
 
 from tests.parity import cases, training
 from tests.parity import flow as flow_cases
+from unigrpo_jax import errors
 from unigrpo_jax.data import images, packing
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import layers
 from unigrpo_jax.sampling import flow
 
-RULE = r"ImageTransform\((\d+), ?(\d+), ?(\d+)\)"
+RULE = r"ImageTransform\((\d+), *(\d+), *(\d+)\)(.*?)(?=ImageTransform|$)"
 
 
 def rule_from(text: str, kind: str = "") -> config_lib.ImageSizeRule:
   """The resize rule that a README line names; raises NotCovered where it names none."""
-  found = re.search(f"{kind} ?{RULE}" if kind else RULE, text)
+  found = re.search(rf"{kind} *{RULE}", text, re.S | re.I)
   if found is None:
     raise cases.NotCovered(f"README.md names no {kind} ImageTransform for this array")
-  rule = config_lib.ImageSizeRule(*(int(number) for number in found.groups()))
-  budget = re.search(r"max_pixels=(\d+)", text)
-  return rule if budget is None else config_lib.ImageSizeRule(
-    rule.max_size, rule.min_size, rule.stride, int(budget[1])
-  )
+  rule = config_lib.ImageSizeRule(*(int(number) for number in found.groups()[:3]))
+  budget = re.search(r"max_pixels=(\d+)", found[4])
+  return dataclasses.replace(rule, max_pixels=int(budget[1])) if budget else rule
+
+
+def resize(picture: PIL.Image.Image, rule: config_lib.ImageSizeRule) -> PIL.Image.Image:
+  """`images.resize`, and the official result for a picture too narrow for it too."""
+  try:
+    return images.resize(picture, rule)
+  except errors.InputError:
+    size = images.resized_size(*picture.size, rule)
+    return picture.resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 def statistics(array: np.ndarray) -> np.ndarray:
@@ -38,31 +47,35 @@ def statistics(array: np.ndarray) -> np.ndarray:
 
 @cases.case("k_transforms")
 def transforms(folder, rec):
-  title = folder.readme.section(rec.name)
-  rules = {kind: rule_from(title, kind.upper().replace("VIT", "ViT")) for kind in ("vae", "vit")}
-  pictures = [(m[1], PIL.Image.fromarray(rec[m[0]])) for m in rec.matches(r"in_image(\d+)")]
-  for i, picture in pictures:
-    resized = {kind: images.resize(picture, rule) for kind, rule in rules.items()}
-    resized["edit_vit"] = images.resize(resized["vae"], rules["vit"])
-    for kind, image in resized.items():
-      rec.check("sizes", f"out_{kind}{i}_size", image.size[::-1], cases.EXACT)
-      stats = statistics(images.to_array(image))
-      rec.check("statistics", f"out_{kind}{i}_stats", stats, cases.MODEL)
-      if f"out_{kind}{i}_uint8" in rec:
-        rec.check("pixels", f"out_{kind}{i}_uint8", np.asarray(image), cases.EXACT)
-  if "in_rgba" in rec:
-    image = images.to_rgb(PIL.Image.fromarray(rec["in_rgba"], "RGBA"))
-    rec.check("pixels", "out_rgba_to_rgb", np.asarray(image), cases.EXACT)
+  rules = {kind: rule_from(folder.readme.title(rec.name), kind) for kind in ("vae", "vit")}
+  for m in rec.matches(r"in_image(\d+)"):
+    for kind, image in resized(PIL.Image.fromarray(rec[m[0]]), rules).items():
+      name = f"out_{kind}{m[1]}"
+      rec.check("sizes", f"{name}_size", image.size[::-1], cases.EXACT)
+      rec.check("statistics", f"{name}_stats", statistics(images.to_array(image)), cases.MODEL)
+      rec.check("pixels", f"{name}_uint8", np.asarray(image), cases.EXACT)
+
+
+@cases.case("k_transforms")
+def transparency(folder, rec):
+  for m in rec.matches(r"in_rgba(\w*)"):
+    image = images.to_rgb(PIL.Image.fromarray(rec[m[0]], "RGBA"))
+    rec.check("pixels", f"out_rgba{m[1]}_to_rgb", np.asarray(image), cases.EXACT)
 
 
 @cases.case("k_transforms")
 def folder_transforms(folder, rec):
   """The rules of the folder's own bagel_config.json."""
-  for m in rec.matches(r"out_tiny_(vae|edit_vit)(\d+)"):
-    image = images.resize(PIL.Image.fromarray(rec[f"in_image{m[2]}"]), folder.config.vae_image)
-    if m[1] == "edit_vit":
-      image = images.resize(image, folder.config.vit_image)
+  rules = {"vae": folder.config.vae_image, "vit": folder.config.vit_image}
+  for m in rec.matches(r"out_tiny_(\D+)(\d+)"):
+    image = resized(PIL.Image.fromarray(rec[f"in_image{m[2]}"]), rules)[m[1]]
     rec.check("folder_rules", m[0], np.moveaxis(images.to_array(image), -1, 0), cases.EXACT)
+
+
+def resized(picture: PIL.Image.Image, rules) -> dict[str, PIL.Image.Image]:
+  """A picture by the VAE's rule, by the ViT's, and by both one after the other."""
+  by_rule = {kind: resize(picture, rule) for kind, rule in rules.items()}
+  return by_rule | {"edit_vit": resize(by_rule["vae"], rules["vit"])}
 
 
 @cases.case("k_transforms")
@@ -86,6 +99,8 @@ def masks(folder, rec):
     samples.append(splits)
     keeps.append(np.concatenate(keep))
     names.append(f"out_mask{m[1]}")
+  if not samples:
+    return
   batch = packing.pack(samples, image_markers=folder.image_markers)
   found = [training.visible(batch, row)[keep][:, keep] for row, keep in enumerate(keeps)]
   for name, mask in zip(names, found):
@@ -123,14 +138,18 @@ def sincos(folder, rec):
   for m in rec.matches(r"out_sincos_(\d+)_(\d+)"):
     features, side = int(m[1]), int(m[2])
     table = layers.sincos_table(side, features)
-    rows = rec[f"in_sincos_rows_{features}_{side}"]
+    rows = rec.get(f"in_sincos_rows_{features}_{side}", slice(None))
     rec.check("sincos", m[0], table[rows], cases.MODEL)
 
 
 @cases.case("l_tables")
-def times(folder, rec):
-  for m in rec.matches(r"out_schedule_(\d+)_([\d.]+)"):
+def schedules(folder, rec):
+  for m in rec.matches(r"out_schedule_(\d+)_(.+)"):
     rec.check("schedules", m[0], flow.time_grid(int(m[1]), float(m[2])), cases.FORMULA)
+
+
+@cases.case("l_tables")
+def times(folder, rec):
   features = layers.time_features(rec["in_t"], rec["out_t_freq"].shape[-1])
   rec.check("time_features", "out_t_freq", features, cases.MODEL)
   net = folder.network
@@ -145,6 +164,7 @@ def times(folder, rec):
 
 @cases.case("l_tables")
 def packed_latent(folder, rec):
-  latent = np.moveaxis(rec["in_latent"], 0, -1)[None]
-  rec.check("pack", "out_packed_latent", flow_cases.pack_tokens(folder.network, latent)[0],
-            cases.EXACT)
+  for m in rec.matches(r"in_latent(\w*)"):
+    latent = np.moveaxis(rec[m[0]], 0, -1)[None]
+    tokens = flow_cases.pack_tokens(folder.network, latent)[0]
+    rec.check("pack", f"out_packed_latent{m[1]}", tokens, cases.EXACT)

@@ -6,6 +6,7 @@ pixel larger, or resized by another bicubic, is another image to the network.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import pathlib
 import warnings
 
@@ -143,6 +144,20 @@ def to_array(image: PIL.Image.Image) -> np.ndarray:
   """An RGB image -> [H, W, 3] float32 in [-1, 1], `(x / 255 - 0.5) / 0.5`."""
   pixels = np.asarray(image, dtype=np.float32)
   return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+def pad_to_canvas(arrays: Sequence[np.ndarray]) -> np.ndarray:
+  """Images [H, W, 3] -> [M, H', W', 3], zero-padded right and below to the largest sides.
+
+  What the official code does to the images of a pack before it encodes them together. The padding
+  changes the latents (convolutions, group norms and attention see it), so images are encoded by
+  size here; this reproduces the official latents of a pack.
+  """
+  height, width = (max(array.shape[axis] for array in arrays) for axis in (0, 1))
+  return np.stack([
+    np.pad(array, ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0)))
+    for array in arrays
+  ])
 
 
 def patchify(array: np.ndarray, patch: int) -> np.ndarray:

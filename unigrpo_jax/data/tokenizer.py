@@ -125,7 +125,7 @@ def load(folder: pathlib.Path | str) -> Tokenizer:
 
 def _load_bpe(folder: pathlib.Path, class_name: str, files: str) -> Tokenizer:
   """Through transformers, by a class that is named here: no folder chooses what code runs."""
-  with _without_torch_notice():
+  with without_torch_notice():
     import transformers  # Slow to import, and most commands that fail early never need it.
   try:
     backend = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
@@ -165,7 +165,7 @@ def _check_distinct(folder: pathlib.Path, special: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def _without_torch_notice() -> Iterator[None]:
+def without_torch_notice() -> Iterator[None]:
   """Drops the one line with which transformers greets a machine without PyTorch."""
   logger = logging.getLogger("transformers")
 

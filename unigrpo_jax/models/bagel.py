@@ -10,6 +10,7 @@ Time runs from data (t = 0) to noise (t = 1); the velocity is dx/dt = noise - da
 
 from __future__ import annotations
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,12 @@ class Bagel(nn.Module):
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
     self.layers = mot.stack(c.llm, self.dtype, self.param_dtype, self.remat)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
-    self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **kinds)
+    # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
+    heads = kinds | dict(out_dtype=jnp.float32)
+    self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **heads)
     self.time_embedder = layers.TwoLayer(width, "silu", **kinds)
     self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)
-    self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **kinds)
+    self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **heads)
     self.latent_pos_embed = self._position_table(c.max_latent_size)
     self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype)
     self.connector = layers.TwoLayer(width, "gelu_tanh", **kinds)
@@ -111,7 +114,7 @@ class Bagel(nn.Module):
     return normed["und"], normed["gen"], kv
 
   def logits(self, hidden):
-    """Understanding-expert hidden states [..., D] -> [..., V] in the compute dtype."""
+    """Understanding-expert hidden states [..., D] -> [..., V] float32."""
     return self.lm_head(hidden)
 
   # Growing a context.
@@ -204,7 +207,7 @@ class Bagel(nn.Module):
     und = tokens(markers, jnp.ones((images, 2), bool))
     gen = tokens(self.embed_latents(x, t, grid.ids), grid.mask)
     und_hidden, gen_hidden, _ = self.decode(und, gen, context)
-    velocity = self.llm2vae(gen_hidden).astype(jnp.float32)
+    velocity = self.llm2vae(gen_hidden)
     velocity = jnp.where(grid.mask[..., None], velocity, 0.0)
     return (velocity, (und_hidden, gen_hidden)) if return_hidden else velocity
 
@@ -296,6 +299,7 @@ def _image_split(x, mask, slots, context: types.Context, last=None) -> types.Tok
 def _extend(context: types.Context, kv, order, advance) -> types.Context:
   """Writes new keys and values, once, at the cursor. The caller provides the room."""
   at = context.cursor
+  chex.assert_axis_dimension_gteq(context.order, 1, order.shape[1])
 
   def write(cache, new):
     cache = jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0))

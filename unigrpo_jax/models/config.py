@@ -60,6 +60,10 @@ class ViTConfig:
     return (self.image_size // self.patch_size) ** 2
 
 
+# Groups of every group norm of the autoencoder.
+GROUPS = 32
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
   """FLUX autoencoder; defaults are the release's."""
@@ -90,6 +94,27 @@ class ImageSizeRule:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+  """How a checkpoint is meant to be sampled; defaults are the release's for drawing.
+
+  Attributes:
+    num_timesteps: points of the time grid.
+    timestep_shift: of the grid.
+    cfg_text_scale, cfg_interval, cfg_renorm_type: of guidance.
+    temperature: of sampled text.
+    max_tokens: of reasoning or an answer.
+  """
+
+  num_timesteps: int = 50
+  timestep_shift: float = 3.0
+  cfg_text_scale: float = 4.0
+  cfg_interval: tuple[float, float] = (0.4, 1.0)
+  cfg_renorm_type: str = "global"
+  temperature: float = 0.3
+  max_tokens: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
 class BagelConfig:
   """A whole BAGEL: sizes of the three networks and what joins them."""
 
@@ -103,6 +128,7 @@ class BagelConfig:
   timestep_shift: float = 1.0
   vae_image: ImageSizeRule = ImageSizeRule(1024, 512, 16)
   vit_image: ImageSizeRule = ImageSizeRule(980, 224, 14)
+  generation: GenerationDefaults = GenerationDefaults()
 
   @property
   def latent_dim(self) -> int:
@@ -122,6 +148,76 @@ class BagelConfig:
 
 LLM_FILE, VIT_FILE, BAGEL_FILE = "llm_config.json", "vit_config.json", "bagel_config.json"
 
+# No network of this kind has more layers, nor a size beyond this; a slip of the keyboard might.
+_MOST_LAYERS, _MOST = 10_000, 2**31 - 1
+_REQUIRED = object()
+
+
+class _Section:
+  """The keys of one JSON object, read with their kind and bounds; errors name file and key."""
+
+  def __init__(self, path: pathlib.Path, values: Any, name: str = ""):
+    if not isinstance(values, dict):
+      raise errors.InputError(f"{path}: {name or 'the file'}={values!r} must be a JSON object")
+    self._path, self._values, self._prefix = path, values, f"{name}." if name else ""
+
+  def _get(self, key: str, default: Any) -> Any:
+    value = self._values.get(key, default)
+    if value is _REQUIRED:
+      raise errors.InputError(f"{self._path}: key {self._prefix}{key} is missing")
+    return value
+
+  def fail(self, key: str, value: Any, expected: str) -> errors.InputError:
+    return errors.InputError(f"{self._path}: {self._prefix}{key}={value!r} must be {expected}")
+
+  def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int = _MOST) -> int:
+    value = self._get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+      raise self.fail(key, value, f"an integer from {low} to {high}")
+    return value
+
+  def number(self, key: str, default: float, *, positive: bool = True) -> float:
+    value = self._get(key, default)
+    usual = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not usual or not abs(value) < 1e30 or (positive and not value > 1e-30):
+      raise self.fail(key, value, "a positive number" if positive else "a finite number")
+    return float(value)
+
+  def boolean(self, key: str, default: bool) -> bool:
+    value = self._get(key, default)
+    if not isinstance(value, bool):
+      raise self.fail(key, value, "true or false")
+    return value
+
+  def choice(self, key: str, default: Any, choices: tuple[Any, ...]) -> Any:
+    value = self._get(key, default)
+    if value not in choices:
+      raise self.fail(key, value, f"{' or '.join(map(repr, choices))}: BAGEL has nothing else")
+    return value
+
+  def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    value = self._get(key, default)
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 8 or not all(
+      isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= 64 for item in value
+    ):
+      raise self.fail(key, value, "a list of 1 to 8 integers from 1 to 64")
+    return tuple(value)
+
+  def interval(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+    value = self._get(key, default)
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(
+      isinstance(item, (int, float)) for item in value
+    ) or not 0 <= value[0] < value[1] <= 1:
+      raise self.fail(key, value, "two numbers, 0 <= low < high <= 1")
+    return float(value[0]), float(value[1])
+
+  def section(self, key: str) -> _Section:
+    return _Section(self._path, self._values.get(key, {}), self._prefix + key)
+
+  def divides(self, size: int, by: int, key: str, by_key: str) -> None:
+    if size % by:
+      raise self.fail(key, size, f"a multiple of {self._prefix}{by_key}={by}")
+
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object; raises InputError naming the file."""
@@ -129,7 +225,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise errors.InputError(f"{path}: file not found; a BAGEL folder must contain it") from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.InputError(f"{path}: not readable as JSON ({error})") from None
   if not isinstance(value, dict):
     raise errors.InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -140,32 +236,31 @@ def read_config(folder: pathlib.Path | str) -> BagelConfig:
   """Reads the sizes of the BAGEL in `folder` from its JSON files.
 
   Raises:
-    InputError: a file or key is missing, or a value asks for something BAGEL does not have.
+    InputError: a file or key is missing, of the wrong kind or out of bounds, or asks for something
+      that BAGEL does not have.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise errors.InputError(f"{folder}: no such folder; expected a BAGEL checkpoint folder")
-  bagel_path = folder / BAGEL_FILE
-  extra = read_json(bagel_path) if bagel_path.exists() else {}
+  path = folder / BAGEL_FILE
+  extra = _Section(path, read_json(path) if path.exists() else {})
   llm = _read_llm(folder / LLM_FILE)
   vit = _read_vit(folder / VIT_FILE)
-  vae = _read_vae(bagel_path, extra.get("vae", {}))
-  joint = extra.get("bagel", {})
-  if joint.get("connector_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-    raise errors.InputError(
-      f"{bagel_path}: connector_act={joint['connector_act']!r} is not supported; "
-      "BAGEL uses 'gelu_pytorch_tanh'"
-    )
-  named = {
-    "latent_patch_size": "latent_patch_size",
-    "max_latent_size": "max_latent_size",
-    "vit_max_num_patch_per_side": "vit_max_patches_per_side",
-    "interpolate_pos": "interpolate_pos",
-    "timestep_shift": "timestep_shift",
-  }
-  joint = {ours: joint[theirs] for theirs, ours in named.items() if theirs in joint}
-  config = BagelConfig(llm=llm, vit=vit, vae=vae, **joint)
-  rules = extra.get("image_transforms", {})
+  vae = _read_vae(extra.section("vae"))
+  joint = extra.section("bagel")
+  joint.choice("connector_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+  config = BagelConfig(
+    llm=llm,
+    vit=vit,
+    vae=vae,
+    latent_patch_size=joint.integer("latent_patch_size", 2, high=64),
+    max_latent_size=joint.integer("max_latent_size", 64, high=4096),
+    vit_max_patches_per_side=joint.integer("vit_max_num_patch_per_side", 70, high=4096),
+    interpolate_pos=joint.boolean("interpolate_pos", False),
+    timestep_shift=joint.number("timestep_shift", 1.0),
+    generation=_read_generation(extra.section("generation")),
+  )
+  rules = extra.section("image_transforms")
   return dataclasses.replace(
     config,
     vae_image=_read_size_rule(rules, "vae", config.latent_stride, config.vae_image),
@@ -173,99 +268,95 @@ def read_config(folder: pathlib.Path | str) -> BagelConfig:
   )
 
 
-def _read_size_rule(rules, name, stride, default: ImageSizeRule) -> ImageSizeRule:
-  given = rules.get(name, {})
+def _read_size_rule(
+  rules: _Section, name: str, stride: int, default: ImageSizeRule
+) -> ImageSizeRule:
+  given = rules.section(name)
   return ImageSizeRule(
-    max_size=given.get("max_image_size", default.max_size),
-    min_size=given.get("min_image_size", default.min_size),
-    stride=given.get("image_stride", stride),
-    max_pixels=rules.get("max_pixels", default.max_pixels),
+    max_size=given.integer("max_image_size", default.max_size),
+    min_size=given.integer("min_image_size", default.min_size),
+    stride=given.integer("image_stride", stride),
+    max_pixels=rules.integer("max_pixels", default.max_pixels),
   )
 
 
-def _integer(path: pathlib.Path, values: dict[str, Any], key: str, default: int | None = None):
-  value = values.get(key, default)
-  if value is None:
-    raise errors.InputError(f"{path}: key {key!r} is missing")
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise errors.InputError(f"{path}: {key}={value!r} must be a positive integer")
-  return value
-
-
-def _divisible(path: pathlib.Path, values: dict[str, Any], key: str, by: str) -> None:
-  if values[key] % values[by]:
-    raise errors.InputError(f"{path}: {key}={values[key]} is not a multiple of {by}={values[by]}")
-
-
-def _only(path: pathlib.Path, values: dict[str, Any], key: str, supported: Any) -> None:
-  if values.get(key, supported) != supported:
-    raise errors.InputError(
-      f"{path}: {key}={values[key]!r} is not supported; BAGEL uses {supported!r}"
-    )
+def _read_generation(given: _Section) -> GenerationDefaults:
+  default = GenerationDefaults()
+  renorms = ("global", "channel", "text_channel")
+  return GenerationDefaults(
+    num_timesteps=given.integer("num_timesteps", default.num_timesteps, low=2),
+    timestep_shift=given.number("timestep_shift", default.timestep_shift),
+    cfg_text_scale=given.number("cfg_text_scale", default.cfg_text_scale),
+    cfg_interval=given.interval("cfg_interval", default.cfg_interval),
+    cfg_renorm_type=given.choice("cfg_renorm_type", default.cfg_renorm_type, renorms),
+    temperature=given.number("temperature", default.temperature, positive=False),
+    max_tokens=given.integer("max_tokens", default.max_tokens),
+  )
 
 
 def _read_llm(path: pathlib.Path) -> LLMConfig:
-  values = read_json(path)
-  _only(path, values, "hidden_act", "silu")
-  _only(path, values, "use_sliding_window", False)
-  _only(path, values, "rope_scaling", None)
-  heads = _integer(path, values, "num_attention_heads")
+  values = _Section(path, read_json(path))
+  values.choice("hidden_act", "silu", ("silu",))
+  values.choice("use_sliding_window", False, (False,))
+  values.choice("rope_scaling", None, (None,))
+  heads = values.integer("num_attention_heads")
   config = LLMConfig(
-    hidden_size=_integer(path, values, "hidden_size"),
-    intermediate_size=_integer(path, values, "intermediate_size"),
-    num_layers=_integer(path, values, "num_hidden_layers"),
+    hidden_size=values.integer("hidden_size"),
+    intermediate_size=values.integer("intermediate_size"),
+    num_layers=values.integer("num_hidden_layers", high=_MOST_LAYERS),
     num_heads=heads,
-    num_kv_heads=_integer(path, values, "num_key_value_heads", heads),
-    vocab_size=_integer(path, values, "vocab_size"),
-    rope_theta=float(values.get("rope_theta", 10_000.0)),
-    rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-    max_positions=_integer(path, values, "max_position_embeddings", 32768),
+    num_kv_heads=values.integer("num_key_value_heads", heads),
+    vocab_size=values.integer("vocab_size"),
+    rope_theta=values.number("rope_theta", 10_000.0),
+    rms_norm_eps=values.number("rms_norm_eps", 1e-6),
+    max_positions=values.integer("max_position_embeddings", 32768),
   )
-  _divisible(path, values, "hidden_size", "num_attention_heads")
-  _divisible(path, {"num_key_value_heads": heads} | values, "num_attention_heads",
-             "num_key_value_heads")
+  values.divides(config.hidden_size, heads, "hidden_size", "num_attention_heads")
+  values.divides(heads, config.num_kv_heads, "num_attention_heads", "num_key_value_heads")
+  if config.head_dim % 2 or config.hidden_size % 4:
+    raise values.fail(
+      "hidden_size", config.hidden_size,
+      "a multiple of 4 whose heads have an even size: positions rotate pairs and fill quarters",
+    )
   return config
 
 
 def _read_vit(path: pathlib.Path) -> ViTConfig:
-  values = read_json(path)
-  _only(path, values, "hidden_act", "gelu_pytorch_tanh")
-  layers = _integer(path, values, "num_hidden_layers")
-  if layers < 2:
-    raise errors.InputError(
-      f"{path}: num_hidden_layers={layers} must be at least 2; BAGEL uses all layers but the last"
-    )
+  values = _Section(path, read_json(path))
+  values.choice("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
   config = ViTConfig(
-    hidden_size=_integer(path, values, "hidden_size"),
-    intermediate_size=_integer(path, values, "intermediate_size"),
-    num_layers=layers - 1,
-    num_heads=_integer(path, values, "num_attention_heads"),
-    patch_size=_integer(path, values, "patch_size"),
-    image_size=_integer(path, values, "image_size"),
-    num_channels=_integer(path, values, "num_channels", 3),
-    layer_norm_eps=float(values.get("layer_norm_eps", 1e-6)),
+    hidden_size=values.integer("hidden_size"),
+    intermediate_size=values.integer("intermediate_size"),
+    # BAGEL builds all layers but the last.
+    num_layers=values.integer("num_hidden_layers", low=2, high=_MOST_LAYERS) - 1,
+    num_heads=values.integer("num_attention_heads"),
+    patch_size=values.integer("patch_size", high=4096),
+    image_size=values.integer("image_size"),
+    num_channels=values.integer("num_channels", 3, low=3, high=3),
+    layer_norm_eps=values.number("layer_norm_eps", 1e-6),
   )
-  _divisible(path, values, "hidden_size", "num_attention_heads")
+  values.divides(config.hidden_size, config.num_heads, "hidden_size", "num_attention_heads")
   return config
 
 
-def _read_vae(path: pathlib.Path, values: dict[str, Any]) -> VAEConfig:
+def _read_vae(values: _Section) -> VAEConfig:
   default = VAEConfig()
   config = VAEConfig(
-    in_channels=_integer(path, values, "in_channels", default.in_channels),
-    out_channels=_integer(path, values, "out_ch", default.out_channels),
-    ch=_integer(path, values, "ch", default.ch),
-    ch_mult=tuple(values.get("ch_mult", default.ch_mult)),
-    num_res_blocks=_integer(path, values, "num_res_blocks", default.num_res_blocks),
-    z_channels=_integer(path, values, "z_channels", default.z_channels),
-    scale_factor=float(values.get("scale_factor", default.scale_factor)),
-    shift_factor=float(values.get("shift_factor", default.shift_factor)),
+    in_channels=values.integer("in_channels", default.in_channels, low=3, high=3),
+    out_channels=values.integer("out_ch", default.out_channels, low=3, high=3),
+    ch=values.integer("ch", default.ch, high=65536),
+    ch_mult=values.integers("ch_mult", default.ch_mult),
+    num_res_blocks=values.integer("num_res_blocks", default.num_res_blocks, high=64),
+    z_channels=values.integer("z_channels", default.z_channels, high=65536),
+    scale_factor=values.number("scale_factor", default.scale_factor),
+    shift_factor=values.number("shift_factor", default.shift_factor, positive=False),
   )
-  stated = values.get("downsample", config.downsample)
+  values.divides(config.ch, GROUPS, "ch", "the number of normalised groups")
+  stated = values.integer("downsample", config.downsample)
   if stated != config.downsample:
-    raise errors.InputError(
-      f"{path}: vae.downsample={stated} contradicts vae.ch_mult={list(config.ch_mult)}, "
-      f"whose {len(config.ch_mult)} levels downsample by {config.downsample}"
+    raise values.fail(
+      "downsample", stated,
+      f"{config.downsample}, as the {len(config.ch_mult)} levels of ch_mult make it",
     )
   return config
 

@@ -26,7 +26,8 @@ class Linear(nn.Module):
     features: output axes.
     axes: logical name of every kernel axis, input axes first.
     use_bias: adds a bias over the output axes.
-    dtype: of the product. param_dtype: of the parameters.
+    dtype: of the operands. param_dtype: of the parameters.
+    out_dtype: of the product; None is `dtype`.
     zero: starts the kernel at zero (output heads of a flow model).
   """
 
@@ -35,6 +36,7 @@ class Linear(nn.Module):
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  out_dtype: jnp.dtype | None = None
   zero: bool = False
 
   @nn.compact
@@ -48,11 +50,11 @@ class Linear(nn.Module):
     contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
     y = jax.lax.dot_general(
       x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
-      precision=matmul_precision(self.dtype),
+      precision=matmul_precision(self.dtype), preferred_element_type=self.out_dtype,
     )
     if self.use_bias:
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[inputs:])
-      y += self.param("bias", bias_init, tuple(self.features), self.param_dtype).astype(self.dtype)
+      y += self.param("bias", bias_init, tuple(self.features), self.param_dtype).astype(y.dtype)
     return y
 
 
@@ -72,10 +74,11 @@ class Table(nn.Module):
       "embedding", nn.with_logical_partitioning(self.init, self.axes),
       (self.rows, self.features), self.param_dtype,
     )
+    # An id outside the table gives NaN, where clipping would quietly train on the last row.
     # Rows are gathered whole: where width and batch lie along the same mesh axis, the partitioner
     # would otherwise replicate the gathered activations instead of the table.
     table = nn.with_logical_constraint(table, (self.axes[0], None))
-    return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -35,7 +35,8 @@ conv_3x3 = functools.partial(conv, kernel_size=(3, 3))
 conv_1x1 = functools.partial(conv, kernel_size=(1, 1), padding=0)
 # Two-pass variance: the one-pass form cancels on nearly constant images, where it matters most.
 group_norm = functools.partial(
-  nn.GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False
+  nn.GroupNorm, num_groups=config_lib.GROUPS, epsilon=1e-6, dtype=jnp.float32,
+  use_fast_variance=False,
 )
 
 

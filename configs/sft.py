@@ -1,0 +1,108 @@
+"""Supervised fine-tuning: the first stage of UniGRPO (arXiv 2603.23500), the way to a tiny BAGEL.
+
+  python -m unigrpo_jax.train --config=configs/sft.py --config.init_from=BAGEL-7B-MoT \\
+    --config.data.folder=shards --workdir=runs/sft                    # BAGEL-7B-MoT on a pod
+  python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
+
+`:tiny` is the second half of `python -m unigrpo_jax.build`, which makes the embedded checkpoint.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """The configuration for BAGEL-7B-MoT, or with "tiny" for IconWorld."""
+  config = ConfigDict()
+  config.seed = 0
+  config.steps = 10_000  # optimizer steps
+  config.init_from = ""  # official or converted folder
+  config.random_init = False  # keep the folder's sizes, tokenizer and VAE, not its network
+  config.export_to = ""  # official folder to write at the end; "" for none
+  config.export_dtype = "bfloat16"
+
+  # Data
+  config.data = ConfigDict()
+  config.data.folder = ""  # of *.jsonl shards; "" is IconWorld
+  config.data.mixture = ConfigDict(dict(draw_think=0.55, draw=0.1, answer=0.2, edit=0.15))
+  config.data.wrong_plan_rate = 0.0  # IconWorld: part of the reasonings that go wrong
+  config.sequences_per_step = 64
+  config.microbatch = 8  # sequences at once, all hosts together
+  config.noise_draws = 1  # noisy copies of each target image, which share its context
+  config.timestep_shift = 4.0
+  config.drop_text = 0.1  # probability of leaving a condition out
+  config.drop_vit = 0.3
+  config.drop_vae = 0.3
+  config.limits = ConfigDict()  # sizes of every batch; a sample beyond them stops the run
+  config.limits.tokens = 8192  # understanding tokens a sequence, ViT patches included
+  config.limits.labels = 1536  # a sequence
+  config.limits.images = 8  # ViT images a microbatch
+  config.limits.patches = 4900  # an image
+  config.limits.clean = 4096  # clean latent tokens a sequence
+  config.limits.latents = 4096  # latent tokens an image to draw
+
+  # Loss
+  config.ce_weight = 0.25
+  config.mse_weight = 1.0
+  config.label_chunk = 256  # labels a sequence whose logits exist at once
+
+  # Optimizer: AdamW
+  config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
+  config.learning_rate.und = 2e-5
+  config.learning_rate.gen = 2e-5
+  config.learning_rate.text = 2e-5
+  config.learning_rate.latent = 2e-5
+  config.learning_rate.vit = 2e-5
+  config.learning_rate.tables = 0.0
+  config.schedule = "constant"  # or "cosine", to zero at `steps`
+  config.warmup_steps = 500
+  config.b1, config.b2, config.eps = 0.9, 0.95, 1e-15
+  config.weight_decay = 0.0
+  config.clip_norm = 1.0  # of each group's gradient
+  config.ema_decay = 0.9999  # 0 for none
+
+  # Devices
+  config.dtype = "bfloat16"  # of activations; parameters are float32
+  config.remat = True
+  config.mesh = ConfigDict()
+  config.mesh.data = 1
+  config.mesh.fsdp = 0  # 0: all devices that data and tensor leave
+  config.mesh.tensor = 1
+
+  # Log
+  config.log_every = 1  # steps
+  config.checkpoint_every = 500  # steps
+  config.keep_checkpoints = 3
+  return tiny(config) if variant == "tiny" else _plain(config, variant)
+
+
+def _plain(config: ConfigDict, variant: str) -> ConfigDict:
+  if variant:
+    raise ValueError(f"configs/sft.py:{variant}: the only variant is 'tiny'")
+  return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+  """The numbers for IconWorld on two cores."""
+  config.steps = 600
+  config.random_init = True
+  config.data.wrong_plan_rate = 0.2
+  config.sequences_per_step = config.microbatch = 48
+  config.noise_draws = 4
+  config.timestep_shift = 1.0
+  config.limits.update(dict(
+    tokens=136, labels=64, images=24, patches=16, clean=16, latents=16))
+  config.label_chunk = 64
+  config.ce_weight = 1.0
+  for group in ("und", "gen", "text", "latent", "vit"):
+    config.learning_rate[group] = 2e-3
+  config.schedule = "cosine"
+  config.warmup_steps = 50
+  config.eps = 1e-8
+  config.weight_decay = 0.01
+  config.ema_decay = 0.995
+  config.dtype = "float32"
+  config.remat = False
+  config.log_every = 10
+  config.checkpoint_every = 200
+  config.keep_checkpoints = 2
+  return config

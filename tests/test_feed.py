@@ -1,0 +1,174 @@
+"""From examples to batches: layout, dropped conditions, limits, and the same batch for a step."""
+
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from unigrpo_jax import corpus, errors, feed
+from unigrpo_jax.data import packing
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+
+LIMITS = packing.PadTo(
+  tokens=640, labels=256, patches=24, images=6, clean=32, latents=32, noisy=3
+)
+KEEP = dict(drop_text=0.0, drop_vit=0.0, drop_vae=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+  return tokenizer_lib.load(golden)
+
+
+def _encode(config):
+  """Latents that say which image they are of, without a network."""
+  def encode(pixels, noise):
+    count, height, width, _ = pixels.shape
+    tokens = height // config.latent_stride * (width // config.latent_stride)
+    return np.broadcast_to(
+      pixels.mean(axis=(1, 2, 3))[:, None, None], (count, tokens, config.latent_dim)
+    )
+
+  return encode
+
+
+def _picture(value):
+  return PIL.Image.new("RGB", (32, 32), (value,) * 3)
+
+
+EXAMPLES = {
+  "draw_think": corpus.Example("a kite", "<think>one kite</think>", target=_picture(10)),
+  "draw": corpus.Example("a kite", target=_picture(20)),
+  "answer": corpus.Example("how many?", "one", source=_picture(30)),
+  "edit": corpus.Example("make it blue", target=_picture(40), source=_picture(50)),
+}
+
+
+def _splits(config, tokenizer, task, **drops):
+  recipe = feed.Recipe(noise_draws=3, **(KEEP | drops))
+  latents = lambda value: (np.full((4, config.latent_dim), value, np.float32), np.arange(4))
+  example = EXAMPLES[task]
+  return feed.splits_of(
+    example, latents(1) if example.target else None,
+    latents(2) if example.target and example.source else None,
+    config, tokenizer, recipe, np.random.default_rng(0),
+  )
+
+
+@pytest.mark.parametrize(
+  "task, kinds",
+  [
+    ("draw_think", ["Text", "Text", "Text", "NoisyImage"]),
+    ("draw", ["Text", "NoisyImage"]),
+    ("answer", ["PatchImage", "Text", "Text"]),
+    ("edit", ["CleanImage", "PatchImage", "Text", "NoisyImage"]),
+  ],
+)
+def test_layouts(config, tokenizer, task, kinds):
+  splits = _splits(config, tokenizer, task)
+  names = [type(split).__name__ for split in splits]
+  assert names == kinds[:-1] + [kinds[-1]] * (3 if kinds[-1] == "NoisyImage" else 1)
+  labelled = [split for split in splits if isinstance(split, packing.Text) and
+              split.labels is not None]
+  assert len(labelled) == (EXAMPLES[task].text is not None)
+  if task == "draw_think":
+    system = tokenizer.encode(tokenizer_lib.SYSTEM_PROMPT_GEN)
+    assert splits[0].ids.tolist() == [tokenizer.im_start, *system, tokenizer.im_end]
+  noisy = [split for split in splits if isinstance(split, packing.NoisyImage)]
+  assert len({split.t for split in noisy}) == len(noisy)  # Each draw has a time of its own.
+
+
+def test_dropped_conditions(config, tokenizer):
+  """Without its text a drawing keeps S, an edit keeps V and T: what guidance compares with."""
+  kinds = lambda task, **drops: [
+    type(split).__name__ for split in _splits(config, tokenizer, task, **drops)
+    if not isinstance(split, packing.NoisyImage)
+  ]
+  assert kinds("draw_think", drop_text=1.0) == ["Text"]
+  assert kinds("draw", drop_text=1.0) == []
+  assert kinds("edit", drop_text=1.0) == ["CleanImage", "PatchImage"]
+  assert kinds("edit", drop_vit=1.0, drop_vae=1.0) == ["Dropped", "Dropped", "Text"]
+  # An answer without its image or question would be noise.
+  assert kinds("answer", drop_text=1.0, drop_vit=1.0) == ["PatchImage", "Text", "Text"]
+
+
+def _feed(config, tokenizer, examples=None, limits=LIMITS, **options):
+  names = list(EXAMPLES)
+  draw = examples or (lambda rng: EXAMPLES[names[rng.integers(len(names))]])
+  options = dict(rows=6, microbatches=2, seed=0) | options
+  return feed.Feed(
+    draw, config, tokenizer, _encode(config), feed.Recipe(noise_draws=3), limits, **options
+  )
+
+
+def test_a_batch_is_a_function_of_seed_and_step(config, tokenizer):
+  a, b, other = (_feed(config, tokenizer, seed=seed) for seed in (0, 0, 1))
+  same = lambda x, y: all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
+  ahead = dict(zip(range(3, 6), a.batches(3, 6)))
+  assert same(ahead[5], b.batch(5)) and same(ahead[3], b.batch(3))
+  assert not same(b.batch(3), b.batch(4)) and not same(b.batch(3), other.batch(3))
+
+
+def test_every_batch_has_the_same_shapes_whatever_it_holds(config, tokenizer):
+  shapes = set()
+  for task in EXAMPLES:
+    batch = _feed(config, tokenizer, lambda _, task=task: EXAMPLES[task]).batch(0)
+    shapes.add(str(jax.tree.map(np.shape, batch)))
+  assert len(shapes) == 1
+
+
+def test_latents_belong_to_their_own_example(config, tokenizer):
+  """Encoded together by size, given back by row."""
+  batch = _feed(config, tokenizer, rows=1, microbatches=8).batch(0)
+  brightness = lambda value: np.float32(value / 255 * 2 - 1)
+  seen = set()
+  for target, mask in zip(batch.target[:, 0, 0], batch.noisy_mask[:, 0, 0]):
+    if mask.any():
+      seen.add(float(target[mask][0, 0]))
+  known = {float(brightness(value)) for value in (10, 20, 40)}
+  assert seen and all(min(abs(value - k) for k in known) < 1e-6 for value in seen)
+  clean = batch.clean_latents[batch.clean_order < 2**31 - 1]
+  np.testing.assert_allclose(clean, brightness(50), atol=1e-6)
+
+
+def test_limits_name_what_is_too_small(config, tokenizer):
+  small = packing.PadTo(tokens=32, labels=256, patches=24, images=6, clean=32, latents=32, noisy=3)
+  with pytest.raises(errors.InputError, match=r"limits\.tokens=32 is too small"):
+    _feed(config, tokenizer, limits=small).batch(0)
+
+
+def test_iconworld_mixtures_and_wrong_plans():
+  from unigrpo_jax.iconworld import plans, verifier
+
+  rng = np.random.default_rng(0)
+  wrong = corpus.iconworld({"draw_think": 1.0}, wrong_plan_rate=1.0)
+  for _ in range(20):
+    example = wrong(rng)
+    # The picture follows the plan, so drawing stays honest where reasoning goes wrong.
+    found = sorted((d.kind, d.color) for d in verifier.detect(np.array(example.target)))
+    plan = plans.plan_of(example.text)
+    assert found == sorted((thing.kind, thing.color) for thing in plan.things)
+  mixed = corpus.iconworld(dict.fromkeys(corpus.TASKS, 1.0), wrong_plan_rate=0.0)
+  kinds = {(e.text is None, e.target is None, e.source is None) for e in map(mixed, [rng] * 60)}
+  assert len(kinds) == 4
+  with pytest.raises(errors.InputError, match="paint"):
+    corpus.iconworld({"paint": 1.0}, wrong_plan_rate=0.0)
+
+
+def test_shards_and_their_mistakes(tmp_path):
+  _picture(7).save(tmp_path / "a.png")
+  good = {"prompt": "a", "reasoning": "b", "image": "a.png"}
+  (tmp_path / "one.jsonl").write_text(json.dumps(good) + "\n\n")
+  example = corpus.shards(tmp_path)(np.random.default_rng(0))
+  assert (example.prompt, example.text) == ("a", "b") and example.target.size == (32, 32)
+  for line, words in [
+    ("{", "line 1: not JSON"), ("[]", '"prompt"'), ('{"prompt": "a"}', "neither"),
+    ('{"prompt": "a", "image": 3}', "image=3"),
+  ]:
+    (tmp_path / "one.jsonl").write_text(line)
+    with pytest.raises(errors.InputError, match=words):
+      corpus.shards(tmp_path)
+  with pytest.raises(errors.InputError, match="no \\*.jsonl"):
+    corpus.shards(tmp_path / "nowhere")

@@ -1,0 +1,170 @@
+"""Feeding supervised training: examples -> splits -> packed microbatches, made in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import concurrent.futures
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from unigrpo_jax import batches, corpus, errors, types
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.data import packing
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.models import config as config_lib
+
+# Latents of images [M, H, W, 3] in [-1, 1] of one size, with posterior noise: [M, I, C].
+EncodeFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How an example becomes a training sequence.
+
+  Attributes:
+    noise_draws: noisy copies of each target, which share its context.
+    timestep_shift: of the training times.
+    drop_text, drop_vit, drop_vae: probability of leaving a condition out, so that guidance has an
+      unconditional model to compare with.
+  """
+
+  noise_draws: int = 1
+  timestep_shift: float = 1.0
+  drop_text: float = 0.1
+  drop_vit: float = 0.3
+  drop_vae: float = 0.3
+
+
+class Feed:
+  """Packed batches as a function of the step: a resumed run goes on where it stopped."""
+
+  def __init__(
+    self,
+    examples: corpus.Corpus,
+    config: config_lib.BagelConfig,
+    tokenizer: tokenizer_lib.Tokenizer,
+    encode_fn: EncodeFn,
+    recipe: Recipe,
+    limits: packing.PadTo,
+    *,
+    rows: int,
+    microbatches: int,
+    seed: int,
+  ):
+    """`rows` sequences a microbatch on this host, `microbatches` a step.
+
+    Every array has the size that `limits` says, whatever the examples: one compilation.
+    """
+    self._examples, self._config, self._tokenizer = examples, config, tokenizer
+    self._encode, self._recipe, self._limits = encode_fn, recipe, limits
+    self._rows, self._microbatches, self._seed = rows, microbatches, seed
+
+  def batch(self, step: int) -> types.PackedBatch:
+    """The microbatches of a step, NumPy, on a leading axis."""
+    rng = np.random.default_rng((self._seed, step, jax.process_index()))
+    micro = [self._microbatch(rng) for _ in range(self._microbatches)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)
+
+  def batches(self, first: int, last: int, ahead: int = 2) -> Iterator[types.PackedBatch]:
+    """The batches of steps first to last - 1, made `ahead` in another thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      pending = [pool.submit(self.batch, step) for step in range(first, min(first + ahead, last))]
+      try:
+        for step in range(first, last):
+          if step + ahead < last:
+            pending.append(pool.submit(self.batch, step + ahead))
+          yield pending.pop(0).result()
+      finally:
+        for future in pending:
+          future.cancel()
+
+  def _microbatch(self, rng: np.random.Generator) -> types.PackedBatch:
+    examples = [self._examples(rng) for _ in range(self._rows)]
+    # An image that is only asked about is not encoded: the answer sees it through the ViT alone.
+    edited = [None if e.target is None else e.source for e in examples]
+    latents = self._latents([e.target for e in examples] + edited, rng)
+    targets, sources = latents[: self._rows], latents[self._rows :]
+    tokenizer = self._tokenizer
+    samples = [
+      splits_of(example, target, source, self._config, tokenizer, self._recipe, rng)
+      for example, target, source in zip(examples, targets, sources)
+    ]
+    markers = (tokenizer.vision_start, tokenizer.vision_end)
+    widths = packing.Widths(self._config.vit.patch_dim, self._config.latent_dim)
+    batch = packing.pack(samples, image_markers=markers, pad_to=self._limits, widths=widths)
+    sizes = dict(
+      tokens=batch.und_ids.shape[1], labels=batch.label_ids.shape[1],
+      images=batch.vit.ids.shape[0], patches=batch.vit.ids.shape[1],
+      clean=batch.clean_ids.shape[1], noisy=batch.t.shape[1], latents=batch.noisy_ids.shape[2],
+    )
+    for name, size in sizes.items():
+      limit = getattr(self._limits, name)
+      if size > limit:
+        raise errors.InputError(
+          f"limits.{name}={limit} is too small: a batch needs more than that; try {size}"
+        )
+    return batch
+
+  def _latents(self, images: Sequence[Any], rng: np.random.Generator) -> list[Any]:
+    """(latent tokens, grid ids) of each image, or None; images of one size are encoded together."""
+    c, out = self._config, [None] * len(images)
+    present = [row for row, image in enumerate(images) if image is not None]
+    resized = [images_lib.resize(images[row], c.vae_image) for row in present]
+    sizes = [(image.height, image.width) for image in resized]
+    for places, size in batches.by_size(sizes, 2**62):
+      pixels = np.stack([images_lib.to_array(resized[place]) for place in places])
+      shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
+      noise = rng.standard_normal((len(places), *shape), np.float32)
+      ids = images_lib.position_ids(
+        *size, c.latent_stride, c.max_latent_size, c.interpolate_pos
+      )
+      for place, tokens in zip(places, self._encode(pixels, noise)):
+        out[present[place]] = (tokens, ids)
+    return out
+
+
+def splits_of(
+  example: corpus.Example, target, source, config: config_lib.BagelConfig,
+  tokenizer: tokenizer_lib.Tokenizer, recipe: Recipe, rng: np.random.Generator,
+) -> list[packing.Split]:
+  """The sequence of an example: [system] [image, VAE then ViT] prompt [text] [noisy image].
+
+  Args:
+    example: what to learn.
+    target, source: (latent tokens [n, C], grid ids [n]) of its images, or None.
+    config, tokenizer: of the model.
+    recipe: noise and dropped conditions.
+    rng: generator of both.
+  """
+  wrap = lambda words: np.array(
+    [tokenizer.im_start, *tokenizer.encode(words), tokenizer.im_end], np.int32
+  )
+  drops = rng.random(3) < (recipe.drop_text, recipe.drop_vit, recipe.drop_vae)
+  drop_text, drop_vit, drop_vae = drops & (example.target is not None)
+  splits: list[packing.Split] = []
+  if example.target is not None and example.text is not None:
+    splits.append(packing.Text(wrap(tokenizer_lib.SYSTEM_PROMPT_GEN)))
+  if source is not None:
+    splits.append(packing.Dropped() if drop_vae else packing.CleanImage(*source))
+  if example.source is not None:
+    patches = batches.image_patches(
+      config, [images_lib.resize(example.source, config.vae_image)]
+    )
+    image = packing.PatchImage(patches.pixels[0], patches.ids[0])
+    splits.append(packing.Dropped() if drop_vit else image)
+  if not drop_text:
+    splits.append(packing.Text(wrap(example.prompt)))
+    if example.text is not None:
+      ids = wrap(example.text)
+      splits.append(packing.Text(ids, packing.next_token_labels(ids)))
+  if target is not None:
+    tokens, ids = target
+    normal = rng.standard_normal(recipe.noise_draws)
+    u, shift = 1 / (1 + np.exp(-normal)), recipe.timestep_shift
+    for t in shift * u / (1 + (shift - 1) * u):
+      noise = rng.standard_normal(tokens.shape, np.float32)
+      splits.append(packing.NoisyImage(tokens, noise, float(t), ids))
+  return splits

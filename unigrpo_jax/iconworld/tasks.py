@@ -1,0 +1,135 @@
+"""Other things to do with a scene: questions about it, and changes to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.iconworld import riddles, scenes
+
+QUESTIONS = ("count", "color")
+EDITS = ("recolor", "remove", "replace", "swap", "add")
+ABSENT = 0.15  # Share of counting questions that may be about something that is not there.
+
+
+def _pick(rng: np.random.Generator, options):
+  return options[int(rng.integers(len(options)))]
+
+
+def _single(scene: scenes.Scene) -> list[scenes.Thing]:
+  """The things whose class no other thing has, so that "the bird" says which."""
+  kinds = [thing.kind for thing in scene.things]
+  return [thing for thing in scene.things if kinds.count(thing.kind) == 1]
+
+
+def question(
+  rng: np.random.Generator, scene: scenes.Scene, about: str | None = None
+) -> tuple[str, str]:
+  """A question about what an image shows, and its answer in one word.
+
+  Args:
+    rng: draws the question.
+    scene: what the image shows.
+    about: one of `QUESTIONS`: "how many kites are there?", of a class, a colour or anything; or
+      "what colour is the bird?", of a class that is there once. None draws one. A scene in which
+      no class is there once gets a counting question in any case.
+
+  Returns:
+    (question, answer); an answer is a number's or a colour's name.
+
+  Raises:
+    InputError: no such sort of question.
+  """
+  if about is not None and about not in QUESTIONS:
+    raise errors.InputError(f"about={about!r} is none of {', '.join(QUESTIONS)}")
+  about = about or _pick(rng, QUESTIONS)
+  single = _single(scene)
+  if about == "color" and single:
+    thing = _pick(rng, single)
+    return f"what colour is the {thing.kind}?", thing.color
+  things = list(scene.things)
+  match _pick(rng, ("kind", "kind", "color", "all")):
+    case "kind":
+      present = [thing.kind for thing in things]
+      kind = _pick(rng, present if present and rng.random() > ABSENT else scenes.KINDS)
+      noun, count = riddles.PLURALS[kind], present.count(kind)
+    case "color":
+      present = [thing.color for thing in things]
+      color = _pick(rng, present if present and rng.random() > ABSENT else scenes.COLORS)
+      noun, count = f"{color} things", present.count(color)
+    case "all":
+      noun, count = "things", len(things)
+  return f"how many {noun} are there?", riddles.NUMBERS[count]
+
+
+def edit(
+  rng: np.random.Generator, scene: scenes.Scene, kind: str | None = None
+) -> tuple[str, scenes.Scene]:
+  """An instruction, and the scene as it should be afterwards.
+
+  What the instruction does not name stays in its cell, on the same background; `renderer.render`
+  with generators in the same state then leaves its pixels alone.
+
+  Args:
+    rng: draws the edit.
+    scene: what the image shows. A thing is named by its class, so only things that are the only
+      ones of their class are changed.
+    kind: one of `EDITS`; None draws one. An edit that the scene does not allow becomes another:
+      every scene allows one of them.
+
+  Returns:
+    (instruction, new scene). The new scene is never the old one.
+
+  Raises:
+    InputError: no such sort of edit.
+  """
+  if kind is not None and kind not in EDITS:
+    raise errors.InputError(f"kind={kind!r} is none of {', '.join(EDITS)}")
+  single = _single(scene)
+  free = [cell for cell in scenes.CELLS if cell not in {thing.cell for thing in scene.things}]
+  possible = {
+    "recolor": bool(single),
+    "remove": bool(single) and len(scene.things) > 1,
+    "replace": bool(single),
+    "swap": len(single) > 1,
+    "add": bool(free),
+  }
+  # Four things of which no class is there once: all that can be said is about all of them.
+  allowed = [name for name in EDITS if possible[name]] or ["recolor all"]
+  chosen = kind if kind in allowed else _pick(rng, allowed)
+  things = {thing.cell: thing for thing in scene.things}
+  thing = _pick(rng, single) if single else None
+  match chosen:
+    case "recolor":
+      color = _pick(rng, [color for color in scenes.COLORS if color != thing.color])
+      instruction = f"make the {thing.kind} {color}"
+      things[thing.cell] = dataclasses.replace(thing, color=color)
+    case "remove":
+      instruction = f"remove the {thing.kind}"
+      del things[thing.cell]
+    case "replace":
+      other = _pick(rng, _absent(scene))
+      instruction = f"replace the {thing.kind} with {riddles.with_article(other)}"
+      things[thing.cell] = dataclasses.replace(thing, kind=other)
+    case "swap":
+      first, second = (single[i] for i in rng.permutation(len(single))[:2])
+      instruction = f"swap the {first.kind} and the {second.kind}"
+      things[first.cell] = dataclasses.replace(second, cell=first.cell)
+      things[second.cell] = dataclasses.replace(first, cell=second.cell)
+    case "add":
+      new = scenes.Thing(_pick(rng, _absent(scene)), _pick(rng, scenes.COLORS), _pick(rng, free))
+      instruction = f"add {riddles.with_article(f'{new.color} {new.kind}')} {new.cell}"
+      things[new.cell] = new
+    case "recolor all":
+      used = {thing.color for thing in scene.things}
+      color = _pick(rng, [color for color in scenes.COLORS if color not in used])
+      instruction = f"make all things {color}"
+      things = {cell: dataclasses.replace(item, color=color) for cell, item in things.items()}
+  return instruction, dataclasses.replace(scene, things=tuple(things.values()))
+
+
+def _absent(scene: scenes.Scene) -> list[str]:
+  kinds = {thing.kind for thing in scene.things}
+  return [kind for kind in scenes.KINDS if kind not in kinds]

@@ -1,0 +1,253 @@
+"""What is in an image, from its pixels alone, and how well that meets what was asked for.
+
+The steps: the plain background is the border's colour; coverage is the distance from it; icons are
+where a mask overlaps coverage best, their colour is unmixed from the background and compared with
+the palette under a free brightness; what is left over in connected components is unknown objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+import scipy.ndimage
+
+from unigrpo_jax.iconworld import geneval, icons, palette, renderer, scenes
+
+# Distances are Euclidean in RGB of 0..255.
+PLAIN = 45.0  # A pixel this near the background's colour belongs to it.
+PLAIN_SHARE = (
+  0.3  # Of the pixels; an image with less has no plain background. Four icons leave 0.4.
+)
+NOISE = 25.0  # Distances below this say nothing.
+FAINTEST = 70.0  # Distance that counts as full coverage, at least.
+# Least cosine of coverage and mask. Renders blurred by half a pixel and noisy have 0.965 or more;
+# all masks on top of each other look like an apple with up to 0.945.
+OVERLAP = 0.955
+CANDIDATE = 0.84  # The same for one variant of the mask on whole pixels, before a closer look.
+APART = 8  # Pixels between two icons, on either axis; in a scene they are 14 apart or more.
+MISFIT = 0.12  # Most share of the contrast that mask and one colour leave unexplained.
+SPREAD = 50.0  # Most root mean square difference from one colour, where an icon covers fully.
+BRIGHTNESS = (0.6, 1.25)
+COLOR_ERROR = 60.0  # Most distance from a palette colour at its best brightness.
+LEFTOVER = 8  # Pixels of an unexplained blob that make it an object.
+
+BLURS = (0.0, 0.5, 1.0)  # Pixels: how far a decoder may have blurred the image.
+SHIFTS = (0.0, 0.5)  # Pixels, on each axis: icons need not lie on whole pixels.
+
+_EDGE = 1  # Pixels around a mask that should be empty.
+_SIDE = icons.SIDE + 2 * _EDGE
+_PAD = 1  # Pixels that a window may hang over the image's edge.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Templates:
+  """Masks with an empty edge, and what is computed from them once.
+
+  n icons; v variants of each, one for every blur and shift.
+
+  Attributes:
+    coverage: [_SIDE * _SIDE, n, v] unit columns.
+    alpha, tint: [n, v, _SIDE, _SIDE], coverage and coverage times shade.
+    near: [n, _SIDE, _SIDE] bool, on the icon or next to it.
+    box: [n, 4] left, top, right, bottom within a window.
+  """
+
+  coverage: np.ndarray
+  alpha: np.ndarray
+  tint: np.ndarray
+  near: np.ndarray
+  box: np.ndarray
+
+
+@functools.cache
+def _templates() -> _Templates:
+  masks = icons.load()
+  edge = ((0, 0), (_EDGE, _EDGE), (_EDGE, _EDGE))
+  alpha, tint = (np.pad(values, edge) for values in (masks.alpha, masks.alpha * masks.shade))
+  boxes = []
+  for mask in alpha:
+    rows, columns = (np.flatnonzero((mask > 0.3).any(axis)) for axis in (1, 0))
+    boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+
+  def variants(values: np.ndarray) -> np.ndarray:
+    stack = [
+      scipy.ndimage.shift(scipy.ndimage.gaussian_filter(values, (0, blur, blur)), (0, *by), order=1)
+      for blur in BLURS
+      for by in itertools.product(SHIFTS, SHIFTS)
+    ]
+    return np.stack(stack, axis=1)
+
+  varied = variants(alpha)
+  columns = np.moveaxis(varied.reshape(*varied.shape[:2], -1), 2, 0)
+  return _Templates(
+    coverage=np.ascontiguousarray(columns / np.linalg.norm(columns, axis=0)),
+    alpha=varied,
+    tint=variants(tint),
+    near=scipy.ndimage.maximum_filter(alpha, (1, 3, 3)) > 0.1,
+    box=np.array(boxes, float),
+  )
+
+
+def _shrinking(size: int) -> np.ndarray:
+  """[SIZE, size]: averages `size` pixels to the world's size by area."""
+  edges = np.linspace(0, size, renderer.SIZE + 1)
+  starts = np.arange(size)
+  shared = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+  return np.clip(shared, 0, None) * (renderer.SIZE / size)
+
+
+def standardise(image: np.ndarray) -> np.ndarray | None:
+  """[SIZE, SIZE, 3] float32 in 0..255 of any image; None where there is nothing to look at.
+
+  Integers are 0..255, floats 0..1; what is outside or not a number is brought inside. Other sizes
+  are resized by area.
+  """
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+    return None
+  scale = 255.0 if np.issubdtype(image.dtype, np.floating) else 1.0
+  pixels = np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=1e6, neginf=0.0)
+  pixels = np.clip(pixels * np.float32(scale), 0, 255)
+  if image.shape[:2] != (renderer.SIZE, renderer.SIZE):
+    down, across = (_shrinking(size) for size in image.shape[:2])
+    pixels = np.einsum("rh,hwc,sw->rsc", down, pixels, across, optimize=True).astype(np.float32)
+  return pixels
+
+
+def _background(pixels: np.ndarray) -> np.ndarray | None:
+  """[3], the plain background's colour; None if there is none."""
+  ring = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+  color = np.median(ring, axis=0)
+  plain = np.linalg.norm(pixels - color, axis=-1) < PLAIN
+  return pixels[plain].mean(axis=0) if plain.mean() >= PLAIN_SHARE else None
+
+
+def _color(value: np.ndarray) -> str:
+  """The palette's colour nearest to `value`, [3], at any brightness."""
+  table = palette.rgb(palette.COLORS)
+  factor = np.clip(table @ value / (table**2).sum(axis=1), *BRIGHTNESS)
+  errors = np.linalg.norm(factor[:, None] * table - value, axis=1)
+  best = int(errors.argmin())
+  return scenes.COLORS[best] if errors[best] <= COLOR_ERROR else geneval.UNKNOWN
+
+
+def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, float]:
+  """The colour of icon `kind` in `window`, and the share of the contrast it leaves unexplained.
+
+  pixel = (1 - alpha) background + alpha shade colour, least squares for the colour in each variant;
+  the best variant counts.
+
+  Args:
+    window: [_SIDE, _SIDE, 3].
+    background: [3].
+    kind: index of the icon.
+
+  Returns:
+    A name of the palette, or `UNKNOWN` for no single or no known colour; the share.
+  """
+  masks = _templates()
+  near = masks.near[kind][..., None]
+  alpha, tint = masks.alpha[kind][..., None], masks.tint[kind][..., None]
+  lit = window - (1 - alpha) * background  # [v, _SIDE, _SIDE, 3]
+  color = (tint * lit).sum(axis=(1, 2)) / (tint**2).sum(axis=(1, 2))
+  square = ((lit - tint * color[:, None, None]) * near) ** 2
+  error = square.sum(axis=(1, 2, 3))
+  best = int(error.argmin())
+  contrast = max(float((((window - background) * near) ** 2).sum()), 1e-6)
+  solid = alpha[best, ..., 0] > 0.6
+  spread = np.sqrt(square[best][solid].sum() / max(solid.sum(), 1))
+  name = _color(color[best]) if spread <= SPREAD else geneval.UNKNOWN
+  return name, float(error[best] / contrast)
+
+
+def _icons(
+  padded: np.ndarray, coverage: np.ndarray, background: np.ndarray
+) -> tuple[list[geneval.Detection], np.ndarray]:
+  """Icons in an image, and the pixels next to or on one.
+
+  Candidates are where one variant of a mask on whole pixels overlaps well, taken from the
+  strongest down; each gets a closer look with all variants at the places around it.
+
+  Args:
+    padded: [S, S, 3] pixels with an edge of background.
+    coverage: [S, S] in [0, 1].
+    background: [3].
+
+  Returns:
+    The detections, strongest first; [S, S] bool.
+  """
+  masks = _templates()
+  windows = np.lib.stride_tricks.sliding_window_view(coverage, (_SIDE, _SIDE))
+  places = windows.shape[:2]
+  windows = windows.reshape(-1, _SIDE * _SIDE)
+  windows = windows / np.maximum(np.linalg.norm(windows, axis=1, keepdims=True), 1)
+  strength = (windows @ masks.coverage[:, :, BLURS.index(0.5) * len(SHIFTS) ** 2]).max(axis=1)
+  strength = strength.reshape(places)
+  windows = windows.reshape(*places, -1)
+  found, explained = [], np.zeros(coverage.shape, bool)
+  while strength.max() >= CANDIDATE:
+    row, column = (int(place) for place in np.unravel_index(strength.argmax(), places))
+    top, left = max(row - 1, 0), max(column - 1, 0)
+    close = windows[top : row + 2, left : column + 2]
+    overlap = np.tensordot(close, masks.coverage, 1)  # [3, 3, n, v], less at the edges.
+    down, across, kind, _ = np.unravel_index(overlap.argmax(), overlap.shape)
+    area = tuple(slice(int(start), int(start) + _SIDE) for start in (top + down, left + across))
+    color, misfit = _unmix(padded[area], background, int(kind))
+    if overlap.max() >= OVERLAP and misfit <= MISFIT:
+      corner = area[1].start - _PAD, area[0].start - _PAD
+      box = tuple((masks.box[kind] + np.tile(corner, 2)).tolist())
+      found.append(geneval.Detection(scenes.KINDS[kind], color, box, float(overlap.max())))
+      explained[area] |= masks.near[kind]
+    strength[tuple(slice(max(x - APART + 1, 0), x + APART) for x in (row, column))] = 0
+  return sorted(found, key=lambda item: -item.score), explained
+
+
+def detect(image: np.ndarray) -> list[geneval.Detection]:
+  """The objects in an image, strongest first, unknown ones last.
+
+  Args:
+    image: [H, W, 3] of any dtype; see `standardise`.
+
+  Returns:
+    Icons, and `geneval.UNKNOWN` for each blob that matches none. Empty for an image that is blank
+    or has no plain background. Boxes are in pixels of a SIZE x SIZE image.
+  """
+  pixels = standardise(image)
+  background = None if pixels is None else _background(pixels)
+  if background is None:
+    return []
+  distance = np.linalg.norm(pixels - background, axis=-1)
+  # What counts as covered fully differs from icon to icon: a pale one is nearer the background.
+  full = np.maximum(scipy.ndimage.maximum_filter(distance, 7), FAINTEST)
+  coverage = np.pad(np.clip((distance - NOISE) / (full - NOISE), 0, 1), _PAD)
+  padded = np.empty((*coverage.shape, 3), np.float32)
+  padded[:] = background
+  padded[_PAD:-_PAD, _PAD:-_PAD] = pixels
+  found, explained = _icons(padded, coverage, background)
+  labels, count = scipy.ndimage.label(np.pad(distance > PLAIN, _PAD) & ~explained)
+  sizes = np.bincount(labels.ravel(), minlength=count + 1)
+  for index, (rows, columns) in enumerate(scipy.ndimage.find_objects(labels), 1):
+    if sizes[index] >= LEFTOVER:
+      edges = (columns.start, rows.start, columns.stop, rows.stop)
+      box = tuple(float(edge - _PAD) for edge in edges)
+      found.append(geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, box, 0.0))
+  return found
+
+
+def verify(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
+  """Strict (0.0 or 1.0) and soft (in [0, 1]) score of an image; see `geneval.score`."""
+  return geneval.score(detect(image), metadata)
+
+
+def verify_batch(
+  images: Sequence[np.ndarray], metadata: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Strict and soft scores of images, [B] float32 each."""
+  scores = [verify(image, item) for image, item in zip(images, metadata, strict=True)]
+  strict, soft = zip(*scores) if scores else ((), ())
+  return np.array(strict, np.float32), np.array(soft, np.float32)

@@ -1,0 +1,87 @@
+"""AdamW with a learning rate for each group of parameters, and which group a parameter is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Group -> top-level parameters of the network it holds; the layers and norms go by their expert.
+GROUPS = {
+  "und": (),
+  "gen": (),
+  "text": ("embed_tokens", "lm_head"),
+  "latent": ("time_embedder", "vae2llm", "llm2vae"),
+  "vit": ("vit", "connector"),
+  "tables": ("latent_pos_embed", "vit_pos_embed"),
+}
+
+
+def group_of(path: tuple[str, ...]) -> str:
+  """The group of a parameter of the network, by its path."""
+  if path[0] in ("layers", "norm"):
+    return path[1]
+  for group, names in GROUPS.items():
+    if path[0] in names:
+      return group
+  raise ValueError(f"parameter {'/'.join(path)} belongs to no group of {list(GROUPS)}")
+
+
+def groups(params: Mapping[str, Any]) -> Any:
+  """The tree of `params` with each leaf's group in its place."""
+  # Parameters still boxed with their axis names have a further entry, which is no key.
+  keys = lambda path: tuple(entry.key for entry in path if hasattr(entry, "key"))
+  return jax.tree_util.tree_map_with_path(lambda path, _: group_of(keys(path)), params)
+
+
+def warmup_constant(learning_rate: float, warmup_steps: int) -> optax.Schedule:
+  """Rises linearly over `warmup_steps`, then stays."""
+  return lambda step: learning_rate * jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+
+
+def warmup_cosine(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
+  """Rises linearly over `warmup_steps`, then falls to zero at `steps` along a cosine."""
+  def schedule(step):
+    rise = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+    done = jnp.clip((step - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
+    return learning_rate * rise * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+  return schedule
+
+
+def adamw_by_group(
+  schedules: Mapping[str, optax.Schedule | None],
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  clip_norm: float,
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019) for each group, its gradient clipped by its own norm.
+
+  Args:
+    schedules: learning rate of each group of GROUPS; None freezes it, and keeps no state for it.
+    b1, b2, eps, weight_decay: of AdamW.
+    clip_norm: largest gradient norm of a group.
+  """
+  def one(schedule):
+    if schedule is None:
+      return optax.set_to_zero()
+    return optax.chain(
+      optax.clip_by_global_norm(clip_norm),
+      optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+
+  return optax.multi_transform({group: one(schedules[group]) for group in GROUPS}, groups)
+
+
+def group_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """The norm of a tree of gradients or updates, by group."""
+  totals = {group: jnp.zeros(()) for group in GROUPS}
+  for leaf, group in zip(jax.tree.leaves(tree), jax.tree.leaves(groups(tree))):
+    totals[group] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+  return {group: jnp.sqrt(total) for group, total in totals.items()}
