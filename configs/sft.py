@@ -90,7 +90,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
   config.noise_draws = 4
   config.timestep_shift = 1.0
   config.limits.update(dict(
-    tokens=136, labels=64, images=24, patches=16, clean=16, latents=16))
+    tokens=136, labels=64, images=48, patches=16, clean=16, latents=16))
   config.label_chunk = 64
   config.ce_weight = 1.0
   for group in ("und", "gen", "text", "latent", "vit"):

@@ -37,7 +37,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metr
                                "finds its own checkpoints there goes on.")
 
 # What may differ between a run and its resumption.
-RESUMABLE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "export_to", "mesh"}
+RESUMABLE = {
+  "steps", "log_every", "checkpoint_every", "keep_checkpoints", "export_to", "mesh", "limits",
+}
 
 
 def train(config, workdir: pathlib.Path) -> types.TrainState:
