@@ -42,13 +42,20 @@ RESUMABLE = {
 }
 
 
-def train(config, workdir: pathlib.Path) -> types.TrainState:
-  """Runs the training that `config` describes, in or from `workdir`; returns its last state."""
+def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
+  """Runs the training that `config` describes, in or from `workdir`; returns its last state.
+
+  Args:
+    config: see `configs/sft.py`.
+    workdir: holds the run's checkpoints and metrics.
+    devices: to train on; None: all of them.
+  """
   # --- Devices.
+  devices = jax.devices() if devices is None else devices
   mesh_sizes = dict(config.mesh)
   others = mesh_sizes["data"] * mesh_sizes["tensor"]
-  mesh_sizes["fsdp"] = mesh_sizes["fsdp"] or max(len(jax.devices()) // others, 1)
-  mesh = sharding.make_mesh(**mesh_sizes)
+  mesh_sizes["fsdp"] = mesh_sizes["fsdp"] or max(len(devices) // others, 1)
+  mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
   check_config(config, mesh)
 
   # --- Model and optimizer.
