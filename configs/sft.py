@@ -83,7 +83,7 @@ def _plain(config: ConfigDict, variant: str) -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
   """The numbers for IconWorld on two cores."""
-  config.steps = 600
+  config.steps = 1500
   config.random_init = True
   config.data.wrong_plan_rate = 0.2
   config.sequences_per_step = config.microbatch = 48

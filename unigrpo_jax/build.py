@@ -55,6 +55,11 @@ IMAGES = {
   "vae": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
   "vit": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
 }
+# How the tiny model is meant to be sampled: its reasonings are short, and so is its context.
+GENERATION = {
+  "num_timesteps": 25, "timestep_shift": 1.0, "cfg_text_scale": 2.0, "cfg_interval": [0.0, 1.0],
+  "temperature": 1.0, "max_tokens": 64,
+}
 
 
 def write_base(folder: pathlib.Path, seed: int) -> None:
@@ -153,7 +158,9 @@ def make_base(workdir: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int
     draft = workdir / "draft"
     write_base(draft, seed)
     params, scale = train_vae(workdir / "vae", steps=vae_steps, rows=vae_rows, seed=seed)
-    rest = {"vae": VAE | scale, "bagel": BAGEL, "image_transforms": IMAGES}
+    rest = {
+      "vae": VAE | scale, "bagel": BAGEL, "image_transforms": IMAGES, "generation": GENERATION
+    }
     (draft / config_lib.BAGEL_FILE).write_text(json.dumps(rest, indent=2) + "\n")
     config = config_lib.read_config(draft)
     network = jax.jit(bagel.Bagel(config, (0, 1)).init)(
