@@ -10,6 +10,7 @@ PACKAGE = ROOT / "unigrpo_jax"
 # Room -> what it may import: rooms of the package, or libraries. Entry points import everything.
 ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
 ROOMS = {
+  "replacing": set(),
   "errors": set(),
   "types": ARRAYS,
   "losses": ARRAYS | {"types"},
@@ -17,7 +18,7 @@ ROOMS = {
   "models": ARRAYS | {"flax", "types", "errors"},
   "data": {
     "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "types", "errors",
-    "models.config", "iconworld",
+    "models.config", "iconworld", "replacing",
   },
   "iconworld": {"numpy", "scipy", "PIL", "errors"},
   "optim": {"jax", "optax"},

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unigrpo_jax import checkpoints, errors, safetensors_io, weights
+from unigrpo_jax import checkpoints, errors, replacing, safetensors_io, weights
 from unigrpo_jax.models import config as config_lib
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
@@ -199,7 +199,7 @@ def staging(
     try:
       staged.mkdir(parents=True)
       yield staged
-      _replace(staged, target)
+      replacing.replace(staged, target)
     except BaseException as error:
       # A closing terminal sends more than one signal: the second must not stop the cleaning.
       ignore()
@@ -223,20 +223,6 @@ def _refuse_overwrite(target: pathlib.Path, overwrite: bool) -> None:
       f"--target={target}: is not a model folder, so --overwrite does not replace it; "
       "delete it yourself or choose another folder"
     )
-
-
-def _replace(staged: pathlib.Path, target: pathlib.Path) -> None:
-  if not target.exists():
-    staged.rename(target)
-    return
-  old = target.with_name(f"{target.name}.old-{os.getpid()}")
-  target.rename(old)
-  try:
-    staged.rename(target)
-  except BaseException:
-    old.rename(target)
-    raise
-  shutil.rmtree(old)
 
 
 def _remove(staged: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def supervised_loss(
-  model, params, batch: types.PackedBatch, share: types.PackedBatch, *,
+  model, params, batch: types.PackedBatch, share: dict[str, jax.Array], *,
   ce_weight: float, mse_weight: float, label_chunk: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """ce_weight CE + mse_weight MSE of one microbatch, as its share of the whole batch's means.
@@ -59,7 +59,7 @@ def shares(batches: types.PackedBatch) -> dict[str, jax.Array]:
 def make_supervised_step(
   model, optimizer: optax.GradientTransformation, *, ema_decay: float | None, **weights
 ):
-  """The jitted step of supervised training.
+  """The step of supervised training, to be jitted.
 
   Args:
     model: the `Bagel`.
@@ -69,7 +69,7 @@ def make_supervised_step(
 
   Returns:
     (state, batches) -> (state, metrics); `batches` is a PackedBatch with a leading axis of
-    microbatches. The state is donated.
+    microbatches.
   """
   loss_fn = functools.partial(supervised_loss, model, **weights)
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, replacing
 
 VERSION = "1.0.0"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -117,7 +117,7 @@ def build(
       PromptBuilder(name, splits, staged).download_and_prepare()
     for split in splits:
       Split(staged / name / VERSION, split)  # What cannot be read back is not worth a name.
-    _replace(staged / name, target)
+    replacing.replace(staged / name, target)
     shutil.rmtree(staged, ignore_errors=True)
   except BaseException as error:
     shutil.rmtree(staged, ignore_errors=True)
@@ -142,20 +142,6 @@ def _refuse_overwrite(target: pathlib.Path, overwrite: bool) -> None:
       f"{target}: is not a prompt set, so --overwrite does not replace it; delete it yourself or "
       "choose another --name or --out"
     )
-
-
-def _replace(staged: pathlib.Path, target: pathlib.Path) -> None:
-  if not target.exists():
-    staged.rename(target)
-    return
-  old = target.with_name(f"{target.name}.old-{os.getpid()}")
-  target.rename(old)
-  try:
-    staged.rename(target)
-  except BaseException:
-    old.rename(target)
-    raise
-  shutil.rmtree(old)
 
 
 @contextlib.contextmanager
