@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
   # Loss
   config.ce_weight = 0.25
+  config.ce_weighting = "token"  # what counts alike: "token", "sample", or between them "square"
   config.mse_weight = 1.0
   config.label_chunk = 256  # labels a sequence whose logits exist at once
 
@@ -83,16 +84,17 @@ def _plain(config: ConfigDict, variant: str) -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
   """The numbers for IconWorld on two cores."""
-  config.steps = 1500
+  config.steps = 2400
   config.random_init = True
-  config.data.wrong_plan_rate = 0.2
+  config.data.wrong_plan_rate = 0.3
+  config.data.mixture = ConfigDict(dict(draw_think=0.5, draw=0.1, answer=0.25, edit=0.15))
   config.sequences_per_step = config.microbatch = 48
   config.noise_draws = 4
   config.timestep_shift = 1.0
   config.limits.update(dict(
     tokens=136, labels=64, images=48, patches=16, clean=16, latents=16))
   config.label_chunk = 64
-  config.ce_weight = 1.0
+  config.ce_weight, config.ce_weighting = 1.0, "sample"
   for group in ("und", "gen", "text", "latent", "vit"):
     config.learning_rate[group] = 2e-3
   config.schedule = "cosine"

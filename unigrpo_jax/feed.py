@@ -19,6 +19,11 @@ from unigrpo_jax.models import config as config_lib
 # Latents of images [M, H, W, 3] in [-1, 1] of one size, with posterior noise: [M, I, C].
 EncodeFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+# Weight of each of the n labels of a text (official BAGEL's `len2weight`).
+CE_WEIGHTINGS = {
+  "token": lambda n: 1.0, "sample": lambda n: 1.0 / n, "square": lambda n: 1.0 / n**0.5,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -29,6 +34,8 @@ class Recipe:
     timestep_shift: of the training times.
     drop_text, drop_vit, drop_vae: probability of leaving a condition out, so that guidance has an
       unconditional model to compare with.
+    ce_weighting: one of CE_WEIGHTINGS: every token of every text counts alike ("token"), every
+      text ("sample"), or in between, by the root of its length ("square").
   """
 
   noise_draws: int = 1
@@ -36,6 +43,7 @@ class Recipe:
   drop_text: float = 0.1
   drop_vit: float = 0.3
   drop_vae: float = 0.3
+  ce_weighting: str = "token"
 
 
 class Feed:
@@ -159,7 +167,10 @@ def splits_of(
     splits.append(packing.Text(wrap(example.prompt)))
     if example.text is not None:
       ids = wrap(example.text)
-      splits.append(packing.Text(ids, packing.next_token_labels(ids)))
+      weight = CE_WEIGHTINGS[recipe.ce_weighting](len(ids) - 1)
+      splits.append(
+        packing.Text(ids, packing.next_token_labels(ids), np.full(len(ids), weight))
+      )
   if target is not None:
     tokens, ids = target
     normal = rng.standard_normal(recipe.noise_draws)

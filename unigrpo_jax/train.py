@@ -124,7 +124,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   batches = feed.Feed(
     examples, folder.config, tokenizer, encode,
     feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
-                config.drop_vae),
+                config.drop_vae, config.ce_weighting),
     packing.PadTo(noisy=config.noise_draws, **config.limits),
     rows=local_rows, microbatches=config.sequences_per_step // config.microbatch,
     seed=config.seed,
@@ -189,6 +189,10 @@ def check_config(config, mesh) -> None:
     raise errors.InputError(
       f"config.limits.images={config.limits.images} does not divide over data x fsdp = {ways} "
       "devices; make it a multiple"
+    )
+  if config.ce_weighting not in feed.CE_WEIGHTINGS:
+    raise errors.InputError(
+      f"config.ce_weighting={config.ce_weighting!r} is none of {', '.join(feed.CE_WEIGHTINGS)}"
     )
   if config.schedule not in ("constant", "cosine"):
     raise errors.InputError(f"config.schedule={config.schedule!r} is neither constant nor cosine")
