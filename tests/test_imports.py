@@ -14,7 +14,7 @@ ROOMS = {
   "errors": set(),
   "types": ARRAYS,
   "losses": ARRAYS | {"types"},
-  "sampling": ARRAYS | {"types"},
+  "sampling": ARRAYS | {"types", "errors"},
   "models": ARRAYS | {"flax", "types", "errors"},
   "data": {
     "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "types", "errors",
@@ -37,7 +37,7 @@ STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
   "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
-  "threading", "signal", "hashlib",
+  "threading", "signal", "hashlib", "random",
 }
 
 

@@ -85,3 +85,27 @@ def group_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
   for leaf, group in zip(jax.tree.leaves(tree), jax.tree.leaves(groups(tree))):
     totals[group] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
   return {group: jnp.sqrt(total) for group, total in totals.items()}
+
+
+def ema_decay(step: jax.Array, decay: float) -> jax.Array:
+  """The decay of a moving average at a step counted from 0: min((1 + s) / (10 + s), decay)."""
+  return jnp.minimum((1.0 + step) / (10.0 + step), decay)
+
+
+def periodic_ema(average: Any, params: Any, step: jax.Array, *, decay: float, every: int) -> Any:
+  """Moves an average of parameters towards them after every `every`th step.
+
+    average <- d average + (1 - d) params,   d = ema_decay(step, decay),   if every divides step + 1
+
+  Source: `EMAModuleWrapper` of Flow-GRPO.
+
+  Args:
+    average, params: trees of the same shape, float32.
+    step: of the optimizer, the one just taken, counted from 0, [] int32.
+    decay: the largest d.
+    every: steps from one move to the next; 1 for each.
+  """
+  d = jnp.where((step + 1) % every == 0, ema_decay(step, decay), 1.0)
+  # Where nothing moves, 0 * inf of a diverged parameter must not enter the average.
+  move = lambda old, new: jnp.where(d < 1, d * old + (1 - d) * new, old)
+  return jax.tree.map(move, average, params)

@@ -104,6 +104,27 @@ class TextRollout:
 
 
 @struct.dataclass
+class FlowRollout:
+  """Sampled images of B rows, and the W steps of each that were drawn from a Gaussian.
+
+  Attributes:
+    latents: the images, [B, I, C] float32.
+    x_t, x_next: latents before and after each step of the window, [B, W, I, C] float32.
+    mean: of the Gaussian that `x_next` was drawn from, [B, W, I, C] float32.
+    logp: log-density of the draw, a mean over latent elements, [B, W] float32.
+    t, t_next: flow times of the step, [B, W] float32.
+  """
+
+  latents: chex.Array
+  x_t: chex.Array
+  x_next: chex.Array
+  mean: chex.Array
+  logp: chex.Array
+  t: chex.Array
+  t_next: chex.Array
+
+
+@struct.dataclass
 class LatentGrid:
   """The latent tokens of M images, padded to I tokens.
 

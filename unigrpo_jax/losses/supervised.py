@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from unigrpo_jax.losses import text
+
 
 def cross_entropy(
   logits_fn: Callable[[chex.Array], chex.Array],
@@ -43,29 +45,12 @@ def cross_entropy(
   """
   chex.assert_rank([hidden, label_ids, label_weight], [3, 2, 2])
   chex.assert_equal_shape([hidden[..., 0], label_ids, label_weight])
-  if chunk < 1:
-    raise ValueError(f"chunk={chunk} must be at least 1")
-  rows, count, _ = hidden.shape
-  chunks = max(-(-count // chunk), 1)
-  size = -(-count // chunks)
 
-  @jax.checkpoint
-  def chunk_ce(inputs):
-    hidden, ids = inputs
-    logits = logits_fn(hidden).astype(jnp.float32)
+  def measure(logits, ids):
     picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
-  # 0 * NaN is NaN, in the gradient too: padding is cleared before it enters and after it leaves.
-  counts = label_weight > 0
-  hidden = jnp.where(counts[..., None], hidden, 0)
-  def split(array):  # [B, Y, ...] -> [chunks, B, size, ...]
-    padding = [(0, 0), (0, chunks * size - count)] + [(0, 0)] * (array.ndim - 2)
-    return jnp.moveaxis(jnp.pad(array, padding).reshape(rows, chunks, size, *array.shape[2:]), 1, 0)
-
-  ce = jax.lax.map(chunk_ce, (split(hidden), split(label_ids)))
-  ce = jnp.moveaxis(ce, 0, 1).reshape(rows, chunks * size)[:, :count]
-  ce = jnp.where(counts, ce, 0.0)
+  ce = text.by_chunk(measure, logits_fn, hidden, label_ids, label_weight > 0, chunk=chunk)
   weight = label_weight.astype(jnp.float32)
   return _mean(ce * weight, weight), ce
 

@@ -1,0 +1,96 @@
+"""Rewards -> advantages, relative to the other trajectories of the same prompt.
+
+Letters: B trajectories.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+STDS = ("group", "batch", "none")
+SINGLETONS = ("zero", "reward")
+
+
+def group_advantages(
+  rewards: chex.Array,
+  group: chex.Array,
+  *,
+  num_groups: int,
+  std: str = "group",
+  ddof: int = 0,
+  eps: float = 1e-4,
+  singletons: str = "zero",
+  clip: float | None = None,
+) -> tuple[chex.Array, chex.Array, dict[str, chex.Array]]:
+  """How much better each trajectory is than its group, in standard deviations.
+
+    adv_i = (R_i - mean_g R) / (std R + eps),   g the group of i
+
+  Source: UniGRPO eq. 1. The defaults are Flow-GRPO's; others take squares over n - 1 (ddof=1, with
+  eps 1e-4, 1e-6 or 1e-8), the standard deviation of the batch, or none (Dr. GRPO).
+
+  A group with a reward that is not finite is dropped whole: scoring a failure as 0 would shift the
+  advantages of its neighbours.
+
+  Args:
+    rewards: R, [B]; taken to float32. NaN where scoring failed.
+    group: which group, 0 to num_groups - 1, [B] int; members need not be neighbours.
+    num_groups: how many there are at most; empty ones do not count.
+    std: of the `group`, of all valid rewards of the `batch`, or `none`.
+    ddof: 0 divides the squares by n, 1 by n - 1.
+    eps: added to the standard deviation.
+    singletons: what a group of one gets: `zero`, or its `reward` as it is, over 1 + eps (verl).
+    clip: bound on |adv|; None for none.
+
+  Returns:
+    (adv [B] float32, 0 where invalid; valid [B] bool; metrics, each [] float32:
+    `zero_std_fraction` of the valid groups, `dropped_groups`, `reward_mean` and `reward_std` of the
+    valid rewards, `group_std_mean`).
+
+  Raises:
+    ValueError: `std` or `singletons` is none of the names above.
+  """
+  if std not in STDS:
+    raise ValueError(f"std={std!r} is none of {STDS}")
+  if singletons not in SINGLETONS:
+    raise ValueError(f"singletons={singletons!r} is none of {SINGLETONS}")
+  chex.assert_rank([rewards, group], 1)
+  chex.assert_equal_shape([rewards, group])
+  rewards = rewards.astype(jnp.float32)
+  total = lambda values: jax.ops.segment_sum(values, group, num_groups)  # [B] -> [num_groups]
+  finite = jnp.isfinite(rewards)
+  members = total(jnp.ones_like(rewards))
+  whole = total(finite.astype(jnp.float32)) == members
+  valid = whole[group]
+  rewards = jnp.where(valid, rewards, 0.0)
+  # Counted from the group's least reward: equal rewards have a deviation of exactly 0.
+  least = jax.ops.segment_min(rewards, group, num_groups)[group]
+  above = rewards - least
+  deviation = above - (total(above) / jnp.maximum(members, 1))[group]
+  squares = total(jnp.square(deviation))
+  group_std = jnp.sqrt(squares / jnp.maximum(members - ddof, 1))
+  count = valid.sum()
+  mean = rewards.sum() / jnp.maximum(count, 1)
+  spread = jnp.sum(jnp.where(valid, jnp.square(rewards - mean), 0.0))
+  batch_std = jnp.sqrt(spread / jnp.maximum(count - ddof, 1))
+
+  adv = deviation
+  if std != "none":
+    adv = deviation / ((group_std[group] if std == "group" else batch_std) + eps)
+  if singletons == "reward":
+    alone = rewards if std == "none" else rewards / (1 + eps)
+    adv = jnp.where((members == 1)[group], alone, adv)
+  if clip is not None:
+    adv = jnp.clip(adv, -clip, clip)
+  counted = whole & (members > 0)
+  groups = jnp.maximum(counted.sum(), 1)
+  metrics = {
+    "zero_std_fraction": (counted & (group_std == 0)).sum() / groups,
+    "dropped_groups": (~whole).sum().astype(jnp.float32),
+    "reward_mean": mean,
+    "reward_std": batch_std,
+    "group_std_mean": jnp.where(counted, group_std, 0.0).sum() / groups,
+  }
+  return jnp.where(valid, adv, 0.0), valid, metrics

@@ -1,0 +1,233 @@
+"""The objective of the sampled images: importance ratios of the steps of a window, and their clip.
+
+Letters: B trajectories, W window steps, I latent tokens, C features of a token; D the elements of
+one image that count. <.> is the mean over those D elements.
+
+A ratio differs from 1 by 1e-6 and less, where float32 has steps of 1e-7: so ratios are kept as
+their logarithm, computed from differences of means, and clipped as rho = ratio - 1.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+RATIOS = ("norm", "plain", "unnormalised")
+REWEIGHTS = ("none", "inv_dt")
+# |log ratio| beyond this is cut: its exponential would be of no use, or infinite.
+LOG_RATIO_BOUND = 20.0
+
+
+def element_mean(values: chex.Array, mask: chex.Array) -> chex.Array:
+  """The mean over the latent elements of each image that count.
+
+  Args:
+    values: [..., I, C] float32; padding must be finite, and cleared where a gradient is taken.
+    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
+
+  Returns:
+    [...] float32; 0 where no token counts.
+  """
+  chex.assert_type(values, jnp.float32)
+  chex.assert_type(mask, bool)
+  chex.assert_rank(mask, values.ndim - 1)
+  chex.assert_is_broadcastable(mask.shape, values.shape[:-1])
+  return jnp.where(mask, values.mean(-1), 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def log_ratio(
+  mean: chex.Array,
+  mean_old: chex.Array,
+  x_next: chex.Array,
+  std: chex.Array,
+  mask: chex.Array,
+  *,
+  kind: str = "norm",
+) -> chex.Array:
+  """Log importance ratio of steps between two Gaussians of the same std, in difference form.
+
+  With d = mean - mean_old and e = x_next - mean_old:
+
+    norm          <d e> / std              RatioNorm: UniGRPO eq. 5, GRPO-Guard (Wang et al. 2025)
+    plain         <d (e - d / 2)> / std^2  log p - log p_old: UniGRPO eq. 4, Flow-GRPO
+    unnormalised  <d (2 e - d)>            the same without 1 / (2 std^2), as `cps` has it
+
+  `norm` is eq. 5 with its quadratic term cancelled: std (log r + <d^2> / (2 std^2)).
+
+  Args:
+    mean: of the policy, [..., I, C] float32; anything at padding.
+    mean_old: of the policy that sampled, likewise; no gradient.
+    x_next: what was sampled, likewise; no gradient.
+    std: of the noise, [...] or broadcasting to it, float32, more than 0.
+    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
+    kind: one of RATIOS.
+
+  Returns:
+    [...] float32.
+
+  Raises:
+    ValueError: `kind` is none of RATIOS.
+  """
+  if kind not in RATIOS:
+    raise ValueError(f"kind={kind!r} is none of {RATIOS}")
+  chex.assert_equal_shape([mean, mean_old, x_next])
+  chex.assert_type([mean, mean_old, x_next, std], jnp.float32)
+  d = _difference(mean, jax.lax.stop_gradient(mean_old), mask)
+  e = _difference(*jax.lax.stop_gradient((x_next, mean_old)), mask)
+  if kind == "norm":
+    return element_mean(d * e, mask) / std
+  if kind == "plain":
+    return element_mean(d * (e - d / 2), mask) / jnp.square(std)
+  return element_mean(d * (2 * e - d), mask)
+
+
+def policy_loss(
+  log_ratio: chex.Array,
+  adv: chex.Array,
+  weights: chex.Array,
+  *,
+  clip_low: chex.Numeric,
+  clip_high: chex.Numeric,
+  keep: chex.Array | None = None,
+  loss_weight: chex.Array | None = None,
+) -> tuple[chex.Array, dict[str, chex.Array]]:
+  """The clipped surrogate of PPO over the steps of a window, less its constant.
+
+    rho = exp(log_ratio) - 1
+    loss = sum w u (-min(rho A, clip(rho, -clip_low, clip_high) A))
+
+  It is smaller by the constant sum w u A than with the ratio itself, and has the same gradient.
+  With `keep` nothing is clipped, and only the terms -rho A to be kept remain. Source: UniGRPO
+  eq. 6; `keep`: Flow-DPPO (see `dppo_keep`); u: GRPO-Guard (see `reweight`).
+
+  Args:
+    log_ratio: [B, W] float32; anything where the weight is 0.
+    adv: A, [B] float32.
+    weights: w, [B, W] float32; see `step_weights`.
+    clip_low, clip_high: how far the ratio may fall below 1 and rise above it; [] or [B, W].
+    keep: steps to keep, [B, W] bool, or None.
+    loss_weight: u, [B, W] float32, or None for 1.
+
+  Returns:
+    (loss [] float32; dict of `log_ratio` [B, W] float32 and `clipped` [B, W] bool, where the clip
+    or `keep` took the gradient; 0 and False where the weight is 0).
+  """
+  chex.assert_rank([log_ratio, adv], [2, 1])
+  chex.assert_equal_shape([log_ratio, weights])
+  chex.assert_equal_shape_prefix([log_ratio, adv], 1)
+  chex.assert_type([log_ratio, adv, weights], jnp.float32)
+  counts = weights > 0
+  log_ratio = jnp.where(counts, log_ratio, 0.0)
+  rho = jnp.expm1(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+  adv = adv[:, None]
+  free = -rho * adv
+  if keep is None:
+    bound = -jnp.clip(rho, -clip_low, clip_high) * adv
+    losses, clipped = jnp.maximum(free, bound), bound > free
+  else:
+    chex.assert_shape(keep, log_ratio.shape)
+    losses, clipped = jnp.where(keep, free, 0.0), ~keep
+  if loss_weight is not None:
+    chex.assert_shape(loss_weight, log_ratio.shape)
+    weights = weights * loss_weight
+  return jnp.sum(weights * losses), {"log_ratio": log_ratio, "clipped": counts & clipped}
+
+
+def step_weights(valid: chex.Array, steps: int) -> chex.Array:
+  """The weight of each step, 1 / (B W) with B the valid trajectories, so that a loss is a sum.
+
+  Taken of a whole batch and then cut into microbatches, the microbatches' losses add up exactly.
+
+  Args:
+    valid: trajectories that count, [B] bool.
+    steps: W, 0 for no window.
+
+  Returns:
+    [B, W] float32, 0 where nothing counts.
+  """
+  chex.assert_rank(valid, 1)
+  chex.assert_type(valid, bool)
+  weight = valid.astype(jnp.float32) / (jnp.maximum(valid.sum(), 1) * max(steps, 1))
+  return jnp.broadcast_to(weight[:, None], (valid.shape[0], steps))
+
+
+def reweight(kind: str, dt: chex.Array) -> chex.Array:
+  """The weight u of each step's surrogate: 1, or 1 / |dt| (GRPO-Guard's gradient reweighting).
+
+  Args:
+    kind: one of REWEIGHTS. UniGRPO uses `none`.
+    dt: signed, any shape, float32.
+
+  Returns:
+    The shape of `dt`, float32.
+
+  Raises:
+    ValueError: `kind` is none of REWEIGHTS.
+  """
+  if kind not in REWEIGHTS:
+    raise ValueError(f"kind={kind!r} is none of {REWEIGHTS}")
+  return jnp.ones_like(dt) if kind == "none" else 1 / jnp.abs(dt)
+
+
+def divergence(
+  mean: chex.Array, mean_old: chex.Array, std: chex.Array, mask: chex.Array
+) -> chex.Array:
+  """KL divergence of two Gaussians of the same std, a mean over elements: <d^2> / (2 std^2).
+
+  Args:
+    mean, mean_old: [..., I, C] float32; anything at padding.
+    std: [...] or broadcasting to it, float32, more than 0.
+    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
+
+  Returns:
+    [...] float32.
+  """
+  chex.assert_equal_shape([mean, mean_old])
+  squared = jnp.square(_difference(mean, mean_old, mask))
+  return element_mean(squared, mask) / (2 * jnp.square(std))
+
+
+def dppo_keep(
+  divergence: chex.Array, log_ratio: chex.Array, adv: chex.Array, *, threshold: float
+) -> chex.Array:
+  """Which steps Flow-DPPO (2606.11025) keeps: near ones, and far ones that move back.
+
+  A step goes when its divergence is at least the threshold and its ratio has already moved the way
+  its advantage pushes.
+
+  Args:
+    divergence, log_ratio: [B, W] float32; of `divergence`, and of `log_ratio` with kind `plain`.
+    adv: [B] float32.
+    threshold: 1e-5 in the paper.
+
+  Returns:
+    [B, W] bool.
+  """
+  chex.assert_equal_shape([divergence, log_ratio])
+  chex.assert_rank([divergence, adv], [2, 1])
+  away = jnp.sign(log_ratio) * jnp.sign(adv)[:, None] > 0
+  return ~((divergence >= threshold) & away)
+
+
+def scaled_clip(
+  clip: chex.Numeric, elements: chex.Numeric, reference: int = 262144
+) -> chex.Numeric:
+  """A clip range, or a weight of the velocity error, for images of another size than its own.
+
+    clip sqrt(reference / D)
+
+  A log ratio is a mean over D elements, so it shrinks as 1 / sqrt(D) at the same drift per element.
+  UniGRPO's 1e-6 and 1.5e-5 are of 1024 x 1024 pixels: 4096 tokens of 64 features.
+
+  Args:
+    clip: the value at `reference` elements.
+    elements: D, a number or an array.
+    reference: elements of the images that `clip` was chosen for.
+  """
+  return clip * (reference / elements) ** 0.5
+
+
+def _difference(a: chex.Array, b: chex.Array, mask: chex.Array) -> chex.Array:
+  """a - b, cleared at padding: 0 * NaN is NaN, in the gradient too."""
+  return jnp.where(mask[..., None], a - b, 0.0)

@@ -1,0 +1,211 @@
+"""Objectives that noise a finished image again instead of keeping the steps that drew it.
+
+x_t = (1 - t) x_0 + t noise, with x_0 the generated image. The ratios of AWM and FPO go through
+`flow.policy_loss`, with a column a time.
+
+Letters: B trajectories, N times (with their noise) an image, I latent tokens, C features of a
+token. <.> is the mean over the latent elements of one image that count.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax.losses import flow
+
+OPTIMALITIES = ("all", "positive_only", "negative_only", "one_only", "binary")
+WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
+ORDERS = ("exp_first", "mean_first")
+# Name -> (first step that decays, rise a step, highest decay), as DiffusionNFT numbers them.
+DECAYS = {"off": (0, 0.0, 0.0), "slow": (0, 0.001, 0.5), "late": (75, 0.0075, 0.999)}
+
+
+def optimality(adv: chex.Array, *, bound: float, kind: str = "all") -> chex.Array:
+  """The probability that a trajectory is a good one: 1/2 + clip(A / bound, -1, 1) / 2.
+
+  Source: DiffusionNFT (Zheng et al. 2025), eq. 7 and the `adv_mode` of its code: `positive_only`
+  and `negative_only` take the other advantages for 0, `binary` takes their sign, `one_only` 1 where
+  A > 0 and 0 elsewhere.
+
+  Args:
+    adv: A, any shape, float32.
+    bound: more than 0.
+    kind: one of OPTIMALITIES.
+
+  Raises:
+    ValueError: `kind` is none of OPTIMALITIES.
+  """
+  if kind not in OPTIMALITIES:
+    raise ValueError(f"kind={kind!r} is none of {OPTIMALITIES}")
+  chex.assert_type(adv, jnp.float32)
+  if kind == "positive_only":
+    adv = jnp.maximum(adv, 0)
+  elif kind == "negative_only":
+    adv = jnp.minimum(adv, 0)
+  elif kind == "one_only":
+    adv = (adv > 0).astype(jnp.float32)
+  elif kind == "binary":
+    adv = jnp.sign(adv)
+  return 0.5 + 0.5 * jnp.clip(adv / bound, -1, 1)
+
+
+def nft_losses(
+  v: chex.Array,
+  v_old: chex.Array,
+  x_0: chex.Array,
+  noise: chex.Array,
+  t: chex.Array,
+  optimal: chex.Array,
+  mask: chex.Array,
+  *,
+  beta: float,
+  scale: float,
+) -> chex.Array:
+  """The loss of DiffusionNFT: pulls one mixture of velocities to the image, and pushes its mirror.
+
+    v+ = (1 - beta) v_old + beta v,    v- = (1 + beta) v_old - beta v
+    E(u) = <(x_t - t u - x_0)^2> / <|x_t - t u - x_0|>
+    loss = (r E(v+) + (1 - r) E(v-)) scale / beta
+
+  No gradient flows through a denominator, which is at least 1e-5. Source: DiffusionNFT (Zheng et
+  al. 2025), eq. 9 and its code.
+
+  Args:
+    v: of the policy at x_t, [..., I, C], taken to float32; anything at padding.
+    v_old: of the policy that generated, likewise; no gradient.
+    x_0, noise: [..., I, C] float32.
+    t: [...] float32.
+    optimal: r, [...] float32; see `optimality`.
+    mask: latent tokens that count, [..., I] bool.
+    beta: how far the mixtures reach, more than 0.
+    scale: the bound of the advantages.
+
+  Returns:
+    [...] float32, a loss an image.
+  """
+  chex.assert_equal_shape([v, v_old, x_0, noise])
+  chex.assert_equal_shape([t, optimal, v[..., 0, 0]])
+  v, v_old = v.astype(jnp.float32), jax.lax.stop_gradient(v_old).astype(jnp.float32)
+  time = t[..., None, None]
+  away = time * (noise - x_0)  # x_t - x_0
+
+  def error(u):
+    miss = jnp.where(mask[..., None], away - time * u, 0.0)
+    size = flow.element_mean(jnp.abs(jax.lax.stop_gradient(miss)), mask)
+    return flow.element_mean(jnp.square(miss), mask) / jnp.maximum(size, 1e-5)
+
+  good, bad = error((1 - beta) * v_old + beta * v), error((1 + beta) * v_old - beta * v)
+  return (optimal * good + (1 - optimal) * bad) * scale / beta
+
+
+def awm_log_prob(
+  v: chex.Array,
+  x_0: chex.Array,
+  noise: chex.Array,
+  t: chex.Array,
+  mask: chex.Array,
+  *,
+  weighting: str = "uniform",
+  power: float = 0.25,
+) -> chex.Array:
+  """The matching error of a noised image, taken for its log-probability.
+
+    m = <(v - (noise - x_0))^2>
+    uniform -m;   t  -t m;   t2  -t^2 m
+    huber   -t (sqrt(m + 1e-10) - 1e-5)
+    ghuber  -t ((m + 1e-10)^power - 1e-10^power) / power
+
+  Source: advantage weighted matching (Xue et al. 2025, 2509.25050), `compute_log_prob_awm`. The
+  negative of `uniform` is the loss that FPO compares.
+
+  Args:
+    v: of the policy at x_t, [..., I, C], taken to float32; anything at padding.
+    x_0, noise: [..., I, C] float32.
+    t: [...] float32.
+    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
+    weighting: one of WEIGHTINGS.
+    power: of `ghuber`.
+
+  Returns:
+    [...] float32.
+
+  Raises:
+    ValueError: `weighting` is none of WEIGHTINGS.
+  """
+  if weighting not in WEIGHTINGS:
+    raise ValueError(f"weighting={weighting!r} is none of {WEIGHTINGS}")
+  chex.assert_equal_shape([v, x_0, noise])
+  chex.assert_shape(t, v.shape[:-2])
+  miss = jnp.where(mask[..., None], v.astype(jnp.float32) - (noise - x_0), 0.0)
+  m = flow.element_mean(jnp.square(miss), mask)
+  if weighting == "huber":
+    return -t * (jnp.sqrt(m + 1e-10) - 1e-5)
+  if weighting == "ghuber":
+    return -t * ((m + 1e-10) ** power - 1e-10**power) / power
+  return -m * {"uniform": 1.0, "t": t, "t2": jnp.square(t)}[weighting]
+
+
+def awm_log_ratio(logp: chex.Array, logp_old: chex.Array, *, order: str) -> chex.Array:
+  """Log importance ratios of AWM: one a time, or one an image after averaging over its times.
+
+  Args:
+    logp: of the policy, [B, N] float32; see `awm_log_prob`.
+    logp_old: of the policy that generated, likewise; no gradient.
+    order: `exp_first` for a ratio a time, `mean_first` for one an image.
+
+  Returns:
+    [B, N] or [B, 1] float32.
+
+  Raises:
+    ValueError: `order` is none of ORDERS.
+  """
+  if order not in ORDERS:
+    raise ValueError(f"order={order!r} is none of {ORDERS}")
+  chex.assert_rank(logp, 2)
+  chex.assert_equal_shape([logp, logp_old])
+  difference = logp - jax.lax.stop_gradient(logp_old)
+  return difference if order == "exp_first" else difference.mean(-1, keepdims=True)
+
+
+def fpo_log_ratio(
+  losses: chex.Array, losses_old: chex.Array, *, average: bool = True, bound: float = 3.0
+) -> chex.Array:
+  """Log importance ratios of flow policy optimization (2507.21053), from matching losses.
+
+    average:  mean_j l_old_j - mean_j l_j        otherwise:  clip(l_old_j - l_j, -bound, bound)
+
+  Args:
+    losses: l of the policy at N times with their noise, [B, N] float32.
+    losses_old: of the policy that generated, likewise; no gradient.
+    average: one ratio an image instead of one a time.
+    bound: of a ratio a time.
+
+  Returns:
+    [B, 1] or [B, N] float32.
+  """
+  chex.assert_rank(losses, 2)
+  chex.assert_equal_shape([losses, losses_old])
+  difference = jax.lax.stop_gradient(losses_old) - losses
+  return difference.mean(-1, keepdims=True) if average else jnp.clip(difference, -bound, bound)
+
+
+def old_decay(step: chex.Array, *, kind: str) -> chex.Array:
+  """The decay of the moving average that generates, at an optimizer step counted from 0.
+
+    min(rise max(step - first, 0), highest),   (first, rise, highest) = DECAYS[kind]
+
+  Source: `return_decay` of DiffusionNFT; `off` generates with the policy itself.
+
+  Args:
+    step: any shape, int.
+    kind: one of DECAYS.
+
+  Raises:
+    ValueError: `kind` is none of DECAYS.
+  """
+  if kind not in DECAYS:
+    raise ValueError(f"kind={kind!r} is none of {tuple(DECAYS)}")
+  first, rise, highest = DECAYS[kind]
+  return jnp.minimum(rise * jnp.maximum(step - first, 0), highest)

@@ -1,0 +1,160 @@
+"""Which steps of the flow have noise, and are trained, in an iteration. On the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+
+from unigrpo_jax import errors
+
+CONVENTIONS = ("per_iteration", "per_prompt", "per_rank_const", "scattered", "progressive")
+DWELLS = ("constant", "linear", "exponential")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moving:
+  """How the window of MixGRPO (Li et al. 2025) moves from noise to data.
+
+  Attributes:
+    iterations: that the window stays where it starts.
+    stride: steps by which it moves; None for its own size.
+    roll_back: starts over after the end of the range, instead of staying there.
+    dwell: one of DWELLS. How long it stays further on: as long; falling linearly to a quarter (at
+      least 1) at the end of the range; or iterations * exp(-0.1 max(steps done - 13, 0)).
+  """
+
+  iterations: int = 25
+  stride: int | None = None
+  roll_back: bool = False
+  dwell: str = "constant"
+
+
+def draw(
+  convention: str,
+  *,
+  low: int,
+  high: int,
+  size: int,
+  seed: int,
+  iteration: int,
+  prompts: int,
+  group_size: int,
+  num_steps: int,
+  rank: int = 0,
+  moving: Moving = Moving(),
+) -> np.ndarray:
+  """The steps with noise of each trajectory of an iteration.
+
+  A window is `size` neighbouring steps of low, ..., high - 1; every start is as likely.
+
+    per_iteration   one window for all, a function of (seed, iteration)
+    per_prompt      a window a prompt
+    per_rank_const  one window for all and for ever, a function of the rank alone (Flow-GRPO, BAGEL)
+    scattered       `size` steps anywhere in the range, not neighbours, the same for all
+    progressive     one window for all, moving (MixGRPO); the last one is full: it ends at `high`
+
+  Args:
+    convention: one of CONVENTIONS.
+    low, high, size: the range, `high` excluded, and the steps of a window; size 0 is no window.
+    seed, iteration: not negative.
+    prompts, group_size: trajectories are `group_size` neighbours a prompt. All of the iteration's
+      prompts, so that what is drawn does not depend on the number of processes.
+    num_steps: of the schedule; one less than its points.
+    rank: of the process; read by per_rank_const only.
+    moving: read by progressive only.
+
+  Returns:
+    [prompts * group_size, size] int32, increasing along each row.
+
+  Raises:
+    InputError: the convention is unknown, or the window does not fit the range or the schedule.
+  """
+  if convention not in CONVENTIONS:
+    raise errors.InputError(f"window={convention!r} is unknown; choose one of {CONVENTIONS}")
+  if not 0 <= low <= high <= num_steps:
+    raise errors.InputError(
+      f"window range [{low}, {high}] must lie within the {num_steps} steps of the schedule, 0 to "
+      f"{num_steps}"
+    )
+  if not 0 <= size <= high - low:
+    raise errors.InputError(
+      f"window size {size} must be 0 to {high - low}, the steps of the range [{low}, {high}]"
+    )
+  errors.require("seed", seed, low=0)
+  errors.require("iteration", iteration, low=0)
+  if size == 0:
+    return np.zeros((prompts * group_size, 0), np.int32)
+  rng = np.random.default_rng((seed, iteration))
+  last = high - size
+  if convention == "scattered":
+    steps = np.sort(rng.choice(np.arange(low, high), size, replace=False))[None]
+  else:
+    if convention == "per_prompt":
+      starts = rng.integers(low, last, prompts, endpoint=True)
+    elif convention == "per_rank_const":
+      starts = rank_start(rank, low=low, high=high, size=size)
+    elif convention == "progressive":
+      starts = low + moving_start(moving, iteration, steps=high - low, size=size, full=True)
+    else:
+      starts = rng.integers(low, last, endpoint=True)
+    steps = np.reshape(starts, (-1, 1)) + np.arange(size)
+  steps = np.broadcast_to(steps, (prompts, size))
+  return np.repeat(steps, group_size, axis=0).astype(np.int32)
+
+
+def rank_start(rank: int, *, low: int, high: int, size: int) -> int:
+  """The first step of the window of a process: Python's generator seeded with the rank alone."""
+  return random.Random(rank).randint(low, high - size)
+
+
+def moving_start(
+  moving: Moving, iteration: int, *, steps: int, size: int, full: bool = False
+) -> int:
+  """The first step of the moving window, counted from the start of the range.
+
+  Args:
+    moving: how it moves.
+    iteration: not negative.
+    steps: of the range.
+    size: steps of the window.
+    full: keeps the whole window within the range. Without, as MixGRPO's code does, it moves on
+      until it starts at the end of the range, where it is empty.
+
+  Returns:
+    0 to `steps`; with `full`, to steps - size.
+
+  Raises:
+    InputError: `moving` says nothing that moves.
+  """
+  stride = size if moving.stride is None else moving.stride
+  if moving.dwell not in DWELLS:
+    raise errors.InputError(f"window dwell={moving.dwell!r} is unknown; choose one of {DWELLS}")
+  errors.require("window iterations", moving.iterations, low=1)
+  errors.require("window stride", stride, low=1)
+  last = steps - size if full else steps
+  start = spent = 0
+  for _ in range(iteration):
+    spent += 1
+    if spent < _dwell(moving, start, steps):
+      continue
+    spent = 0
+    if full and start < last:
+      start = min(start + stride, last)
+    else:
+      start += stride
+    if start > last:
+      start = 0 if moving.roll_back else last
+  return start
+
+
+def _dwell(moving: Moving, start: int, steps: int) -> float:
+  """Iterations that the window stays at `start`."""
+  if moving.dwell == "linear":
+    least, done = max(1, moving.iterations // 4), start / steps
+    return max(least, int(moving.iterations * (1 - done) + least * done))
+  if moving.dwell == "exponential":
+    return math.ceil(moving.iterations * math.exp(-0.1 * max(start - 13, 0)))
+  return moving.iterations
