@@ -78,6 +78,7 @@ class Scorer:
     samples, done, lock = tuple(samples), futures.Future(), threading.Lock()
     parts = {name: self._pool.submit(self._run, name, samples) for name in self._rewards}
     left = len(parts)
+    done.set_running_or_notify_cancel()  # From here on nobody can cancel it.
 
     def finish(_):
       nonlocal left
@@ -133,9 +134,9 @@ class Scorer:
       R_i = sum_k w_k (r_ki - mean_g(i) r_k) / (std_g(i) r_k + 1e-4)
 
     over the rewards of non-zero weight. Mean and standard deviation (ddof 0) are those of the
-    group's samples that have a score. Source: standardising before the sum is the first step of GDPO
-    (arXiv 2601.05242), so that no reward drowns another by its scale; eps and ddof are those of
-    Flow-GRPO's code (arXiv 2505.05470).
+    group's samples that have a score. Source: standardising before the sum, so that no reward
+    drowns another by its scale, is the first step of GDPO (arXiv 2601.05242); eps and ddof are
+    those of Flow-GRPO's code (arXiv 2505.05470).
 
     Args:
       scores: what `score` gives, {name: [N]}.
