@@ -21,6 +21,7 @@ ROOMS = {
     "models.config", "iconworld", "replacing",
   },
   "iconworld": {"numpy", "scipy", "PIL", "errors"},
+  "rewards": {"numpy", "PIL", "errors", "iconworld"},
   "optim": {"jax", "optax"},
   "sharding": {"jax", "flax", "errors"},
   "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
@@ -37,7 +38,8 @@ STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
   "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
-  "threading", "signal", "hashlib", "random",
+  "threading", "signal", "hashlib", "difflib", "hmac", "http", "importlib", "inspect", "ipaddress",
+  "numbers", "random", "socket", "traceback", "urllib", "zipfile",
 }
 
 

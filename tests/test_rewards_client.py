@@ -1,0 +1,223 @@
+"""The client of the reward protocol, against servers that say what they are told to."""
+
+import contextlib
+import http.server
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests import reward_requests as shared
+from unigrpo_jax import rewards
+from unigrpo_jax.rewards import wire
+
+
+class Script(http.server.BaseHTTPRequestHandler):
+  """Gives `server.answers` one after the other, the last for ever: (status, body), or seconds."""
+
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers["Content-Length"]))
+    self.server.seen.append((self.path, dict(self.headers), body))
+    answers = self.server.answers
+    answer = answers.pop(0) if len(answers) > 1 else answers[0]
+    if isinstance(answer, float):
+      self.server.over.wait(answer)
+      return
+    status, content = answer
+    if callable(content):
+      content = content(body)
+    self.send_response(status)
+    self.end_headers()
+    self.wfile.write(content)
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def scripted():
+  with contextlib.ExitStack() as stack:
+
+    def start(*answers):
+      server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
+      server.answers, server.seen, server.over = list(answers), [], threading.Event()
+      thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+      thread.start()
+      stack.callback(server.server_close)
+      stack.callback(server.shutdown)
+      stack.callback(server.over.set)
+      server.url = f"http://127.0.0.1:{server.server_address[1]}"
+      return server
+
+    yield start
+
+
+def right(body):
+  return json.dumps({"scores": shared.value(wire.unpack(body)).tolist()}).encode()
+
+
+RIGHT = (200, right)
+FAILED = (500, b'{"error": "out of memory"}')
+
+
+def test_500_twice_then_success_is_retried(scripted):
+  server = scripted(FAILED, FAILED, RIGHT)
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(3)), [0, 1, 2])
+  assert len(server.seen) == 3
+  assert len({body for _, _, body in server.seen}) == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 503])
+def test_temporary_statuses_are_retried(scripted, status):
+  server = scripted((status, b""), RIGHT)
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)), [0])
+
+
+def test_500_for_ever_is_nan_after_the_retries(scripted):
+  server = scripted(FAILED)
+  reward = shared.client(server.url, retries=2)
+  np.testing.assert_array_equal(reward(shared.numbered(3)), [shared.NAN] * 3)
+  assert len(server.seen) == 3
+  for part in ("/v1/rewards/r", "status 500: out of memory", "attempts: 3"):
+    assert part in reward.last_error
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 404, 413])
+def test_refusals_are_final_and_say_why(scripted, status):
+  server = scripted((status, b'{"error": "because\\nof this"}'))
+  reward = shared.client(server.url)
+  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
+  assert len(server.seen) == 1
+  assert f"status {status}: because of this" in reward.last_error
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    b"", b"[]", b"{}", b'{"scores": null}', b'{"scores": [1]}', b'{"scores": [1, "2"]}',
+    b'{"scores": [1, true]}', b'{"scores": [1, %s]}' % (b"9" * 400), b"[" * 50_000,
+    b'{"scores": [1, 2%s]}' % (b" " * 100_000),
+  ],
+)
+def test_answers_that_are_no_scores(scripted, answer):
+  reward = shared.client(scripted((200, answer)).url)
+  np.testing.assert_array_equal(reward(shared.numbered(2)), [shared.NAN] * 2)
+  assert "the answer is not" in reward.last_error
+
+
+def test_null_is_nan_and_infinity_stays_for_the_scorer_to_see(scripted):
+  reward = shared.client(scripted((200, b'{"scores": [0.5, null, Infinity]}')).url)
+  scores = reward(shared.numbered(3))
+  assert scores.dtype == np.float32
+  np.testing.assert_array_equal(scores, [0.5, shared.NAN, np.inf])
+
+
+def test_chunks_by_count_and_shape_keep_the_order(scripted):
+  server = scripted(RIGHT)
+  small, large = shared.numbered(5), shared.numbered(5, side=3)
+  samples = [pair[i % 2] for i, pair in enumerate(zip(small, large))]
+  np.testing.assert_array_equal(shared.client(server.url, batch_size=2)(samples), np.arange(5))
+  shapes = [[s.image.shape[0] for s in wire.unpack(body)] for _, _, body in server.seen]
+  assert shapes == [[2, 2], [2], [3, 3]]
+
+
+def test_one_chunk_that_fails_costs_its_own_samples(scripted):
+  server = scripted(RIGHT, (400, b"{}"), RIGHT)
+  scores = shared.client(server.url, batch_size=2)(shared.numbered(6))
+  np.testing.assert_array_equal(scores, [0, 1, shared.NAN, shared.NAN, 4, 5])
+
+
+def test_what_cannot_be_sent_is_nan(scripted):
+  server = scripted(RIGHT)
+  samples = [rewards.Sample("", np.zeros((2, 2, 3), np.uint8), None, {"a": {1}})]
+  reward = shared.client(server.url)
+  np.testing.assert_array_equal(reward(samples), [shared.NAN])
+  assert "cannot be sent" in reward.last_error and not server.seen
+
+
+def test_a_slow_server_is_a_time_out(scripted):
+  server = scripted(10.0)
+  reward, start = shared.client(server.url, timeout=0.1, retries=1, batch_size=1), time.monotonic()
+  np.testing.assert_array_equal(reward(shared.numbered(4)), [shared.NAN] * 4)
+  assert 0.2 <= time.monotonic() - start < 2
+  assert "no answer within 0.1 s" in reward.last_error
+  assert len(server.seen) == 2, "the chunks after one that found no server are not tried"
+
+
+def free_port():
+  with socket.socket() as one:
+    one.bind(("127.0.0.1", 0))
+    return one.getsockname()[1]
+
+
+def test_no_server_is_nan_in_bounded_time():
+  reward, start = shared.client(f"http://127.0.0.1:{free_port()}", batch_size=1), time.monotonic()
+  np.testing.assert_array_equal(reward(shared.numbered(100)), [shared.NAN] * 100)
+  assert time.monotonic() - start < 2
+  assert "ConnectionRefusedError" in reward.last_error and "attempts: 4" in reward.last_error
+
+
+def test_a_server_that_hangs_up(scripted):
+  server = scripted(0.0, RIGHT)  # No status line at all.
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)), [0])
+  assert len(server.seen) == 2
+
+
+def test_waits_grow_and_depend_on_the_seed(scripted, monkeypatch):
+  server = scripted(FAILED)
+
+  def waits(**options):
+    reward, waited = shared.client(server.url, retries=6, backoff=2.0, **options), []
+    monkeypatch.setattr(reward._closed, "wait", waited.append)
+    reward(shared.numbered(1))
+    return waited
+
+  first = waits(seed=1)
+  assert len(first) == 6 and first == waits(seed=1) != waits(seed=2)
+  for k, wait in enumerate(first):
+    assert min(2**k, 30) <= wait <= min(3 * 2**k, 30)
+
+
+def test_closing_ends_the_waiting(scripted):
+  reward = shared.client(scripted(FAILED).url, backoff=20, retries=5)
+  threading.Timer(0.05, reward.close).start()
+  start = time.monotonic()
+  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
+  assert time.monotonic() - start < 5
+
+
+def test_the_token_is_sent_and_never_shown(scripted, monkeypatch):
+  monkeypatch.setenv("MY_TOKEN", "s3cret")
+  server = scripted((401, b"{}"))
+  reward = shared.client(server.url, token_env="MY_TOKEN")
+  reward(shared.numbered(1))
+  assert server.seen[0][1]["Authorization"] == "Bearer s3cret"
+  assert "s3cret" not in reward.last_error + repr(reward)
+  for bad in ("s3cret\n", "s3 cret", "s3cr\u00e9t", ""):
+    assert "s3" not in shared.refusal(shared.client, server.url, token=bad)
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"url": "127.0.0.1:8901"}, "http://host:8901"),
+    ({"url": "ftp://a"}, "url='ftp://a'"),
+    ({"url": "http://a:99999"}, "url"),
+    ({"url": "http://a?b=c"}, "url"),
+    ({"timeout": 0}, "timeout=0"),
+    ({"retries": -1}, "retries=-1"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"token_env": "UNSET_VARIABLE"}, "UNSET_VARIABLE"),
+    ({"token_env": "A", "token": "s3cret"}, "not both"),
+  ],
+)
+def test_options_that_are_refused(options, words):
+  message = shared.refusal(shared.client, **{"url": "http://127.0.0.1:1", **options})
+  assert words in message and "s3cret" not in message
+
+
+def test_a_url_with_a_password_is_refused_without_showing_it():
+  assert "s3cret" not in shared.refusal(shared.client, "http://me:s3cret@127.0.0.1:1")

@@ -1,0 +1,247 @@
+"""The reward server: in a thread against bare requests and clients, and as a command."""
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests import reward_requests as shared
+from unigrpo_jax import rewards
+from unigrpo_jax.iconworld import prompts, renderer
+from unigrpo_jax.rewards import serve, wire
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def serving():
+  with contextlib.ExitStack() as stack:
+
+    def start(given, **options):
+      server = serve.Server(given, **options)
+      threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+      stack.callback(server.server_close)
+      stack.callback(server.shutdown)
+      return server
+
+    yield start
+
+
+def ask(server, method, path, body=None, **headers):
+  """(status, answer) of a bare request."""
+  connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+  try:
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+  finally:
+    connection.close()
+
+
+def world():
+  rng = np.random.default_rng(0)
+  examples = prompts.fixed("test", 6)
+  return [
+    rewards.Sample(e.prompt, renderer.render(examples[i // 2].scene, rng), e.reasoning, e.metadata)
+    for i, e in enumerate(examples)
+  ]
+
+
+def test_round_trip_equals_local_scores(serving):
+  names = ("iconworld_strict", "iconworld_soft", "iconworld_reasoning", "jpeg_size")
+  local = {name: rewards.make(name) for name in names}
+  server = serving(local)
+  remote = {
+    name: rewards.make("http", url=server.address + "/", reward=name, batch_size=4)
+    for name in names
+  }
+  one = rewards.Scorer(remote, dict.fromkeys(names, 1.0), threads=4)
+  samples = world()
+  found = one.score(samples)
+  one.close()
+  assert all(failures.count == 0 for failures in one.failures.values())
+  for name in names:
+    np.testing.assert_array_equal(found[name], local[name](samples))
+  assert set(found["iconworld_strict"]) == {0, 1}
+
+
+def test_what_there_is_to_get(serving):
+  server = serving({"b": shared.value, "a": shared.value}, token="t0ken")
+  assert ask(server, "GET", "/healthz") == (200, {"status": "ok"})
+  status, answer = ask(server, "GET", "/v1/rewards")
+  assert status == 401
+  token = {"Authorization": "Bearer t0ken"}
+  assert ask(server, "GET", "/v1/rewards", **token) == (200, {"rewards": ["a", "b"]})
+  assert ask(server, "GET", "/v2/rewards", **token)[0] == 404
+
+
+def test_tokens(serving, capfd):
+  server = serving({"r": shared.value}, token="t0ken")
+  np.testing.assert_array_equal(shared.client(server.address, token="t0ken")(shared.numbered(2)), [0, 1])
+  for token in (None, "t0ke", "t0kenn", "T0KEN"):
+    reward = shared.client(server.address, token=token)
+    np.testing.assert_array_equal(reward(shared.numbered(2)), [shared.NAN] * 2)
+    assert "status 401" in reward.last_error
+  assert ask(server, "GET", "/v1/rewards", Authorization="Bearer \xff")[0] == 401
+  output = capfd.readouterr()
+  assert "401" in output.err and "t0ken" not in (output.out + output.err).lower()
+
+
+def test_malformed_bodies_do_not_kill_the_server(serving):
+  server = serving({"r": shared.value})
+  for name, (words, body) in shared.MALFORMED.items():
+    status, answer = ask(server, "POST", "/v1/rewards/r", body)
+    assert status == 400 and list(answer) == ["error"], name
+    assert words in answer["error"] and "\n" not in answer["error"]
+    assert len(answer["error"]) <= 500
+  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(2)), [0, 1])
+
+
+def raw(server, content):
+  """What the server says to bytes, after which the client says no more."""
+  with socket.create_connection(server.server_address[:2], timeout=10) as connection:
+    connection.sendall(content)
+    connection.shutdown(socket.SHUT_WR)
+    return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+
+@pytest.mark.parametrize(
+  ("headers", "status"),
+  [
+    ("", 411), ("Transfer-Encoding: chunked\r\n", 411), ("Content-Length: -5\r\n", 400),
+    ("Content-Length: many\r\n", 400), (f"Content-Length: {'9' * 30}\r\n", 400),
+    ("Content-Length: 500\r\n", 400), ("Content-Length: 999999999999\r\n", 413),
+  ],
+)
+def test_lengths(serving, headers, status):
+  server = serving({"r": shared.value})
+  answer = raw(server, f"POST /v1/rewards/r HTTP/1.1\r\n{headers}\r\nabc".encode())
+  assert answer.split()[1] == str(status)
+  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(1)), [0])
+
+
+def test_oversized_is_413_and_heard_by_the_client(serving):
+  # Larger than the buffers of a socket, so that the answer comes while the client still sends.
+  server = serving({"r": shared.value}, max_bytes=10_000)
+  samples = [rewards.Sample("", np.zeros((2000, 2000, 3), np.uint8))]
+  reward = shared.client(server.address)
+  np.testing.assert_array_equal(reward(samples), [shared.NAN])
+  assert "status 413" in reward.last_error and "10000" in reward.last_error
+  np.testing.assert_array_equal(reward(shared.numbered(1)), [0])
+
+
+def test_unknown_rewards_are_404_with_the_names(serving):
+  server = serving({"m:f": shared.value})
+  reward = shared.client(server.address, reward="other")
+  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
+  assert "status 404" in reward.last_error and "m:f" in reward.last_error
+  np.testing.assert_array_equal(shared.client(server.address, reward="m:f")(shared.numbered(1)), [0])
+
+
+def test_a_reward_that_raises_is_500_and_nan_is_null(serving, capfd):
+  failing = [True]
+
+  def moody(samples):
+    if failing:
+      failing.clear()
+      raise RuntimeError("the model is not loaded")
+    return [shared.NAN, np.inf, 0.1]
+
+  server = serving({"r": moody})
+  status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(3)))
+  assert status == 500 and "RuntimeError: the model is not loaded" in answer["error"]
+  assert "Traceback" in capfd.readouterr().err
+  status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(3)))
+  assert (status, answer) == (200, {"scores": [None, None, float(np.float32(0.1))]})
+
+
+def test_requests_come_together_and_a_reward_is_called_one_at_a_time(serving):
+  inside, most = [], []
+
+  def counting(samples):
+    inside.append(1)
+    most.append(len(inside))
+    time.sleep(0.01)
+    inside.pop()
+    return shared.value(samples)
+
+  server = serving({"r": counting})
+  one = rewards.Scorer({"r": shared.client(server.address)}, {"r": 1.0}, threads=8)
+  samples = shared.numbered(16)
+  pending = [one.submit(samples[i : i + 2]) for i in range(0, 16, 2)]
+  for i, future in enumerate(pending):
+    np.testing.assert_array_equal(future.result(10)["r"], [2 * i, 2 * i + 1])
+  one.close()
+  assert max(most) == 1 and len(most) == 8
+
+
+def test_others_need_a_token():
+  for host in ("0.0.0.0", "::", "", "10.0.0.1", "example.com"):
+    assert "--token_env" in shared.refusal(serve.Server, {"r": shared.value}, host=host)
+  serve.Server({"r": shared.value}, host="0.0.0.0", token="t0ken").server_close()
+  serve.Server({"r": shared.value}, host="localhost").server_close()
+
+
+def test_a_port_that_is_taken(serving):
+  server = serving({"r": shared.value})
+  port = server.server_address[1]
+  assert f"--port={port}" in shared.refusal(serve.Server, {"r": shared.value}, port=port)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ([], "--rewards"),
+    (["--rewards", "iconworld_strikt"], "did you mean iconworld_strict?"),
+    (["--rewards", "brightness", "brightness"], "twice"),
+    (["--rewards", "brightness", "--port", "70000"], "--port=70000"),
+    (["--rewards", "brightness", "--max_mb", "0"], "--max_mb=0"),
+    (["--rewards", "brightness", "--host", "0.0.0.0"], "--token_env"),
+    (["--rewards", "brightness", "--token_env", "UNSET_VARIABLE"], "UNSET_VARIABLE"),
+    (["--rewards", "brightness", "--options", "{"], "--options"),
+    (["--rewards", "brightness", "--options", "[]"], "--options"),
+    (["--rewards", "brightness", "--options", '{"jpeg_size": {}}'], "jpeg_size"),
+    (["--rewards", "a=jpeg_size", "--options", '{"a": {"qualty": 1}}'], "qualty"),
+  ],
+)
+def test_bad_arguments(arguments, words):
+  assert words in shared.refusal(serve.main, arguments)
+
+
+def test_names_and_options_of_the_command():
+  made = serve.make_rewards(["small=jpeg_size", "jpeg_size"], '{"small": {"quality": 5}}')
+  noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+  samples = [rewards.Sample("", noise)]
+  assert made["small"](samples)[0] < made["jpeg_size"](samples)[0] / 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_told_to_stop(number):
+  process = subprocess.Popen(
+    [sys.executable, "-m", "unigrpo_jax.rewards.serve", "--rewards", "brightness", "--port", "0",
+     "--host", "0.0.0.0", "--token_env", "T"],
+    cwd=ROOT, env=os.environ | {"T": "t0ken"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    line = process.stdout.readline()
+    assert line.startswith("serving brightness on http://0.0.0.0:")
+    url = f"http://127.0.0.1:{line.strip().rpartition(':')[2]}"
+    reward = rewards.make("http", url=url, reward="brightness", token="t0ken", timeout=10)
+    assert reward([rewards.Sample("", np.full((2, 2, 3), 255, np.uint8))]) == [1]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+  finally:
+    process.kill()
+    process.wait()
+  assert (process.returncode, out, err) == (0, "stopped\n", "")

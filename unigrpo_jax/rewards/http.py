@@ -1,0 +1,199 @@
+"""A reward that a server computes: the client of `wire`'s protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import http.client
+import json
+import math
+import os
+import random
+import re
+import threading
+import urllib.parse
+
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.rewards import base, wire
+
+LONGEST_WAIT = 30.0  # Seconds between two attempts, at most.
+TEMPORARY = {408, 429}  # Besides 5xx, statuses that may be otherwise the next time.
+# An answer longer than this many bytes, and so many a sample, is no list of scores.
+ANSWER, ANSWER_A_SAMPLE = 65_536, 64
+
+
+class _Failed(Exception):
+  """A chunk is not scored; may pass if tried again (`temporary`); got no answer (`unreachable`)."""
+
+  def __init__(self, message: str, *, temporary: bool = False, unreachable: bool = False):
+    super().__init__(message)
+    self.temporary, self.unreachable = temporary, unreachable
+
+
+def read_token(token: str | None, token_env: str | None) -> str | None:
+  """The token itself, or the one that the environment variable `token_env` holds.
+
+  Raises:
+    InputError: both are given, the variable is not set, or a header cannot hold the token, which
+      no message shows.
+  """
+  if token is not None and token_env is not None:
+    raise errors.InputError(f"token_env={token_env!r}: give either token or token_env, not both")
+  if token_env is not None:
+    token = os.environ.get(token_env)
+    if not token:
+      raise errors.InputError(f"token_env={token_env!r}: that environment variable is not set")
+  if token is not None and not re.fullmatch(r"[!-~]+", token):
+    raise errors.InputError("the token (not shown) must be printable ASCII without spaces")
+  return token
+
+
+@base.register("http")
+class Http:
+  """A reward on a server, in chunks of samples whose images have one shape.
+
+  A connection that fails, a time-out, a 5xx, 408 or 429 is tried again; attempt k (from 0) is
+  followed by min(backoff 2^k u, 30) seconds of waiting, u uniform in [0.5, 1.5]. Other refusals are
+  final. What stays unscored is NaN, and `last_error` says why. Once a chunk has found no
+  server in all its attempts, the rest of the call is not tried, so a call to a server that is gone
+  takes one chunk's time. Proxies of the environment and redirects are not followed.
+  """
+
+  concurrent = True
+
+  def __init__(
+    self, url: str, reward: str, *, timeout: float = 120.0, retries: int = 3, backoff: float = 1.0,
+    batch_size: int = 16, token: str | None = None, token_env: str | None = None, seed: int = 0,
+  ):
+    """Connects to nothing yet.
+
+    Args:
+      url: of the server, http or https, before "/v1/rewards".
+      reward: the reward's name there.
+      timeout: seconds that connecting, sending, or waiting for the next bytes may take.
+      retries: attempts of a chunk after the first.
+      backoff: seconds before the first of them, about.
+      batch_size: samples of a chunk.
+      token: bearer token; no message shows it.
+      token_env: the environment variable that holds it, so that no config does.
+      seed: of the jitter.
+
+    Raises:
+      InputError: an argument is out of range or no URL.
+    """
+    parts = urllib.parse.urlsplit(url)
+    try:
+      host, port = parts.hostname, parts.port
+    except ValueError as error:
+      raise errors.InputError(f"url of reward {reward}: {error}") from None
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+      raise errors.InputError(f"url={url!r} of reward {reward} must be like http://host:8901")
+    if parts.username is not None or parts.password is not None:
+      raise errors.InputError(f"url of reward {reward} must not hold a password; use token_env")
+    errors.require("timeout", timeout, above=0)
+    errors.require("retries", retries, low=0)
+    errors.require("backoff", backoff, low=0)
+    errors.require("batch_size", batch_size, low=1)
+    self._connection = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[
+      parts.scheme
+    ]
+    self._host, self._port = host, port
+    self._path = f"{parts.path.rstrip('/')}{wire.PREFIX}/{urllib.parse.quote(reward, safe='')}"
+    self._name = f"{parts.scheme}://{parts.netloc}{self._path}"
+    self._timeout, self._retries, self._backoff = timeout, retries, backoff
+    self._batch_size = batch_size
+    self._token = read_token(token, token_env)
+    self._jitter = random.Random(seed)
+    self._closed = threading.Event()
+    self.last_error: str | None = None
+
+  def __call__(self, samples: Sequence[base.Sample]) -> np.ndarray:
+    """[N] float32, the server's scores; NaN where it had none or did not answer."""
+    scores = np.full(len(samples), np.nan)
+    for chunk in _chunks(samples, self._batch_size):
+      try:
+        scores[chunk] = self._score([samples[i] for i in chunk])
+      except _Failed as error:
+        self.last_error = f"{self._name}: {error}"
+        if error.unreachable:
+          break
+    with np.errstate(over="ignore"):
+      return scores.astype(np.float32)
+
+  def close(self) -> None:
+    """Ends waiting between attempts, now and later: each chunk has one attempt from now on."""
+    self._closed.set()
+
+  def _score(self, samples: Sequence[base.Sample]) -> list[float]:
+    try:
+      body = wire.pack(samples)
+    except (TypeError, ValueError) as error:
+      raise _Failed(f"samples cannot be sent: {error}") from None
+    for attempt in range(self._retries + 1):
+      try:
+        return self._attempt(body, len(samples))
+      except _Failed as error:
+        if not error.temporary:
+          raise
+        last = error
+      wait = min(self._backoff * 2**attempt * self._jitter.uniform(0.5, 1.5), LONGEST_WAIT)
+      if attempt == self._retries or self._closed.wait(wait):
+        break
+    raise _Failed(f"{last}; attempts: {attempt + 1}", unreachable=last.unreachable)
+
+  def _attempt(self, body: bytes, count: int) -> list[float]:
+    headers = {"Content-Type": "application/octet-stream"}
+    if self._token is not None:
+      headers["Authorization"] = f"Bearer {self._token}"
+    connection = self._connection(self._host, self._port, timeout=self._timeout)
+    limit = ANSWER + ANSWER_A_SAMPLE * count
+    try:
+      try:
+        connection.request("POST", self._path, body, headers)
+      except (BrokenPipeError, ConnectionResetError):
+        # A server may refuse before it has read everything; its answer says why.
+        if connection.sock is None:
+          raise
+      response = connection.getresponse()
+      status, answer = response.status, response.read(limit + 1)
+    except TimeoutError:
+      message = f"no answer within {self._timeout:g} s"
+      raise _Failed(message, temporary=True, unreachable=True) from None
+    except (OSError, http.client.HTTPException) as error:
+      message = f"no answer ({type(error).__name__}: {error})"
+      raise _Failed(message, temporary=True, unreachable=True) from None
+    finally:
+      connection.close()
+    if status == 200:
+      return _read_scores(answer, count, limit)
+    temporary = status >= 500 or status in TEMPORARY
+    raise _Failed(f"status {status}: {_reason(answer)}", temporary=temporary)
+
+
+def _chunks(samples: Sequence[base.Sample], size: int) -> Iterator[list[int]]:
+  """Indices of at most `size` samples each, whose images have one shape."""
+  shapes: dict[tuple[int, ...], list[int]] = {}
+  for i, sample in enumerate(samples):
+    shapes.setdefault(np.shape(sample.image), []).append(i)
+  for members in shapes.values():
+    yield from (members[first : first + size] for first in range(0, len(members), size))
+
+
+def _read_scores(answer: bytes, count: int, limit: int) -> list[float]:
+  try:
+    scores = json.loads(answer)["scores"] if len(answer) <= limit else None
+    if isinstance(scores, list) and len(scores) == count:
+      if all(score is None or type(score) in (int, float) for score in scores):
+        return [math.nan if score is None else float(score) for score in scores]
+  except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    pass
+  raise _Failed(f'the answer is not {{"scores": [{count} numbers or null]}}')
+
+
+def _reason(answer: bytes) -> str:
+  try:
+    said = json.loads(answer)["error"]
+  except (ValueError, TypeError, KeyError, RecursionError):
+    said = "no reason given"
+  return " ".join(str(said).split())[:300]

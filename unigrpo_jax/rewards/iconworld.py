@@ -1,0 +1,75 @@
+"""Rewards of the embedded world: the verifier's scores of the image, the plan's of the reasoning.
+
+A sample whose metadata asks for nothing, or for what IconWorld does not have, gets NaN: a wrong
+prompt set is no picture's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import numbers
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax.iconworld import plans, riddles, scenes, verifier
+from unigrpo_jax.rewards import base
+
+
+@base.register("iconworld_strict")
+def strict(samples: Sequence[base.Sample]) -> np.ndarray:
+  """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
+  return _scores(samples, lambda sample: verifier.verify(sample.image, sample.metadata)[0])
+
+
+@base.register("iconworld_soft")
+def soft(samples: Sequence[base.Sample]) -> np.ndarray:
+  """[N] float32 in [0, 1]: the share of the demands that the image meets, less for extra objects.
+
+  It is 1 exactly where `iconworld_strict` is; see `geneval.score`.
+  """
+  return _scores(samples, lambda sample: verifier.verify(sample.image, sample.metadata)[1])
+
+
+@base.register("iconworld_reasoning")
+def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
+  """[N] float32: 1 where the reasoning ends in the plan of a correct scene, else 0.
+
+  The image is not looked at. Reasoning without a plan scores 0; no reasoning at all (text None)
+  scores NaN, so it never passes for wrong reasoning.
+  """
+
+  def score(sample: base.Sample) -> float:
+    if sample.text is None:
+      return np.nan
+    return float(plans.is_correct(sample.text, sample.metadata))
+
+  return _scores(samples, score)
+
+
+def _scores(
+  samples: Sequence[base.Sample], score: Callable[[base.Sample], float]
+) -> np.ndarray:
+  return np.array([score(s) if _asks(s.metadata) else np.nan for s in samples], np.float32)
+
+
+def _asks(metadata: Mapping[str, Any]) -> bool:
+  """Whether metadata is GenEval's format, asks for something, and all of it is of this world."""
+  include, exclude = metadata.get("include"), metadata.get("exclude", ())
+  if not isinstance(include, Sequence) or not include or not isinstance(exclude, Sequence):
+    return False
+  return all(_known(entry, len(include)) for entry in (*include, *exclude))
+
+
+def _known(entry: Any, entries: int) -> bool:
+  if not isinstance(entry, Mapping):
+    return False
+  count = entry.get("count")
+  if not isinstance(count, numbers.Integral) or count < 1 or entry.get("class") not in scenes.KINDS:
+    return False
+  if "color" in entry and entry["color"] not in scenes.COLORS:
+    return False
+  match entry.get("position", ("above", 0)):
+    case [relation, numbers.Integral() as index]:
+      return relation in riddles.RELATIONS and 0 <= index < entries
+  return False

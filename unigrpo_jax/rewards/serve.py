@@ -1,0 +1,276 @@
+"""Serves rewards over HTTP: `python -m unigrpo_jax.rewards.serve --help`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import hmac
+import http.server
+import ipaddress
+import json
+import math
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+import urllib.parse
+
+from unigrpo_jax import errors
+from unigrpo_jax.rewards import base, wire
+from unigrpo_jax.rewards import http as client
+
+DESCRIPTION = """Serves rewards over HTTP, for `http` rewards of a training run elsewhere.
+
+Needs numpy, scipy and Pillow, no accelerator of its own. The protocol is in rewards/wire.py."""
+
+EPILOG = """examples:
+  python -m unigrpo_jax.rewards.serve --rewards iconworld_strict iconworld_soft
+  python -m unigrpo_jax.rewards.serve --rewards taste=my_rewards:Taste \\
+    --options '{"taste": {"device": "cuda"}}' --host 0.0.0.0 --token_env REWARD_TOKEN
+  curl http://127.0.0.1:8901/v1/rewards
+
+A reward is a registered name or module:function, after NAME= to serve it under another name. The
+connection is not encrypted: a token protects a private network, not a public one.
+"""
+
+AT_ONCE = 4  # Bodies that are in memory at once; further requests wait.
+SILENCE = 60.0  # Seconds that a client may keep silent.
+LINGER = 5.0  # Seconds to listen on to a client whose body is refused, so that it hears why.
+PIECE = 1 << 16
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """A reward server; a thread a request, and each reward called by one of them at a time."""
+
+  daemon_threads = True
+
+  def __init__(
+    self, rewards: Mapping[str, base.Reward], *, host: str = "127.0.0.1", port: int = 0,
+    token: str | None = None, max_bytes: int = 256 << 20,
+  ):
+    """Binds and listens; `serve_forever` answers.
+
+    Args:
+      rewards: by the names that they are served under.
+      host: address to listen on.
+      port: 0 takes a free one; `address` says which.
+      token: what clients must send; None lets everyone in.
+      max_bytes: of a request's body.
+
+    Raises:
+      InputError: a host that others can reach has no token, or the address cannot be had.
+    """
+    self.rewards, self.token, self.max_bytes = dict(rewards), token, max_bytes
+    self.slots = threading.BoundedSemaphore(AT_ONCE)
+    self.turns = {name: base.turn(reward) for name, reward in rewards.items()}
+    if token is None and not _loopback(host):
+      raise errors.InputError(
+        f"--host={host} can be reached from other machines: give --token_env, or --host=127.0.0.1"
+      )
+    self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+      super().__init__((host, port), Handler)
+    except (OSError, OverflowError) as error:
+      raise errors.InputError(
+        f"--host={host} --port={port}: {error}; choose another, or --port=0 for any"
+      ) from None
+
+  @property
+  def address(self) -> str:
+    """What clients give as `url`."""
+    host, port = self.server_address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+  def handle_error(self, request, client_address) -> None:
+    """A client that went away is no news; anything else is."""
+    if not isinstance(sys.exception(), OSError):
+      super().handle_error(request, client_address)
+
+
+class _Refusal(Exception):
+  """A status other than 200, and the line that goes with it."""
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """One request; see `wire` for what there is to ask."""
+
+  server: Server
+  timeout = SILENCE
+
+  def do_GET(self) -> None:
+    if self.path == wire.HEALTH:
+      self._answer(200, {"status": "ok"})
+    else:
+      self._reply(self._list, 0)
+
+  def do_POST(self) -> None:
+    self._reply(self._score, math.inf)
+
+  def _list(self) -> dict[str, Any]:
+    if self.path != wire.PREFIX:
+      raise _Refusal(404, f"no {self.path}; there are {wire.PREFIX} and {wire.HEALTH}")
+    return {"rewards": sorted(self.server.rewards)}
+
+  def _score(self) -> dict[str, Any]:
+    name = urllib.parse.unquote(self.path.removeprefix(f"{wire.PREFIX}/"))
+    if not self.path.startswith(f"{wire.PREFIX}/") or name not in self.server.rewards:
+      names = ", ".join(sorted(self.server.rewards))
+      raise _Refusal(404, f"no reward at {self.path}; there are {names}")
+    length = self._length()
+    with self.server.slots:
+      body = self.rfile.read(length)
+      self._unread = 0
+      if len(body) < length:
+        raise _Refusal(400, f"the body ended after {len(body)} of {length} bytes")
+      try:
+        samples = wire.unpack(body)
+      except ValueError as error:
+        raise _Refusal(400, str(error)) from None
+      del body
+      try:
+        with self.server.turns[name]:
+          scores, problem = base.evaluate(self.server.rewards[name], samples)
+      except Exception as error:
+        traceback.print_exc()
+        raise _Refusal(500, f"reward {name} failed: {type(error).__name__}: {error}") from None
+    if problem is not None:
+      self.log_message("reward %s: %s", name, problem)
+    return {"scores": [None if math.isnan(score) else score for score in scores.tolist()]}
+
+  def _length(self) -> int:
+    given = self.headers.get("Content-Length")
+    if given is None:
+      raise _Refusal(411, "Content-Length is missing")
+    if not (given.isascii() and given.isdigit()) or len(given) > 18:
+      raise _Refusal(400, f"Content-Length={given[:40]!r} is no length")
+    self._unread = int(given)
+    if self._unread > self.server.max_bytes:
+      raise _Refusal(
+        413, f"{given} bytes are more than the {self.server.max_bytes} allowed; send fewer samples"
+      )
+    return self._unread
+
+  def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
+    self._unread = unread  # Bytes of the body that the client may still be sending.
+    try:
+      self._authorise()
+      status, answer = 200, work()
+    except _Refusal as refusal:
+      status, answer = refusal.status, {"error": " ".join(str(refusal).split())[:500]}
+      self.log_message("%d %s", status, answer["error"])
+    self._answer(status, answer)
+    if status != 200:
+      self._linger()
+
+  def _authorise(self) -> None:
+    token = self.server.token
+    given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+      raise _Refusal(401, "the bearer token is missing or wrong")
+
+  def _answer(self, status: int, answer: dict[str, Any]) -> None:
+    body = json.dumps(answer).encode()
+    self.send_response(status)
+    self.send_header("Content-Type", "application/json")
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    self.wfile.write(body)
+    self.wfile.flush()
+
+  def _linger(self) -> None:
+    """Reads on for a moment: closing on unread bytes would reset the answer away."""
+    self.connection.shutdown(socket.SHUT_WR)
+    self.connection.settimeout(LINGER)
+    end = time.monotonic() + LINGER
+    while self._unread > 0 and time.monotonic() < end:
+      piece = self.rfile.read1(PIECE)
+      if not piece:
+        break
+      self._unread -= len(piece)
+
+  def log_request(self, code="-", size="-") -> None:
+    """Nothing: a training run asks thousands of times."""
+
+
+def _loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = errors.ArgumentParser(
+    prog="python -m unigrpo_jax.rewards.serve", allow_abbrev=False, description=DESCRIPTION,
+    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--rewards", nargs="+", required=True, metavar="[NAME=]REWARD",
+      help=f"{', '.join(base.names())}, or module:function")
+  add("--options", default="{}", metavar="JSON",
+      help="of the rewards: an object of objects, by the names that they are served under")
+  add("--host", default="127.0.0.1",
+      help="address to listen on; one that others can reach needs --token_env "
+      "(default: %(default)s)")
+  add("--port", type=int, default=8901, help="0 takes a free one (default: %(default)s)")
+  add("--token_env", metavar="VARIABLE",
+      help="environment variable with the bearer token that clients must send (default: none)")
+  add("--max_mb", type=int, default=256,
+      help="megabytes (2^20 bytes) of a request, at most (default: %(default)s)")
+  return parser.parse_args(argv)
+
+
+def make_rewards(asked: Sequence[str], options: str) -> dict[str, base.Reward]:
+  """{name: reward} of `--rewards` and `--options`.
+
+  Raises:
+    InputError: a name is given twice or has no reward, or the options are not such an object.
+  """
+  try:
+    given = json.loads(options)
+  except ValueError as error:
+    raise errors.InputError(f"--options is not JSON: {error}") from None
+  if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+    raise errors.InputError(f"--options={options} must be an object of objects, by reward")
+  rewards: dict[str, base.Reward] = {}
+  for item in asked:
+    name, _, reward = item.rpartition("=")
+    name = name or reward
+    if name in rewards:
+      raise errors.InputError(f"--rewards names {name} twice; write OTHER={reward}")
+    rewards[name] = base.make(reward, **given.pop(name, {}))
+  if given:
+    raise errors.InputError(f"--options has {', '.join(given)}, which --rewards does not name")
+  return rewards
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  args = parse_args(argv)
+  errors.require("--port", args.port, low=0, high=65535)
+  errors.require("--max_mb", args.max_mb, low=1)
+  token = client.read_token(None, args.token_env)
+  server = Server(
+    make_rewards(args.rewards, args.options), host=args.host, port=args.port, token=token,
+    max_bytes=args.max_mb << 20,
+  )
+  told = threading.Event()
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: told.set())
+  thread = threading.Thread(target=server.serve_forever, name="server", daemon=True)
+  thread.start()
+  print(f"serving {', '.join(server.rewards)} on {server.address}", flush=True)
+  told.wait()
+  server.shutdown()
+  server.server_close()
+  print("stopped", flush=True)
+
+
+if __name__ == "__main__":
+  errors.report(main)
