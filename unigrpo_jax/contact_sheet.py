@@ -36,11 +36,11 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
 
 def _strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
   """One prompt: its words to the left, a picture a mode with its rewards beneath."""
-  left = textwrap.wrap(rows[0].prompt, WORDS) + [""]
-  for row in rows:
-    if row.text is not None:
-      words = row.text.replace("<think>", "").replace("</think>", "")
-      left += textwrap.wrap(f"{row.mode}: {' '.join(words.split())}", WORDS)
+  left = textwrap.wrap(rows[0].prompt, WORDS)
+  for text in dict.fromkeys(row.text for row in rows if row.text is not None):
+    modes = ", ".join(row.mode for row in rows if row.text == text)
+    words = text.replace("<think>", "").replace("</think>", "")
+    left += ["", *textwrap.wrap(f"{modes}: {' '.join(words.split())}", WORDS)]
   beneath = [[row.mode, *(f"{k} {v:.2f}" for k, v in row.rewards.items())] for row in rows]
   tall = max(len(left) * LINE, SIDE + max(map(len, beneath)) * LINE) + 2 * GAP
   start = WORDS * 7 + 2 * GAP
