@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
-from unigrpo_jax import errors, generate
+from unigrpo_jax import errors, evaluate, folders, generate
+from unigrpo_jax.iconworld import plans
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--steps=3", "--max_tokens=4", "--temperature=1"]
@@ -71,6 +72,48 @@ def test_a_file_of_prompts_is_one_batch_and_repeats_row_by_row(golden, tmp_path)
   assert np.abs(load(tmp_path / "one.png") - load(tmp_path / "all/00001.png")).max() <= 1
 
 
+def test_upscaled_pictures_repeat_every_pixel(golden, tmp_path):
+  for scale in (1, 3):
+    _run(golden, "--prompt=a", "--height=32", "--width=48", f"--out={tmp_path}/{scale}.png",
+         f"--upscale={scale}")
+  plain, large = (np.asarray(PIL.Image.open(tmp_path / f"{scale}.png")) for scale in (1, 3))
+  np.testing.assert_array_equal(large, np.kron(plain, np.ones((3, 3, 1), np.uint8)))
+  assert json.loads((tmp_path / "3.json").read_text())["size"] == [32, 48]
+
+
+TINY_IS_THERE = pytest.mark.skipif(
+  not folders.TINY_FOLDER.is_dir(), reason=f"{folders.TINY_FOLDER} is not there yet"
+)
+
+
+@TINY_IS_THERE
+def test_the_embedded_checkpoint_reasons_and_draws(tmp_path):
+  """By default, with its own settings, with nothing said but the prompt."""
+  out = tmp_path / "kites.png"
+  prompt = "draw half of four kites in the colour of grass"
+  generate.main([f"--prompt={prompt}", "--think", f"--out={out}"])
+  record = json.loads(out.with_suffix(".json").read_text())
+  assert record["checkpoint"] == "tiny" and record["text_finished"]
+  assert plans.plan_of(record["text"]) is not None
+  own = folders.open_folder("tiny").config.generation
+  assert record["settings"]["num_timesteps"] == own.num_timesteps
+  assert record["settings"]["guidance"]["text_scale"] == own.cfg_text_scale
+  assert PIL.Image.open(out).size == (32, 32)
+
+
+@TINY_IS_THERE
+def test_the_embedded_checkpoint_has_learnt(tmp_path):
+  """Well above a checkpoint that knows nothing, whose strict score is zero; few prompts."""
+  evaluate.main([
+    "--prompts=24", "--modes", "think", "think+guidance", "--batch_size=24", "--keep=2",
+    f"--out={tmp_path}",
+  ])
+  rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+  mean = lambda mode, reward: np.mean([r["rewards"][reward] for r in rows if r["mode"] == mode])
+  assert mean("think", "reasoning") >= 0.5
+  assert mean("think + guidance", "strict") >= 0.25
+
+
 def _refused(capsys, *args):
   """Status 2 and one line on stderr, which is returned."""
   with pytest.raises(SystemExit) as stop:
@@ -90,6 +133,7 @@ def _refused(capsys, *args):
     (["--prompt="], "--prompt is empty"),
     ([], "--prompt and --prompts_file"),
     (["--prompt=a", "--prompts_file=b"], "--prompt and --prompts_file"),
+    (["--prompt=a", "--upscale=0"], "--upscale=0 must be at least 1"),
     (["--prompt=a", "--steps=1"], "--steps=1 must be at least 2"),
     (["--prompt=a", "--shift=0"], "--shift=0.0 must be more than 0"),
     (["--prompt=a", "--temperature=-1"], "--temperature=-1.0"),

@@ -30,9 +30,9 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "build", "conversion", "convert", "corpus", "evaluate", "feed", "folders",
-  "generate", "metrics",
-  "phases", "pipeline", "step", "train",
+  "__init__", "batches", "build", "contact_sheet", "conversion", "convert", "corpus", "evaluate",
+  "evaluation", "feed", "folders", "generate", "iconworld_evaluation", "metrics", "phases",
+  "pipeline", "step", "train",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",

@@ -181,6 +181,30 @@ def prepare(
   return dataclasses.replace(batch, capacity=_capacity(config, batch))
 
 
+def split(batch: Batch, rows: int) -> list[Batch]:
+  """A batch in parts of `rows` rows, all of one shape: they share one compilation.
+
+  Raises:
+    InputError: `rows` does not divide the batch.
+  """
+  total = len(batch.seeds)
+  if rows < 1 or total % rows:
+    raise errors.InputError(f"a batch of {total} rows cannot be split into parts of {rows}")
+  by_row = {
+    field.name for field in dataclasses.fields(batch)
+  } - {"settings", "real", "system_ids", "capacity"}
+
+  def part(start: int) -> Batch:
+    take = lambda a: a[start : start + rows]
+    own = {
+      name: jax.tree.map(take, value, is_leaf=lambda leaf: isinstance(leaf, tuple))
+      for name, value in vars(batch).items() if name in by_row
+    }
+    return dataclasses.replace(batch, **own, real=min(max(batch.real - start, 0), rows))
+
+  return [part(start) for start in range(0, total, rows)]
+
+
 def _all_or_none(requests: Sequence[Request], field: str) -> bool:
   """Whether the requests have `field`; refuses a mixture."""
   present = [getattr(request, field) is not None for request in requests]

@@ -28,6 +28,9 @@ from unigrpo_jax.models import config as config_lib
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
 FORMAT_VERSION = 1
 AGAIN = "convert the official folder again"
+# The embedded checkpoint: its name, wherever a folder is expected, and where it lies.
+TINY = "tiny"
+TINY_FOLDER = pathlib.Path(__file__).parent / "assets" / "tiny_bagel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +101,19 @@ def is_folder(path: pathlib.Path) -> bool:
 def open_folder(path: pathlib.Path | str) -> ModelFolder:
   """Recognises a model folder and reads its config.
 
+  Args:
+    path: the folder, or "tiny" for the embedded checkpoint (a folder of that name is "./tiny").
+
   Raises:
     InputError: the folder does not exist, is neither kind, or its config cannot be read.
   """
+  if path == TINY:
+    if not TINY_FOLDER.is_dir():
+      raise errors.InputError(
+        f"{TINY}: {TINY_FOLDER} is missing from this installation; install again, or make a tiny "
+        "checkpoint with python -m unigrpo_jax.build and give its folder"
+      )
+    path = TINY_FOLDER
   path = pathlib.Path(path)
   if path.exists() and not path.is_dir():
     raise errors.InputError(f"{path}: is a file; expected the folder of a BAGEL")

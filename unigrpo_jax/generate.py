@@ -22,12 +22,17 @@ MODES = """modes:
   --understand --think       reason first, then answer
 
 examples:
+  python -m unigrpo_jax.generate --checkpoint=tiny --think --out=kites.png --upscale=8 \\
+    --prompt="draw half of four kites in the colour of grass"
   python -m unigrpo_jax.generate --checkpoint=BAGEL-7B-MoT --prompt="a red kite" --out=kite.png
   python -m unigrpo_jax.generate --checkpoint=BAGEL-7B-MoT --prompts_file=prompts.txt --out=images
 
-The defaults are the released model's; a checkpoint states others under "generation" in its
-bagel_config.json. Beside every image NAME.png lies NAME.json with the prompt, the reasoning, the
-seed, the settings and the seconds of each phase. A row's result depends on its prompt, seed and
+"tiny" is the embedded checkpoint of IconWorld, a world of 32-pixel pictures of up to four icons; it
+knows nothing else. --upscale makes its pictures large enough to look at.
+
+The defaults in brackets are the released model's; a checkpoint states others under "generation" in
+its bagel_config.json. Beside every image NAME.png lies NAME.json with the prompt, the reasoning,
+the seed, the settings and the seconds of each phase. A row's result depends on its prompt, seed and
 settings alone, not on the batch it ran in (to float rounding).
 """
 
@@ -38,7 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--checkpoint", required=True, help="official BAGEL folder, or one made by convert")
+  add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, or "
+      '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
   add("--prompt", help="what to draw, change or answer")
   add("--prompts_file", type=pathlib.Path, help="one prompt a line, UTF-8; blank lines are skipped")
   add("--image", type=pathlib.Path, help="image to edit, or to talk about with --understand")
@@ -49,6 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "with --understand the JSON file (default: answer.json)")
   add("--height", type=int, help="pixels (default: the largest the checkpoint is configured for)")
   add("--width", type=int, help="pixels (default: as --height)")
+  add("--upscale", type=int, default=1, metavar="N", help="write every pixel as N x N, to look at "
+      "small pictures (default: %(default)s)")
   add("--steps", type=int, help="points of the time grid (default: 50); one velocity evaluation "
       "less")
   add("--shift", type=float, help="timestep shift (default: 3)")
@@ -90,6 +98,7 @@ def _check_args(args: argparse.Namespace) -> None:
     "steps": dict(low=2, high=100_000), "shift": dict(above=0, high=1e6),
     "temperature": dict(low=0, high=1e6), "max_tokens": dict(low=1), "batch_size": dict(low=1),
     "height": dict(low=1), "width": dict(low=1), "cfg_renorm_min": dict(low=0, high=1),
+    "upscale": dict(low=1, high=64),
     "seed": dict(low=0, high=2**31 - 1), "cfg_text_scale": dict(low=0, high=1e6),
     "cfg_image_scale": dict(low=0, high=1e6),
   }
@@ -240,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress.finish()
     for path, request, result in zip(paths[first:], requests[first:], results):
       try:
-        _save(path, request, result, record)
+        _save(path, request, result, record, args.upscale)
       except OSError as error:
         raise errors.InputError(f"{path}: cannot be written ({error.strerror})") from None
       _show(path, request, result, args.understand)
@@ -269,7 +278,7 @@ def _settings(args: argparse.Namespace, defaults):
   )
 
 
-def _save(path: pathlib.Path, request, result, record) -> None:
+def _save(path: pathlib.Path, request, result, record, upscale: int) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   record = {
     "prompt": request.prompt,
@@ -281,8 +290,8 @@ def _save(path: pathlib.Path, request, result, record) -> None:
   if result.image is not None:
     import PIL.Image
 
-    record["size"] = list(result.image.shape[:2])
-    picture = PIL.Image.fromarray(result.image)
+    record["size"], record["upscale"] = list(result.image.shape[:2]), upscale
+    picture = PIL.Image.fromarray(result.image.repeat(upscale, axis=0).repeat(upscale, axis=1))
     write_aside(path, lambda aside: picture.save(aside, format="PNG"))
   text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
   write_aside(path.with_suffix(".json"), lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -1,0 +1,156 @@
+"""The evaluate command and IconWorld's own rewards and tasks."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from unigrpo_jax import errors, evaluate, evaluation, folders, iconworld_evaluation, pipeline
+from unigrpo_jax.iconworld import plans, prompts, renderer
+from unigrpo_jax.models import config as config_lib
+
+
+@pytest.fixture(scope="module")
+def examples():
+  return prompts.fixed("validation", 12)
+
+
+def _sample(example, image, text=None):
+  return evaluation.Sample(example.prompt, image, text, example.metadata)
+
+
+def test_the_rewards_of_true_and_empty_pictures(examples):
+  rng = np.random.default_rng(0)
+  right = [_sample(e, renderer.render(e.scene, rng), e.reasoning) for e in examples]
+  rewards = iconworld_evaluation.score(right)
+  for name in ("strict", "soft", "reasoning"):
+    np.testing.assert_array_equal(rewards[name], 1.0)
+  empty = np.full((32, 32, 3), 255, np.uint8)
+  wrong = [_sample(e, empty, plans.corrupt(rng, e)) for e in examples]
+  rewards = iconworld_evaluation.score(wrong)
+  np.testing.assert_array_equal(rewards["strict"], 0.0)
+  np.testing.assert_array_equal(rewards["reasoning"], 0.0)
+  [unthought] = iconworld_evaluation.score([_sample(examples[0], empty)])["reasoning"]
+  assert math.isnan(unthought)
+
+
+def test_only_prompts_about_iconworld_can_be_scored(examples):
+  assert iconworld_evaluation.can_score(examples)
+  for metadata in ({}, {"include": []}, {"include": [{"class": "zeppelin", "count": 1}]}):
+    other = dataclasses.replace(examples[0], metadata=metadata)
+    assert not iconworld_evaluation.can_score([*examples, other])
+
+
+def _run_task(monkeypatch, task, examples, result_of):
+  """Runs a task with its requests answered by `result_of`."""
+  monkeypatch.setattr(
+    iconworld_evaluation, "_run",
+    lambda pipe, requests, settings, rows: [result_of(request, settings) for request in requests],
+  )
+  settings = evaluate.settings_of(
+    evaluate.parse_args(["--out=unused"]), config_lib.bagel_7b().generation
+  )
+  return getattr(iconworld_evaluation, task)(
+    None, examples, settings=settings, batch_size=4, seed=0)
+
+
+def test_answers_are_right_where_the_word_is(monkeypatch, examples):
+  """"one" to everything is right as often as there is one of something."""
+  def one(request, settings):
+    assert settings.understand and settings.temperature == 0 and request.image.size == (32, 32)
+    return pipeline.Result(" one", (), True, None)
+
+  rows = _run_task(monkeypatch, "answer", examples, one)
+  assert {row.category for row in rows} == {"count", "color"} and len(rows) == len(examples)
+  right = [row for row in rows if row.rewards["answer"] == 1]
+  assert right and all(row.prompt.startswith("how many") for row in right)
+
+
+def test_an_edit_that_changes_nothing_scores_like_the_untouched_picture(monkeypatch, examples):
+  untouched = lambda request, settings: pipeline.Result(None, (), True, np.array(request.image))
+  rows = _run_task(monkeypatch, "edit", examples, untouched)
+  assert all(row.rewards == {"edit": 0.0, "untouched": 0.0} for row in rows)
+  for example in examples:
+    assert iconworld_evaluation._shows(
+      renderer.render(example.scene, np.random.default_rng(0)), example.scene
+    )
+  assert {row.category for row in rows} <= {"make", "remove", "replace", "swap", "add"}
+
+
+QUICK = ["--num_timesteps=2", "--max_tokens=8", "--batch_size=2"]
+
+
+def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
+  path = tmp_path / "mine.txt"
+  path.write_text("a red kite\ntwo birds\nthree\n")
+  evaluate.main([
+    f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}", "--prompts=2",
+    "--modes", "plain", "--keep=1", "--size", "32", "48", *QUICK,
+  ])
+  record = json.loads((tmp_path / "out/results.json").read_text())
+  assert [row["prompt"] for row in record["rows"]] == ["a red kite", "two birds"]
+  assert all(row["rewards"] == {} for row in record["rows"])
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    "contact.png", "images", "results.json", "results.md"]
+  said = capsys.readouterr().out
+  assert "nothing here can score these prompts" in said and "plain: 2 of 2 pictures" in said
+
+
+def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
+  evaluate.main([
+    f"--checkpoint={golden}", f"--out={tmp_path}", "--prompts=2", "--modes", "plain", "answer",
+    "--keep=0", "--size", "32", "32", *QUICK,
+  ])
+  rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+  assert [row["mode"] for row in rows] == ["plain", "plain", "answer", "answer"]
+  assert set(rows[0]["rewards"]) == {"strict", "soft"} and set(rows[2]["rewards"]) == {"answer"}
+  assert "| plain |" in capsys.readouterr().out and not (tmp_path / "contact.png").exists()
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    ([], "--out"),
+    (["--out=o", "--prompts=0"], "--prompts=0 must be at least 1"),
+    (["--out=o", "--num_timesteps=1"], "--num_timesteps=1"),
+    (["--out=o", "--cfg_interval", "1", "0"], "LOW < HIGH"),
+    (["--out=o", "--modes", "draw"], "mode='draw' is none of plain"),
+    (["--out=o", "--modes", "plain", "plain"], "may stand there once"),
+    (["--out=o", "--split=nope"], "split='nope' is none of"),
+    (["--out=o", "--prompts_from=nope"], "nope: no such prompt set"),
+    (["--out=o", "--prompts_from=p.txt", "--modes", "edit"], "edit needs --prompts_from=iconworld"),
+    (["--out=o", "--prompts_from=p.txt", "--modes", "given"], "has no reasoning"),
+    (["--out=o", "--prompts_from=p.txt", "--prompts=9"], "--prompts=9: p.txt, split test, has 2"),
+    (["--out=o", "--size", "40", "32", "--prompts=1"], "height=40"),
+    (["--out=p.txt"], "--out=p.txt is a file"),
+    (["--out=o", "--checkpoint=nope"], "nope: no such folder"),
+  ],
+)
+def test_mistakes_give_one_line_before_weights_are_loaded(
+  golden, tmp_path, capsys, monkeypatch, args, words
+):
+  def refuse(*_):
+    raise AssertionError("loaded")
+
+  monkeypatch.setattr(pipeline.Pipeline, "load", refuse)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "p.txt").write_text("a\nb\n")
+  with pytest.raises(SystemExit) as stop:
+    errors.report(lambda: evaluate.main([f"--checkpoint={golden}", *args]))
+  line = capsys.readouterr().err
+  assert stop.value.code == 2 and line.count("\n") == 1 and words in line
+  assert not (tmp_path / "o").exists()
+
+
+def test_tiny_is_the_embedded_checkpoint(golden, tmp_path, monkeypatch):
+  monkeypatch.setattr(folders, "TINY_FOLDER", tmp_path / "nowhere")
+  with pytest.raises(errors.InputError, match="tiny: .*nowhere is missing from this installation"):
+    folders.open_folder("tiny")
+  monkeypatch.setattr(folders, "TINY_FOLDER", golden)
+  assert folders.open_folder("tiny").path == golden
+  # A folder that happens to have the name is reached by its path.
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.InputError, match="no such folder"):
+    folders.open_folder("./tiny")

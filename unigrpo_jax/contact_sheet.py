@@ -1,0 +1,65 @@
+"""One picture of an evaluation: a strip a prompt, with its drawings, reasonings and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import textwrap
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+SIDE, GAP, LINE, WORDS = 128, 12, 15, 64  # pixels, pixels, pixels, characters
+
+
+def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
+  """The kept pictures of `rows` (see `evaluation.Row`): prompts downwards, modes to the right.
+
+  Pictures are shown with sides of at most `SIDE` pixels, small ones enlarged without smoothing.
+  """
+  kept = [row for row in rows if row.image in images]
+  modes = list(dict.fromkeys(row.mode for row in kept))
+  columns = [[row for row in kept if row.mode == mode] for mode in modes]
+  blocks = [_strip(strip, images) for strip in zip(*columns)]
+  width = max(block.width for block in blocks)
+  height = 2 * LINE + sum(block.height for block in blocks)
+  sheet = PIL.Image.new("RGB", (width, height), "white")
+  _write(sheet, GAP, GAP // 2, title)
+  y = 2 * LINE
+  for block in blocks:
+    sheet.paste(block, (0, y))
+    y += block.height
+  return sheet
+
+
+def _strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
+  """One prompt: its words to the left, a picture a mode with its rewards beneath."""
+  left = textwrap.wrap(rows[0].prompt, WORDS)
+  for text in dict.fromkeys(row.text for row in rows if row.text is not None):
+    modes = ", ".join(row.mode for row in rows if row.text == text)
+    words = text.replace("<think>", "").replace("</think>", "")
+    left += ["", *textwrap.wrap(f"{modes}: {' '.join(words.split())}", WORDS)]
+  beneath = [[row.mode, *(f"{k} {v:.2f}" for k, v in row.rewards.items())] for row in rows]
+  tall = max(len(left) * LINE, SIDE + max(map(len, beneath)) * LINE) + 2 * GAP
+  start = WORDS * 7 + 2 * GAP
+  strip = PIL.Image.new("RGB", (start + len(rows) * (SIDE + GAP), tall), "white")
+  _write(strip, GAP, GAP, "\n".join(left))
+  for place, (row, lines) in enumerate(zip(rows, beneath)):
+    x = start + place * (SIDE + GAP)
+    strip.paste(_fit(images[row.image]), (x, GAP))
+    _write(strip, x, GAP + SIDE, "\n".join(lines))
+  return strip
+
+
+def _fit(image: np.ndarray) -> PIL.Image.Image:
+  picture = PIL.Image.fromarray(image)
+  scale = SIDE / max(picture.size)
+  how = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
+  return picture.resize([max(round(side * scale), 1) for side in picture.size], how)
+
+
+def _write(sheet: PIL.Image.Image, x: int, y: int, words: str) -> None:
+  font = PIL.ImageFont.load_default(size=12)
+  PIL.ImageDraw.Draw(sheet).multiline_text((x, y), words, fill="black", font=font, spacing=3)
