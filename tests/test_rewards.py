@@ -2,6 +2,7 @@
 
 from concurrent import futures
 import logging
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from unigrpo_jax import errors, rewards
 from unigrpo_jax.iconworld import plans, prompts, renderer, verifier
 from unigrpo_jax.rewards import base
 
+ROOT = pathlib.Path(__file__).parents[1]
 NAN = np.nan
 
 
@@ -105,7 +107,7 @@ def test_what_cannot_be_made(name, options, words):
 
 def test_rewards_need_no_jax():
   code = "import sys, unigrpo_jax.rewards.serve; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # The rewards of the package.

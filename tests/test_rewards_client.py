@@ -19,7 +19,7 @@ class Script(http.server.BaseHTTPRequestHandler):
   """Gives `server.answers` one after the other, the last for ever: (status, body), or seconds."""
 
   def do_POST(self):
-    body = self.rfile.read(int(self.headers["Content-Length"]))
+    body = self.rfile.read(int(self.headers["Content-Length"])) if self.server.listens else b""
     self.server.seen.append((self.path, dict(self.headers), body))
     answers = self.server.answers
     answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -41,9 +41,10 @@ class Script(http.server.BaseHTTPRequestHandler):
 def scripted():
   with contextlib.ExitStack() as stack:
 
-    def start(*answers):
+    def start(*answers, listens=True):
       server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
       server.answers, server.seen, server.over = list(answers), [], threading.Event()
+      server.listens = listens
       thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
       thread.start()
       stack.callback(server.server_close)
@@ -164,6 +165,13 @@ def test_a_server_that_hangs_up(scripted):
   server = scripted(0.0, RIGHT)  # No status line at all.
   np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)), [0])
   assert len(server.seen) == 2
+
+
+def test_a_server_that_refuses_without_listening_is_heard(scripted):
+  server = scripted((413, b'{"error": "too much"}'), listens=False)
+  reward = shared.client(server.url)
+  np.testing.assert_array_equal(reward(shared.numbered(1, side=2000)), [shared.NAN])
+  assert "status 413: too much" in reward.last_error and len(server.seen) == 1
 
 
 def test_waits_grow_and_depend_on_the_seed(scripted, monkeypatch):

@@ -87,7 +87,8 @@ def test_what_there_is_to_get(serving):
 
 def test_tokens(serving, capfd):
   server = serving({"r": shared.value}, token="t0ken")
-  np.testing.assert_array_equal(shared.client(server.address, token="t0ken")(shared.numbered(2)), [0, 1])
+  reward = shared.client(server.address, token="t0ken")
+  np.testing.assert_array_equal(reward(shared.numbered(2)), [0, 1])
   for token in (None, "t0ke", "t0kenn", "T0KEN"):
     reward = shared.client(server.address, token=token)
     np.testing.assert_array_equal(reward(shared.numbered(2)), [shared.NAN] * 2)
@@ -140,12 +141,20 @@ def test_oversized_is_413_and_heard_by_the_client(serving):
   np.testing.assert_array_equal(reward(shared.numbered(1)), [0])
 
 
+def test_a_client_that_is_refused_may_finish_speaking(serving):
+  server = serving({"r": shared.value}, max_bytes=10_000)
+  length = 20_000_000
+  head = f"POST /v1/rewards/r HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode()
+  assert raw(server, head + bytes(length)).split()[1] == "413"
+
+
 def test_unknown_rewards_are_404_with_the_names(serving):
   server = serving({"m:f": shared.value})
   reward = shared.client(server.address, reward="other")
   np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
   assert "status 404" in reward.last_error and "m:f" in reward.last_error
-  np.testing.assert_array_equal(shared.client(server.address, reward="m:f")(shared.numbered(1)), [0])
+  reward = shared.client(server.address, reward="m:f")
+  np.testing.assert_array_equal(reward(shared.numbered(1)), [0])
 
 
 def test_a_reward_that_raises_is_500_and_nan_is_null(serving, capfd):
