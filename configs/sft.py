@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
   """The configuration for BAGEL-7B-MoT, or with "tiny" for IconWorld."""
   config = ConfigDict()
+  config.algorithm = "sft"
   config.seed = 0
   config.steps = 10_000  # optimizer steps
   config.init_from = ""  # official or converted folder
@@ -70,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.mesh.tensor = 1
 
   # Log
+  config.writers = ("jsonl",)  # and "tensorboard", "wandb"
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
   config.keep_checkpoints = 3

@@ -31,8 +31,9 @@ ROOMS = {
 # Entry points, and what only they use.
 FREE = {
   "__init__", "batches", "build", "contact_sheet", "conversion", "convert", "corpus", "evaluate",
-  "evaluation", "feed", "folders", "generate", "iconworld_evaluation", "metrics", "phases",
-  "pipeline", "step", "train",
+  "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics",
+  "objective", "phases", "pipeline", "policy", "recipe", "rollout", "runs", "step", "train",
+  "update",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, errors, folders, train
+from unigrpo_jax import build, errors, finetune, folders, runs
 from unigrpo_jax.models import config as config_lib
 
 SMALL = [
@@ -31,7 +31,7 @@ def _config(base, *overrides):
 
 def _train(config, workdir):
   """On one device: eight that share two cores with the feed's thread may starve each other."""
-  return train.train(config, workdir, jax.devices()[:1])
+  return finetune.train(config, workdir, jax.devices()[:1])
 
 
 def _files(folder):
@@ -42,7 +42,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(base, tmp_path, monkeypa
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
   whole = _train(_config(base, f'export_to="{tmp_path / "a"}"'), tmp_path / "whole")
   with monkeypatch.context() as patch:
-    patch.setattr(train, "stop_on_signal", _Stopping)
+    patch.setattr(runs, "stop_on_signal", _Stopping)
     stopped = _train(_config(base, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
   parts = _train(_config(base, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")

@@ -170,7 +170,7 @@ def prepare(
     sizes = [request.size or default for request in requests]
   grid = None
   if not settings.understand:
-    _check_sizes(config, sizes)
+    check_sizes(config, sizes)
     grid = latent_grid(config, sizes)
   batch = Batch(
     settings=settings, real=real, seeds=tuple(request.seed for request in requests),
@@ -213,7 +213,8 @@ def _all_or_none(requests: Sequence[Request], field: str) -> bool:
   return all(present)
 
 
-def _check_sizes(config: config_lib.BagelConfig, sizes) -> None:
+def check_sizes(config: config_lib.BagelConfig, sizes) -> None:
+  """Refuses a (height, width) in pixels that the model cannot draw."""
   stride, most = config.latent_stride, config.max_image_side
   for height, width in sizes:
     for name, side in (("height", height), ("width", width)):

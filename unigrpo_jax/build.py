@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, errors, folders, metrics, optim, sharding
-from unigrpo_jax import train as train_lib
+from unigrpo_jax import checkpoints, errors, finetune, folders, metrics, optim, sharding
 from unigrpo_jax.data import bpe
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
@@ -148,7 +147,7 @@ def build(
   config = sft_config(overrides)
   config.seed, config.init_from, config.random_init = seed, str(workdir / "base"), True
   config.export_to = str(out)
-  train_lib.train(config, workdir / "sft")
+  finetune.train(config, workdir / "sft")
 
 
 def make_base(workdir: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int) -> None:

@@ -366,17 +366,35 @@ def _first_line(error: BaseException) -> str:
 class TrainCheckpoints:
   """The checkpoints of a training run: saved in the background, atomic, the last few kept.
 
+  Besides those, every so many-th may be kept, and the one with the best number.
+
   Raises:
     InputError: `folder` cannot be used.
   """
 
-  def __init__(self, folder: pathlib.Path | str, *, keep: int):
-    """`keep` is how many of the latest checkpoints stay."""
+  def __init__(
+    self, folder: pathlib.Path | str, *, keep: int, every: int = 0, best: str | None = None
+  ):
+    """Opens the folder.
+
+    Args:
+      folder: of the checkpoints.
+      keep: how many of the latest stay.
+      every: the steps that are multiples of it stay; 0 for none.
+      best: of the checkpoints saved with this number, the one where it is highest stays.
+    """
     _mute()
     policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if every:
+      kept.append(policies.EveryNSteps(every))
+    if best is not None:
+      kept.append(policies.BestN(
+        get_metric_fn=lambda numbers: numbers[best], n=1, keep_checkpoints_without_metrics=False
+      ))
     self._checkpointer = ocp.training.Checkpointer(
-      pathlib.Path(folder).absolute(), preservation_policy=policies.LatestN(keep),
-      cleanup_tmp_directories=True,
+      pathlib.Path(folder).absolute(),
+      preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
     )
 
   @property
@@ -385,8 +403,17 @@ class TrainCheckpoints:
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
-  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+  def save(
+    self, step: int, state: Any, record: Mapping[str, Any],
+    numbers: Mapping[str, float] | None = None,
+  ) -> None:
     """Saves `state` and the JSON object `record`; returns once the arrays are copied.
+
+    Args:
+      step: of the checkpoint.
+      state: a tree of arrays.
+      record: what else the run needs to go on.
+      numbers: by which the best checkpoint is found.
 
     Raises:
       InputError: the previous save failed, or this one cannot start.
@@ -394,7 +421,10 @@ class TrainCheckpoints:
     with _writing(self._checkpointer.directory):
       # A failed save must not go unnoticed until the run needs it.
       self._checkpointer.wait()
-      self._checkpointer.save_async(step, state, custom_metadata=dict(record), force=True)
+      self._checkpointer.save_async(
+        step, state, custom_metadata=dict(record), force=True,
+        metrics=None if numbers is None else dict(numbers),
+      )
 
   def record(self, step: int) -> dict[str, Any]:
     """The JSON object that was saved with `step`."""

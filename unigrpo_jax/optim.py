@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ GROUPS = {
   "latent": ("time_embedder", "vae2llm", "llm2vae"),
   "vit": ("vit", "connector"),
   "tables": ("latent_pos_embed", "vit_pos_embed"),
+  "base": (),  # of the experts, what lies under their LoRA adapters
 }
+_ADAPTERS = ("lora_down", "lora_up")
 
 
 def group_of(path: tuple[str, ...]) -> str:
@@ -31,10 +33,40 @@ def group_of(path: tuple[str, ...]) -> str:
 
 
 def groups(params: Mapping[str, Any]) -> Any:
-  """The tree of `params` with each leaf's group in its place."""
+  """The tree of `params` with each leaf's group in its place.
+
+  Where there are LoRA adapters, they alone are their expert's group.
+  """
   # Parameters still boxed with their axis names have a further entry, which is no key.
   keys = lambda path: tuple(entry.key for entry in path if hasattr(entry, "key"))
-  return jax.tree_util.tree_map_with_path(lambda path, _: group_of(keys(path)), params)
+  paths = [keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  adapted = any(path[-1] in _ADAPTERS for path in paths)
+
+  def label(path, _) -> str:
+    path = keys(path)
+    beneath = path[0] in ("layers", "norm") and path[-1] not in _ADAPTERS
+    return "base" if adapted and beneath else group_of(path)
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def split(params: Mapping[str, Any], trained: Collection[str]) -> tuple[Any, Any]:
+  """Two trees of the same shape, the parameters of the trained groups and the others.
+
+  Each has None where the other has a parameter, so that only the first is differentiated.
+  """
+  labels = groups(params)
+  pick = lambda wanted: jax.tree.map(
+    lambda leaf, group: leaf if (group in trained) == wanted else None, params, labels
+  )
+  return pick(True), pick(False)
+
+
+def join(first: Any, second: Any) -> Any:
+  """Undoes `split`."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None
+  )
 
 
 def warmup_constant(learning_rate: float, warmup_steps: int) -> optax.Schedule:
@@ -64,7 +96,8 @@ def adamw_by_group(
   """AdamW (Loshchilov and Hutter 2019) for each group, its gradient clipped by its own norm.
 
   Args:
-    schedules: learning rate of each group of GROUPS; None freezes it, and keeps no state for it.
+    schedules: learning rate of each group of GROUPS; None, or no entry, freezes it and keeps no
+      state for it.
     b1, b2, eps, weight_decay: of AdamW.
     clip_norm: largest gradient norm of a group.
   """
@@ -76,7 +109,7 @@ def adamw_by_group(
       optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
     )
 
-  return optax.multi_transform({group: one(schedules[group]) for group in GROUPS}, groups)
+  return optax.multi_transform({group: one(schedules.get(group)) for group in GROUPS}, groups)
 
 
 def group_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:

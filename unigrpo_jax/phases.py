@@ -25,7 +25,10 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.sampling import flow, text
+from unigrpo_jax.sampling import flow, sde, text
+
+# Pixels that a device encodes or decodes at once; decoding them takes 3.5 GiB of temporaries.
+VAE_PIXELS = 1024 * 1024
 
 
 @struct.dataclass
@@ -120,14 +123,17 @@ def write(
   return text.sample(step, context, keys=keys, active=active, **options)
 
 
-@functools.partial(
-  jax.jit, static_argnums=0, static_argnames=("num_timesteps", "shift", "guidance", "on_step")
-)
-def draw(
-  model: bagel_lib.Bagel, params, contexts: Contexts, noise, grid: types.LatentGrid, *,
-  num_timesteps: int, shift: float, guidance: flow.Guidance, on_step=None,
-):
-  """Denoises one image a row: noise [B, I, C] float32 -> latents [B, I, C]."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("copies", "capacity"))
+def fork(
+  model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: int
+) -> Contexts:
+  """Continues every row `copies` times over the same past; see `bagel.fork`."""
+  main = bagel_lib.fork(model.config, contexts.main, copies, capacity)
+  return contexts.replace(main=main)
+
+
+def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.VelocityFn:
+  """The guided velocity of the rows' images, a multiple of the rows of `contexts`."""
 
   def under(context):
     def velocity(x, t):
@@ -140,10 +146,49 @@ def draw(
   without_image = contexts.without_image
   if without_image is None:
     without_image = main.as_of(contexts.after_prompt)
-  velocity = flow.guided(
+  return flow.guided(
     under(main), under(main.as_of(contexts.before_prompt)), under(without_image), guidance
   )
+
+
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("num_timesteps", "shift", "guidance", "on_step")
+)
+def draw(
+  model: bagel_lib.Bagel, params, contexts: Contexts, noise, grid: types.LatentGrid, *,
+  num_timesteps: int, shift: float, guidance: flow.Guidance, on_step=None,
+):
+  """Denoises one image a row: noise [B, I, C] float32 -> latents [B, I, C]."""
+  velocity = _velocity_fn(model, params, contexts, grid, guidance)
   return flow.integrate(velocity, noise, flow.time_grid(num_timesteps, shift), on_step=on_step)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0,
+  static_argnames=("num_timesteps", "shift", "guidance", "kind", "noise_level", "same_noise"),
+)
+def explore(
+  model: bagel_lib.Bagel, params, contexts: Contexts, keys, steps, grid: types.LatentGrid, *,
+  num_timesteps: int, shift: float, guidance: flow.Guidance, kind: str, noise_level: float,
+  same_noise: int = 1,
+) -> types.FlowRollout:
+  """Denoises one image a row, stochastically at its `steps`; see `sde.integrate`.
+
+  Args:
+    keys: [B] typed PRNG keys.
+    steps: [B, W] int32.
+    same_noise: so many consecutive rows start from the noise of the first of them.
+  """
+  shape = (grid.ids.shape[1], model.config.latent_dim)
+  starts = jax.vmap(jax.random.fold_in, (0, None))(keys[::same_noise], 0)
+  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(starts)
+  noise = jnp.repeat(noise, same_noise, axis=0)
+  return sde.integrate(
+    _velocity_fn(model, params, contexts, grid, guidance), noise,
+    flow.time_grid(num_timesteps, shift), steps,
+    jax.vmap(jax.random.fold_in, (0, None))(keys, 1), grid.mask,
+    kind=kind, noise_level=noise_level,
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

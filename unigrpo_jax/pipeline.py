@@ -27,9 +27,6 @@ from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 
-# Pixels that a device encodes or decodes at once; decoding them takes 3.5 GiB of temporaries.
-VAE_PIXELS = 1024 * 1024
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -217,7 +214,7 @@ class Pipeline:
 
   @property
   def _vae_pixels(self) -> int:
-    return VAE_PIXELS * self.mesh.size
+    return phases.VAE_PIXELS * self.mesh.size
 
   def _run_vae(self, program, *arrays) -> np.ndarray:
     """Runs a VAE program with the images spread over the mesh, filled up to share it evenly."""

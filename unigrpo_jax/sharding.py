@@ -113,3 +113,9 @@ def along_all(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def put_rows(mesh: Mesh, array: Any) -> jax.Array:
+  """Puts an array on the devices, its first axis along the batch where that divides it."""
+  divides = array.shape[0] % batch_multiple(mesh) == 0
+  return jax.device_put(array, along_batch(mesh) if divides else replicated(mesh))

@@ -103,4 +103,5 @@ def apply_gradients(
       decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
       ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
   norms = {f"grad_norm_{group}": norm for group, norm in optim.group_norms(grads).items()}
-  return types.TrainState(state.step + 1, params, opt_state, ema), metrics | norms
+  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+  return state, metrics | norms

@@ -1,11 +1,17 @@
-"""Trains BAGEL: `python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny`."""
+"""Trains BAGEL: `python -m unigrpo_jax.train --config=configs/unigrpo.py:tiny --workdir=runs/tiny`.
+
+UniGRPO (arXiv 2603.23500) in one loop: prompts are thought about and drawn, images are rewarded,
+rewards become advantages within their group, and one update moves both experts.
+`--config=configs/sft.py` is the stage before it; see `finetune.py`.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-import signal
-import threading
+import time
+from typing import Any
 
 from absl import app, flags
 import jax
@@ -14,31 +20,30 @@ from ml_collections import config_flags
 import numpy as np
 
 from unigrpo_jax import (
-  checkpoints,
-  corpus,
   errors,
-  feed,
-  folders,
+  evaluation,
+  finetune,
   metrics,
-  optim,
-  phases,
+  objective,
+  pipeline,
+  recipe,
+  rewards,
+  rollout,
+  runs,
   sharding,
   types,
+  update,
 )
-from unigrpo_jax import (
-  step as step_lib,
-)
-from unigrpo_jax.data import packing
-from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.models import bagel, vae
+from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.losses import advantages
+from unigrpo_jax.models import vae as vae_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/sft.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run that "
                                "finds its own checkpoints there goes on.")
 
-# What may differ between a run and its resumption.
-RESUMABLE = {
-  "steps", "log_every", "checkpoint_every", "keep_checkpoints", "export_to", "mesh", "limits",
+RESUMABLE = runs.RESUMABLE | {
+  "steps", "eval", "drift", "writers", "reward.threads", "reward.max_failed_fraction",
 }
 
 
@@ -46,238 +51,329 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   """Runs the training that `config` describes, in or from `workdir`; returns its last state.
 
   Args:
-    config: see `configs/sft.py`.
-    workdir: holds the run's checkpoints and metrics.
+    config: see `configs/unigrpo.py`.
+    workdir: holds the run's checkpoints, metrics and evaluations.
     devices: to train on; None: all of them.
+
+  Raises:
+    InputError: the config is impossible, or the run cannot go on; says why.
   """
-  # --- Devices.
-  devices = jax.devices() if devices is None else devices
-  mesh_sizes = dict(config.mesh)
-  others = mesh_sizes["data"] * mesh_sizes["tensor"]
-  mesh_sizes["fsdp"] = mesh_sizes["fsdp"] or max(len(devices) // others, 1)
-  mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
-  check_config(config, mesh)
-
   # --- Model and optimizer.
-  folder = folders.open_folder(config.init_from)
-  tokenizer = tokenizer_lib.load(folder.files)
-  tokenizer.check_fits(folder.config.llm.vocab_size)
-  model = bagel.Bagel(
-    folder.config, (tokenizer.vision_start, tokenizer.vision_end),
-    dtype=jnp.dtype(config.dtype), remat=config.remat,
+  network = runs.open_network(config, devices)
+  recipe.check(config, network)
+  optimizer = runs.make_optimizer(config)
+  lora, needs_reference = network.model.lora is not None, recipe.needs_reference(config)
+  abstract, where = runs.state_layout(
+    network, optimizer, ema=config.ema_decay > 0, reference=needs_reference and not lora
   )
-  optimizer = make_optimizer(config)
-  ema_decay = config.ema_decay or None
 
-  def fresh(key) -> types.TrainState:
-    params = model.init(key, bagel.example_batch(folder.config))["params"]
-    return types.TrainState(
-      step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
-      ema=params if ema_decay else None,
-    )
-
-  abstract = jax.eval_shape(fresh, jax.random.key(0))
-  state_shardings = sharding.shardings(abstract, mesh)
-  abstract = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    sharding.unbox(abstract), state_shardings,
+  # --- Prompts, rewards, evaluation.
+  prompt_set = prompts_lib.open_set(config.prompts.source, config.prompts.split)
+  stream = prompts_lib.PromptStream(
+    prompt_set, config.seed, jax.process_index(), jax.process_count(), config.prompts_per_step
   )
+  scorer = recipe.make_scorer(config)
+  vae = vae_lib.VAE(network.folder.config.vae)
+  vae_params = network.folder.load_params(
+    dtype=jnp.float32, parts=("vae",),
+    shardings=pipeline.param_shardings(network.model, network.mesh, ("vae",)),
+  )["vae"]
+  sampler = rollout.Sampler(
+    network.model, vae, vae_params, network.tokenizer, network.mesh,
+    recipe.rollout_settings(config),
+  )
+  evaluate = make_evaluation(config, network, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
-  saved = checkpoints.TrainCheckpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+  saved = runs.open_checkpoints(workdir, config)
   plain = json.loads(config.to_json())
+  record: dict[str, Any] = {}
   if saved.latest is not None:
-    check_resumable(saved.record(saved.latest)["config"], plain)
+    record = saved.record(saved.latest)
+    runs.check_resumable(record["config"], plain, RESUMABLE)
     state = saved.load(saved.latest, abstract)
+    stream.restore(record["prompt_position"])
     print(f"resumed {workdir} at step {saved.latest}", flush=True)
-  elif config.random_init:
-    with sharding.activate(mesh):
-      make = jax.jit(lambda key: sharding.unbox(fresh(key)), out_shardings=state_shardings)
-      state = make(jax.random.key(config.seed))
   else:
-    params = folder.load_params(
-      dtype=jnp.float32, shardings={"bagel": state_shardings.params}, parts=("bagel",)
-    )["bagel"]
-    start = lambda params: types.TrainState(
-      jnp.zeros((), jnp.int32), params, optimizer.init(params),
-      jax.tree.map(jnp.copy, params) if ema_decay else None,
+    state = runs.first_state(
+      network, optimizer, where, random_init=config.random_init, seed=config.seed
     )
-    state = jax.jit(start, out_shardings=state_shardings)(params)
+  first = saved.latest or 0
+  run_id = runs.run_id(workdir, plain, record.get("run_id"))
 
-  # --- Data.
-  # On one device: it runs in the feed's thread, and programs over all devices that two threads
-  # launch in different orders wait for each other for ever.
-  encoder = vae.VAE(folder.config.vae)
-  encoder_params = folder.load_params(dtype=jnp.float32, parts=("vae",))["vae"]
-
-  def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    # Few shapes, whatever the number of images: filled up to a multiple of 16.
-    rows = np.arange(len(pixels) + -len(pixels) % 16) % len(pixels)
-    latents = phases.encode_images(encoder, encoder_params, pixels[rows], noise[rows])
-    tokens = vae.pack_latents(latents, folder.config.latent_patch_size)
-    return np.asarray(tokens)[: len(pixels)]
-
-  local_rows = config.microbatch // jax.process_count()
-  examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
-    dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
-  )
-  batches = feed.Feed(
-    examples, folder.config, tokenizer, encode,
-    feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
-                config.drop_vae, config.ce_weighting),
-    packing.PadTo(noisy=config.noise_draws, **config.limits),
-    rows=local_rows, microbatches=config.sequences_per_step // config.microbatch,
-    seed=config.seed,
-  )
-  along_rows = sharding.along_batch(mesh, axis=1)
-
-  # --- The step.
-  step_fn = jax.jit(
-    step_lib.make_supervised_step(
-      model, optimizer, ema_decay=ema_decay, ce_weight=config.ce_weight,
-      mse_weight=config.mse_weight, label_chunk=config.label_chunk,
+  # --- The update.
+  update_fn = jax.jit(
+    update.make_update(
+      network.model, optimizer, sampler.grid, recipe.reading(config, network, sampler),
+      recipe.make_objective(config, network), recipe.schedule(config),
+      trained={group for group, rate in config.learning_rate.items() if rate},
+      ema_decay=config.ema_decay or None,
+      reference_model=network.model.clone(lora=None) if needs_reference else None,
+      reference_context=config.flow.reference_context == "reference",
     ),
-    donate_argnums=0, out_shardings=(state_shardings, None),
+    donate_argnums=0, out_shardings=(where, None),
   )
+  limits = recipe.drift_limits(config, network)
 
   # --- The loop.
-  first = int(state.step)
-  print_start(config, folder, state, mesh, workdir, first)
-  log = metrics.MetricsLog(workdir / "metrics.jsonl", first)
-  clock = metrics.Clock(first, config.steps)
-  stopping = stop_on_signal()
-  record = {"config": plain}
-  with sharding.activate(mesh):
-    for number, host_batch in enumerate(batches.batches(first, config.steps), first + 1):
-      batch = jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(along_rows, a), host_batch
+  print_start(config, network, state, workdir, first)
+  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first)
+  clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
+  compiling, stopping = runs.CompileTimer(), runs.stop_on_signal()
+  remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}
+  with sharding.activate(network.mesh), compiling:
+    if first == 0 and evaluate is not None:
+      log.write(0, evaluate(state, 0)[0])
+    for number in range(first + 1, config.steps + 1):
+      before = remember()
+      timer.take()
+      # Think and draw; score what is drawn while the next chunk is.
+      gathered = collect(config, sampler, state.params, stream.next(), number, scorer, timer,
+                         stopping)
+      if gathered is None:
+        keep(saved, number - 1, state, before)
+        print(f"stopped by a signal in step {number}; the same command goes on", flush=True)
+        break
+      experience, values = gathered
+      # Update.
+      with timer("update"), jax.transfer_guard("disallow"):
+        state, found = jax.block_until_ready(update_fn(state, experience))
+      values |= summarise(jax.device_get(found))
+      try:
+        runs.check_finite(values, number, f"the state before it is saved in {workdir}")
+        check_drift(values, limits, number)
+      except errors.InputError:
+        keep(saved, number - 1, state, before)
+        saved.close()
+        raise
+      values |= timer.take() | {"seconds/compile": compiling.take()}
+      values["trajectories_per_second"] = (
+        recipe.trajectories_of(config) / values["seconds/total"]
       )
-      state, values = step_fn(state, batch)
-      if number % config.log_every == 0 or number in (first + 1, config.steps):
-        values = jax.device_get(values)
-        check_finite(values, number, saved, workdir)
-        log.write(number, values)
-        print(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}), flush=True)
+      # Evaluate, tell, save.
       last = number == config.steps or stopping.is_set()
-      if number % config.checkpoint_every == 0 or last:
-        saved.save(number, state, record)
+      score = None
+      if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
+        results, score = evaluate(state, number)
+        values |= results
+      log.write(number, values)
+      print(clock.line(number, shown(values)), flush=True)
+      if number % config.checkpoint_every == 0 or last or score is not None:
+        numbers = None if score is None else {"reward": score}
+        saved.save(number, state, remember(), numbers)
       if stopping.is_set():
         print(f"stopped by a signal at step {number}; the same command goes on", flush=True)
         break
   saved.close()
-  if config.export_to and int(state.step) == config.steps:
-    export(config, folder, state)
+  log.close()
+  scorer.close()
+  if config.export_to and saved_all(state, config):
+    params = state.params if state.ema is None else state.ema
+    runs.export(network, params, config.export_to, config.export_dtype)
   return state
 
 
-def check_config(config, mesh) -> None:
-  """Refuses impossible numbers before anything is loaded or compiled."""
-  if not config.init_from:
-    raise errors.InputError("config.init_from is empty; give an official or converted folder")
-  if config.sequences_per_step % config.microbatch:
-    raise errors.InputError(
-      f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "
-      f"config.microbatch={config.microbatch}; change one of them"
-    )
-  ways = sharding.batch_multiple(mesh)
-  if config.microbatch % ways or config.microbatch % jax.process_count():
-    raise errors.InputError(
-      f"config.microbatch={config.microbatch} does not divide over data x fsdp = {ways} devices "
-      f"and {jax.process_count()} hosts; make it a multiple of both"
-    )
-  if config.limits.images % ways:
-    raise errors.InputError(
-      f"config.limits.images={config.limits.images} does not divide over data x fsdp = {ways} "
-      "devices; make it a multiple"
-    )
-  if config.ce_weighting not in feed.CE_WEIGHTINGS:
-    raise errors.InputError(
-      f"config.ce_weighting={config.ce_weighting!r} is none of {', '.join(feed.CE_WEIGHTINGS)}"
-    )
-  if config.schedule not in ("constant", "cosine"):
-    raise errors.InputError(f"config.schedule={config.schedule!r} is neither constant nor cosine")
-
-
-def make_optimizer(config):
-  """AdamW with the learning rate and schedule of each group."""
-  def schedule(rate):
-    if not rate:
+def collect(
+  config, sampler: rollout.Sampler, params, prompts, number: int, scorer: rewards.Scorer,
+  timer: metrics.PhaseTimer, stopping,
+) -> tuple[types.Experience, dict[str, float]] | None:
+  """The experience of iteration `number` and what there is to tell of it; None when stopped."""
+  key = jax.random.fold_in(jax.random.key(config.seed), number)
+  steps = recipe.window_steps(config, number)
+  size, group = config.rollout.prompts_at_once, config.group_size
+  chunks, scores = [], []
+  if sampler.model.dtype != jnp.float32:
+    params = cast(params, sampler.model.dtype)
+  for first in range(0, len(prompts), size):
+    part = prompts[first : first + size]
+    rows = slice(first * group, (first + len(part)) * group)
+    chunk = sampler.sample(params, [p.prompt for p in part], key, rows.start, steps[rows], timer)
+    scores.append(scorer.submit([
+      rewards.Sample(
+        part[row // group].prompt, image, None if chunk.texts is None else chunk.texts[row],
+        part[row // group].metadata,
+      )
+      for row, image in enumerate(chunk.images)
+    ]))
+    chunks.append(chunk)
+    if stopping.is_set():
       return None
-    if config.schedule == "cosine":
-      return optim.warmup_cosine(rate, config.warmup_steps, config.steps)
-    return optim.warmup_constant(rate, config.warmup_steps)
+  with timer("reward"):
+    scores = [future.result() for future in scores]
+  scores = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+  groups = np.repeat(np.arange(len(prompts)), group)
+  total = scorer.total(scores, groups, config.reward.normalise)
+  scorer.check(total)
+  adv, valid, told = jax.device_get(advantages.group_advantages(
+    jnp.asarray(total), jnp.asarray(groups), num_groups=len(prompts), std=config.advantage.std,
+    ddof=config.advantage.ddof, eps=config.advantage.eps, clip=config.advantage.clip or None,
+  ))
+  values = {f"reward/{name}": np.nanmean(value) for name, value in scores.items()
+            if np.isfinite(value).any()}
+  values |= {
+    "reward/mean": told["reward_mean"], "reward/std": told["reward_std"],
+    "groups/std": told["group_std_mean"], "groups/zero_std": told["zero_std_fraction"],
+    "groups/dropped": told["dropped_groups"],
+  }
+  if chunks[0].text is not None:
+    masks = np.concatenate([np.asarray(chunk.text.mask) for chunk in chunks])
+    finished = np.concatenate([np.asarray(chunk.text.finished) for chunk in chunks])
+    values |= {"text/length": masks.sum(axis=1).mean(), "text/truncated": 1 - finished.mean()}
+  over_rows = functools.partial(sharding.put_rows, sampler.mesh)
+  experience = join(
+    [(chunk.prompt_ids, chunk.prompt_mask, chunk.text, chunk.flow) for chunk in chunks],
+    over_rows(adv), over_rows(valid),
+  )
+  if config.flow.train and config.flow.objective in objective.FORWARD_OBJECTIVES:
+    experience = noise_again(jax.random.fold_in(key, -1), experience, config.rollout.window_size)
+  return experience, values
 
-  return optim.adamw_by_group(
-    {group: schedule(config.learning_rate[group]) for group in optim.GROUPS},
-    b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
-    clip_norm=config.clip_norm,
+
+@functools.partial(jax.jit, static_argnums=1)
+def cast(params, dtype):
+  """The parameters as the network computes with them, so that sampling reads half the bytes."""
+  return jax.tree.map(lambda a: a.astype(dtype), params)
+
+
+@jax.jit
+def join(parts, adv, valid) -> types.Experience:
+  """Chunks of (prompt ids, mask, text, flow), one after the other, as one experience."""
+  prompt_ids, prompt_mask, text, drawn = jax.tree.map(lambda *arrays: jnp.concatenate(arrays),
+                                                      *parts)
+  return types.Experience(prompt_ids, prompt_mask, text, drawn, adv, valid)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def noise_again(key, experience: types.Experience, draws: int) -> types.Experience:
+  """Noises every finished image `draws` times, x_t = (1 - t) x_0 + t noise, t uniform."""
+  x_0 = experience.flow.latents[:, None]
+  rows = x_0.shape[0]
+  t_key, noise_key = jax.random.split(key)
+  t = jax.random.uniform(t_key, (rows, draws), minval=0.01)
+  noise = jax.random.normal(noise_key, (rows, draws, *x_0.shape[2:]))
+  x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise
+  zero = jnp.zeros_like(t)
+  return experience.replace(
+    flow=experience.flow.replace(
+      x_t=x_t, x_next=x_t, mean=jnp.zeros_like(x_t), t=t, t_next=zero, logp=zero
+    ),
+    noise=noise,
   )
 
 
-def check_resumable(before: dict, now: dict) -> None:
-  """Refuses to go on with another configuration; names the first key that differs."""
-  fixed = RESUMABLE - {"steps"} if now["schedule"] == "cosine" else RESUMABLE
-  for key in sorted(before.keys() | now.keys()):
-    if key not in fixed and before.get(key) != now.get(key):
+def summarise(found: dict[str, np.ndarray]) -> dict[str, float]:
+  """One number of each metric of the update: of its last optimizer step, where ratios are widest.
+
+  The drift is that of the first, when the trainer still is the policy that sampled.
+  """
+  return {
+    name: float(values[0] if name.startswith("drift/") else values[-1])
+    for name, values in found.items()
+  }
+
+
+def check_drift(values: dict[str, float], limits: dict[str, float], number: int) -> None:
+  """Stops a run whose sampler and trainer disagree."""
+  for name, limit in limits.items():
+    if values.get(name, 0.0) > limit:
       raise errors.InputError(
-        f"config.{key}={now.get(key)!r} but the run in the workdir has {before.get(key)!r}; "
-        "give it back its value, or choose a new --workdir"
+        f"step {number}: {name}={values[name]:.3g}, at most {limit:.3g} is rounding: the trainer "
+        "does not compute what the sampler did for the same parameters; if the dtype explains it, "
+        f"raise config.{name.replace('/', '.')}"
       )
 
 
-def check_finite(values, number: int, saved, workdir) -> None:
-  """Stops a run whose numbers are not finite, naming them; its last checkpoint stays."""
-  bad = sorted(name for name, value in values.items() if not np.isfinite(value))
-  if bad:
-    saved.close()
-    raise errors.InputError(
-      f"step {number}: {', '.join(bad)} not finite; the newest checkpoint in {workdir} is of step "
-      f"{saved.latest}; lower the learning rate and resume from it"
-    )
+def make_evaluation(config, network: runs.Network, vae_params, scorer, workdir: pathlib.Path):
+  """(state, iteration) -> (numbers to log, the reward of the first mode); None for never."""
+  e = config.eval
+  if not e.every:
+    return None
+  prompt_set = prompts_lib.open_set(e.source, e.split)
+  examples = [prompt_set[i] for i in range(min(e.prompts, len(prompt_set)))]
+  pipe = pipeline.Pipeline(network.folder, network.model, network.tokenizer, network.mesh)
+  pipe.params = {"vae": vae_params}
+  modes = [evaluation.Mode.parse(mode) for mode in e.modes]
 
+  def score(samples):
+    scores = scorer.score(samples)
+    return scores | {"reward": scorer.total(scores)}
 
-def print_start(config, folder, state, mesh, workdir, first: int) -> None:
-  """What will run, before it compiles."""
-  labels = jax.tree.leaves(optim.groups(state.params))
-  counts = dict.fromkeys(optim.GROUPS, 0)
-  for leaf, group in zip(jax.tree.leaves(state.params), labels):
-    counts[group] += leaf.size
-  print(f"training {folder.path} in {workdir}, steps {first} to {config.steps}")
-  shape = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.MESH_AXES)
-  print(f"devices: {jax.default_backend()}, {shape}; {jax.process_count()} host(s)")
-  print(
-    f"a step: {config.sequences_per_step} sequences in "
-    f"{config.sequences_per_step // config.microbatch} microbatch(es), "
-    f"{config.noise_draws} noisy copies of each image"
+  evaluate = evaluation.Evaluation(
+    pipe, examples, score, settings=recipe.evaluation_settings(config), modes=modes,
+    batch_size=e.batch_size, seed=config.seed, keep=e.keep,
+    size=(config.rollout.height, config.rollout.width),
   )
-  for group, count in counts.items():
-    rate = config.learning_rate[group]
-    print(f"  {group:7} {count:>15,} parameters, {f'learning rate {rate:g}' if rate else 'frozen'}")
-  print("compiling the step", flush=True)
+
+  def run(state: types.TrainState, number: int):
+    start = time.monotonic()
+    results = evaluate.run(state.params if state.ema is None else state.ema)
+    folder = workdir / "evaluations" / f"{number:06d}"
+    if jax.process_index() == 0:
+      results.save(folder, f"after {number} steps")
+    values = {
+      f"eval/{mode.name.replace(' + ', '+')}/{name}": results.mean(mode, name)
+      for mode in modes for name in results.rewards
+      if np.isfinite(results.mean(mode, name))
+    }
+    seconds = time.monotonic() - start
+    line = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in modes)
+    print(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}", flush=True)
+    return values | {"eval/seconds": seconds}, results.mean(modes[0], "reward")
+
+  return run
 
 
-def stop_on_signal() -> threading.Event:
-  """Set by SIGTERM or SIGINT: the loop then saves and ends."""
-  stopping = threading.Event()
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda *_: stopping.set())
-  return stopping
+def keep(saved, number: int, state: types.TrainState, record: dict[str, Any]) -> None:
+  """Saves the state of an iteration that may have been saved already."""
+  if saved.latest != number:
+    saved.save(number, state, record)
 
 
-def export(config, folder: folders.ModelFolder, state: types.TrainState) -> None:
-  """Writes the trained network (its moving average if there is one) as an official folder."""
-  params = state.params if state.ema is None else state.ema
-  target = pathlib.Path(config.export_to)
-  folders.write_official(target, folder, {"bagel": params}, dtype=jnp.dtype(config.export_dtype))
-  print(f"exported {target}", flush=True)
+def shown(values: dict[str, float]) -> dict[str, float]:
+  """What the terminal shows of a step."""
+  names = ("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
+           "drift/text")
+  return {name: values[name] for name in names if name in values}
+
+
+def saved_all(state: types.TrainState, config) -> bool:
+  """Whether the run reached its end."""
+  return int(state.step) >= config.steps * config.epochs * config.minibatches
+
+
+def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
+  """What will run, before it compiles."""
+  r, count = config.rollout, recipe.trajectories_of(config)
+  held = sum(
+    leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
+  )
+  schedule = recipe.schedule(config)
+  lines = [
+    f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}",
+    runs.device_line(network.mesh),
+    f"a step: {config.prompts_per_step} prompts x {config.group_size} = {count:,} trajectories of "
+    f"{r.height} x {r.width} pixels, "
+    + (f"up to {r.max_tokens} tokens of reasoning" if r.think else "without reasoning"),
+    f"        {r.num_timesteps - 1} velocity evaluations, SDE window of {r.window_size} in "
+    f"{tuple(r.window_range)}; {schedule.epochs} epoch(s) x {schedule.minibatches} minibatch(es) x "
+    f"{schedule.microbatches} microbatch(es)",
+    *runs.group_lines(config, state.params),
+    f"state: {held / 2**30:.2f} GiB a device (parameters, optimizer"
+    + (", moving average" if state.ema is not None else "")
+    + (", reference)" if state.reference is not None else ")"),
+    "compiling",
+  ]
+  print("\n".join(lines), flush=True)
 
 
 def main(_) -> None:
   def run():
-    if _CONFIG.value is None or not _WORKDIR.value:
-      raise errors.InputError("give --config, for example configs/sft.py:tiny, and --workdir")
-    train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+    config = _CONFIG.value
+    if config is None or not _WORKDIR.value:
+      raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
+    algorithms = {"sft": finetune.train, "unigrpo": train}
+    runs.choose("config.algorithm", config.algorithm, algorithms)
+    algorithms[config.algorithm](config, pathlib.Path(_WORKDIR.value))
 
   errors.report(run)
 

@@ -60,6 +60,8 @@ class Context:
     order: place of each key in its sequence, [B, S] int32; `UNSEEN` where there is none.
     position: next RoPE position id of each row, [B] int32.
     cursor: next free slot, [] int32.
+    prefix: an earlier context of B / n sequences, each of which n consecutive rows go on from
+      without a copy of it; or None.
   """
 
   k: chex.Array
@@ -67,23 +69,35 @@ class Context:
   order: chex.Array
   position: chex.Array
   cursor: chex.Array
+  prefix: Context | None = None
+
+  @property
+  def place(self) -> chex.Array:
+    """Order of the next token, [] int32: slots count on from the prefix's."""
+    return self.cursor if self.prefix is None else self.prefix.order.shape[1] + self.cursor
+
+  @property
+  def parts(self) -> tuple[Context, ...]:
+    """The caches that hold the past: this one, and the prefix."""
+    return (self,) if self.prefix is None else (self, *self.prefix.parts)
 
   def as_of(self, earlier: Mark) -> Context:
     """The same cache as it was at `earlier`: later entries are hidden, nothing is copied."""
-    order = jnp.where(self.order < earlier.cursor, self.order, UNSEEN)
-    return self.replace(order=order, position=earlier.position)
+    order = jnp.where(self.order < earlier.place, self.order, UNSEEN)
+    prefix = None if self.prefix is None else self.prefix.as_of(earlier)
+    return self.replace(order=order, position=earlier.position, prefix=prefix)
 
   def mark(self) -> Mark:
     """Remembers this moment for `as_of`."""
-    return Mark(position=self.position, cursor=self.cursor)
+    return Mark(position=self.position, place=self.place)
 
 
 @struct.dataclass
 class Mark:
-  """A moment in the life of a `Context`: `position` [B] int32 and `cursor` [] int32."""
+  """A moment in the life of a `Context`: `position` [B] int32 and `place` [] int32."""
 
   position: chex.Array
-  cursor: chex.Array
+  place: chex.Array
 
 
 @struct.dataclass
@@ -205,17 +219,46 @@ class PackedBatch:
 
 
 @struct.dataclass
+class Experience:
+  """What B trajectories of a rollout leave to learn from.
+
+  Attributes:
+    prompt_ids, prompt_mask: [B, T] int32 and bool.
+    text: their reasonings, or None.
+    flow: the recorded steps of their images, or None.
+    adv: advantage of each trajectory, [B] float32.
+    valid: False where a reward failed: the trajectory's group counts nowhere, [B] bool.
+    velocity_ref: the reference's velocities at the recorded steps, [B, W, I, C] float32, or None.
+    logp_ref: its log-probabilities of the sampled tokens, [B, T] float32, or None.
+    noise: for objectives that noise the finished image again, [B, W, I, C] float32; `flow.x_t` and
+      `flow.t` are then those of the noised image. None otherwise.
+  """
+
+  prompt_ids: chex.Array
+  prompt_mask: chex.Array
+  text: TextRollout | None
+  flow: FlowRollout | None
+  adv: chex.Array
+  valid: chex.Array
+  velocity_ref: chex.Array | None = None
+  logp_ref: chex.Array | None = None
+  noise: chex.Array | None = None
+
+
+@struct.dataclass
 class TrainState:
-  """All that training changes.
+  """All that training changes, and what it must not lose.
 
   Attributes:
     step: optimizer steps taken, [] int32.
     params: of the network, float32.
     opt_state: of the optimizer.
     ema: moving average of the parameters, or None.
+    reference: the parameters that a regulariser holds the policy to, or None.
   """
 
   step: chex.Array
   params: Any
   opt_state: Any
   ema: Any
+  reference: Any = None

@@ -29,6 +29,8 @@ class Bagel(nn.Module):
     dtype: of activations and caches. float32 also asks for exact float32 products.
     param_dtype: of parameters made by `init`.
     remat: recomputes each layer of the decoder in the backward pass instead of keeping it.
+    lora: adapters on every projection of both experts. Without them the same parameters are the
+      network that the adapters started from.
   """
 
   config: config_lib.BagelConfig
@@ -36,12 +38,13 @@ class Bagel(nn.Module):
   dtype: jnp.dtype = jnp.bfloat16
   param_dtype: jnp.dtype = jnp.float32
   remat: bool = True
+  lora: layers.Lora | None = None
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
-    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype, self.remat)
+    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype, self.remat, self.lora)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
     heads = kinds | dict(out_dtype=jnp.float32)
@@ -104,12 +107,13 @@ class Bagel(nn.Module):
       e: None if x is None else nn.with_logical_constraint(x, ("batch", "length", "features"))
       for e, x in xs.items()
     }
+    parts = () if context is None else context.parts
     layout = mot.Layout(
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
-      context_order=None if context is None else context.order,
+      context_orders=tuple(part.order for part in parts),
       keep_kv=keep_kv,
     )
-    xs, kv = self.layers(xs, None if context is None else (context.k, context.v), layout)
+    xs, kv = self.layers(xs, tuple((part.k, part.v) for part in parts), layout)
     normed = self.norm(xs)
     return normed["und"], normed["gen"], kv
 
@@ -124,7 +128,7 @@ class Bagel(nn.Module):
 
     A row's real tokens come first. Sampled, given and forced tokens all enter here.
     """
-    slots = context.cursor + jnp.arange(ids.shape[1])
+    slots = context.place + jnp.arange(ids.shape[1])
     count = jnp.cumsum(mask, axis=1)
     tokens = types.Tokens(
       x=self.embed_text(ids),
@@ -135,13 +139,32 @@ class Bagel(nn.Module):
     hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
     return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
 
+  def read_text(self, ids, mask):
+    """What `append_text` makes of an empty context, without the empty slots it would attend to.
+
+    Rows may have padding anywhere. Returns (context without room for more, hidden [B, T, D]).
+    """
+    slots = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    count = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    tokens = types.Tokens(
+      x=self.embed_text(ids),
+      position=count - 1,
+      order=jnp.where(mask, slots, types.UNSEEN),
+      reach=jnp.where(mask, slots, types.BLIND),
+    )
+    hidden, _, kv = self.decode(tokens, None, None, keep_kv=True)
+    context = types.Context(
+      *kv, order=tokens.order, position=count[:, -1], cursor=jnp.int32(ids.shape[1])
+    )
+    return context, hidden
+
   def append_patches(self, context: types.Context, patches: types.Patches):
     """Appends one image a row, as the ViT sees it; a row without patches stays as it was."""
     start, end = self._embed_markers(patches.mask.shape[0])
     x = jnp.concatenate([start, self.embed_patches(patches), end], axis=1)
     present = patches.mask.any(axis=1, keepdims=True)
     mask = jnp.concatenate([present, patches.mask, present], axis=1)
-    slots = context.cursor + jnp.arange(mask.shape[1])
+    slots = context.place + jnp.arange(mask.shape[1])
     tokens = _image_split(x, mask, slots, context)
     _, _, kv = self.decode(tokens, None, context, keep_kv=True)
     return _extend(context, kv, tokens.order, advance=present[:, 0].astype(jnp.int32))
@@ -152,9 +175,9 @@ class Bagel(nn.Module):
     markers = jnp.concatenate(self._embed_markers(rows), axis=1)
     present = jnp.repeat(grid.mask.any(axis=1, keepdims=True), 2, axis=1)
     x = self.embed_latents(latents, jnp.zeros(rows), grid.ids)
-    slots = context.cursor + 1 + jnp.arange(count)
+    slots = context.place + 1 + jnp.arange(count)
     gen = _image_split(x, grid.mask, slots, context, last=slots[-1] + 1)
-    marker_slots = context.cursor + jnp.array([0, count + 1])
+    marker_slots = context.place + jnp.array([0, count + 1])
     und = _image_split(markers, present, marker_slots, context)
     _, _, kv = self.decode(und, gen, context, keep_kv=True)
     order = jnp.concatenate([und.order, gen.order], axis=1)
@@ -285,6 +308,18 @@ def empty_context(
   )
 
 
+def fork(
+  config: config_lib.BagelConfig, context: types.Context, copies: int, capacity: int
+) -> types.Context:
+  """Continues every row `copies` times, with room for `capacity` tokens each.
+
+  The rows of a group share what they have read: its keys and values are not copied.
+  """
+  rows = context.position.shape[0] * copies
+  own = empty_context(config, rows, capacity, context.k.dtype)
+  return own.replace(position=jnp.repeat(context.position, copies), prefix=context)
+
+
 def _image_split(x, mask, slots, context: types.Context, last=None) -> types.Tokens:
   """Tokens of an image split: one position, everything up to the split's last slot in reach."""
   last = slots[-1] if last is None else last
@@ -305,7 +340,7 @@ def _extend(context: types.Context, kv, order, advance) -> types.Context:
     cache = jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0))
     return nn.with_logical_constraint(cache, ("layers", "batch", "length", "kv_heads", "head_dim"))
 
-  return types.Context(
+  return context.replace(
     k=write(context.k, kv[0]),
     v=write(context.v, kv[1]),
     order=jax.lax.dynamic_update_slice(context.order, order, (0, at)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -19,6 +21,17 @@ def matmul_precision(dtype):
   return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+LORA_DOWN, LORA_UP = "lora_down", "lora_up"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adaptation (Hu et al. 2022): W + (alpha / rank) A B, with B = 0 at the start."""
+
+  rank: int
+  alpha: float
+
+
 class Linear(nn.Module):
   """Contraction of the last axes of x with a kernel of any rank.
 
@@ -29,6 +42,7 @@ class Linear(nn.Module):
     dtype: of the operands. param_dtype: of the parameters.
     out_dtype: of the product; None is `dtype`.
     zero: starts the kernel at zero (output heads of a flow model).
+    lora: low-rank adapter; None for none.
   """
 
   features: Sequence[int]
@@ -38,6 +52,7 @@ class Linear(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
   out_dtype: jnp.dtype | None = None
   zero: bool = False
+  lora: Lora | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -52,10 +67,43 @@ class Linear(nn.Module):
       x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
       precision=matmul_precision(self.dtype), preferred_element_type=self.out_dtype,
     )
+    if self.lora is not None:
+      y += self._adapter(x, inputs, shape).astype(y.dtype)
     if self.use_bias:
       bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[inputs:])
       y += self.param("bias", bias_init, tuple(self.features), self.param_dtype).astype(y.dtype)
     return y
+
+  def _adapter(self, x, inputs: int, shape):
+    """(alpha / rank) x A B, over the same axes as the kernel."""
+    rank, axes = self.lora.rank, self.axes
+    down_init = nn.with_logical_partitioning(
+      nn.initializers.normal(1 / rank), (*axes[:inputs], None)
+    )
+    up_init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes[inputs:]))
+    down = self.param(LORA_DOWN, down_init, (*shape[:inputs], rank), self.param_dtype)
+    up = self.param(LORA_UP, up_init, (rank, *shape[inputs:]), self.param_dtype)
+    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    precision = matmul_precision(self.dtype)
+    x = jax.lax.dot_general(
+      x.astype(self.dtype), down.astype(self.dtype), (contract, ((), ())), precision=precision
+    )
+    y = jnp.tensordot(x, up.astype(self.dtype), axes=1, precision=precision)
+    return y * (self.lora.alpha / rank)
+
+
+def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
+  """Adds the adapters into their kernels: the same network as plain parameters."""
+  merged = {
+    name: merge_lora(value, lora) if isinstance(value, Mapping) else value
+    for name, value in params.items() if name not in (LORA_DOWN, LORA_UP)
+  }
+  if LORA_DOWN in params:
+    down, up = params[LORA_DOWN], params[LORA_UP]
+    # The kernels of a scanned stack have a leading axis of layers.
+    product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1, precision="highest"))
+    merged["kernel"] = params["kernel"] + product(down, up) * (lora.alpha / lora.rank)
+  return merged
 
 
 class Table(nn.Module):

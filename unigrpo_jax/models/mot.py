@@ -27,10 +27,11 @@ class Attention(nn.Module):
   config: config_lib.LLMConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  lora: layers.Lora | None = None
 
   def setup(self):
     c = self.config
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, lora=self.lora)
     heads = lambda n, name: layers.Linear((n, c.head_dim), ("embed", name, "head_dim"), **kinds)
     self.q = heads(c.num_heads, "heads")
     self.k = heads(c.num_kv_heads, "kv_heads")
@@ -59,10 +60,13 @@ class GatedMLP(nn.Module):
   config: config_lib.LLMConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  lora: layers.Lora | None = None
 
   @nn.compact
   def __call__(self, x):
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False)
+    kinds = dict(
+      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False, lora=self.lora
+    )
     wide, width = self.config.intermediate_size, self.config.hidden_size
     gate = layers.Linear((wide,), ("embed", "mlp"), name="gate", **kinds)(x)
     up = layers.Linear((wide,), ("embed", "mlp"), name="up", **kinds)(x)
@@ -76,12 +80,13 @@ class Expert(nn.Module):
   config: config_lib.LLMConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  lora: layers.Lora | None = None
 
   def setup(self):
     norm = lambda: layers.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype)
     self.input_norm, self.post_attention_norm = norm(), norm()
-    self.attention = Attention(self.config, self.dtype, self.param_dtype)
-    self.mlp = GatedMLP(self.config, self.dtype, self.param_dtype)
+    self.attention = Attention(self.config, self.dtype, self.param_dtype, self.lora)
+    self.mlp = GatedMLP(self.config, self.dtype, self.param_dtype, self.lora)
 
   def project(self, x, position):
     return self.attention.project(self.input_norm(x), position)
@@ -99,12 +104,12 @@ class Layout:
 
   Attributes:
     streams: for each expert its `Tokens` without embeddings, or None.
-    context_order: order of the cached keys, [Bc, S] int32, or None.
+    context_orders: order of the cached keys of each part of the context, [Bc, S] int32.
     keep_kv: whether the layers return their keys and values.
   """
 
   streams: dict[str, types.Tokens | None]
-  context_order: chex.Array | None
+  context_orders: tuple[chex.Array, ...]
   keep_kv: bool = struct.field(pytree_node=False)
 
 
@@ -114,13 +119,14 @@ class Block(nn.Module):
   config: config_lib.LLMConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  lora: layers.Lora | None = None
 
   def setup(self):
-    self.und = Expert(self.config, self.dtype, self.param_dtype)
-    self.gen = Expert(self.config, self.dtype, self.param_dtype)
+    self.und = Expert(self.config, self.dtype, self.param_dtype, self.lora)
+    self.gen = Expert(self.config, self.dtype, self.param_dtype, self.lora)
 
-  def __call__(self, xs, context_kv, layout: Layout):
-    """xs {expert: [B, T, D] or None}, context_kv (k, v) [Bc, S, K, H] -> (xs, (k, v) or None)."""
+  def __call__(self, xs, context_kvs, layout: Layout):
+    """xs {expert: [B, T, D] or None}, context_kvs (k, v) [Bc, S, K, H] each -> (xs, kv or None)."""
     # In this order everywhere: a dict that has been through a pytree comes back sorted.
     streams = {e: layout.streams[e] for e in EXPERTS if layout.streams[e] is not None}
     experts = {"und": self.und, "gen": self.gen}
@@ -128,8 +134,7 @@ class Block(nn.Module):
       projected = [experts[e].project(xs[e], s.position) for e, s in streams.items()]
     q, k, v = (_join(parts) for parts in zip(*projected))
     parts = [attention.Keys(k, v, _join([s.order for s in streams.values()]))]
-    if context_kv is not None:
-      parts.append(attention.Keys(*context_kv, layout.context_order))
+    parts += [attention.Keys(*kv, order) for kv, order in zip(context_kvs, layout.context_orders)]
     with jax.named_scope("attend"):
       reach = _join([s.reach for s in streams.values()])
       out = attention.attend(q, reach, parts, precision=layers.matmul_precision(self.dtype))
@@ -144,7 +149,9 @@ def _join(arrays):
   return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
 
 
-def stack(config: config_lib.LLMConfig, dtype, param_dtype, remat: bool) -> nn.Module:
+def stack(
+  config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None
+) -> nn.Module:
   """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked."""
   scanned = nn.scan(
     nn.remat(Block, prevent_cse=False) if remat else Block,
@@ -154,4 +161,4 @@ def stack(config: config_lib.LLMConfig, dtype, param_dtype, remat: bool) -> nn.M
     length=config.num_layers,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
-  return scanned(config, dtype, param_dtype)
+  return scanned(config, dtype, param_dtype, lora)

@@ -1,0 +1,201 @@
+"""UniGRPO (arXiv 2603.23500): one reward trains the reasoning and the drawing of BAGEL-7B-MoT.
+
+  python -m unigrpo_jax.train --config=configs/unigrpo.py --config.init_from=SFT_FOLDER \\
+    --config.prompts.source=PROMPTS --workdir=runs/unigrpo      # Table 3, on a pod
+  python -m unigrpo_jax.train --config=configs/unigrpo.py:tiny --workdir=runs/tiny   # CPU, minutes
+
+Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and IconWorld), `lora`,
+`cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
+and `no_regulariser` (its second).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variants: str = "") -> ConfigDict:
+  """The configuration of Table 3, changed by each of the comma-separated variants."""
+  config = ConfigDict()
+  config.algorithm = "unigrpo"
+  config.seed = 0
+  config.steps = 1000  # iterations: a rollout and its update
+  config.init_from = ""  # official or converted folder of the SFT checkpoint; also the reference
+  config.random_init = False  # keep the folder's sizes, tokenizer and VAE, not its network
+  config.export_to = ""  # official folder to write at the end; "" for none
+  config.export_dtype = "bfloat16"
+
+  # Prompts
+  config.prompts = ConfigDict()
+  config.prompts.source = "iconworld"  # name, folder or file; see `python -m unigrpo_jax.data`
+  config.prompts.split = "train"
+  config.prompts_per_step = 32  # of all hosts together
+  config.group_size = 24  # trajectories a prompt
+
+  # Reward: of a finished image and its prompt
+  config.rewards = ConfigDict(dict(iconworld_soft=1.0))  # name -> weight; 0 is only logged
+  config.reward_options = ConfigDict()  # name -> keyword arguments of the reward
+  config.reward = ConfigDict()
+  config.reward.threads = 4  # samples are scored while the devices go on
+  config.reward.normalise = False  # each reward within its group, before they are summed
+  config.reward.max_failed_fraction = 0.5  # of an iteration's samples; more stop the run
+  config.advantage = ConfigDict()
+  config.advantage.std = "group"  # divide by that of the "group", of the "batch", or "none"
+  config.advantage.ddof = 0
+  config.advantage.eps = 1e-4
+  config.advantage.clip = 5.0  # largest |advantage|; 0 for none
+
+  # Rollout
+  config.rollout = ConfigDict()
+  config.rollout.think = True  # reason before drawing
+  config.rollout.prompts_at_once = 8  # of all hosts; fewer need less memory
+  config.rollout.prompt_tokens = 256  # room for a prompt, with its two markers
+  config.rollout.max_tokens = 1024  # of a reasoning
+  config.rollout.temperature = 1.0
+  config.rollout.height = 1024  # pixels
+  config.rollout.width = 1024  # pixels
+  config.rollout.num_timesteps = 25  # points of the time grid; one velocity evaluation less
+  config.rollout.shift = 3.0
+  config.rollout.sde = "flow"  # "flow", "dance" or "cps"
+  config.rollout.noise_level = 0.8
+  config.rollout.window = "per_iteration"  # see `sampling/windows.py`
+  config.rollout.window_range = (0, 5)  # steps it may lie in, the second excluded
+  config.rollout.window_size = 3  # steps with noise
+  config.rollout.moving_iterations = 25  # of a "progressive" window in one place
+  config.rollout.moving_roll_back = False  # it starts over at the end of its range
+  config.rollout.same_noise = False  # a group starts from the same noise
+  config.rollout.cfg_text_scale = 1.0  # above 1: guidance in rollout and training
+  config.rollout.cfg_interval = (0.0, 1.0)
+  config.rollout.cfg_renorm = "global"
+
+  # Text objective (eq 2)
+  config.text = ConfigDict()
+  config.text.train = True
+  config.text.clip_low = 0.2
+  config.text.clip_high = 0.2
+  config.text.dual_clip = 0.0  # more than 1; 0 for none
+  config.text.aggregation = "seq-mean-token-mean"  # or "token-mean", "constant"
+  config.text.kl_weight = 0.0  # of the k3 estimate
+  config.text.chunk = 256  # tokens a row whose logits exist at once
+
+  # Flow objective (eqs 5, 6 and 8)
+  config.flow = ConfigDict()
+  config.flow.train = True
+  config.flow.weight = 1.0  # lambda of eq 7
+  config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo"
+  config.flow.ratio = "norm"  # RatioNorm; "plain" without
+  config.flow.clip = 1e-6  # both sides, at 262,144 latent elements
+  config.flow.scale_with_size = True  # clip and regulariser by sqrt(262,144 / latent elements)
+  config.flow.grad_reweight = "none"  # or "inv_dt"
+  config.flow.regulariser = "velocity_mse"  # "latent_kl", "latent_kl_exact" or "none"
+  config.flow.regulariser_weight = 1.5e-5
+  config.flow.routing = "expert"  # gradients reach the generation expert; "markers", "full"
+  config.flow.reference_context = "reference"  # or "policy": whose context its velocities see
+  config.flow.dppo_threshold = 1e-5
+  config.flow.nft_beta = 1.0
+  config.flow.nft_bound = 5.0
+  config.flow.awm_weighting = "uniform"
+
+  # Update
+  config.epochs = 2  # passes over a rollout
+  config.minibatches = 1  # optimizer steps a pass
+  config.microbatch = 64  # trajectories at once, all hosts together
+  config.old_values = "first_epoch"  # "recomputed" (needed with minibatches) or "rollout"
+  config.drift = ConfigDict()  # largest difference of sampler and trainer; 0: by the dtype
+  config.drift.text = 0.0  # max |log-probability|
+  config.drift.flow = 0.0  # max |log ratio|
+  config.lora = ConfigDict()
+  config.lora.rank = 0  # 0: everything trains
+  config.lora.alpha = 128.0
+  config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
+  config.learning_rate.und = 1e-6
+  config.learning_rate.gen = 3e-5
+  config.learning_rate.text = 0.0  # embeddings and head
+  config.learning_rate.latent = 0.0  # time embedder, vae2llm, llm2vae
+  config.schedule = "constant"  # or "cosine"
+  config.warmup_steps = 0  # optimizer steps
+  config.b1, config.b2, config.eps = 0.9, 0.999, 1e-8
+  config.weight_decay = 1e-4
+  config.clip_norm = 1.0  # of each group's gradient
+  config.ema_decay = 0.0  # 0 for none
+
+  # Evaluation: fixed prompts and noise, ODE
+  config.eval = ConfigDict()
+  config.eval.every = 50  # iterations, and before the first and after the last; 0 for never
+  config.eval.source = "iconworld"
+  config.eval.split = "validation"
+  config.eval.prompts = 300
+  config.eval.batch_size = 64
+  config.eval.modes = ("think", "think+guidance", "plain", "plain+guidance")
+  config.eval.num_timesteps = 50
+  config.eval.temperature = 1.0
+  config.eval.cfg_text_scale = 4.0
+  config.eval.cfg_interval = (0.4, 1.0)
+  config.eval.cfg_renorm = "global"
+  config.eval.keep = 24  # prompts whose images are kept
+
+  # Devices
+  config.dtype = "bfloat16"  # of activations; parameters are float32
+  config.remat = True
+  config.mesh = ConfigDict()
+  config.mesh.data = 1
+  config.mesh.fsdp = 0  # 0: all devices that data and tensor leave
+  config.mesh.tensor = 1
+
+  # Log
+  config.writers = ("jsonl",)  # and "tensorboard", "wandb"
+  config.checkpoint_every = 20  # iterations
+  config.keep_checkpoints = 2
+  config.keep_every = 0  # multiples of it are kept for ever; 0 for none
+  for variant in filter(None, variants.split(",")):
+    if variant not in VARIANTS:
+      raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+    VARIANTS[variant](config)
+  return config
+
+
+def tiny(config: ConfigDict) -> None:
+  """The numbers for the embedded BAGEL and IconWorld on two cores."""
+  config.init_from = "tiny"
+  config.steps = 40
+  config.prompts_per_step = config.rollout.prompts_at_once = 16
+  config.group_size = 12
+  config.rewards = ConfigDict(
+    dict(iconworld_strict=0.5, iconworld_soft=0.5, iconworld_reasoning=0.0))
+  config.reward.threads = 2
+  config.rollout.update(dict(
+    prompt_tokens=40, max_tokens=64, height=32, width=32, num_timesteps=13, shift=1.0,
+    window_size=3, window_range=(0, 6)))
+  config.text.chunk = 64
+  config.microbatch = 192
+  config.learning_rate.und = 1e-4
+  config.learning_rate.gen = 2e-4
+  config.eval.update(dict(
+    every=20, prompts=200, batch_size=100, modes=("think", "plain"), num_timesteps=25,
+    cfg_text_scale=2.0, cfg_interval=(0.0, 1.0)))
+  config.dtype = "float32"
+  config.remat = False
+
+
+def lora(config: ConfigDict) -> None:
+  """Adapters on both experts; what lies under them is the reference."""
+  config.lora.rank = 64
+  config.learning_rate.und, config.learning_rate.gen = 1e-5, 1e-4
+
+
+def cfg(config: ConfigDict) -> None:
+  """Classifier-free guidance in rollout and training."""
+  config.rollout.cfg_text_scale = 4.0
+
+
+def latent_kl(config: ConfigDict) -> None:
+  """The latent KL of Flow-GRPO in place of the velocity error, as its code weighs it."""
+  config.flow.regulariser = "latent_kl"
+  config.flow.regulariser_weight = 1.0
+
+
+def no_regulariser(config: ConfigDict) -> None:
+  config.flow.regulariser = "none"
+
+
+VARIANTS = {
+  "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
+}

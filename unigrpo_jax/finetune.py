@@ -1,0 +1,154 @@
+"""Supervised fine-tuning, UniGRPO's first stage: words by cross entropy, images by velocity."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax import corpus, errors, feed, metrics, phases, runs, sharding, types
+from unigrpo_jax import step as step_lib
+from unigrpo_jax.data import packing
+from unigrpo_jax.models import vae
+
+RESUMABLE = runs.RESUMABLE | {"steps", "limits"}
+
+
+def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
+  """Runs the training that `config` describes, in or from `workdir`; returns its last state.
+
+  Args:
+    config: see `configs/sft.py`.
+    workdir: holds the run's checkpoints and metrics.
+    devices: to train on; None: all of them.
+  """
+  # --- Model and optimizer.
+  network = runs.open_network(config, devices)
+  folder, tokenizer, mesh = network.folder, network.tokenizer, network.mesh
+  check_config(config, mesh)
+  optimizer = runs.make_optimizer(config)
+  ema_decay = config.ema_decay or None
+  abstract, state_shardings = runs.state_layout(
+    network, optimizer, ema=ema_decay is not None, reference=False
+  )
+
+  # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
+  saved = runs.open_checkpoints(workdir, config)
+  plain = json.loads(config.to_json())
+  if saved.latest is not None:
+    record = saved.record(saved.latest)
+    free = RESUMABLE - ({"steps"} if config.schedule == "cosine" else set())
+    runs.check_resumable(record["config"], plain, free)
+    state = saved.load(saved.latest, abstract)
+    print(f"resumed {workdir} at step {saved.latest}", flush=True)
+  else:
+    record = {}
+    state = runs.first_state(
+      network, optimizer, state_shardings, random_init=config.random_init, seed=config.seed
+    )
+  run_id = runs.run_id(workdir, plain, record.get("run_id"))
+
+  # --- Data.
+  # On one device: it runs in the feed's thread, and programs over all devices that two threads
+  # launch in different orders wait for each other for ever.
+  encoder = vae.VAE(folder.config.vae)
+  encoder_params = folder.load_params(dtype=jnp.float32, parts=("vae",))["vae"]
+
+  def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    # Few shapes, whatever the number of images: filled up to a multiple of 16.
+    rows = np.arange(len(pixels) + -len(pixels) % 16) % len(pixels)
+    latents = phases.encode_images(encoder, encoder_params, pixels[rows], noise[rows])
+    tokens = vae.pack_latents(latents, folder.config.latent_patch_size)
+    return np.asarray(tokens)[: len(pixels)]
+
+  local_rows = config.microbatch // jax.process_count()
+  examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
+    dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
+  )
+  batches = feed.Feed(
+    examples, folder.config, tokenizer, encode,
+    feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
+                config.drop_vae, config.ce_weighting),
+    packing.PadTo(noisy=config.noise_draws, **config.limits),
+    rows=local_rows, microbatches=config.sequences_per_step // config.microbatch,
+    seed=config.seed,
+  )
+  along_rows = sharding.along_batch(mesh, axis=1)
+
+  # --- The step.
+  step_fn = jax.jit(
+    step_lib.make_supervised_step(
+      network.model, optimizer, ema_decay=ema_decay, ce_weight=config.ce_weight,
+      mse_weight=config.mse_weight, label_chunk=config.label_chunk,
+    ),
+    donate_argnums=0, out_shardings=(state_shardings, None),
+  )
+
+  # --- The loop.
+  first = int(state.step)
+  print_start(config, network, state, workdir, first)
+  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first)
+  clock = metrics.Clock(first, config.steps)
+  stopping = runs.stop_on_signal()
+  record = {"config": plain, "run_id": run_id}
+  with sharding.activate(mesh):
+    for number, host_batch in enumerate(batches.batches(first, config.steps), first + 1):
+      batch = jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(along_rows, a), host_batch
+      )
+      state, values = step_fn(state, batch)
+      if number % config.log_every == 0 or number in (first + 1, config.steps):
+        values = jax.device_get(values)
+        newest = f"the newest checkpoint in {workdir} is of step {saved.latest}"
+        runs.check_finite(values, number, newest)
+        log.write(number, values)
+        print(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}), flush=True)
+      last = number == config.steps or stopping.is_set()
+      if number % config.checkpoint_every == 0 or last:
+        saved.save(number, state, record)
+      if stopping.is_set():
+        print(f"stopped by a signal at step {number}; the same command goes on", flush=True)
+        break
+  saved.close()
+  log.close()
+  if config.export_to and int(state.step) == config.steps:
+    params = state.params if state.ema is None else state.ema
+    runs.export(network, params, config.export_to, config.export_dtype)
+  return state
+
+
+def check_config(config, mesh) -> None:
+  """Refuses impossible numbers before anything is loaded or compiled."""
+  if config.sequences_per_step % config.microbatch:
+    raise errors.InputError(
+      f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "
+      f"config.microbatch={config.microbatch}; change one of them"
+    )
+  ways = sharding.batch_multiple(mesh)
+  if config.microbatch % ways or config.microbatch % jax.process_count():
+    raise errors.InputError(
+      f"config.microbatch={config.microbatch} does not divide over data x fsdp = {ways} devices "
+      f"and {jax.process_count()} hosts; make it a multiple of both"
+    )
+  if config.limits.images % ways:
+    raise errors.InputError(
+      f"config.limits.images={config.limits.images} does not divide over data x fsdp = {ways} "
+      "devices; make it a multiple"
+    )
+  runs.choose("config.ce_weighting", config.ce_weighting, feed.CE_WEIGHTINGS)
+
+
+def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
+  """What will run, before it compiles."""
+  print(f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}")
+  print(runs.device_line(network.mesh))
+  print(
+    f"a step: {config.sequences_per_step} sequences in "
+    f"{config.sequences_per_step // config.microbatch} microbatch(es), "
+    f"{config.noise_draws} noisy copies of each image"
+  )
+  print("\n".join(runs.group_lines(config, state.params)))
+  print("compiling the step", flush=True)

@@ -1,0 +1,210 @@
+"""Trajectories: every prompt of a chunk thought about and drawn `group_size` times.
+
+A prompt is read once; its group goes on from it without a copy. What a trajectory samples depends
+on the run's seed, the iteration and its own number, not on its chunk, its neighbours or the
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax import batches, errors, metrics, phases, sharding, types
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.models import bagel as bagel_lib
+from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.sampling import flow, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a trajectory is sampled.
+
+  Attributes:
+    group_size: trajectories of a prompt.
+    think: reasons before it draws.
+    prompt_tokens: most tokens of a prompt, its two markers included.
+    max_tokens: most sampled tokens of a reasoning.
+    temperature: of sampled tokens.
+    height, width: of an image, in pixels.
+    num_timesteps: points of the time grid.
+    shift: timestep shift.
+    kind: of the SDE, one of `sde.KINDS`.
+    noise_level: of the SDE.
+    guidance: a text_scale of 1 is none.
+    same_noise: a group starts from the same noise.
+  """
+
+  group_size: int
+  think: bool
+  prompt_tokens: int
+  max_tokens: int
+  temperature: float
+  height: int
+  width: int
+  num_timesteps: int
+  shift: float
+  kind: str
+  noise_level: float
+  guidance: flow.Guidance
+  same_noise: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trajectories:
+  """A chunk of B trajectories, those of a prompt consecutive.
+
+  Attributes:
+    prompt_ids, prompt_mask: [B, T], on the device.
+    text: reasonings on the device, or None.
+    flow: recorded steps on the device.
+    images: [B, H, W, 3] uint8 on the host.
+    texts: reasonings in words; None without thinking.
+  """
+
+  prompt_ids: Any
+  prompt_mask: Any
+  text: types.TextRollout | None
+  flow: types.FlowRollout
+  images: np.ndarray
+  texts: list[str] | None
+
+
+class Sampler:
+  """Samples chunks of trajectories from parameters that change between them."""
+
+  def __init__(
+    self, model: bagel_lib.Bagel, vae: vae_lib.VAE, vae_params, tokenizer, mesh,
+    settings: Settings,
+  ):
+    self.model, self.tokenizer, self.mesh, self.settings = model, tokenizer, mesh, settings
+    self._vae, self._vae_params = vae, vae_params
+    wrap = lambda ids: [tokenizer.im_start, *ids, tokenizer.im_end]
+    system = wrap(tokenizer.encode(tokenizer_lib.SYSTEM_PROMPT_GEN))
+    self.system_ids = np.asarray(system, np.int32) if settings.think else None
+    self.grid = batches.latent_grid(model.config, [(settings.height, settings.width)])
+    batches.check_sizes(model.config, [(settings.height, settings.width)])
+    needed = settings.prompt_tokens + 1
+    if settings.think:
+      needed += len(system) + settings.max_tokens + text.EXTRA_SLOTS
+    if needed > model.config.llm.max_positions:
+      raise errors.InputError(
+        f"prompt_tokens={settings.prompt_tokens} and max_tokens={settings.max_tokens} need "
+        f"{needed} positions, the model has {model.config.llm.max_positions} "
+        "(max_position_embeddings); lower one of them"
+      )
+
+  def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask, [P, prompt_tokens]; refuses an empty or too long prompt."""
+    tokenizer, room = self.tokenizer, self.settings.prompt_tokens
+    ids = np.zeros((len(prompts), room), np.int32)
+    mask = np.zeros((len(prompts), room), bool)
+    for row, prompt in enumerate(prompts):
+      tokens = [tokenizer.im_start, *tokenizer.encode(prompt), tokenizer.im_end]
+      if len(tokens) > room or not prompt.strip():
+        raise errors.InputError(
+          f"prompt {prompt[:60]!r} has {len(tokens)} tokens with its markers, expected 3 to "
+          f"rollout.prompt_tokens={room}; raise that or leave the prompt out"
+        )
+      ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
+    return ids, mask
+
+  def sample(
+    self, params, prompts: Sequence[str], key, first: int, steps: np.ndarray,
+    timer: metrics.PhaseTimer,
+  ) -> Trajectories:
+    """Samples a chunk; call it within `sharding.activate`.
+
+    Args:
+      params: of the network.
+      prompts: P prompts.
+      key: of the iteration.
+      first: number of the chunk's first trajectory in the iteration.
+      steps: SDE steps of each trajectory, [P * group_size, W] int32.
+      timer: is told the seconds of each phase.
+
+    Raises:
+      InputError: a log-probability or a latent is not finite.
+    """
+    s, rows = self.settings, len(prompts) * self.settings.group_size
+    over_rows = functools.partial(sharding.put_rows, self.mesh)
+    prompt_ids, prompt_mask = self.encode_prompts(prompts)
+    with timer("read"):
+      keys = trajectory_keys(key, first, rows)
+      inputs = phases.Inputs(
+        prompt_ids=over_rows(prompt_ids), prompt_mask=over_rows(prompt_mask),
+        system_ids=self.system_ids,
+      )
+      capacity = s.prompt_tokens + (0 if self.system_ids is None else len(self.system_ids))
+      contexts = phases.read(self.model, params, inputs, capacity=capacity)
+      jax.block_until_ready(contexts)
+    rollout = None
+    if s.think:
+      with timer("decode"):
+        contexts = phases.fork(
+          self.model, contexts, copies=s.group_size, capacity=s.max_tokens + text.EXTRA_SLOTS
+        )
+        rollout, main = phases.write(
+          self.model, params, contexts.main, keys["text"], None,
+          start_id=self.tokenizer.im_start, end_id=self.tokenizer.im_end,
+          max_tokens=s.max_tokens, temperature=s.temperature,
+        )
+        contexts = contexts.replace(main=main)
+        jax.block_until_ready(rollout)
+    with timer("denoise"):
+      grid = jax.tree.map(lambda a: over_rows(np.repeat(a, rows, axis=0)), self.grid)
+      drawn = phases.explore(
+        self.model, params, contexts, keys["image"], over_rows(steps), grid,
+        num_timesteps=s.num_timesteps, shift=s.shift, guidance=s.guidance, kind=s.kind,
+        noise_level=s.noise_level, same_noise=s.group_size if s.same_noise else 1,
+      )
+      jax.block_until_ready(drawn)
+    with timer("vae"):
+      images = self._decode(drawn.latents)
+    again = lambda a: over_rows(np.repeat(a, s.group_size, axis=0))
+    return Trajectories(
+      again(prompt_ids), again(prompt_mask), rollout, drawn, images,
+      None if rollout is None else self._words(rollout),
+    )
+
+  def _decode(self, latents) -> np.ndarray:
+    c, s = self.model.config, self.settings
+    grids = vae_lib.unpack_latents(
+      latents, s.height // c.latent_stride, s.width // c.latent_stride, c.latent_patch_size
+    )
+    # So many pixels at a time that the decoder's temporaries stay within a device.
+    at_once = max(phases.VAE_PIXELS // (s.height * s.width), 1) * self.mesh.size
+    parts = [
+      np.asarray(phases.decode_images(self._vae, self._vae_params, grids[first : first + at_once]))
+      for first in range(0, len(grids), at_once)
+    ]
+    return np.concatenate(parts)
+
+  def _words(self, rollout: types.TextRollout) -> list[str]:
+    host = jax.device_get(rollout)
+    bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))
+    if bad.size:
+      raise errors.InputError(
+        f"the log-probabilities of {bad.size} of {len(host.logp)} reasonings are not finite; the "
+        "policy has diverged: lower the learning rates and resume"
+      )
+    words = []
+    for ids, mask, finished in zip(host.ids, host.mask, host.finished):
+      ids = [int(i) for i in ids[mask]]
+      words.append(self.tokenizer.decode(ids[:-1] if finished else ids))
+    return words
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def trajectory_keys(key, first, rows: int) -> dict[str, jax.Array]:
+  """Keys of `rows` trajectories, one for their text and one for their image."""
+  own = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
+  folded = lambda number: jax.vmap(jax.random.fold_in, (0, None))(own, number)
+  return {"text": folded(0), "image": folded(1)}

@@ -1,0 +1,294 @@
+"""What every training run does around its steps: devices, state, resuming, stopping, exporting."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import secrets
+import signal
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unigrpo_jax import checkpoints, errors, folders, optim, sharding, types
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.models import bagel, layers
+
+# What may differ between any run and its resumption; each kind of run adds its own.
+RESUMABLE = frozenset({
+  "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "export_to", "mesh",
+})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """A checkpoint's network, ready to be trained on a mesh.
+
+  Attributes:
+    folder: it came from.
+    tokenizer: its.
+    model: the `Bagel`.
+    mesh: devices.
+  """
+
+  folder: folders.ModelFolder
+  tokenizer: tokenizer_lib.Tokenizer
+  model: bagel.Bagel
+  mesh: jax.sharding.Mesh
+
+
+def open_network(config, devices=None) -> Network:
+  """Devices, tokenizer and network of a run, without weights.
+
+  Raises:
+    InputError: the mesh does not fit the devices, or the folder cannot be used.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(config.mesh)
+  others = sizes["data"] * sizes["tensor"]
+  sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
+  mesh = sharding.make_mesh(**sizes, devices=devices)
+  if not config.init_from:
+    raise errors.InputError("config.init_from is empty; give an official or converted folder")
+  folder = folders.open_folder(config.init_from)
+  tokenizer = tokenizer_lib.load(folder.files)
+  tokenizer.check_fits(folder.config.llm.vocab_size)
+  lora = config.get("lora")
+  model = bagel.Bagel(
+    folder.config, (tokenizer.vision_start, tokenizer.vision_end),
+    dtype=jnp.dtype(config.dtype), remat=config.remat,
+    lora=layers.Lora(lora.rank, lora.alpha) if lora and lora.rank else None,
+  )
+  return Network(folder, tokenizer, model, mesh)
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+  """AdamW with the learning rate and schedule of each group."""
+  if config.schedule not in ("constant", "cosine"):
+    raise errors.InputError(f"config.schedule={config.schedule!r} is neither constant nor cosine")
+
+  def schedule(rate):
+    if not rate:
+      return None
+    if config.schedule == "cosine":
+      return optim.warmup_cosine(rate, config.warmup_steps, config.steps)
+    return optim.warmup_constant(rate, config.warmup_steps)
+
+  return optim.adamw_by_group(
+    {group: schedule(rate) for group, rate in config.learning_rate.items()},
+    b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
+    clip_norm=config.clip_norm,
+  )
+
+
+def state_layout(
+  network: Network, optimizer: optax.GradientTransformation, *, ema: bool, reference: bool
+) -> tuple[types.TrainState, types.TrainState]:
+  """The shapes and the shardings of a run's state.
+
+  Args:
+    network: what is trained.
+    optimizer: of its parameters.
+    ema: whether a moving average is kept.
+    reference: whether a copy of the first parameters is kept, in the network's own dtype.
+  """
+  model, folder = network.model, network.folder
+
+  def fresh(key) -> types.TrainState:
+    params = model.init(key, bagel.example_batch(folder.config))["params"]
+    return types.TrainState(
+      step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+      ema=params if ema else None,
+      reference=jax.tree.map(lambda a: a.astype(model.dtype), params) if reference else None,
+    )
+
+  abstract = jax.eval_shape(fresh, jax.random.key(0))
+  where = sharding.shardings(abstract, network.mesh)
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    sharding.unbox(abstract), where,
+  ), where
+
+
+def first_state(
+  network: Network, optimizer: optax.GradientTransformation, where: types.TrainState, *,
+  random_init: bool, seed: int,
+) -> types.TrainState:
+  """The state before the first step: from the folder's weights, or from random ones."""
+  model, config = network.model, network.folder.config
+  init = lambda key: sharding.unbox(model.init(key, bagel.example_batch(config))["params"])
+
+  def state_of(params) -> types.TrainState:
+    copy = lambda kept, cast: None if kept is None else jax.tree.map(cast, params)
+    return types.TrainState(
+      step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+      ema=copy(where.ema, jnp.copy),
+      reference=copy(where.reference, lambda a: jnp.copy(a).astype(model.dtype)),
+    )
+
+  key = jax.random.key(seed)
+  with sharding.activate(network.mesh):
+    if random_init:
+      return jax.jit(lambda key: state_of(init(key)), out_shardings=where)(key)
+    # The compiler drops the initialisation of whatever the folder's weights replace.
+    plain = _without_adapters(where.params)
+    loaded = network.folder.load_params(
+      dtype=jnp.float32, shardings={"bagel": plain}, parts=("bagel",)
+    )["bagel"]
+    start = lambda key, loaded: state_of(_update(init(key), loaded))
+    return jax.jit(start, out_shardings=where, donate_argnums=1)(key, loaded)
+
+
+def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    name: _without_adapters(value) if isinstance(value, Mapping) else value
+    for name, value in tree.items() if name not in (layers.LORA_DOWN, layers.LORA_UP)
+  }
+
+
+def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """`tree` with the leaves that `values` has."""
+  return {
+    name: _update(value, values[name]) if isinstance(value, Mapping)
+    else values.get(name, value)
+    for name, value in tree.items()
+  }
+
+
+def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]):
+  """Refuses to go on with another configuration; names the first key that differs.
+
+  Args:
+    before, now: the configurations, nested dicts.
+    free: keys that may differ, dotted; a section frees all in it.
+  """
+  def walk(before, now, path=()):
+    for key in sorted(before.keys() | now.keys()):
+      name = ".".join((*path, key))
+      old, new = before.get(key), now.get(key)
+      if name in free or old == new:
+        continue
+      if isinstance(old, Mapping) and isinstance(new, Mapping):
+        walk(old, new, (*path, key))
+        continue
+      raise errors.InputError(
+        f"config.{name}={new!r} but the run in the workdir has {old!r}; "
+        "give it back its value, or choose a new --workdir"
+      )
+
+  walk(before, now)
+
+
+def run_id(workdir: pathlib.Path, config: Mapping[str, Any], resumed: str | None) -> str:
+  """The name of a run, kept over its resumptions; writes config.json beside it."""
+  own = resumed or secrets.token_hex(4)
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", config)
+  return own
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Puts a JSON file in place whole."""
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+  os.replace(partial, path)
+
+
+def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:
+  """Stops a run whose numbers are not finite, naming them.
+
+  Args:
+    values: what was measured.
+    number: of the step.
+    where: what the user can go on from.
+  """
+  bad = sorted(name for name, value in values.items() if not np.isfinite(value))
+  if bad:
+    raise errors.InputError(
+      f"step {number}: {', '.join(bad)} not finite; {where}; lower the learning rate and resume"
+    )
+
+
+def group_lines(config, params) -> list[str]:
+  """A line a group of parameters: how many there are, and whether they are trained."""
+  counts = dict.fromkeys(optim.GROUPS, 0)
+  for leaf, group in zip(jax.tree.leaves(params), jax.tree.leaves(optim.groups(params))):
+    counts[group] += leaf.size
+  lines = []
+  for group, count in counts.items():
+    rate = config.learning_rate.get(group, 0.0)
+    if count:
+      state = f"learning rate {rate:g}" if rate else "frozen"
+      lines.append(f"  {group:7} {count:>15,} parameters, {state}")
+  return lines
+
+
+def device_line(mesh: jax.sharding.Mesh) -> str:
+  shape = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.MESH_AXES)
+  return f"devices: {jax.default_backend()}, {shape}; {jax.process_count()} host(s)"
+
+
+class CompileTimer:
+  """Seconds that XLA compiled, while it is entered."""
+
+  def __enter__(self) -> CompileTimer:
+    self._seconds = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def _listen(self, name: str, seconds: float, **_) -> None:
+    if name.endswith("backend_compile_duration"):
+      self._seconds += seconds
+
+  def take(self) -> float:
+    """Since the last call."""
+    seconds, self._seconds = self._seconds, 0.0
+    return seconds
+
+
+def stop_on_signal() -> threading.Event:
+  """Set by SIGTERM or SIGINT: the loop then saves and ends."""
+  stopping = threading.Event()
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, lambda *_: stopping.set())
+  return stopping
+
+
+def export(network: Network, params, target: str, dtype: str) -> None:
+  """Writes a network as an official folder, its adapters merged into it."""
+  if network.model.lora is not None:
+    merge = lambda params: layers.merge_lora(params, network.model.lora)
+    params = jax.jit(merge)(params)
+  folders.write_official(
+    pathlib.Path(target), network.folder, {"bagel": params}, dtype=jnp.dtype(dtype)
+  )
+  print(f"exported {target}", flush=True)
+
+
+def choose(name: str, value: str, options: Collection[str]) -> None:
+  """Refuses a value that is none of `options`, with the nearest one."""
+  if value not in options:
+    near = difflib.get_close_matches(str(value), options, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise errors.InputError(f"{name}={value!r} is none of {', '.join(options)}{hint}")
+
+
+def open_checkpoints(workdir: pathlib.Path, config) -> checkpoints.TrainCheckpoints:
+  """The checkpoints of a run."""
+  return checkpoints.TrainCheckpoints(
+    workdir / "checkpoints", keep=config.keep_checkpoints, every=config.get("keep_every", 0),
+    best="reward",
+  )

@@ -1,0 +1,238 @@
+"""The update of UniGRPO: what a rollout's experience changes in the state. One jitted function.
+
+  for each epoch, for each minibatch:         one optimizer step
+    for each microbatch:                      gradients add up
+      say -> joint_loss -> gradient
+
+With one minibatch, the first epoch's own values are the old policy's: every ratio is exactly 1, at
+no cost, and they are kept for the epochs after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unigrpo_jax import objective as objective_lib
+from unigrpo_jax import optim, policy, step, types
+from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.losses import text as text_losses
+
+OLD_VALUES = ("first_epoch", "recomputed", "rollout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How an experience is gone through.
+
+  Attributes:
+    epochs: passes over it.
+    minibatches: optimizer steps a pass.
+    microbatches: that a minibatch is cut into; their gradients add up.
+    old_values: one of OLD_VALUES.
+  """
+
+  epochs: int
+  minibatches: int
+  microbatches: int
+  old_values: str
+
+
+def make_update(
+  model, optimizer: optax.GradientTransformation, grid: types.LatentGrid,
+  reading: policy.Reading, objective: objective_lib.Objective, schedule: Schedule, *,
+  trained: Collection[str], ema_decay: float | None, reference_model=None,
+  reference_context: bool = True,
+):
+  """The update, to be jitted with its state donated.
+
+  Args:
+    model: the `Bagel` that is trained.
+    optimizer: see `optim.adamw_by_group`.
+    grid: of one image, [1, I].
+    reading, objective, schedule: what is computed.
+    trained: groups of parameters that are.
+    ema_decay: of the moving average; None for none.
+    reference_model: the network of the reference; its parameters are `state.reference`, or where
+      there are none the policy's own, which without adapters are what training started from. None
+      where nothing needs a reference.
+    reference_context: the reference reads the trajectory itself; otherwise its velocities are over
+      the policy's context.
+
+  Returns:
+    (state, experience) -> (state, metrics); each metric is [optimizer steps] float32.
+  """
+  total = schedule.minibatches * schedule.microbatches
+
+  def loss_fn(trained_params, frozen, micro, old, weights, first):
+    params = optim.join(trained_params, frozen)
+    said = policy.say(model, params, micro, grid, reading)
+    return objective_lib.joint_loss(said, micro, old, weights, grid, objective, first)
+
+  def consult(state, micro):
+    """The experience with the reference's values, and the values that ratios start from."""
+    if reference_model is not None:
+      micro = _with_reference(
+        reference_model, model, state, micro, grid, reading, objective, reference_context
+      )
+    old = objective_lib.Old(
+      logp=micro.text.logp if reading.text else None, flow=_recorded(micro, reading, objective)
+    )
+    if schedule.old_values == "recomputed":
+      said = policy.say(model, state.params, micro, grid, reading)
+      blank = {"text": jnp.zeros_like(old.logp) if reading.text else None,
+               "flow": jnp.zeros_like(micro.flow.t) if reading.flow else None}
+      _, (_, old, _) = objective_lib.joint_loss(
+        said, micro, old, blank, grid, objective, None
+      )
+    return micro, old
+
+  def update(state: types.TrainState, experience: types.Experience):
+    # [B, ...] -> [minibatches, microbatches, rows, ...]. Strided: a microbatch takes its part of
+    # every device's rows.
+    rows = experience.adv.shape[0] // total
+    cut = lambda a: jnp.moveaxis(a.reshape(rows, total, *a.shape[1:]), 1, 0)
+    group = lambda a: a.reshape(schedule.minibatches, schedule.microbatches, *a.shape[1:])
+    with jax.named_scope("consult"):
+      micros, old = jax.lax.map(
+        lambda micro: consult(state, micro), jax.tree.map(cut, experience)
+      )
+    micros, old = jax.tree.map(group, (micros, old))
+
+    def optimizer_step(carry, index):
+      state, old = carry
+      place = index % schedule.minibatches
+      here = jax.tree.map(lambda a: a[place], (micros, old))
+      first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
+      trained_params, frozen = optim.split(state.params, trained)
+
+      def accumulate(grads, inputs):
+        micro, old, weights = inputs
+        new, aux = jax.grad(loss_fn, has_aux=True)(
+          trained_params, frozen, micro, old, weights, first
+        )
+        return jax.tree.map(jnp.add, grads, new), aux
+
+      weights = _weights(here[0], objective, reading)
+      with jax.named_scope("loss"):
+        grads, (terms, own, signals) = jax.lax.scan(
+          accumulate, jax.tree.map(jnp.zeros_like, trained_params), (*here, weights)
+        )
+      metrics = {f"loss/{name}": values.sum() for name, values in terms.items()}
+      metrics |= _summaries(signals, here[0], reading)
+      grads = optim.join(grads, jax.tree.map(jnp.zeros_like, frozen))
+      new_state, metrics = step.apply_gradients(
+        state, grads, optimizer, ema_decay=ema_decay, metrics=metrics
+      )
+      for name in [name for name in metrics if name.startswith("grad_norm_")]:
+        value, name = metrics.pop(name), name.removeprefix("grad_norm_")
+        if name in trained:
+          metrics[f"grad_norm/{name}"] = value
+      # Where a number is not finite the state stays as it was: the run saves it and stops.
+      finite = jnp.array([
+        jnp.isfinite(value) for name, value in metrics.items()
+        if name.startswith(("loss/", "grad_norm/"))
+      ]).all()
+      state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+      if first is not None:
+        old = jax.tree.map(lambda new, old: jnp.where(first, new[None], old), own, old)
+      return (state, old), metrics
+
+    steps = jnp.arange(schedule.epochs * schedule.minibatches)
+    (state, _), metrics = jax.lax.scan(optimizer_step, (state, old), steps)
+    return state, metrics
+
+  return update
+
+
+def _recorded(micro: types.Experience, reading, objective):
+  """What the rollout recorded of the images that ratios can be taken against."""
+  if not reading.flow:
+    return None
+  if objective.flow in objective_lib.FORWARD_OBJECTIVES:
+    return jnp.zeros_like(micro.flow.x_t)  # a rollout knows no velocities of noised images
+  return micro.flow.mean
+
+
+def _with_reference(
+  reference_model, model, state, micro: types.Experience, grid, reading: policy.Reading,
+  objective: objective_lib.Objective, own_context: bool,
+) -> types.Experience:
+  """The experience with the reference's velocities and log-probabilities, where they are needed."""
+  wants = dataclasses.replace(
+    reading, text=reading.text and objective.text_kl_weight > 0,
+    flow=reading.flow and objective.regulariser != "none",
+    guidance=dataclasses.replace(reading.guidance, text_scale=1.0),
+  )
+  params = state.params if state.reference is None else state.reference
+  if own_context:
+    said = policy.say(reference_model, params, micro, grid, wants)
+  else:
+    said = policy.say(
+      model, state.params, micro, grid, wants, velocity_params=params,
+      velocity_model=reference_model,
+    )
+  return micro.replace(velocity_ref=said.velocity, logp_ref=said.logp)
+
+
+def _weights(micros: types.Experience, objective, reading) -> dict[str, Any]:
+  """Weights of tokens and steps over a whole minibatch, [microbatches, rows, ...]."""
+  flat = lambda a: a.reshape(-1, *a.shape[2:])
+  valid, shape = flat(micros.valid), micros.valid.shape
+  weights = {"text": None, "flow": None}
+  if reading.text:
+    weights["text"] = text_losses.token_weights(
+      flat(micros.text.mask), valid, aggregation=objective.aggregation,
+      max_tokens=objective.max_tokens,
+    )
+  if reading.flow:
+    weights["flow"] = flow_losses.step_weights(valid, micros.flow.t.shape[-1])
+  return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), weights)
+
+
+def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) -> dict[str, Any]:
+  """Means, extremes and percentiles over the tokens and steps of a minibatch that count."""
+  out = {}
+  valid = micros.valid[..., None]
+  if reading.text:
+    mask = micros.text.mask & valid
+    ratio = jnp.exp(signals["text/log_ratio"])
+    out |= _ratio("text", ratio, signals["text/clipped"], mask)
+    log_ratio = signals["text/log_ratio"]
+    out["text/approx_kl"] = _mean(ratio - 1 - log_ratio, mask)
+    out["text/entropy"] = _mean(signals["text/entropy"], mask)
+    out["drift/text"] = signals["drift/text"].max()
+    if "text/kl" in signals:
+      out["text/kl_ref"] = _mean(signals["text/kl"], mask)
+  if reading.flow:
+    mask = jnp.broadcast_to(valid, micros.flow.t.shape)
+    if "flow/log_ratio" in signals:
+      log_ratio = signals["flow/log_ratio"]
+      steps = jnp.broadcast_to(valid, log_ratio.shape)
+      # Ratios differ from 1 by less than float32 can show: their logarithms are told instead.
+      out |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
+    if "flow/penalty" in signals:
+      out["flow/mse"] = _mean(signals["flow/penalty"], mask)
+    if "drift/flow" in signals:
+      out["drift/flow"] = signals["drift/flow"].max()
+  return out
+
+
+def _ratio(kind: str, ratio, clipped, mask, name: str = "ratio") -> dict[str, Any]:
+  shown = jnp.where(mask, ratio, jnp.nan)
+  size = jnp.abs(shown) if name == "log_ratio" else shown
+  return {
+    f"{kind}/{name}_mean": _mean(ratio, mask),
+    f"{kind}/{name}_max": jnp.nanmax(size),
+    f"{kind}/{name}_p99": jnp.nanpercentile(size, 99),
+    f"{kind}/clip_fraction": _mean(clipped.astype(jnp.float32), mask),
+  }
+
+
+def _mean(values, mask):
+  return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(mask.sum(), 1)
