@@ -11,6 +11,7 @@ PACKAGE = ROOT / "unigrpo_jax"
 ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
 ROOMS = {
   "replacing": set(),
+  "reporting": {"PIL", "errors", "evaluate", "metrics"},
   "errors": set(),
   "types": ARRAYS,
   "losses": ARRAYS | {"types"},
@@ -21,6 +22,7 @@ ROOMS = {
     "models.config", "iconworld", "replacing",
   },
   "iconworld": {"numpy", "scipy", "PIL", "errors"},
+  "flops": set(),
   "optim": {"jax", "optax"},
   "sharding": {"jax", "flax", "errors"},
   "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
@@ -31,13 +33,13 @@ ROOMS = {
 FREE = {
   "__init__", "batches", "build", "conversion", "convert", "corpus", "evaluate", "feed", "folders",
   "generate", "metrics",
-  "phases", "pipeline", "step", "train",
+  "phases", "pipeline", "report", "step", "train",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
   "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
-  "threading", "signal", "hashlib",
+  "threading", "signal", "hashlib", "base64", "html", "statistics",
 }
 
 
