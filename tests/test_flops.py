@@ -59,7 +59,6 @@ def test_backward_is_twice_forward_and_a_frozen_part_skips_its_weights():
 
 def test_an_iteration_is_the_sum_of_its_parts():
   got = flops.rollout(SIZES, prompt=5, tokens=7, latents=4, evaluations=3)
-  return got
   drawn = flops.velocity(SIZES, 4, context=12)
   # 12 tokens read or written, 7 of them scored, and three velocities.
   assert got == flops.text(SIZES, 12, scored=7) + drawn + drawn + drawn
