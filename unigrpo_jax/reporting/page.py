@@ -192,7 +192,11 @@ def _health(run: workdir.Run, unit: str) -> str:
       )
   if not parts:
     return MISSING.format("No other metrics were logged.")
-  return f'<div class="groups">{"".join(parts)}</div>'
+  hint = (
+    f'<p class="hint">A line of many {unit}s shows means of consecutive ones; its band reaches '
+    "from their least to their largest value.</p>"
+  )
+  return f'{hint}<div class="groups">{"".join(parts)}</div>'
 
 
 def _panel(run: workdir.Run, key: str, unit: str, log: bool) -> str:

@@ -84,6 +84,7 @@ summary{{cursor:pointer;margin:6px 0}}
 td,th{{padding-right:10px}}}}
 @media print{{body{{padding:0;max-width:none;font-size:12px}}h2,h3{{break-after:avoid}}
 .thought{{max-height:none;overflow:visible}}tr{{break-inside:avoid}}
+.groups,.group{{display:block}}.small{{grid-template-columns:repeat(3,1fr)}}.hint{{break-after:avoid}}
 .scroll{{overflow:visible}}details::details-content{{content-visibility:visible;height:auto}}
 .bar,.band,.dot{{-webkit-print-color-adjust:exact;print-color-adjust:exact}}}}
 """
