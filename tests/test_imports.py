@@ -11,6 +11,7 @@ PACKAGE = ROOT / "unigrpo_jax"
 ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
 ROOMS = {
   "replacing": set(),
+  "reporting": {"PIL", "errors", "evaluate", "metrics"},
   "errors": set(),
   "types": ARRAYS,
   "losses": ARRAYS | {"types"},
@@ -22,6 +23,7 @@ ROOMS = {
   },
   "iconworld": {"numpy", "scipy", "PIL", "errors"},
   "rewards": {"numpy", "PIL", "errors", "iconworld"},
+  "flops": set(),
   "optim": {"jax", "optax"},
   "sharding": {"jax", "flax", "errors"},
   "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
@@ -32,7 +34,7 @@ ROOMS = {
 FREE = {
   "__init__", "batches", "build", "contact_sheet", "conversion", "convert", "corpus", "evaluate",
   "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics",
-  "objective", "phases", "pipeline", "policy", "recipe", "rollout", "runs", "step", "train",
+  "objective", "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
   "update",
 }
 STANDARD = {
@@ -41,6 +43,7 @@ STANDARD = {
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
   "threading", "signal", "hashlib", "difflib", "hmac", "http", "importlib", "inspect", "ipaddress",
   "numbers", "random", "socket", "traceback", "urllib", "zipfile",
+  "base64", "html", "statistics",
 }
 
 

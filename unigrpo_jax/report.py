@@ -1,0 +1,36 @@
+"""Makes a page about a run: `python -m unigrpo_jax.report WORKDIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import pathlib
+import sys
+
+from unigrpo_jax import errors
+from unigrpo_jax.reporting import page, workdir
+
+DESCRIPTION = """Makes one HTML page about a run: rewards with intervals, health, the same prompts
+before and after, timings, configuration. It needs nothing beside it and no network."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = errors.ArgumentParser(prog="python -m unigrpo_jax.report", description=DESCRIPTION)
+  parser.add_argument("workdir", type=pathlib.Path, help="folder of the run, with metrics.jsonl")
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="file to write (default: report.html in the folder)"
+  )
+  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  out = args.out or args.workdir / "report.html"
+  if out.is_dir():
+    raise errors.InputError(f"--out={out} is a folder; name a file in it")
+  text = page.page(workdir.read(args.workdir))
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+  except OSError as error:
+    raise errors.InputError(f"--out={out} cannot be written: {error.strerror}") from error
+  print(f"wrote {out} ({len(text.encode()) / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+  errors.report(main)
