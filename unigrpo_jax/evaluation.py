@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax import batches, contact_sheet, errors, sharding
+from unigrpo_jax import batches, contact_sheet, errors, rewards, sharding
 
-Score = Callable[[Sequence[Any]], dict[str, np.ndarray]]
+Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,23 +66,6 @@ class Mode:
     return kind + (" + guidance" if self.guided else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """What a reward sees of a row.
-
-  Attributes:
-    prompt: what was asked for.
-    image: [H, W, 3] uint8.
-    text: the reasoning, sampled or given; None where there was none.
-    metadata: of the example.
-  """
-
-  prompt: str
-  image: np.ndarray
-  text: str | None
-  metadata: dict[str, Any]
-
-
 @dataclasses.dataclass
 class Row:
   """One prompt under one mode.
@@ -92,7 +75,7 @@ class Row:
     category: what the tables tell apart.
     prompt: what was asked for.
     text: the reasoning, or None.
-    rewards: by name; without those that do not apply.
+    rewards: by name; without those that could not score it.
     image: file of the picture, relative to the saved folder; None where it was not kept.
   """
 
@@ -148,11 +131,11 @@ class Results:
     return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
 
   def mean(self, mode: Mode | str, reward: str) -> float:
-    """Mean over the rows of a mode to which the reward applies; NaN where there are none."""
+    """Mean over the rows of a mode that have the reward; NaN where there are none."""
     return self.interval(mode, reward)[0]
 
   def interval(self, mode: Mode | str, reward: str) -> tuple[float, float, float]:
-    """(mean, low, high) of the rows of a mode to which the reward applies; see `interval`."""
+    """(mean, low, high) of the rows of a mode that have the reward; see `interval`."""
     return interval(self._scores(mode, reward))
 
   def _scores(self, mode: Mode | str, reward: str, category: str | None = None) -> list[float]:
@@ -225,7 +208,8 @@ class Evaluation:
       pipeline: see `pipeline.Pipeline`.
       examples: objects with `prompt` and `metadata`, whose "tag" is the category ("all" without
         one), and with `reasoning` where a mode is given it.
-      score: rewards of samples, {name: [samples] float}; NaN where a reward does not apply.
+      score: rewards of samples, {name: [samples] float}; NaN where there is none, as a reward of
+        the reasoning has none for a picture without.
       settings: what the modes share; with the guidance of the guided ones.
       modes: each is run over all examples.
       batch_size: rows run together, rounded up to what the devices share evenly.
@@ -298,16 +282,16 @@ class Evaluation:
     """Scores one batch's results, and keeps what is to be kept."""
     examples = self._examples[first : first + len(results)]
     samples = [
-      Sample(
+      rewards.Sample(
         example.prompt, result.image, example.reasoning if mode.given else result.text,
         example.metadata,
       )
       for example, result in zip(examples, results)
     ]
-    rewards = self._score(samples)
+    scores = self._score(samples)
     for place, (example, sample) in enumerate(zip(examples, samples)):
       number, name = first + place, None
-      own = {key: float(values[place]) for key, values in rewards.items()}
+      own = {key: float(values[place]) for key, values in scores.items()}
       bad = [key for key, value in own.items() if math.isinf(value)]
       if bad:
         raise errors.InputError(f"reward {bad[0]} of {example.prompt!r} is {own[bad[0]]}")
