@@ -261,7 +261,8 @@ class Evaluation:
     """Draws and scores every prompt under every mode.
 
     Args:
-      params: of the network, in place of the pipeline's own for this run; None keeps those.
+      params: of the network, on the pipeline's mesh, in place of its own for this run; None keeps
+        those. They are not donated.
       progress: called after each batch with the mode's name, and how many rows of how many of all
         modes are done.
 
