@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, evaluate, evaluation, folders, iconworld_evaluation, pipeline
+from unigrpo_jax import errors, evaluate, folders, iconworld_evaluation, pipeline, rewards
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
 
@@ -18,29 +18,33 @@ def examples():
 
 
 def _sample(example, image, text=None):
-  return evaluation.Sample(example.prompt, image, text, example.metadata)
+  return rewards.Sample(example.prompt, image, text, example.metadata)
 
 
-def test_the_rewards_of_true_and_empty_pictures(examples):
+def test_the_scores_true_and_empty_pictures(examples):
   rng = np.random.default_rng(0)
   right = [_sample(e, renderer.render(e.scene, rng), e.reasoning) for e in examples]
-  rewards = iconworld_evaluation.score(right)
-  for name in ("strict", "soft", "reasoning"):
-    np.testing.assert_array_equal(rewards[name], 1.0)
+  scores = iconworld_evaluation.score(right)
+  assert set(scores) == {"strict", "soft", "reasoning"}
+  for values in scores.values():
+    np.testing.assert_array_equal(values, 1.0)
   empty = np.full((32, 32, 3), 255, np.uint8)
   wrong = [_sample(e, empty, plans.corrupt(rng, e)) for e in examples]
-  rewards = iconworld_evaluation.score(wrong)
-  np.testing.assert_array_equal(rewards["strict"], 0.0)
-  np.testing.assert_array_equal(rewards["reasoning"], 0.0)
+  scores = iconworld_evaluation.score(wrong)
+  np.testing.assert_array_equal(scores["strict"], 0.0)
+  np.testing.assert_array_equal(scores["reasoning"], 0.0)
   [unthought] = iconworld_evaluation.score([_sample(examples[0], empty)])["reasoning"]
   assert math.isnan(unthought)
 
 
-def test_only_prompts_about_iconworld_can_be_scored(examples):
-  assert iconworld_evaluation.can_score(examples)
-  for metadata in ({}, {"include": []}, {"include": [{"class": "zeppelin", "count": 1}]}):
+def test_prompts_that_are_not_about_iconworld_have_no_rewards(examples):
+  for metadata in ({}, {"include": [{"class": "zeppelin", "count": 1}]}):
     other = dataclasses.replace(examples[0], metadata=metadata)
-    assert not iconworld_evaluation.can_score([*examples, other])
+    scores = iconworld_evaluation.score([
+      _sample(e, np.zeros((32, 32, 3), np.uint8), "so:") for e in (other, examples[1])
+    ])
+    for values in scores.values():
+      assert math.isnan(values[0]) and values[1] == 0
 
 
 def _run_task(monkeypatch, task, examples, result_of):
@@ -95,7 +99,7 @@ def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
     "contact.png", "images", "results.json", "results.md"]
   said = capsys.readouterr().out
-  assert "nothing here can score these prompts" in said and "plain: 2 of 2 pictures" in said
+  assert "nothing was scored" in said and "plain: 2 of 2 pictures" in said
 
 
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):

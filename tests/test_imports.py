@@ -11,7 +11,8 @@ PACKAGE = ROOT / "unigrpo_jax"
 ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
 ROOMS = {
   "replacing": set(),
-  "reporting": {"PIL", "errors", "evaluate", "metrics"},
+  "reporting": {"PIL", "errors", "intervals", "metrics"},
+  "intervals": {"numpy"},
   "errors": set(),
   "types": ARRAYS,
   "losses": ARRAYS | {"types"},
@@ -22,6 +23,7 @@ ROOMS = {
     "models.config", "iconworld", "replacing",
   },
   "iconworld": {"numpy", "scipy", "PIL", "errors"},
+  "contact_sheet": {"numpy", "PIL"},
   "rewards": {"numpy", "PIL", "errors", "iconworld"},
   "flops": set(),
   "optim": {"jax", "optax"},
@@ -32,9 +34,9 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "build", "contact_sheet", "conversion", "convert", "corpus", "evaluate",
-  "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics",
-  "objective", "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
+  "__init__", "batches", "build", "conversion", "convert", "corpus", "evaluate", "evaluation",
+  "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics", "objective",
+  "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
   "update",
 }
 STANDARD = {
@@ -42,8 +44,8 @@ STANDARD = {
   "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
   "threading", "signal", "hashlib", "difflib", "hmac", "http", "importlib", "inspect", "ipaddress",
-  "numbers", "random", "socket", "traceback", "urllib", "zipfile",
-  "base64", "html", "statistics",
+  "numbers", "random", "socket", "textwrap", "traceback", "urllib", "zipfile", "base64", "html",
+  "statistics",
 }
 
 

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import optim, step, types
+from unigrpo_jax import optim, sharding, step, types
 from unigrpo_jax.data import packing
+from unigrpo_jax.models import bagel
 
 WEIGHTS = dict(ce_weight=0.5, mse_weight=2.0, label_chunk=3)
 PAD_TO = packing.PadTo(
-  tokens=32, labels=8, patches=4, images=4, clean=4, latents=4, noisy=2
+  tokens=32, labels=8, patches=4, images=8, clean=4, latents=4, noisy=2
 )
+
+TOLERANCE = 2e-6  # Absolute, beside 1e-4 relative: float32 sums in another order.
 
 
 def _batch(config, rows, seed=0):
@@ -94,6 +97,66 @@ def test_it_learns_and_leaves_frozen_groups_alone(config, model, params):
   behind = sum(float(jnp.abs(a - b).sum()) for a, b in zip(ema["gen"], new["gen"]))
   assert 0 < behind < sum(float(jnp.abs(a - b).sum()) for a, b in zip(old["gen"], new["gen"]))
   assert {f"grad_norm_{group}" for group in optim.GROUPS} <= set(values)
+
+
+def _steps(model, mesh_sizes, batches, steps=2):
+  """State and metrics after a few steps on a mesh, from the same random weights."""
+  count = int(np.prod(list(mesh_sizes.values())))
+  mesh = sharding.make_mesh(**mesh_sizes, devices=jax.devices()[:count])
+  # A large epsilon: an update is then as exact as its gradient, and not the sign of a rounding.
+  optimizer = optim.adamw_by_group(
+    dict.fromkeys(optim.GROUPS, lambda _: 1e-2), b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.1,
+    clip_norm=1.0,
+  )
+
+  def fresh(key):
+    params = model.init(key, bagel.example_batch(model.config))["params"]
+    return types.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), params)
+
+  places = sharding.shardings(jax.eval_shape(fresh, jax.random.key(0)), mesh)
+  run = jax.jit(
+    step.make_supervised_step(model, optimizer, ema_decay=0.9, **WEIGHTS),
+    out_shardings=(places, None),
+  )
+  with sharding.activate(mesh):
+    metrics = None
+    state = jax.device_put(sharding.unbox(jax.jit(fresh)(jax.random.key(0))), places)
+    batches = jax.device_put(batches, sharding.along_batch(mesh, axis=1))
+    for _ in range(steps):
+      state, metrics = run(state, batches)
+  return jax.block_until_ready((state, metrics))
+
+
+@pytest.mark.parametrize(
+  "mesh_sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=["fsdp8", "2x2x2"]
+)
+def test_sharded_steps_equal_those_of_one_device(config, model, one_device_steps, mesh_sizes):
+  """Two steps of two microbatches, to float32 rounding."""
+  batches, want, start = one_device_steps
+  got = _steps(model, mesh_sizes, batches)
+  state = got[0]
+  kernel = state.params["layers"]["gen"]["mlp"]["gate"]["kernel"]
+  ways = mesh_sizes.get("tensor", 1) * mesh_sizes["fsdp"]
+  assert kernel.addressable_shards[0].data.size * ways == kernel.size
+  chex.assert_trees_all_close(
+    jax.device_get(got), jax.device_get(want), rtol=1e-4, atol=TOLERANCE
+  )
+  # What two steps change is far larger than what is tolerated, in every group.
+  for group, (old, new) in _pairs(start.params, state.params).items():
+    assert max(float(np.abs(a - b).max()) for a, b in zip(old, new)) > 100 * TOLERANCE, group
+
+
+@pytest.fixture(scope="module")
+def one_device_steps(config, model):
+  """(batches, what two steps on one device make of them, the state before)."""
+  batches = _stack(_batch(config, 8, seed=0), _batch(config, 8, seed=1))
+  want = _steps(model, dict(data=1), batches)
+  return batches, want, _steps(model, dict(data=1), batches, steps=0)[0]
+
+
+def _pairs(a, b):
+  a, b = optim_leaves(jax.device_get(a)), optim_leaves(jax.device_get(b))
+  return {group: (a[group], b[group]) for group in optim.GROUPS}
 
 
 def optim_leaves(tree):

@@ -83,11 +83,14 @@ def pictures(seed: int, step: int, count: int) -> np.ndarray:
   return np.stack([images_lib.to_array(renderer.render(scene, rng)) for scene in scenes])
 
 
-def train_vae(workdir: pathlib.Path, *, steps: int, rows: int, seed: int):
+def train_vae(
+  workdir: pathlib.Path, *, steps: int, rows: int, seed: int, checkpoint_every: int = 200
+):
   """Trains the autoencoder on scenes; returns its parameters and the latent scale and shift.
 
   The objective is the evidence bound of pixels with standard deviation 0.017, divided by their
-  number (Kingma and Welling 2014): squared error + 1e-4 KL, both as means.
+  number (Kingma and Welling 2014): squared error + 1e-4 KL, both as means. The run saves itself
+  every `checkpoint_every` steps, and goes on from its latest checkpoint.
   """
   values = {k: v for k, v in VAE.items() if k not in ("resolution", "downsample", "out_ch")}
   config = config_lib.VAEConfig(
@@ -125,13 +128,16 @@ def train_vae(workdir: pathlib.Path, *, steps: int, rows: int, seed: int):
   )
   state = fresh() if saved.latest is None else saved.load(saved.latest, abstract)
   clock = metrics.Clock(int(state["step"]), steps)
-  for step in range(int(state["step"]), steps):
-    state, values = step_fn(state, pictures(seed, step, rows))
-    if (step + 1) % 50 == 0:
-      print("autoencoder", clock.line(step + 1, jax.device_get(values)), flush=True)
-    if (step + 1) % 200 == 0 or step + 1 == steps:
-      saved.save(step + 1, state, {})
-  saved.close()
+  try:
+    for step in range(int(state["step"]), steps):
+      state, values = step_fn(state, pictures(seed, step, rows))
+      if (step + 1) % 50 == 0:
+        print("autoencoder", clock.line(step + 1, jax.device_get(values)), flush=True)
+      if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+        saved.save(step + 1, state, {})
+  finally:
+    # Also when interrupted: the save under way is finished.
+    saved.close()
   encode = jax.jit(functools.partial(model.apply, {"params": state["params"]}, method="encode"))
   mean, logvar = encode(pictures(seed, steps, 256))
   spread = float(jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.exp(logvar))))
@@ -140,23 +146,41 @@ def train_vae(workdir: pathlib.Path, *, steps: int, rows: int, seed: int):
 
 def build(
   workdir: pathlib.Path, out: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int,
-  overrides: Sequence[str],
+  overrides: Sequence[str], vae_checkpoint_every: int = 200, devices=None,
 ) -> None:
-  """All stages; see the module's docstring."""
-  make_base(workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows)
+  """All stages; see the module's docstring.
+
+  Args:
+    workdir: holds the stages.
+    out: the official folder to make.
+    seed: of everything.
+    vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
+    overrides: KEY=VALUE of `configs/sft.py:tiny`.
+    devices: of the supervised training; None: all of them.
+  """
+  make_base(
+    workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
+    vae_checkpoint_every=vae_checkpoint_every,
+  )
   config = sft_config(overrides)
   config.seed, config.init_from, config.random_init = seed, str(workdir / "base"), True
   config.export_to = str(out)
-  finetune.train(config, workdir / "sft")
+  finetune.train(config, workdir / "sft", devices)
 
 
-def make_base(workdir: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int) -> None:
+def make_base(
+  workdir: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int,
+  vae_checkpoint_every: int = 200,
+) -> None:
   """Makes `workdir/base`: tokenizer, configs, trained autoencoder and a random network."""
   base = workdir / "base"
   if not (base / "ae.safetensors").exists():
     draft = workdir / "draft"
     write_base(draft, seed)
-    params, scale = train_vae(workdir / "vae", steps=vae_steps, rows=vae_rows, seed=seed)
+    params, scale = train_vae(
+      workdir / "vae", steps=vae_steps, rows=vae_rows, seed=seed,
+      checkpoint_every=vae_checkpoint_every,
+    )
     rest = {
       "vae": VAE | scale, "bagel": BAGEL, "image_transforms": IMAGES, "generation": GENERATION
     }

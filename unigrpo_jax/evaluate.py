@@ -30,7 +30,7 @@ EPILOG = """modes:
 rewards, of prompts whose metadata asks for IconWorld's classes:
   strict, soft    IconWorld's verifier of the picture, 0 or 1 and in [0, 1]
   reasoning       whether the plan that the reasoning ends in is correct
-Other prompts are drawn without rewards.
+Other prompts are drawn, not scored.
 
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
@@ -150,16 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   if tasks and not iconworld:
     raise errors.InputError(f"--modes {tasks[0]} needs --prompts_from=iconworld")
   examples = read_examples(args)
-  scored = iconworld_evaluation.can_score(examples)
   pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
   settings = settings_of(args, pipeline.config.generation)
   drawing = modes and evaluation.Evaluation(
-    pipeline, examples, iconworld_evaluation.score if scored else lambda samples: {},
-    settings=settings, modes=modes, batch_size=args.batch_size, seed=args.seed, keep=args.keep,
+    pipeline, examples, iconworld_evaluation.score, settings=settings, modes=modes,
+    batch_size=args.batch_size, seed=args.seed, keep=args.keep,
     size=args.size and tuple(args.size),
   )
-  if not scored:
-    print(f"note: {args.prompts_from}: nothing here can score these prompts; drawing only")
   print(f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}")
   pipeline.load()
   results = drawing.run(progress=Progress()) if modes else evaluation.Results([], {})
@@ -169,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.rows += run(
       pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
     )
+  if not results.rewards:
+    print(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored")
   print("\n" + "\n".join(map(results.table, results.rewards)))
   results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
   print(f"wrote {args.out}")

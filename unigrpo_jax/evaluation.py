@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax import batches, contact_sheet, errors, sharding
+from unigrpo_jax import batches, contact_sheet, errors, intervals, rewards, sharding
 
-Score = Callable[[Sequence[Any]], dict[str, np.ndarray]]
+Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,23 +66,6 @@ class Mode:
     return kind + (" + guidance" if self.guided else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """What a reward sees of a row.
-
-  Attributes:
-    prompt: what was asked for.
-    image: [H, W, 3] uint8.
-    text: the reasoning, sampled or given; None where there was none.
-    metadata: of the example.
-  """
-
-  prompt: str
-  image: np.ndarray
-  text: str | None
-  metadata: dict[str, Any]
-
-
 @dataclasses.dataclass
 class Row:
   """One prompt under one mode.
@@ -92,7 +75,7 @@ class Row:
     category: what the tables tell apart.
     prompt: what was asked for.
     text: the reasoning, or None.
-    rewards: by name; without those that do not apply.
+    rewards: by name; without those that could not score it.
     image: file of the picture, relative to the saved folder; None where it was not kept.
   """
 
@@ -102,30 +85,6 @@ class Row:
   text: str | None
   rewards: dict[str, float]
   image: str | None
-
-
-def interval(scores: Sequence[float]) -> tuple[float, float, float]:
-  """Mean and its 95 % interval: Wilson's (1927) for 0/1 scores, the normal one's for others.
-
-  Wilson, with n scores of mean p and z = 1.96:
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-
-  Returns:
-    (mean, low, high); NaN for no scores.
-  """
-  values = np.asarray(scores, float)
-  count = len(values)
-  if not count:
-    return math.nan, math.nan, math.nan
-  mean, z = float(values.mean()), 1.96
-  if np.isin(values, (0.0, 1.0)).all():
-    center = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(
-      mean * (1 - mean) / count + z * z / (4 * count * count)
-    )
-    return mean, center - half, center + half
-  half = z * float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-  return mean, mean - half, mean + half
 
 
 class Results:
@@ -148,12 +107,12 @@ class Results:
     return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
 
   def mean(self, mode: Mode | str, reward: str) -> float:
-    """Mean over the rows of a mode to which the reward applies; NaN where there are none."""
+    """Mean over the rows of a mode that have the reward; NaN where there are none."""
     return self.interval(mode, reward)[0]
 
   def interval(self, mode: Mode | str, reward: str) -> tuple[float, float, float]:
-    """(mean, low, high) of the rows of a mode to which the reward applies; see `interval`."""
-    return interval(self._scores(mode, reward))
+    """(mean, low, high) of the rows of a mode that have the reward; see `intervals.interval`."""
+    return intervals.interval(self._scores(mode, reward))
 
   def _scores(self, mode: Mode | str, reward: str, category: str | None = None) -> list[float]:
     name = mode.name if isinstance(mode, Mode) else mode
@@ -225,7 +184,8 @@ class Evaluation:
       pipeline: see `pipeline.Pipeline`.
       examples: objects with `prompt` and `metadata`, whose "tag" is the category ("all" without
         one), and with `reasoning` where a mode is given it.
-      score: rewards of samples, {name: [samples] float}; NaN where a reward does not apply.
+      score: rewards of samples, {name: [samples] float}; NaN where there is none, as a reward of
+        the reasoning has none for a picture without.
       settings: what the modes share; with the guidance of the guided ones.
       modes: each is run over all examples.
       batch_size: rows run together, rounded up to what the devices share evenly.
@@ -277,7 +237,8 @@ class Evaluation:
     """Draws and scores every prompt under every mode.
 
     Args:
-      params: of the network, in place of the pipeline's own for this run; None keeps those.
+      params: of the network, on the pipeline's mesh, in place of its own for this run; None keeps
+        those. They are not donated.
       progress: called after each batch with the mode's name, and how many rows of how many of all
         modes are done.
 
@@ -298,16 +259,16 @@ class Evaluation:
     """Scores one batch's results, and keeps what is to be kept."""
     examples = self._examples[first : first + len(results)]
     samples = [
-      Sample(
+      rewards.Sample(
         example.prompt, result.image, example.reasoning if mode.given else result.text,
         example.metadata,
       )
       for example, result in zip(examples, results)
     ]
-    rewards = self._score(samples)
+    scores = self._score(samples)
     for place, (example, sample) in enumerate(zip(examples, samples)):
       number, name = first + place, None
-      own = {key: float(values[place]) for key, values in rewards.items()}
+      own = {key: float(values[place]) for key, values in scores.items()}
       bad = [key for key, value in own.items() if math.isinf(value)]
       if bad:
         raise errors.InputError(f"reward {bad[0]} of {example.prompt!r} is {own[bad[0]]}")

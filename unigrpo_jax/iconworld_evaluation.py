@@ -4,45 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from unigrpo_jax import batches, evaluation
-from unigrpo_jax.iconworld import plans, renderer, scenes, tasks, verifier
+from unigrpo_jax import batches, evaluation, rewards
+from unigrpo_jax.iconworld import renderer, scenes, tasks, verifier
 
 TASKS = ("answer", "edit")
 
 
-def can_score(examples: Sequence[Any]) -> bool:
-  """Whether IconWorld's verifier knows everything that the examples' metadata asks for."""
-  wanted = [example.metadata.get("include") for example in examples]
-  return all(
-    isinstance(items, list) and items and all(item.get("class") in scenes.KINDS for item in items)
-    for items in wanted
-  )
+def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
+  """The rewards "strict", "soft" and "reasoning" of IconWorld, [samples] float32 each.
 
-
-def score(samples: Sequence[Any]) -> dict[str, np.ndarray]:
-  """Rewards of drawings by IconWorld's verifier.
-
-  Args:
-    samples: see `evaluation.Sample`.
-
-  Returns:
-    {"strict": 0 or 1, "soft": in [0, 1], "reasoning": whether the text's plan is correct, NaN
-    without a text}, [samples] float32 each.
+  NaN where a prompt's metadata does not ask for something of IconWorld; see `rewards.iconworld`.
   """
-  strict, soft = verifier.verify_batch(
-    [sample.image for sample in samples], [sample.metadata for sample in samples]
-  )
-  correct = [
-    math.nan if sample.text is None else plans.is_correct(sample.text, sample.metadata)
-    for sample in samples
-  ]
-  return {"strict": strict, "soft": soft, "reasoning": np.array(correct, np.float32)}
+  return {
+    name: rewards.make(f"iconworld_{name}")(samples) for name in ("strict", "soft", "reasoning")
+  }
 
 
 def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):

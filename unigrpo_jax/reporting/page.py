@@ -9,7 +9,7 @@ import re
 import statistics
 from typing import Any
 
-from unigrpo_jax import evaluate
+from unigrpo_jax import intervals
 from unigrpo_jax.reporting import charts, samples, style, workdir
 
 # Points of a large and of a small chart; more steps than that are averaged.
@@ -160,7 +160,7 @@ def _reward_figure(
   for color, (mode, evaluations) in enumerate(modes.items(), 1):
     points = []
     for iteration, scores in evaluations:
-      mean, low, high = evaluate.interval(scores)
+      mean, low, high = intervals.interval(scores)
       hover = f"{mode}, {unit} {iteration}: {mean:.6g}"
       if len(scores) > 1:
         hover += f" [{low:.4g}, {high:.4g}], {len(scores)} prompts"

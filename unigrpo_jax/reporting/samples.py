@@ -12,7 +12,7 @@ import pathlib
 
 import PIL.Image
 
-from unigrpo_jax import evaluate
+from unigrpo_jax import intervals
 from unigrpo_jax.reporting import charts, workdir
 
 # Prompts shown in all, and those of one mode at least.
@@ -25,7 +25,7 @@ def interval(scores: Sequence[float]) -> str:
   """Mean and 95 % interval as HTML; a dash where there is no score."""
   if not scores:
     return "–"
-  mean, low, high = evaluate.interval(scores)
+  mean, low, high = intervals.interval(scores)
   shown = f"{mean:.3f}"
   if len(scores) > 1:
     shown += f' <span class="ci">[{low:.3f}, {high:.3f}]</span>'

@@ -1,0 +1,76 @@
+"""The build of the tiny checkpoint: interrupted in each stage, it ends in the same bytes."""
+
+import json
+
+import jax
+import pytest
+
+from unigrpo_jax import build, folders, train
+
+SMALL = [
+  "steps=3", "sequences_per_step=4", "microbatch=4", "noise_draws=1", "checkpoint_every=1",
+  "log_every=1", "limits.images=4", "ema_decay=0.9",
+]
+
+
+def _build(folder, out):
+  build.build(
+    folder, out, seed=3, vae_steps=5, vae_rows=2, vae_checkpoint_every=2, overrides=SMALL,
+    devices=jax.devices()[:1],
+  )
+
+
+def _files(folder):
+  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class _AfterTwo:
+  """An event that is set from the second look at it on; the trainer looks twice a step."""
+
+  def __init__(self):
+    self._looks = 0
+
+  def is_set(self):
+    self._looks += 1
+    return self._looks > 2
+
+
+def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkeypatch):
+  _build(tmp_path / "whole", tmp_path / "a")
+
+  parts, out, seen = tmp_path / "parts", tmp_path / "b", []
+  with monkeypatch.context() as patch:
+    pictures = build.pictures
+
+    def interrupted(seed, step, count):
+      seen.append(step)
+      if step == 3:
+        raise KeyboardInterrupt
+      return pictures(seed, step, count)
+
+    patch.setattr(build, "pictures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      _build(parts, out)
+  assert seen == [0, 1, 2, 3] and not (parts / "base").exists()
+
+  with monkeypatch.context() as patch:
+    def counted(seed, step, count):
+      seen.append(step)
+      return pictures(seed, step, count)
+
+    patch.setattr(build, "pictures", counted)
+    patch.setattr(train, "stop_on_signal", _AfterTwo)
+    _build(parts, out)
+  # The autoencoder went on from its checkpoint of step 2; the last call measures its latents.
+  assert seen == [0, 1, 2, 3, 2, 3, 4, 5] and (parts / "base").exists() and not out.exists()
+  steps = [json.loads(line)["step"] for line in (parts / "sft/metrics.jsonl").open()]
+  assert steps == [1, 2]
+
+  monkeypatch.setattr(build, "train_vae", None)  # It is made already.
+  _build(parts, out)
+  assert _files(parts / "base") == _files(tmp_path / "whole/base")
+  assert _files(out) == _files(tmp_path / "a")
+  assert {"ae.safetensors", "ema.safetensors", "bagel_config.json", "tokenizer.json"} <= set(
+    _files(out)
+  )
+  assert folders.open_folder(out).config.generation.max_tokens == build.GENERATION["max_tokens"]
