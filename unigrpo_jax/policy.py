@@ -1,14 +1,16 @@
 """What a policy says about an experience: one forward pass over its trajectories.
 
-A trajectory is read once, [system] prompt [reasoning]; the hidden states at the reasoning give its
-log-probabilities, and the recorded steps of its image run as rows over the same context. Training,
-the reference and recomputed old values all come from here, so they cannot differ.
+A prompt is read once for its trajectories, [system] prompt; each reads its reasoning over that,
+whose hidden states give its log-probabilities; and the recorded steps of its image run as rows over
+the same context. Training, the reference and recomputed old values all come from here, so they
+cannot differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import struct
@@ -82,15 +84,17 @@ def say(
     velocity_params, velocity_model: for the images alone, over the context of `params`; None: the
       same.
   """
-  ids, mask, offset = tokens(experience, reading)
-  context, hidden = model.apply({"params": params}, ids, mask, method="read_text")
+  read = functools.partial(model.apply, {"params": params}, method="read_text")
+  context, _ = read(*prompt_tokens(experience, reading))
+  if experience.text is not None:
+    context, hidden = read(*reasoning_tokens(experience.text, reading), context)
   said = Said()
   if reading.text:
     rollout = experience.text
     count = rollout.ids.shape[1]
     logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
     logp, entropy = text_losses.token_logprobs(
-      logits, hidden[:, offset : offset + count], rollout.ids, rollout.mask,
+      logits, hidden[:, :count], rollout.ids, rollout.mask,
       temperature=reading.temperature, chunk=reading.chunk,
     )
     said = said.replace(logp=logp, entropy=entropy)
@@ -132,31 +136,27 @@ def _guide(velocity, v, context: types.Context, t, reading: Reading):
   return jnp.where(inside, guided, flat(v)).reshape(v.shape)
 
 
-def tokens(experience: types.Experience, reading: Reading):
-  """What the trajectories read before they draw, exactly as it was fed while sampling.
+def prompt_tokens(experience: types.Experience, reading: Reading):
+  """What the trajectories of a prompt read together: ids [P, S] int32, mask [P, S] bool."""
+  ids, mask = experience.prompt_ids, experience.prompt_mask
+  if reading.system_ids is None:
+    return ids, mask
+  shape = (ids.shape[0], len(reading.system_ids))
+  system = jnp.broadcast_to(jnp.array(reading.system_ids, jnp.int32), shape)
+  joined = jnp.concatenate([system, ids], axis=1)
+  return joined, jnp.concatenate([jnp.ones(shape, bool), mask], axis=1)
 
-  Returns:
-    (ids [B, S] int32, mask [B, S] bool, place of the reasoning's start token).
+
+def reasoning_tokens(rollout: types.TextRollout, reading: Reading):
+  """A reasoning exactly as it was fed while sampling: ids [B, T + 2] int32, mask [B, T + 2] bool.
+
+  The hidden state at place i predicts sampled token i.
   """
-  rows = experience.prompt_ids.shape[0]
-  ids, masks = [], []
-
-  def add(new, mask):
-    ids.append(jnp.broadcast_to(new, mask.shape).astype(jnp.int32))
-    masks.append(mask)
-
-  if reading.system_ids is not None:
-    system = jnp.array(reading.system_ids, jnp.int32)
-    add(system, jnp.ones((rows, len(reading.system_ids)), bool))
-  add(experience.prompt_ids, experience.prompt_mask)
-  offset = sum(mask.shape[1] for mask in masks)
-  if experience.text is not None:
-    rollout = experience.text
-    add(jnp.int32(reading.start_id), jnp.ones((rows, 1), bool))
-    add(jnp.where(rollout.mask, rollout.ids, reading.end_id), rollout.mask)
-    # A reasoning that was cut is closed all the same.
-    add(jnp.int32(reading.end_id), ~rollout.finished[:, None])
-  return jnp.concatenate(ids, axis=1), jnp.concatenate(masks, axis=1), offset
+  end = jnp.full_like(rollout.ids[:, :1], reading.end_id)
+  ids = [jnp.full_like(end, reading.start_id), rollout.ids, end]
+  # A reasoning that was cut is closed all the same.
+  masks = [jnp.ones_like(end, bool), rollout.mask, ~rollout.finished[:, None]]
+  return jnp.concatenate(ids, axis=1), jnp.concatenate(masks, axis=1)
 
 
 def constant(params: Mapping[str, Any], expert: str):

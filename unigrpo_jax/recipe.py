@@ -51,6 +51,7 @@ def check(config, network: runs.Network) -> None:
     errors.require(f"config.{key}", (config[section] if section else config)[name], low=low)
   errors.require("config.rollout.temperature", config.rollout.temperature, above=0)
   _check_division(config, network)
+  schedule(config, network.mesh)
   if not config.text.train and not config.flow.train:
     raise errors.InputError("config.text.train and config.flow.train are both False; set one")
   if config.text.train and not config.rollout.think and not config.flow.train:
@@ -177,11 +178,31 @@ def needs_reference(config) -> bool:
   return flow_needs or bool(config.text.kl_weight and config.text.train and config.rollout.think)
 
 
-def schedule(config) -> update.Schedule:
-  return update.Schedule(
-    epochs=config.epochs, minibatches=config.minibatches,
-    microbatches=trajectories_of(config) // (config.microbatch * config.minibatches),
-    old_values=config.old_values,
+def schedule(config, mesh) -> update.Schedule:
+  """How an iteration is gone through.
+
+  A microbatch has as few prompts as the devices share evenly, and so as many trajectories of each
+  as there are: what they have in common is computed once.
+
+  Raises:
+    InputError: no part of the prompts and of their groups makes a microbatch.
+  """
+  ways = sharding.batch_multiple(mesh)
+  for prompts in range(ways, config.prompts_per_step + 1, ways):
+    size = config.microbatch // prompts
+    if (
+      config.microbatch % prompts == 0 and config.prompts_per_step % prompts == 0
+      and size <= config.group_size and config.group_size % size == 0
+    ):
+      return update.Schedule(
+        epochs=config.epochs, minibatches=config.minibatches,
+        microbatches=trajectories_of(config) // (config.microbatch * config.minibatches),
+        old_values=config.old_values, group_parts=config.group_size // size,
+      )
+  raise errors.InputError(
+    f"config.microbatch={config.microbatch} is no part of the {config.prompts_per_step} prompts, a "
+    f"multiple of data x fsdp = {ways}, times a part of config.group_size={config.group_size}; "
+    f"try {ways * config.group_size}"
   )
 
 

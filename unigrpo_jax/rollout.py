@@ -62,7 +62,7 @@ class Trajectories:
   """A chunk of B trajectories, those of a prompt consecutive.
 
   Attributes:
-    prompt_ids, prompt_mask: [B, T], on the device.
+    prompt_ids, prompt_mask: of its P prompts, [P, T], on the device.
     text: reasonings on the device, or None.
     flow: recorded steps on the device.
     images: [B, H, W, 3] uint8 on the host.
@@ -168,9 +168,8 @@ class Sampler:
       jax.block_until_ready(drawn)
     with timer("vae"):
       images = self._decode(drawn.latents)
-    again = lambda a: over_rows(np.repeat(a, s.group_size, axis=0))
     return Trajectories(
-      again(prompt_ids), again(prompt_mask), rollout, drawn, images,
+      inputs.prompt_ids, inputs.prompt_mask, rollout, drawn, images,
       None if rollout is None else self._words(rollout),
     )
 

@@ -105,7 +105,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   update_fn = jax.jit(
     update.make_update(
       network.model, optimizer, sampler.grid, recipe.reading(config, network, sampler),
-      recipe.make_objective(config, network), recipe.schedule(config),
+      recipe.make_objective(config, network), recipe.schedule(config, network.mesh),
       trained={group for group, rate in config.learning_rate.items() if rate},
       ema_decay=config.ema_decay or None,
       reference_model=network.model.clone(lora=None) if needs_reference else None,
@@ -347,7 +347,7 @@ def print_start(config, network: runs.Network, state, workdir, first: int) -> No
   held = sum(
     leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
   )
-  schedule = recipe.schedule(config)
+  schedule = recipe.schedule(config, network.mesh)
   lines = [
     f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}",
     runs.device_line(network.mesh),

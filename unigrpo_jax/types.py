@@ -223,7 +223,8 @@ class Experience:
   """What B trajectories of a rollout leave to learn from.
 
   Attributes:
-    prompt_ids, prompt_mask: [B, T] int32 and bool.
+    prompt_ids, prompt_mask: of P prompts, [P, T] int32 and bool; each serves B / P consecutive
+      trajectories.
     text: their reasonings, or None.
     flow: the recorded steps of their images, or None.
     adv: advantage of each trajectory, [B] float32.

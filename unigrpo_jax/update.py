@@ -35,12 +35,15 @@ class Schedule:
     minibatches: optimizer steps a pass.
     microbatches: that a minibatch is cut into; their gradients add up.
     old_values: one of OLD_VALUES.
+    group_parts: that a group is cut into, at least; a prompt is read once for each of them. Divides
+      `microbatches` and the group's size.
   """
 
   epochs: int
   minibatches: int
   microbatches: int
   old_values: str
+  group_parts: int = 1
 
 
 def make_update(
@@ -93,16 +96,11 @@ def make_update(
     return micro, old
 
   def update(state: types.TrainState, experience: types.Experience):
-    # [B, ...] -> [minibatches, microbatches, rows, ...]. Strided: a microbatch takes its part of
-    # every device's rows.
-    rows = experience.adv.shape[0] // total
-    cut = lambda a: jnp.moveaxis(a.reshape(rows, total, *a.shape[1:]), 1, 0)
-    group = lambda a: a.reshape(schedule.minibatches, schedule.microbatches, *a.shape[1:])
+    parts = _cut(experience, total, schedule.group_parts)
     with jax.named_scope("consult"):
-      micros, old = jax.lax.map(
-        lambda micro: consult(state, micro), jax.tree.map(cut, experience)
-      )
-    micros, old = jax.tree.map(group, (micros, old))
+      micros, old = jax.lax.map(lambda micro: consult(state, micro), parts)
+    by_minibatch = (schedule.minibatches, schedule.microbatches)
+    micros, old = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), (micros, old))
 
     def optimizer_step(carry, index):
       state, old = carry
@@ -148,6 +146,29 @@ def make_update(
     return state, metrics
 
   return update
+
+
+def _cut(experience: types.Experience, parts: int, group_parts: int) -> types.Experience:
+  """[B, ...] -> [parts, B / parts, ...]: some prompts each, with a part of their trajectories.
+
+  Strided: a part takes its share of every device's rows.
+  """
+  prompts, rows = experience.prompt_ids.shape[0], experience.adv.shape[0]
+  size, prompt_parts = rows // prompts // group_parts, parts // group_parts
+  few = prompts // prompt_parts
+
+  def trajectories(a):
+    a = a.reshape(few, prompt_parts, size, group_parts, *a.shape[1:])
+    return jnp.moveaxis(a, (1, 3), (0, 1)).reshape(parts, few * size, *a.shape[4:])
+
+  def of_prompts(a):
+    a = jnp.moveaxis(a.reshape(few, prompt_parts, *a.shape[1:]), 1, 0)
+    return jnp.repeat(a, group_parts, axis=0)
+
+  cut = jax.tree.map(trajectories, experience.replace(prompt_ids=None, prompt_mask=None))
+  return cut.replace(
+    prompt_ids=of_prompts(experience.prompt_ids), prompt_mask=of_prompts(experience.prompt_mask)
+  )
 
 
 def _recorded(micro: types.Experience, reading, objective):

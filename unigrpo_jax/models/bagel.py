@@ -139,22 +139,34 @@ class Bagel(nn.Module):
     hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
     return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
 
-  def read_text(self, ids, mask):
-    """What `append_text` makes of an empty context, without the empty slots it would attend to.
+  def read_text(self, ids, mask, prefix: types.Context | None = None):
+    """What `append_text` makes of an empty context, without empty slots to attend to.
 
-    Rows may have padding anywhere. Returns (context without room for more, hidden [B, T, D]).
+    Rows may have padding anywhere.
+
+    Args:
+      ids, mask: [B, T] int32 and bool.
+      prefix: what the rows go on from, each of its rows for B / rows of them; see `Context`.
+
+    Returns:
+      (context without room for more, hidden [B, T, D]).
     """
-    slots = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    count = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    rows, length = ids.shape
+    place = 0 if prefix is None else prefix.place
+    position = jnp.zeros(rows, jnp.int32)
+    if prefix is not None:
+      position = jnp.repeat(prefix.position, rows // prefix.position.shape[0])
+    slots = place + jnp.arange(length, dtype=jnp.int32)
+    count = position[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     tokens = types.Tokens(
       x=self.embed_text(ids),
       position=count - 1,
       order=jnp.where(mask, slots, types.UNSEEN),
       reach=jnp.where(mask, slots, types.BLIND),
     )
-    hidden, _, kv = self.decode(tokens, None, None, keep_kv=True)
+    hidden, _, kv = self.decode(tokens, None, prefix, keep_kv=True)
     context = types.Context(
-      *kv, order=tokens.order, position=count[:, -1], cursor=jnp.int32(ids.shape[1])
+      *kv, order=tokens.order, position=count[:, -1], cursor=jnp.int32(length), prefix=prefix
     )
     return context, hidden
 
