@@ -148,18 +148,19 @@ def test_marginals_are_those_of_the_ode(kind):
     spread = jnp.square(1 - t) / 4 + jnp.square(t)
     return -1 + (t - (1 - t) / 4) / spread * (x - (1 - t))
 
-  count = 20000
+  count = 40000
   noise = jax.random.normal(jax.random.key(3), (1, count, 1))
-  # Steps of 1/200 from t = 0.9: discretisation is then less than the standard errors below.
-  times = jnp.linspace(0.9, 0.2, 141)
+  # Steps of 1/400: their error is then less than the standard errors below.
+  times = jnp.linspace(0.9, 0.2, 281)
   start = 0.1 + jnp.sqrt(0.01 / 4 + 0.81) * noise
-  steps = np.arange(140)[None]
-  level = {"flow": 0.5, "dance": 0.5, "cps": 0.1}[kind]
+  steps = np.arange(280)[None]
+  level = {"flow": 1.0, "dance": 1.0, "cps": 0.1}[kind]
   x = run(velocity, start, times, steps, kind=kind, level=level).latents
   variance = 0.8**2 / 4 + 0.2**2
-  # Four standard errors, of the mean and of the variance of 20000 normal draws.
-  assert abs(x.mean() - 0.8) < 4 * math.sqrt(variance / count) + 2e-3
-  assert abs(x.var() - variance) < 4 * variance * math.sqrt(2 / count) + 2e-3
+  # Four standard errors, of the mean and of the variance of that many normal draws. A push wrong
+  # by a tenth moves the variance by more than ten.
+  assert abs(x.mean() - 0.8) < 4 * math.sqrt(variance / count)
+  assert abs(x.var() - variance) < 4 * variance * math.sqrt(2 / count)
   # The path is random: it is not the ODE's.
   assert jnp.abs(x - flow.integrate(velocity, start, times)).mean() > 0.05
 
