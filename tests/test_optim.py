@@ -68,3 +68,21 @@ def test_schedules_by_hand():
   np.testing.assert_allclose(
     [cosine(0), cosine(1), cosine(6), cosine(10)], [0.5, 1.0, 0.5, 0.0], atol=1e-6
   )
+
+
+def test_periodic_average_by_hand():
+  """The parameter counts the steps; the average moves at steps 1 and 3 only."""
+  average = {"w": jnp.zeros(())}
+  run = jax.jit(lambda a, p, s: optim.periodic_ema(a, p, s, decay=0.25, every=2))
+  seen = []
+  for step in range(4):
+    average = run(average, {"w": jnp.float32(step + 1)}, jnp.int32(step))
+    seen.append(float(average["w"]))
+  # d = 2 / 11 at step 1, then 4 / 13 is cut to 1/4 at step 3.
+  second = 9 / 11 * 2
+  np.testing.assert_allclose(seen, [0, second, second, 0.25 * second + 3], rtol=1e-6)
+
+
+def test_a_diverged_parameter_waits_outside_the_average():
+  average = optim.periodic_ema(jnp.ones(()), jnp.inf, 0, decay=0.9, every=2)
+  assert average == 1

@@ -1,11 +1,12 @@
-"""Formulas recorded from other projects: schedules and the combination of guidance branches."""
+"""Formulas recorded from other projects: schedules, windows, guidance and moving averages."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tests.parity import cases
-from unigrpo_jax.sampling import flow
+from unigrpo_jax import optim
+from unigrpo_jax.sampling import flow, windows
 
 NUMBER = r"[\d.]+"
 
@@ -37,3 +38,60 @@ def guidance(folder, rec):
     v, v_text, v_image = (rec[f"{case}/{name}"] for name in ("v", "v_uncond", "v_img"))
     out = flow.guide(v, v_text, v_image if settings.image_scale > 1 else None, settings)
     rec.check(f"cfg/{m[1]}", m[0], out, cases.FORMULA)
+
+
+@cases.case("schedule")
+def rank_windows(folder, rec):
+  """A window a process, for ever: Python's generator seeded with the rank."""
+  for m in rec.matches(r"(window/[^/]+)/seeds"):
+    low, high, size = (rec.number(f"{m[1]}/{name}") for name in ("lo", "hi", "size"))
+    steps = [
+      windows.draw(
+        "per_rank_const", low=low, high=high, size=size, seed=0, iteration=7, prompts=1,
+        group_size=1, num_steps=high, rank=int(rank),
+      )[0] for rank in rec[m[0]]
+    ]
+    starts = [row[0] for row in steps]
+    rec.check("window", f"{m[1]}/flow_grpo_start", starts, cases.EXACT)
+    ends = [(row[0], row[-1] + 1) for row in steps]
+    rec.check("window", f"{m[1]}/verl_omni_window", ends, cases.EXACT)
+
+
+@cases.case("mixgrpo_schedule")
+def moving_windows(folder, rec):
+  for m in rec.matches(r"([^/]+)/sample_strategy"):
+    _moving_window(rec, m[1])
+
+
+def _moving_window(rec, case):
+  strategy = rec.number(f"{case}/sample_strategy")
+  names = ("max_timesteps", "group_size", "iters_per_group", "seed_offset")
+  steps, size, iterations, seed = (rec.number(f"{case}/{name}") for name in names)
+  optional = lambda name: f"{case}/{name}" in rec and rec.number(f"{case}/{name}")
+  count = len(rec.get(f"{case}/start", ()))
+  if strategy == "random":
+    # The first iteration is not drawn; the k-th draw is of the generator seeded with k more.
+    draws = (np.random.default_rng(seed + draw) for draw in range(count - 1))
+    starts = [0, *(windows.random_starts(rng, 1, low=0, high=steps, size=size)[0] for rng in draws)]
+  else:
+    dwell = {"progressive": "constant", "decay": "linear", "exp_decay": "exponential"}[strategy]
+    overlap, stride = optional("prog_overlap"), optional("prog_overlap_step") or 1
+    moving = windows.Moving(iterations, stride if overlap else None, bool(optional("roll_back")),
+                            dwell)
+    starts = [windows.moving_start(moving, i, steps=steps, size=size) for i in range(count)]
+  rec.check(strategy, f"{case}/start", starts, cases.EXACT)
+  window = np.add.outer(starts, np.arange(size))
+  rec.check(strategy, f"{case}/window", np.where(window < steps, window, -1), cases.EXACT)
+
+
+@cases.case("cfg_ema")
+def moving_average(folder, rec):
+  """The recorded parameter counts the steps: 1 after the first."""
+  decay, every = rec.number("ema/decay"), rec.number("ema/update_step_interval")
+  schedule = optim.ema_decay(np.arange(len(rec.get("ema/sched", ()))), decay)
+  rec.check("ema/sched", "ema/sched", schedule, cases.FORMULA)
+  average, trace = np.zeros(()), []
+  for step in range(len(rec.get("ema/trace", ()))):
+    average = optim.periodic_ema(average, step + 1.0, step, decay=decay, every=every)
+    trace.append(average)
+  rec.check("ema/trace", "ema/trace", trace, cases.FORMULA)

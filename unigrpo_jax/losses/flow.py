@@ -36,6 +36,18 @@ def element_mean(values: chex.Array, mask: chex.Array) -> chex.Array:
   return jnp.where(mask, values.mean(-1), 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
+def difference(a: chex.Array, b: chex.Array, mask: chex.Array) -> chex.Array:
+  """a - b in float32, cleared at padding: 0 * NaN is NaN, in the gradient too.
+
+  Args:
+    a, b: [..., I, C]; anything at padding.
+    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
+  """
+  chex.assert_equal_shape([a, b])
+  chex.assert_rank(mask, a.ndim - 1)
+  return jnp.where(mask[..., None], a.astype(jnp.float32) - b.astype(jnp.float32), 0.0)
+
+
 def log_ratio(
   mean: chex.Array,
   mean_old: chex.Array,
@@ -73,8 +85,8 @@ def log_ratio(
     raise ValueError(f"kind={kind!r} is none of {RATIOS}")
   chex.assert_equal_shape([mean, mean_old, x_next])
   chex.assert_type([mean, mean_old, x_next, std], jnp.float32)
-  d = _difference(mean, jax.lax.stop_gradient(mean_old), mask)
-  e = _difference(*jax.lax.stop_gradient((x_next, mean_old)), mask)
+  d = difference(mean, jax.lax.stop_gradient(mean_old), mask)
+  e = difference(*jax.lax.stop_gradient((x_next, mean_old)), mask)
   if kind == "norm":
     return element_mean(d * e, mask) / std
   if kind == "plain":
@@ -183,8 +195,7 @@ def divergence(
   Returns:
     [...] float32.
   """
-  chex.assert_equal_shape([mean, mean_old])
-  squared = jnp.square(_difference(mean, mean_old, mask))
+  squared = jnp.square(difference(mean, mean_old, mask))
   return element_mean(squared, mask) / (2 * jnp.square(std))
 
 
@@ -226,8 +237,3 @@ def scaled_clip(
     reference: elements of the images that `clip` was chosen for.
   """
   return clip * (reference / elements) ** 0.5
-
-
-def _difference(a: chex.Array, b: chex.Array, mask: chex.Array) -> chex.Array:
-  """a - b, cleared at padding: 0 * NaN is NaN, in the gradient too."""
-  return jnp.where(mask[..., None], a - b, 0.0)

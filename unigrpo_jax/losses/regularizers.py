@@ -28,9 +28,8 @@ def velocity_mse(v: chex.Array, v_ref: chex.Array, mask: chex.Array) -> chex.Arr
   Returns:
     [...] float32, [B, W] for the steps of windows.
   """
-  chex.assert_equal_shape([v, v_ref])
-  v, v_ref = v.astype(jnp.float32), jax.lax.stop_gradient(v_ref).astype(jnp.float32)
-  return flow.element_mean(jnp.square(jnp.where(mask[..., None], v - v_ref, 0.0)), mask)
+  apart = flow.difference(v, jax.lax.stop_gradient(v_ref), mask)
+  return flow.element_mean(jnp.square(apart), mask)
 
 
 def latent_kl(

@@ -88,21 +88,27 @@ def draw(
   if size == 0:
     return np.zeros((prompts * group_size, 0), np.int32)
   rng = np.random.default_rng((seed, iteration))
-  last = high - size
   if convention == "scattered":
     steps = np.sort(rng.choice(np.arange(low, high), size, replace=False))[None]
   else:
     if convention == "per_prompt":
-      starts = rng.integers(low, last, prompts, endpoint=True)
+      starts = random_starts(rng, prompts, low=low, high=high, size=size)
     elif convention == "per_rank_const":
       starts = rank_start(rank, low=low, high=high, size=size)
     elif convention == "progressive":
       starts = low + moving_start(moving, iteration, steps=high - low, size=size, full=True)
     else:
-      starts = rng.integers(low, last, endpoint=True)
+      starts = random_starts(rng, 1, low=low, high=high, size=size)
     steps = np.reshape(starts, (-1, 1)) + np.arange(size)
   steps = np.broadcast_to(steps, (prompts, size))
   return np.repeat(steps, group_size, axis=0).astype(np.int32)
+
+
+def random_starts(
+  rng: np.random.Generator, count: int, *, low: int, high: int, size: int
+) -> np.ndarray:
+  """First steps of windows, each from `low` to high - size with the same chance: [count]."""
+  return rng.integers(low, high - size, count, endpoint=True)
 
 
 def rank_start(rank: int, *, low: int, high: int, size: int) -> int:
