@@ -34,10 +34,10 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "build", "conversion", "convert", "corpus", "evaluate", "evaluation",
-  "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics", "objective",
-  "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
-  "update",
+  "__init__", "batches", "build", "compare", "config_files", "conversion", "convert", "corpus",
+  "evaluate", "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation",
+  "metrics", "objective", "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs",
+  "step", "train", "update",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
@@ -45,7 +45,7 @@ STANDARD = {
   "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
   "threading", "signal", "hashlib", "difflib", "hmac", "http", "importlib", "inspect", "ipaddress",
   "numbers", "random", "socket", "textwrap", "traceback", "urllib", "zipfile", "base64", "html",
-  "statistics",
+  "statistics", "weakref",
 }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import functools
-import importlib.util
 import json
 import pathlib
 import sys
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, errors, finetune, folders, metrics, optim, sharding
+from unigrpo_jax import checkpoints, config_files, errors, finetune, folders, metrics, optim, sharding
 from unigrpo_jax.data import bpe
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
@@ -198,22 +197,7 @@ def make_base(
 
 def sft_config(overrides: Sequence[str]):
   """`configs/sft.py:tiny` with KEY=VALUE overrides."""
-  path = pathlib.Path(__file__).parents[1] / "configs" / "sft.py"
-  spec = importlib.util.spec_from_file_location("sft", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("tiny")
-  for override in overrides:
-    path, _, value = override.partition("=")
-    *sections, key = path.split(".")
-    try:
-      node = functools.reduce(lambda node, section: node[section], sections, config)
-      if key not in node:
-        raise KeyError(f"no key {path!r} in {module.__name__}")
-      node[key] = json.loads(value)
-    except (KeyError, TypeError, ValueError) as error:
-      raise errors.InputError(f"--set {override}: {error}; values are JSON") from None
-  return config
+  return config_files.load("sft", "tiny", overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import numbers
+import threading
 from typing import Any
+import weakref
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from unigrpo_jax.rewards import base
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
-  return _scores(samples, lambda sample: verifier.verify(sample.image, sample.metadata)[0])
+  return _scores(samples, lambda sample: _verdict(sample)[0])
 
 
 @base.register("iconworld_soft")
@@ -28,7 +30,7 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
 
   It is 1 exactly where `iconworld_strict` is; see `geneval.score`.
   """
-  return _scores(samples, lambda sample: verifier.verify(sample.image, sample.metadata)[1])
+  return _scores(samples, lambda sample: _verdict(sample)[1])
 
 
 @base.register("iconworld_reasoning")
@@ -45,6 +47,20 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
     return float(plans.is_correct(sample.text, sample.metadata))
 
   return _scores(samples, score)
+
+
+# Strict and soft scores come from one look at an image, whichever reward asks first.
+_verdicts: weakref.WeakKeyDictionary[base.Sample, tuple[float, float]]
+_verdicts = weakref.WeakKeyDictionary()
+_looking = threading.Lock()
+
+
+def _verdict(sample: base.Sample) -> tuple[float, float]:
+  """(strict, soft) of a sample."""
+  with _looking:
+    if sample not in _verdicts:
+      _verdicts[sample] = verifier.verify(sample.image, sample.metadata)
+    return _verdicts[sample]
 
 
 def _scores(

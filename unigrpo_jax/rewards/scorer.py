@@ -122,7 +122,9 @@ class Scorer:
       if new:
         logged.add(problem)
     if new:
-      _log.warning("reward %s gave %d NaN: %s", name, count, problem, exc_info=trace)
+      # A reward that is only logged may not apply: a plan's score where nothing was thought.
+      level = logging.WARNING if self._weights[name] else logging.DEBUG
+      _log.log(level, "reward %s gave %d NaN: %s", name, count, problem, exc_info=trace)
 
   def total(
     self, scores: Mapping[str, np.ndarray], group: np.ndarray | None = None,

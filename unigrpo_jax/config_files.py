@@ -1,0 +1,45 @@
+"""Config files from code: loaded by path, changed by KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+import importlib.util
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from unigrpo_jax import errors
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def load(name: str, variants: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
+  """`configs/NAME.py:VARIANTS` with KEY=VALUE overrides, whose values are JSON.
+
+  Raises:
+    InputError: there is no such file, variant or key, or a value is not JSON or of another type.
+  """
+  path = FOLDER / f"{name}.py"
+  if not path.is_file():
+    known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.py")))
+    raise errors.InputError(f"{path}: no such config; expected one of {known}")
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  try:
+    config = module.get_config(variants)
+  except ValueError as error:
+    raise errors.InputError(f"configs/{name}.py:{variants}: {error}") from None
+  for override in overrides:
+    key, _, value = override.partition("=")
+    *sections, last = key.split(".")
+    try:
+      node = functools.reduce(lambda node, section: node[section], sections, config)
+      if last not in node:
+        raise KeyError(f"no key {key!r} in configs/{name}.py")
+      node[last] = json.loads(value)
+    except (KeyError, TypeError, ValueError) as error:
+      raise errors.InputError(f"--set {override}: {error}; values are JSON") from None
+  return config
