@@ -22,7 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, config_files, errors, finetune, folders, metrics, optim, sharding
+from unigrpo_jax import (
+  checkpoints,
+  config_files,
+  errors,
+  finetune,
+  folders,
+  metrics,
+  optim,
+  sharding,
+)
 from unigrpo_jax.data import bpe
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
