@@ -35,9 +35,9 @@ ROOMS = {
 # Entry points, and what only they use.
 FREE = {
   "__init__", "batches", "build", "compare", "config_files", "conversion", "convert", "corpus",
-  "evaluate", "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation",
-  "metrics", "objective", "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs",
-  "step", "train", "update",
+  "evaluate", "evaluation", "export", "feed", "finetune", "folders", "generate",
+  "iconworld_evaluation", "metrics", "objective", "phases", "pipeline", "policy", "recipe",
+  "report", "rollout", "runs", "step", "train", "update",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",

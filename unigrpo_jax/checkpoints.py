@@ -373,15 +373,17 @@ class TrainCheckpoints:
   """
 
   def __init__(
-    self, folder: pathlib.Path | str, *, keep: int, every: int = 0, best: str | None = None
+    self, folder: pathlib.Path | str, *, keep: int | None, every: int = 0,
+    best: str | None = None, clean: bool = True,
   ):
     """Opens the folder.
 
     Args:
       folder: of the checkpoints.
-      keep: how many of the latest stay.
+      keep: how many of the latest stay; None for all.
       every: the steps that are multiples of it stay; 0 for none.
       best: of the checkpoints saved with this number, the one where it is highest stays.
+      clean: removes what a killed save left behind; not where another process may be saving.
     """
     _mute()
     policies = ocp.training.preservation_policies
@@ -394,7 +396,7 @@ class TrainCheckpoints:
       ))
     self._checkpointer = ocp.training.Checkpointer(
       pathlib.Path(folder).absolute(),
-      preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
+      preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
     )
 
   @property
@@ -402,6 +404,11 @@ class TrainCheckpoints:
     """The step of the newest complete checkpoint."""
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps of all complete checkpoints."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def save(
     self, step: int, state: Any, record: Mapping[str, Any],

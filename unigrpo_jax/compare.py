@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--variants", default="tiny", help="of the configs (default: %(default)s)")
   add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every config")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
   found: dict[str, dict[int, dict[str, Any]]] = {}
   for seed in args.seeds:
     for method in args.methods:

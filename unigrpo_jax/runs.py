@@ -292,3 +292,8 @@ def open_checkpoints(workdir: pathlib.Path, config) -> checkpoints.TrainCheckpoi
     workdir / "checkpoints", keep=config.keep_checkpoints, every=config.get("keep_every", 0),
     best="reward",
   )
+
+
+def read_checkpoints(workdir: pathlib.Path) -> checkpoints.TrainCheckpoints:
+  """The checkpoints of a run that may be going on elsewhere; nothing is removed."""
+  return checkpoints.TrainCheckpoints(workdir / "checkpoints", keep=None, clean=False)

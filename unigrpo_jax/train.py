@@ -371,6 +371,9 @@ def main(_) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
       raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
+    if jax.config.jax_compilation_cache_dir is None:
+      # A run that goes on need not compile again.
+      jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_WORKDIR.value) / "compiled"))
     algorithms = {"sft": finetune.train, "unigrpo": train}
     runs.choose("config.algorithm", config.algorithm, algorithms)
     algorithms[config.algorithm](config, pathlib.Path(_WORKDIR.value))

@@ -1,0 +1,68 @@
+"""Writes a checkpoint of a training run as an official folder: `python -m unigrpo_jax.export -h`.
+
+Works while the run goes on: what is read is the newest complete checkpoint, or the one of --step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
+
+from unigrpo_jax import errors
+
+
+def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype: str | None):
+  """Exports the policy of a run, or its moving average where it keeps one.
+
+  Args:
+    workdir: of the run.
+    target: official folder to write.
+    step: of the checkpoint; None: the newest.
+    dtype: of the weights; None: what the run's config says.
+
+  Raises:
+    InputError: there is no such checkpoint, or it cannot be read or written.
+  """
+  import ml_collections
+
+  from unigrpo_jax import recipe, runs
+
+  if not (workdir / "checkpoints").is_dir():
+    raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")
+  saved = runs.read_checkpoints(workdir)
+  if step is None:
+    step = saved.latest
+  if step is None or step not in saved.steps:
+    raise errors.InputError(
+      f"{workdir}: no checkpoint {'yet' if step is None else step}; it has {saved.steps}"
+    )
+  config = ml_collections.ConfigDict(saved.record(step)["config"])
+  network = runs.open_network(config)
+  reference = False
+  if config.algorithm != "sft":
+    reference = recipe.needs_reference(config) and network.model.lora is None
+  abstract, _ = runs.state_layout(
+    network, runs.make_optimizer(config), ema=config.ema_decay > 0, reference=reference
+  )
+  state = saved.load(step, abstract)
+  params = state.params if state.ema is None else state.ema
+  runs.export(network, params, str(target), dtype or config.export_dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = errors.ArgumentParser(
+    prog="python -m unigrpo_jax.export", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("workdir", type=pathlib.Path, help="of the run")
+  parser.add_argument("out", type=pathlib.Path, help="official folder to write")
+  parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+  parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  export(args.workdir, args.out, args.step, args.dtype)
+
+
+if __name__ == "__main__":
+  errors.report(main)
