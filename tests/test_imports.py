@@ -34,7 +34,7 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "build", "conversion", "convert", "corpus", "evaluate", "evaluation",
+  "__init__", "batches", "bench", "build", "conversion", "convert", "corpus", "evaluate", "evaluation",
   "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics", "objective",
   "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
   "update",
