@@ -34,18 +34,18 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "build", "compare", "config_files", "conversion", "convert", "corpus",
-  "evaluate", "evaluation", "export", "feed", "finetune", "folders", "generate",
+  "__init__", "batches", "bench", "build", "compare", "config_files", "conversion", "convert",
+  "corpus", "evaluate", "evaluation", "export", "feed", "finetune", "folders", "generate",
   "iconworld_evaluation", "metrics", "objective", "phases", "pipeline", "policy", "recipe",
   "report", "rollout", "runs", "step", "train", "update",
 }
 STANDARD = {
-  "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
-  "json", "logging", "math", "os", "pathlib", "re", "struct", "sys", "time", "typing",
-  "unicodedata", "warnings", "mmap", "itertools", "tempfile", "shutil", "concurrent", "asyncio",
-  "threading", "signal", "hashlib", "difflib", "hmac", "http", "importlib", "inspect", "ipaddress",
-  "numbers", "random", "socket", "textwrap", "traceback", "urllib", "zipfile", "base64", "html",
-  "statistics", "weakref",
+  "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",
+  "dataclasses", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
+  "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
+  "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "sys",
+  "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata", "urllib",
+  "warnings", "weakref", "zipfile",
 }
 
 
