@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 import math
 import sys
+from typing import Any
 
 
 class InputError(Exception):
@@ -36,10 +37,13 @@ class ArgumentParser(argparse.ArgumentParser):
     raise InputError(f"{message}; --help shows the arguments")
 
 
-def report(main: Callable[[], None]) -> None:
-  """Runs an entry point; an `InputError` becomes one line on stderr and exit status 2."""
+def report(main: Callable[[], Any]) -> Any:
+  """Runs an entry point; an `InputError` becomes one line on stderr and exit status 2.
+
+  Returns what it returns.
+  """
   try:
-    main()
+    return main()
   except InputError as error:
     sys.stdout.flush()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

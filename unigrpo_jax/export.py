@@ -40,9 +40,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
     )
   config = ml_collections.ConfigDict(saved.record(step)["config"])
   network = runs.open_network(config)
-  reference = False
-  if config.algorithm != "sft":
-    reference = recipe.needs_reference(config) and network.model.lora is None
+  reference = config.algorithm != "sft" and recipe.copies_reference(config)
   abstract, _ = runs.state_layout(
     network, runs.make_optimizer(config), ema=config.ema_decay > 0, reference=reference
   )

@@ -40,8 +40,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   plain = json.loads(config.to_json())
   if saved.latest is not None:
     record = saved.record(saved.latest)
-    free = RESUMABLE - ({"steps"} if config.schedule == "cosine" else set())
-    runs.check_resumable(record["config"], plain, free)
+    before = record["config"]
+    runs.check_resumable(before, plain, runs.may_change(before, plain, RESUMABLE))
     state = saved.load(saved.latest, abstract)
     print(f"resumed {workdir} at step {saved.latest}", flush=True)
   else:

@@ -160,11 +160,11 @@ def _flow(said, experience: types.Experience, chosen, old: Old, weights, mask, o
     return loss, signals, said.guided
   move = _step(said.guided, experience, o)
   before = chosen(move.mean, old.flow)
-  kind = "unnormalised" if o.kind == "cps" else o.ratio
-  ratio = lambda mean, earlier: flow_losses.log_ratio(
-    mean, earlier, f.x_next, move.std, mask, kind=kind
+  ratio = lambda earlier, kind: flow_losses.log_ratio(
+    move.mean, earlier, f.x_next, move.std, mask, kind="unnormalised" if o.kind == "cps" else kind
   )
-  log_ratio, keep = ratio(move.mean, before), None
+  # Flow-DPPO bounds how far a step moves by itself: its ratio is the plain one.
+  log_ratio, keep = ratio(before, "plain" if o.flow == "dppo" else o.ratio), None
   if o.flow == "dppo":
     far = flow_losses.divergence(move.mean, before, move.std, mask)
     keep = flow_losses.dppo_keep(
@@ -175,7 +175,7 @@ def _flow(said, experience: types.Experience, chosen, old: Old, weights, mask, o
     loss_weight=flow_losses.reweight(o.grad_reweight, move.dt),
   )
   signals = {f"flow/{name}": value for name, value in found.items()}
-  signals["drift/flow"] = jnp.abs(ratio(move.mean, f.mean))
+  signals["drift/flow"] = jnp.abs(ratio(f.mean, "norm"))
   return loss, signals, move.mean
 
 

@@ -105,7 +105,7 @@ def say(
   if reading.routing != "full":
     context = jax.lax.stop_gradient(context)
   if reading.routing == "expert":
-    own = constant(own, "und")
+    own = constant_understanding(own)
   x_t, t = experience.flow.x_t, experience.flow.t
   rows, steps = t.shape
   images = lambda a: jnp.broadcast_to(a, (rows * steps, *a.shape[1:]))
@@ -159,11 +159,11 @@ def reasoning_tokens(rollout: types.TextRollout, reading: Reading):
   return jnp.concatenate(ids, axis=1), jnp.concatenate(masks, axis=1)
 
 
-def constant(params: Mapping[str, Any], expert: str):
-  """`params` with no gradient to the layers and norm of `expert`."""
+def constant_understanding(params: Mapping[str, Any]):
+  """`params` with no gradient to the understanding expert, nor to the markers it embeds."""
   def stop(path, leaf):
     keys = [entry.key for entry in path]
-    mine = keys[0] in ("layers", "norm") and keys[1] == expert
+    mine = keys[0] == "embed_tokens" or (keys[0] in ("layers", "norm") and keys[1] == "und")
     return jax.lax.stop_gradient(leaf) if mine else leaf
 
   return jax.tree_util.tree_map_with_path(stop, params)

@@ -16,6 +16,18 @@ from unigrpo_jax.sampling import flow, sde, windows
 
 # Latent elements of the images that clip and regulariser weight are given for.
 REFERENCE_ELEMENTS = 262_144
+# The least value of numbers.
+LEAST = {
+  0: ("eval.every", "eval.keep", "lora.rank", "warmup_steps", "keep_every", "flow.weight",
+      "flow.clip", "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low",
+      "text.clip_high", "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip",
+      "drift.text", "drift.flow", "weight_decay", "eps"),
+  1: ("steps", "prompts_per_step", "epochs", "minibatches", "microbatch", "eval.prompts",
+      "eval.batch_size", "checkpoint_every", "keep_checkpoints", "rollout.prompts_at_once",
+      "rollout.max_tokens", "text.chunk", "reward.threads"),
+  2: ("group_size", "rollout.num_timesteps", "eval.num_timesteps"),
+  3: ("rollout.prompt_tokens",),
+}
 # Largest drift of the sampler from the trainer. float32: summation order. bfloat16: its activations
 # carry 2^-8 of relative error, which logits of size 30 turn into some tenths of a nat, and
 # velocities off by 1e-2 into a log ratio of about 4e-7 at 262,144 elements.
@@ -39,17 +51,17 @@ def check(config, network: runs.Network) -> None:
     "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(DRIFT),
   }
   for key, options in choices.items():
-    section, _, name = key.rpartition(".")
-    runs.choose(f"config.{key}", (config[section] if section else config)[name], options)
-  least = {
-    "steps": 1, "prompts_per_step": 1, "group_size": 2, "epochs": 1, "minibatches": 1,
-    "microbatch": 1, "eval.every": 0, "eval.prompts": 1, "checkpoint_every": 1,
-    "keep_checkpoints": 1, "lora.rank": 0, "rollout.prompts_at_once": 1,
-  }
-  for key, low in least.items():
-    section, _, name = key.rpartition(".")
-    errors.require(f"config.{key}", (config[section] if section else config)[name], low=low)
-  errors.require("config.rollout.temperature", config.rollout.temperature, above=0)
+    runs.choose(f"config.{key}", _value(config, key), options)
+  for low, keys in LEAST.items():
+    for key in keys:
+      errors.require(f"config.{key}", _value(config, key), low=low)
+  for key in ("rollout.temperature", "lora.alpha", "flow.nft_beta", "flow.nft_bound", "clip_norm"):
+    errors.require(f"config.{key}", _value(config, key), above=0)
+  for group, rate in config.learning_rate.items():
+    errors.require(f"config.learning_rate.{group}", rate, low=0)
+  errors.require("config.ema_decay", config.ema_decay, low=0, high=1)
+  if config.text.dual_clip:
+    errors.require("config.text.dual_clip", config.text.dual_clip, above=1)
   _check_division(config, network)
   schedule(config, network.mesh)
   if not config.text.train and not config.flow.train:
@@ -74,33 +86,57 @@ def check(config, network: runs.Network) -> None:
       f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which "
       f"config.flow.objective={config.flow.objective} has not; set velocity_mse"
     )
-  trained = {group for group, rate in config.learning_rate.items() if rate}
-  for key, group in (("text", "und"), ("flow", "gen")):
-    if config[key].train and not trained & {group, "text", "latent"} and (
+  trained = runs.trained(config.learning_rate)
+  for key, group, shared in (("text", "und", "text"), ("flow", "gen", "latent")):
+    if config[key].train and not trained & {group, shared} and (
       key != "text" or config.rollout.think
     ):
       raise errors.InputError(
         f"config.{key}.train=True but config.learning_rate.{group}=0; give it one"
       )
-  if config.flow.train and config.rollout.window_size < 1:
+  _check_window(config)
+
+
+def _value(config, key: str):
+  section, _, name = key.rpartition(".")
+  return (config[section] if section else config)[name]
+
+
+def _check_window(config) -> None:
+  r = config.rollout
+  try:
+    window_steps(config, 1)
+  except errors.InputError as error:
+    raise errors.InputError(
+      f"config.rollout.window_range and window_size with num_timesteps={r.num_timesteps}: {error}"
+    ) from None
+  if not config.flow.train:
+    return
+  if r.window_size < 1:
     raise errors.InputError(
       "config.rollout.window_size=0 leaves no step to train; set config.flow.train=False"
     )
+  if config.flow.objective in objective.SDE_OBJECTIVES:
+    errors.require("config.rollout.noise_level", r.noise_level, above=0)
+    if r.sde == "cps" and r.window_range[1] >= r.num_timesteps - 1:
+      raise errors.InputError(
+        f"config.rollout.window_range={tuple(r.window_range)}: the last step of config.rollout.sde="
+        f"cps has no noise; let it end at {r.num_timesteps - 2} or before"
+      )
 
 
 def _check_division(config, network: runs.Network) -> None:
   trajectories, ways = trajectories_of(config), sharding.batch_multiple(network.mesh)
   chunk = config.rollout.prompts_at_once * config.group_size
-  for what, number, parts in (
-    ("config.prompts_per_step", config.prompts_per_step, config.rollout.prompts_at_once),
-    ("the trajectories of an iteration", trajectories, config.microbatch * config.minibatches),
-    ("config.microbatch", config.microbatch, ways),
-    ("config.rollout.prompts_at_once x group_size", chunk, ways),
+  at_once, micro = "config.rollout.prompts_at_once", config.microbatch * config.minibatches
+  for what, number, by, parts in (
+    ("config.prompts_per_step", config.prompts_per_step, at_once, config.rollout.prompts_at_once),
+    ("the trajectories of an iteration, config.prompts_per_step x group_size", trajectories,
+     "config.microbatch x minibatches", micro),
+    ("config.microbatch", config.microbatch, "config.mesh data x fsdp", ways),
+    (f"{at_once} x group_size", chunk, "config.mesh data x fsdp", ways),
   ):
     if number % parts:
-      by = {
-        config.rollout.prompts_at_once: "config.rollout.prompts_at_once", ways: "data x fsdp",
-      }.get(parts, "config.microbatch x minibatches")
       raise errors.InputError(f"{what}={number} does not divide by {by}={parts}; change one")
 
 
@@ -176,6 +212,12 @@ def needs_reference(config) -> bool:
   """Whether a regulariser holds the policy to what it started from."""
   flow_needs = config.flow.train and config.flow.regulariser != "none"
   return flow_needs or bool(config.text.kl_weight and config.text.train and config.rollout.think)
+
+
+def copies_reference(config) -> bool:
+  """Whether the reference has parameters of its own: adapters leave the experts as they were."""
+  untouched = config.lora.rank > 0 and runs.trained(config.learning_rate) <= {"und", "gen"}
+  return needs_reference(config) and not untouched
 
 
 def schedule(config, mesh) -> update.Schedule:

@@ -79,7 +79,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if not rate:
       return None
     if config.schedule == "cosine":
-      return optim.warmup_cosine(rate, config.warmup_steps, config.steps)
+      return optim.warmup_cosine(rate, config.warmup_steps, optimizer_steps(config))
     return optim.warmup_constant(rate, config.warmup_steps)
 
   return optim.adamw_by_group(
@@ -87,6 +87,11 @@ def make_optimizer(config) -> optax.GradientTransformation:
     b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
     clip_norm=config.clip_norm,
   )
+
+
+def optimizer_steps(config) -> int:
+  """Optimizer steps of a whole run; an iteration of UniGRPO takes several."""
+  return config.steps * config.get("epochs", 1) * config.get("minibatches", 1)
 
 
 def state_layout(
@@ -161,6 +166,23 @@ def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     else values.get(name, value)
     for name, value in tree.items()
   }
+
+
+def trained(learning_rate: Mapping[str, float]) -> set[str]:
+  """The groups of parameters that have a learning rate."""
+  return {group for group, rate in learning_rate.items() if rate}
+
+
+def may_change(
+  before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
+) -> set[str]:
+  """The keys of `free`, and learning rates unless another group is trained; see `check_resumable`.
+
+  A cosine depends on the number of steps, which is then no longer free.
+  """
+  same = trained(before["learning_rate"]) == trained(now["learning_rate"])
+  cosine = now["schedule"] == "cosine"
+  return set(free) - ({"steps"} if cosine else set()) | ({"learning_rate"} if same else set())
 
 
 def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]):

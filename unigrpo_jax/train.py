@@ -7,6 +7,8 @@ rewards become advantages within their group, and one update moves both experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import contextlib
 import functools
 import json
 import pathlib
@@ -62,9 +64,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   network = runs.open_network(config, devices)
   recipe.check(config, network)
   optimizer = runs.make_optimizer(config)
-  lora, needs_reference = network.model.lora is not None, recipe.needs_reference(config)
+  needs_reference = recipe.needs_reference(config)
   abstract, where = runs.state_layout(
-    network, optimizer, ema=config.ema_decay > 0, reference=needs_reference and not lora
+    network, optimizer, ema=config.ema_decay > 0, reference=recipe.copies_reference(config)
   )
 
   # --- Prompts, rewards, evaluation.
@@ -90,7 +92,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   record: dict[str, Any] = {}
   if saved.latest is not None:
     record = saved.record(saved.latest)
-    runs.check_resumable(record["config"], plain, RESUMABLE)
+    before = record["config"]
+    runs.check_resumable(before, plain, runs.may_change(before, plain, RESUMABLE))
     state = saved.load(saved.latest, abstract)
     stream.restore(record["prompt_position"])
     print(f"resumed {workdir} at step {saved.latest}", flush=True)
@@ -98,7 +101,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     state = runs.first_state(
       network, optimizer, where, random_init=config.random_init, seed=config.seed
     )
-  first = saved.latest or 0
+  resumed, first = saved.latest is not None, saved.latest or 0
   run_id = runs.run_id(workdir, plain, record.get("run_id"))
 
   # --- The update.
@@ -106,7 +109,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     update.make_update(
       network.model, optimizer, sampler.grid, recipe.reading(config, network, sampler),
       recipe.make_objective(config, network), recipe.schedule(config, network.mesh),
-      trained={group for group, rate in config.learning_rate.items() if rate},
+      trained=runs.trained(config.learning_rate),
       ema_decay=config.ema_decay or None,
       reference_model=network.model.clone(lora=None) if needs_reference else None,
       reference_context=config.flow.reference_context == "reference",
@@ -117,19 +120,20 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
-  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first)
+  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   compiling, stopping = runs.CompileTimer(), runs.stop_on_signal()
   remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}
   with sharding.activate(network.mesh), compiling:
-    if first == 0 and evaluate is not None:
+    if not resumed and evaluate is not None:
       log.write(0, evaluate(state, 0)[0])
     for number in range(first + 1, config.steps + 1):
       before = remember()
       timer.take()
       # Think and draw; score what is drawn while the next chunk is.
-      gathered = collect(config, sampler, state.params, stream.next(), number, scorer, timer,
-                         stopping)
+      with saving_before(saved, number, state, before):
+        gathered = collect(config, sampler, state.params, stream.next(), number, scorer, timer,
+                           stopping)
       if gathered is None:
         keep(saved, number - 1, state, before)
         print(f"stopped by a signal in step {number}; the same command goes on", flush=True)
@@ -139,13 +143,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       with timer("update"), jax.transfer_guard("disallow"):
         state, found = jax.block_until_ready(update_fn(state, experience))
       values |= summarise(jax.device_get(found))
-      try:
+      with saving_before(saved, number, state, before):
         runs.check_finite(values, number, f"the state before it is saved in {workdir}")
         check_drift(values, limits, number)
-      except errors.InputError:
-        keep(saved, number - 1, state, before)
-        saved.close()
-        raise
       values |= timer.take() | {"seconds/compile": compiling.take()}
       values["trajectories_per_second"] = (
         recipe.trajectories_of(config) / values["seconds/total"]
@@ -264,12 +264,14 @@ def noise_again(key, experience: types.Experience, draws: int) -> types.Experien
 def summarise(found: dict[str, np.ndarray]) -> dict[str, float]:
   """One number of each metric of the update: of its last optimizer step, where ratios are widest.
 
-  The drift is that of the first, when the trainer still is the policy that sampled.
+  The drift is that of the first, when the trainer still is the policy that sampled. A number that
+  is not finite in any step is told before those that are.
   """
-  return {
-    name: float(values[0] if name.startswith("drift/") else values[-1])
-    for name, values in found.items()
-  }
+  def one(name, values):
+    bad = values[~np.isfinite(values)]
+    return float(bad[0] if bad.size else values[0 if name.startswith("drift/") else -1])
+
+  return {name: one(name, values) for name, values in found.items()}
 
 
 def check_drift(values: dict[str, float], limits: dict[str, float], number: int) -> None:
@@ -329,6 +331,17 @@ def keep(saved, number: int, state: types.TrainState, record: dict[str, Any]) ->
     saved.save(number, state, record)
 
 
+@contextlib.contextmanager
+def saving_before(saved, number: int, state: types.TrainState, record: dict[str, Any]):
+  """Saves the state before iteration `number` where what it encloses stops the run."""
+  try:
+    yield
+  except errors.InputError:
+    keep(saved, number - 1, state, record)
+    saved.close()
+    raise
+
+
 def shown(values: dict[str, float]) -> dict[str, float]:
   """What the terminal shows of a step."""
   names = ("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
@@ -338,7 +351,7 @@ def shown(values: dict[str, float]) -> dict[str, float]:
 
 def saved_all(state: types.TrainState, config) -> bool:
   """Whether the run reached its end."""
-  return int(state.step) >= config.steps * config.epochs * config.minibatches
+  return int(state.step) >= runs.optimizer_steps(config)
 
 
 def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
@@ -366,6 +379,33 @@ def print_start(config, network: runs.Network, state, workdir, first: int) -> No
   print("\n".join(lines), flush=True)
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """What absl makes of the command line; complaints are one line, not a traceback.
+
+  Raises:
+    InputError: a flag, a key of the config or a variant is unknown, or a value does not fit.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is not None:
+      _ = _CONFIG.value.algorithm  # a file that cannot be loaded complains only now
+    return rest
+  except flags.Error as error:
+    # Of an exception within a config file, the last line says what went wrong.
+    words = str(error).strip().splitlines()[-1].strip()
+    raise errors.InputError(words.removeprefix("ValueError: ")) from None
+  except (AttributeError, KeyError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    words = ". ".join(str(error.args[0]).splitlines())
+    raise errors.InputError(f"--config has no key {words}") from None
+  except OSError:
+    raise errors.InputError(
+      f"--config={flags.FLAGS['config'].config_filename}: cannot be read; give a file such as "
+      "configs/unigrpo.py, with a variant as in configs/unigrpo.py:tiny"
+    ) from None
+
+
 def main(_) -> None:
   def run():
     config = _CONFIG.value
@@ -382,4 +422,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=lambda argv: errors.report(lambda: parse_flags(argv)))

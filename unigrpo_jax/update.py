@@ -191,13 +191,14 @@ def _with_reference(
     guidance=dataclasses.replace(reading.guidance, text_scale=1.0),
   )
   params = state.params if state.reference is None else state.reference
-  if own_context:
-    said = policy.say(reference_model, params, micro, grid, wants)
-  else:
-    said = policy.say(
-      model, state.params, micro, grid, wants, velocity_params=params,
-      velocity_model=reference_model,
+  own = dataclasses.replace(wants, flow=wants.flow and own_context)
+  said = policy.say(reference_model, params, micro, grid, own)
+  if wants.flow and not own_context:
+    images = policy.say(
+      model, state.params, micro, grid, dataclasses.replace(wants, text=False),
+      velocity_params=params, velocity_model=reference_model,
     )
+    said = said.replace(velocity=images.velocity)
   return micro.replace(velocity_ref=said.velocity, logp_ref=said.logp)
 
 
@@ -247,10 +248,11 @@ def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) ->
 def _ratio(kind: str, ratio, clipped, mask, name: str = "ratio") -> dict[str, Any]:
   shown = jnp.where(mask, ratio, jnp.nan)
   size = jnp.abs(shown) if name == "log_ratio" else shown
+  some = lambda value: jnp.where(mask.any(), value, 0.0)  # a minibatch may have no valid group
   return {
     f"{kind}/{name}_mean": _mean(ratio, mask),
-    f"{kind}/{name}_max": jnp.nanmax(size),
-    f"{kind}/{name}_p99": jnp.nanpercentile(size, 99),
+    f"{kind}/{name}_max": some(jnp.nanmax(size)),
+    f"{kind}/{name}_p99": some(jnp.nanpercentile(size, 99)),
     f"{kind}/clip_fraction": _mean(clipped.astype(jnp.float32), mask),
   }
 

@@ -1,0 +1,208 @@
+"""The update: ratios of 1, order and cuts that do not matter, what is masked, and what moves."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import joint
+from unigrpo_jax import objective, optim, policy, step, update
+from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.losses import text as text_losses
+
+ATOL = 3e-6  # Of parameters that a step moves by up to 1e-2: float32 sums in another order.
+
+
+@pytest.fixture(scope="module")
+def small(model):
+  return model.clone(remat=False)
+
+
+@pytest.fixture(scope="module")
+def experience(small, params):
+  return joint.sample(small, params["bagel"])
+
+
+@pytest.fixture(scope="module")
+def run(small, params):
+  """run(experience, ...): the state after one update, the state before it, and the metrics."""
+
+  @functools.cache
+  def jitted(reading, numbers, schedule, rates, model, reference_model, context):
+    transformation = joint.optimizer(dict(rates))
+    return transformation, jax.jit(update.make_update(
+      model, transformation, joint.grid(model.config), reading, numbers, schedule,
+      trained={group for group, rate in rates if rate}, ema_decay=None,
+      reference_model=reference_model, reference_context=context,
+    ))
+
+  def run(
+    experience, *, reading=None, numbers=None, schedule=None, rates=None, model=small,
+    start=params["bagel"], reference=True, copy=True, context=True,
+  ):
+    rates = dict(und=1e-2, gen=1e-2) if rates is None else rates
+    transformation, fn = jitted(
+      reading or joint.reading(), numbers or joint.numbers(), schedule or joint.schedule(),
+      tuple(rates.items()), model, model.clone(lora=None) if reference else None, context,
+    )
+    before = joint.state(start, transformation, reference=reference and copy)
+    after, metrics = fn(before, experience)
+    return after, before, jax.device_get(metrics)
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def one_step(run, experience):
+  return run(experience)
+
+
+def _close(a, b, atol=ATOL):
+  chex.assert_trees_all_close(a.params, b.params, rtol=1e-5, atol=atol)
+
+
+def _rows(experience, index):
+  return jax.tree.map(lambda a: a[jnp.asarray(index)], experience)
+
+
+def test_ratios_are_one_in_the_first_epoch(one_step):
+  after, before, metrics = one_step
+  for name in ("text/ratio_mean", "text/ratio_max", "text/ratio_p99"):
+    np.testing.assert_allclose(metrics[name], 1, atol=1e-7)
+  for name in ("text/approx_kl", "text/clip_fraction", "flow/log_ratio_max", "flow/clip_fraction"):
+    assert metrics[name][0] == 0, name
+  assert 0 < metrics["drift/text"][0] < 1e-5 and metrics["drift/flow"][0] < 1e-7
+  # The reference is what the policy starts as.
+  assert metrics["flow/mse"][0] < 1e-10
+  moved = joint.moved(before.params, after.params)
+  assert moved["und"] > 100 * ATOL < moved["gen"]
+  assert {g for g, size in moved.items() if size} == {"und", "gen"} and int(after.step) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_microbatches_do_not_change_the_update(run, experience, one_step, parts):
+  after, _, metrics = run(experience, schedule=joint.schedule(microbatches=parts))
+  _close(after, one_step[0])
+  for name, value in one_step[2].items():
+    if not name.startswith("drift/"):
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_order_of_trajectories_does_not_matter(run, experience, one_step):
+  order = np.random.default_rng(0).permutation(8)
+  _close(run(_rows(experience, order))[0], one_step[0])
+  # It would if the advantages stayed behind.
+  swapped = _rows(experience, order).replace(adv=experience.adv)
+  assert max(joint.moved(run(swapped)[0].params, one_step[0].params).values()) > 10 * ATOL
+
+
+def test_an_invalid_group_equals_none(run, experience):
+  """Whatever it holds: the same update as by the other groups alone."""
+  valid = np.arange(8) < 4
+  broken = experience.replace(
+    valid=jnp.asarray(valid), adv=jnp.where(valid, experience.adv, 7.0))
+  after, _, metrics = run(broken, schedule=joint.schedule(microbatches=1))
+  alone, _, want = run(_rows(experience, np.arange(4)), schedule=joint.schedule(microbatches=1))
+  _close(after, alone)
+  for name in ("loss/total", "text/entropy", "flow/mse", "grad_norm/gen", "text/ratio_p99"):
+    np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, atol=1e-9, err_msg=name)
+
+
+def test_zero_advantage_moves_nothing(run, experience):
+  """Without a regulariser there is no gradient; with one, and a policy that has left, there is."""
+  flat = experience.replace(adv=jnp.zeros(8))
+  numbers = joint.numbers(regulariser="none")
+  after, before, metrics = run(flat, numbers=numbers, reference=False)
+  assert metrics["grad_norm/und"][0] == 0 == metrics["grad_norm/gen"][0]
+  chex.assert_trees_all_equal(after.params, before.params)
+
+
+def test_the_error_of_velocities_holds_to_the_reference(run, experience, params):
+  """With zero advantage it alone acts, on the generation expert alone, and draws it back."""
+  flat = experience.replace(adv=jnp.zeros(8))
+  away = optim.join(*[
+    jax.tree.map(lambda a, f=f: a * f, part)
+    for part, f in zip(optim.split(params["bagel"], {"gen"}), (1.02, 1.0))
+  ])
+  kept = {}
+
+  def start(rates):
+    transformation = joint.optimizer(rates)
+    fn = jax.jit(update.make_update(
+      kept["model"], transformation, joint.grid(kept["model"].config), joint.reading(),
+      joint.numbers(), joint.schedule(epochs=4), trained={"und", "gen"}, ema_decay=None,
+      reference_model=kept["model"],
+    ))
+    state = joint.state(away, transformation).replace(reference=params["bagel"])
+    return state, *fn(state, flat)
+
+  kept["model"] = run.__closure__ and next(
+    cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "lora"))
+  before, after, metrics = start(dict(und=1e-2, gen=1e-4))
+  mse = metrics["flow/mse"]
+  assert mse[0] > 1e-5 and (np.diff(mse) < 0).all()
+  moved = joint.moved(before.params, after.params)
+  assert moved["gen"] > 0 and moved["und"] == 0
+
+
+@pytest.mark.parametrize("old_values", ["rollout", "recomputed"])
+def test_old_values_agree_in_the_first_step(run, experience, one_step, old_values):
+  after, _, metrics = run(experience, schedule=joint.schedule(old_values=old_values))
+  _close(after, one_step[0])
+  assert metrics["text/approx_kl"][0] < 1e-10
+  np.testing.assert_allclose(metrics["loss/text"], one_step[2]["loss/text"], atol=1e-6)
+
+
+def _by_hand(model, params, transformation, experience, epochs):
+  """Two epochs from the parts: say, joint_loss against kept values, and the optimizer."""
+  reading, numbers, grid = joint.reading(), joint.numbers(regulariser="none"), joint.grid(
+    model.config)
+  weights = {
+    "text": text_losses.token_weights(
+      experience.text.mask, experience.valid, aggregation=numbers.aggregation,
+      max_tokens=numbers.max_tokens),
+    "flow": flow_losses.step_weights(experience.valid, 2),
+  }
+  blank = objective.Old(logp=experience.text.logp, flow=experience.flow.mean)
+
+  @jax.jit
+  def gradient(params, old, first):
+    def loss(params):
+      said = policy.say(model, params, experience, grid, reading)
+      return objective.joint_loss(said, experience, old, weights, grid, numbers, first)
+
+    (_, (_, own, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return own, grads
+
+  state, old = joint.state(params, transformation), None
+  for epoch in range(epochs):
+    own, grads = gradient(state.params, old or blank, epoch == 0)
+    old = old or own
+    # Only the trained groups have gradients in the update.
+    grads = optim.join(
+      optim.split(grads, {"und", "gen"})[0], jax.tree.map(jnp.zeros_like, grads))
+    state, _ = step.apply_gradients(state, grads, transformation, ema_decay=None, metrics={})
+  return state
+
+
+def test_two_epochs_by_hand(run, experience, small, params):
+  """The second epoch's ratios are against the first's own values, and are clipped."""
+  numbers, schedule = joint.numbers(regulariser="none"), joint.schedule(epochs=2)
+  after, before, metrics = run(experience, numbers=numbers, schedule=schedule, reference=False)
+  want = _by_hand(small, params["bagel"], joint.optimizer(), experience, 2)
+  _close(after, want, atol=3 * ATOL)
+  assert int(after.step) == 2 and metrics["text/approx_kl"][0] == 0 < metrics["text/approx_kl"][1]
+  assert metrics["flow/log_ratio_max"][0] == 0 < metrics["flow/log_ratio_max"][1]
+  assert metrics["text/clip_fraction"][1] > 0
+
+
+def test_minibatches_take_a_step_each(run, experience):
+  schedule = joint.schedule(epochs=2, minibatches=2, old_values="recomputed", microbatches=1)
+  after, _, metrics = run(experience, schedule=schedule)
+  assert int(after.step) == 4 == len(metrics["loss/total"])
+  # The second minibatch meets a policy that the first has moved, and so old values tell.
+  np.testing.assert_allclose(metrics["text/approx_kl"][0], 0, atol=1e-10)
+  assert (metrics["text/approx_kl"][1:] > 1e-7).all()
