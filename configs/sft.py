@@ -24,7 +24,8 @@ def get_config(variant: str = "") -> ConfigDict:
   # Data
   config.data = ConfigDict()
   config.data.folder = ""  # of *.jsonl shards; "" is IconWorld
-  config.data.mixture = ConfigDict(dict(draw_think=0.55, draw=0.1, answer=0.2, edit=0.15))
+  config.data.mixture = ConfigDict(
+    dict(draw_think=0.55, draw=0.1, answer=0.2, describe=0.0, edit=0.15))
   config.data.wrong_plan_rate = 0.0  # IconWorld: part of the reasonings that go wrong
   config.sequences_per_step = 64
   config.microbatch = 8  # sequences at once, all hosts together
@@ -89,7 +90,8 @@ def tiny(config: ConfigDict) -> ConfigDict:
   config.steps = 2400
   config.random_init = True
   config.data.wrong_plan_rate = 0.3
-  config.data.mixture = ConfigDict(dict(draw_think=0.5, draw=0.1, answer=0.25, edit=0.15))
+  config.data.mixture = ConfigDict(
+    dict(draw_think=0.5, draw=0.1, answer=0.15, describe=0.1, edit=0.15))
   config.sequences_per_step = config.microbatch = 48
   config.noise_draws = 4
   config.timestep_shift = 1.0

@@ -19,7 +19,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.iconworld import plans, prompts, renderer, tasks
 
-TASKS = ("draw_think", "draw", "answer", "edit")
+TASKS = ("draw_think", "draw", "answer", "describe", "edit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +65,9 @@ def iconworld(
     example = prompts.sample(rng, split)
     if task == "answer":
       question, answer = tasks.question(rng, example.scene)
+      return Example(question, answer, source=_picture(example.scene, rng))
+    if task == "describe":
+      question, answer = tasks.description(example.scene)
       return Example(question, answer, source=_picture(example.scene, rng))
     if task == "edit":
       instruction, edited = tasks.edit(rng, example.scene)

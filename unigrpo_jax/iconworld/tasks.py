@@ -64,6 +64,11 @@ def question(
   return f"how many {noun} are there?", riddles.NUMBERS[count]
 
 
+def description(scene: scenes.Scene) -> tuple[str, str]:
+  """A question that asks for everything an image shows, and its answer, read row by row."""
+  return "what is there?", scenes.words(scene)
+
+
 def edit(
   rng: np.random.Generator, scene: scenes.Scene, kind: str | None = None
 ) -> tuple[str, scenes.Scene]:
