@@ -34,10 +34,10 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "bench", "build", "conversion", "convert", "corpus", "evaluate", "evaluation",
-  "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics", "objective",
-  "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step", "train",
-  "update",
+  "__init__", "batches", "bench", "build", "conversion", "convert", "corpus", "evaluate",
+  "evaluation", "feed", "finetune", "folders", "generate", "iconworld_evaluation", "metrics",
+  "objective", "phases", "pipeline", "policy", "recipe", "report", "rollout", "runs", "step",
+  "train", "update", "workloads",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "collections", "contextlib", "dataclasses", "functools", "io",
