@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,3 +104,21 @@ def test_query_heads_must_divide():
   q, reach, keys = _problem(np.random.default_rng(7))
   with pytest.raises(ValueError, match="divide"):
     attention.attend(q[:, :, :3], reach, [keys])
+
+
+def test_scores_are_never_transposed():
+  """To transpose them would cost as much as to compute them; queries, keys and values are small."""
+  q, reach, keys = _problem(np.random.default_rng(5), rows=4, queries=40, keys=50, key_rows=2)
+  program = jax.make_jaxpr(lambda q, k, v: attention.attend(
+    q, reach, [attention.Keys(k, v, keys.order)]))(q, keys.k, keys.v)
+  sizes = [equation.outvars[0].aval.size for equation in _equations(program.jaxpr)
+           if equation.primitive.name == "transpose"]
+  assert sizes and max(sizes) == q.size < 4 * 40 * 4 * 50
+
+
+def _equations(jaxpr):
+  """All of them, those of the programs within included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from _equations(inner)

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -27,7 +26,6 @@ import numpy as np
 from unigrpo_jax import (
   batches,
   errors,
-  flops,
   metrics,
   phases,
   policy,
@@ -36,15 +34,16 @@ from unigrpo_jax import (
   sharding,
   types,
   update,
+  workloads,
 )
 from unigrpo_jax.models import bagel, layers
-from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.sampling import text
 
 DESCRIPTION = """Times one joint iteration of UniGRPO for a group of one prompt, on random weights.
 
 Phases, each the very program that training runs:
-  matmul         a plain product of two 2048 x 2048 matrices, to compare the others with
+  matmul         a plain product of two 2048 x 2048 matrices, to compare the others with; twelve a
+                 round, two before each phase
   read           the system prompt and the prompt, once for the group
   decode         the reasonings: as many tokens as the shape says, none ends earlier
   denoise        the images, without guidance, with a window of SDE steps; no VAE, no reward
@@ -68,122 +67,16 @@ A busy machine slows everything: compare the column "of matmul", which the same 
 One device is used. With --shape=all every shape has a process, and so a peak memory, of its own."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-  """What is timed.
-
-  Attributes:
-    layers, width, heads, kv_heads, ffn, vocab: sizes of the network.
-    system, prompt, tokens: of text: system prompt, prompt, reasoning.
-    latents: tokens of an image, a square number.
-    points: of the time grid; one velocity evaluation less.
-    window: SDE steps.
-    group: trajectories.
-  """
-
-  layers: int
-  width: int
-  heads: int
-  kv_heads: int
-  ffn: int
-  vocab: int
-  system: int
-  prompt: int
-  tokens: int
-  latents: int
-  points: int
-  window: int
-  group: int
-
-
-SHAPES = {
-  "tiny": Workload(4, 128, 4, 2, 512, 1024, 32, 16, 48, 64, 9, 3, 8),
-  "small": Workload(8, 256, 8, 2, 1024, 4096, 48, 24, 96, 256, 15, 3, 8),
-  "unigrpo_shape": Workload(4, 256, 8, 2, 1024, 4096, 64, 32, 128, 1024, 25, 3, 4),
-}
-ROLLOUT = ("read", "decode", "denoise")
-ITERATION = (*ROLLOUT, "image_update", "text_update")
-JOINT_ITERATION = (*ROLLOUT, "joint_update")
-# What each update trains.
-TRAINED = {
-  "image_update": ("gen",), "text_update": ("und",), "joint_update": ("und", "gen"),
-}
-MATMUL_SIDE = 2048
 # Fed after the last token, as the last row of the embeddings; no sampled id is ever equal to it.
 NEVER = -1
 START = 1
 
 
-def network_config(work: Workload) -> config_lib.BagelConfig:
-  """Sizes of the network; the ViT, which takes no part, as small as can be."""
-  side = math.isqrt(work.latents)
-  if side**2 != work.latents:
-    raise errors.InputError(f"latents={work.latents} is not a square; choose one, e.g. {side**2}")
-  return config_lib.BagelConfig(
-    llm=config_lib.LLMConfig(
-      hidden_size=work.width, intermediate_size=work.ffn, num_layers=work.layers,
-      num_heads=work.heads, num_kv_heads=work.kv_heads, vocab_size=work.vocab, rope_theta=1e6,
-      rms_norm_eps=1e-6, max_positions=32768,
-    ),
-    vit=config_lib.ViTConfig(
-      hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=2, image_size=8
-    ),
-    max_latent_size=max(side, 8), vit_max_patches_per_side=4,
-  )
-
-
-def training_config(work: Workload, dtype: str, remat: bool):
-  """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
-  path = pathlib.Path(__file__).parents[1] / "configs" / "unigrpo.py"
-  spec = importlib.util.spec_from_file_location("unigrpo", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("no_regulariser")
-  pixels = math.isqrt(work.latents) * network_config(work).latent_stride
-  config.update(dict(
-    dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
-    microbatch=work.group,
-  ))
-  config.rollout.update(dict(
-    prompts_at_once=1, prompt_tokens=work.prompt, max_tokens=work.tokens, height=pixels,
-    width=pixels, num_timesteps=work.points, window_size=work.window,
-    window_range=(0, min(max(5, work.window), work.points - 1)),
-  ))
-  return config
-
-
-def phase_flops(work: Workload) -> dict[str, int]:
-  """Model FLOPs of each phase, all trajectories of the group together."""
-  sizes = flops.Sizes.of(network_config(work))
-  before = work.system + work.prompt
-  context = before + work.tokens
-  drawn = flops.velocity(sizes, work.latents, context=context)
-  image = flops.image_update(
-    sizes, context=context, latents=work.latents, window=work.window,
-    trained=TRAINED["image_update"],
-  )
-  words = flops.text_update(
-    sizes, prompt=before, tokens=work.tokens, trained=TRAINED["text_update"]
-  )
-  # Jointly the context runs once, and no gradient of the image reaches it.
-  joint = words + (work.window * drawn).update(TRAINED["image_update"])
-  decode = flops.decode(sizes, work.tokens, context=before)
-  return {
-    "matmul": 2 * MATMUL_SIDE**3,
-    "read": flops.text(sizes, before).forward,
-    "decode": work.group * decode.forward,
-    "denoise": work.group * (work.points - 1) * drawn.forward,
-    "image_update": work.group * image,
-    "text_update": work.group * words,
-    "joint_update": work.group * joint,
-  }
-
-
 class Bench:
   """A network with random weights, and the programs of an iteration."""
 
-  def __init__(self, work: Workload, *, dtype: str, remat: bool, device: jax.Device):
-    config, sizes = training_config(work, dtype, remat), network_config(work)
+  def __init__(self, work: workloads.Workload, *, dtype: str, remat: bool, device: jax.Device):
+    config, sizes = workloads.training_config(work, dtype, remat), workloads.network_config(work)
     self.work, self.config = work, config
     self.mesh = sharding.make_mesh(devices=[device])
     self.model = bagel.Bagel(
@@ -202,7 +95,7 @@ class Bench:
     self.updates, self.opt_states = {}, {}
     with sharding.activate(self.mesh):
       self.params = jax.jit(self._init)(jax.random.key(0))
-      for name, trained in TRAINED.items():
+      for name, trained in workloads.TRAINED.items():
         own = config.copy_and_resolve_references()
         own.learning_rate = {group: config.learning_rate[group] for group in trained}
         optimizer = runs.make_optimizer(own)
@@ -219,7 +112,7 @@ class Bench:
           donate_argnums=0,
         )
         self.opt_states[name] = jax.jit(optimizer.init)(self.params)
-    self.matrix = jnp.asarray(rng.normal(size=(MATMUL_SIDE,) * 2), dtype)
+    self.matrix = jnp.asarray(rng.normal(size=(workloads.MATMUL_SIDE,) * 2), dtype)
     precision = layers.matmul_precision(dtype)
     self.product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
 
@@ -242,8 +135,7 @@ class Bench:
     again = lambda a: jnp.repeat(jnp.asarray(a), work.group, axis=0)
     prompt_ids, prompt_mask = again(self.prompt_ids), again(mask)
     jax.block_until_ready((keys, steps, prompt_ids, prompt_mask))
-    with timer("matmul"):
-      jax.block_until_ready(self.product(self.matrix))
+    self._multiply(timer)
     with timer("read"):
       inputs = phases.Inputs(
         prompt_ids=self.prompt_ids, prompt_mask=mask, system_ids=self.system_ids
@@ -252,6 +144,7 @@ class Bench:
         self.model, self.params, inputs, capacity=work.system + work.prompt
       )
       jax.block_until_ready(contexts)
+    self._multiply(timer)
     with timer("decode"):
       contexts = phases.fork(
         self.model, contexts, copies=work.group, capacity=work.tokens + text.EXTRA_SLOTS
@@ -262,6 +155,7 @@ class Bench:
       )
       contexts = contexts.replace(main=main)
       jax.block_until_ready(written)
+    self._multiply(timer)
     with timer("denoise"):
       drawn = phases.explore(
         self.model, self.params, contexts, keys[1], steps, self.grid,
@@ -277,6 +171,7 @@ class Bench:
       state = types.TrainState(
         step=jnp.int32(number), params=self.params, opt_state=self.opt_states[name], ema=None
       )
+      self._multiply(timer)
       with timer(name):
         state, found = jax.block_until_ready(run(state, experience))
       self.params, self.opt_states[name] = state.params, state.opt_state
@@ -285,9 +180,15 @@ class Bench:
         values |= {key: float(v[-1]) for key, v in found.items() if key.startswith("drift/")}
     return values
 
+  def _multiply(self, timer) -> None:
+    """The matmul, before every phase: what else the machine does changes within a round."""
+    with timer("matmul"):
+      for _ in range(workloads.MATMULS):
+        jax.block_until_ready(self.product(self.matrix))
+
 
 def measure(
-  name: str, work: Workload, *, repeats: int, dtype: str, remat: bool
+  name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: bool
 ) -> dict[str, Any]:
   """Times a workload; returns its part of the JSON file.
 
@@ -319,6 +220,8 @@ def measure(
         timer.take()
         found.append(bench.iteration(number, timed))
         rounds.append(timer.take())
+        what = f"round {number} of {repeats}" if number else "compiled"
+        print(f"{name}: {what}, {rounds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
   seconds = {
     phase: [taken[f"seconds/{phase}"] for taken in rounds[1:]] for phase in compiled
   }
@@ -343,7 +246,7 @@ def _drift(found: Sequence[Mapping[str, float]], dtype: str) -> dict[str, float]
 
 
 def summary(
-  work: Workload, seconds: Mapping[str, Sequence[float]], compiled: Mapping[str, float]
+  work: workloads.Workload, seconds: Mapping[str, Sequence[float]], compiled: Mapping[str, float]
 ) -> dict[str, Any]:
   """Medians, shares, rates and ratios of measured seconds.
 
@@ -353,20 +256,21 @@ def summary(
     compiled: seconds that each phase compiled.
   """
   middle = {phase: statistics.median(values) for phase, values in seconds.items()}
-  counted = phase_flops(work)
+  counted = workloads.phase_flops(work)
   total = lambda parts: sum(middle[phase] for phase in parts)
   pace = counted["matmul"] / middle["matmul"]
   rows = {}
   for phase, value in middle.items():
     rows[phase] = {
       "seconds": value, "rounds": list(seconds[phase]),
-      "share": value / total(ITERATION) if phase in ITERATION else None,
+      "share": value / total(workloads.ITERATION) if phase in workloads.ITERATION else None,
       "flops": counted[phase], "gflops_per_second": counted[phase] / value / 1e9,
       "of_matmul": counted[phase] / value / pace, "compile_seconds": compiled[phase],
     }
   totals = {}
   for name, parts in (
-    ("rollout", ROLLOUT), ("iteration", ITERATION), ("joint_iteration", JOINT_ITERATION)
+    ("rollout", workloads.ROLLOUT), ("iteration", workloads.ITERATION),
+    ("joint_iteration", workloads.JOINT_ITERATION),
   ):
     work_done = sum(counted[phase] for phase in parts)
     totals[name] = {
@@ -377,11 +281,11 @@ def summary(
   return {
     "phases": rows, "totals": totals,
     "rates": {
-      "images_per_second": work.group / total(ROLLOUT),
+      "images_per_second": work.group / total(workloads.ROLLOUT),
       "reasoning_tokens_per_second": work.group * work.tokens / middle["decode"],
       "velocity_evaluations_per_second": work.group * (work.points - 1) / middle["denoise"],
-      "trajectories_per_second": work.group / total(ITERATION),
-      "trajectories_per_second_joint": work.group / total(JOINT_ITERATION),
+      "trajectories_per_second": work.group / total(workloads.ITERATION),
+      "trajectories_per_second_joint": work.group / total(workloads.JOINT_ITERATION),
     },
   }
 
@@ -394,7 +298,7 @@ def peak_memory() -> int:
 
 def table(result: Mapping[str, Any]) -> str:
   """A measured shape, to be read."""
-  work = Workload(**result["workload"])
+  work = workloads.Workload(**result["workload"])
   lines = [
     f"{result['shape']}: {work.layers} layers x {work.width}, vocabulary {work.vocab}; one prompt "
     f"x {work.group} trajectories",
@@ -437,7 +341,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
   """Every shape in a process of its own, one after the other."""
   report: dict[str, Any] = {}
-  for name in SHAPES:
+  for name in workloads.SHAPES:
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / "bench.json"
       command = [
@@ -452,20 +356,20 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-  columns = [field.name for field in dataclasses.fields(Workload)]
+  columns = [field.name for field in dataclasses.fields(workloads.Workload)]
   widths = [max(len(name), 5) for name in columns]
   row = lambda name, cells: f"  {name:<14}" + " ".join(
     f"{cell:>{width}}" for cell, width in zip(cells, widths)
   )
   shapes = [row("", columns)]
-  shapes += [row(name, dataclasses.astuple(work)) for name, work in SHAPES.items()]
+  shapes += [row(name, dataclasses.astuple(work)) for name, work in workloads.SHAPES.items()]
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.bench", description=DESCRIPTION,
     epilog=EPILOG.format(shapes="\n".join(shapes)),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--shape", choices=(*SHAPES, "all"), default="tiny", help="default: %(default)s")
+  add("--shape", choices=(*workloads.SHAPES, "all"), default="tiny", help="default: %(default)s")
   add("--json", type=pathlib.Path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
       help="rounds that are timed; fewer than 3 have no median to speak of (default: %(default)s)")
@@ -486,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = measure_all(args)
   else:
     result = measure(
-      args.shape, SHAPES[args.shape], repeats=args.repeats, dtype=args.dtype, remat=args.remat
+      args.shape, workloads.SHAPES[args.shape], repeats=args.repeats, dtype=args.dtype,
+      remat=args.remat,
     )
     print(table(result), flush=True)
     report = environment(args) | {"shapes": [result]}

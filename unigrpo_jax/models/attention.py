@@ -77,22 +77,25 @@ def _partial_softmax(q, reach, keys: Keys, precision):
   if rows % key_rows or num_heads % kv_heads:
     raise ValueError(f"queries {q.shape} do not divide over keys {keys.k.shape}")
   shared = rows // key_rows * length
-  # [Bk, (B/Bk) T, K, N/K, H]: rows that share a context become longer queries.
+  # [Bk, K, N/K, (B/Bk) T, H]: rows that share a context become longer queries. Heads lead
+  # everywhere, so that the products come out as they are needed: to transpose the scores costs as
+  # much as to compute them.
   q = q.reshape(key_rows, shared, kv_heads, num_heads // kv_heads, head_dim)
+  q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(keys.k, 1, 2), jnp.moveaxis(keys.v, 1, 2)
   visible = keys.order[:, None, :] <= reach.reshape(key_rows, shared)[:, :, None]
   scores = jnp.einsum(
-    "btkgh,bskh->bkgts", q, keys.k, precision=precision, preferred_element_type=jnp.float32
+    "bkgth,bksh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
   )
   scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
   peak = jax.lax.stop_gradient(scores.max(-1))
   finite_peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   weights = jnp.exp(scores - finite_peak[..., None])
   out = jnp.einsum(
-    "bkgts,bskh->btkgh", weights.astype(keys.v.dtype), keys.v, precision=precision,
+    "bkgts,bksh->bkgth", weights.astype(v.dtype), v, precision=precision,
     preferred_element_type=jnp.float32,
   )
-  by_query = lambda a: jnp.moveaxis(a, 3, 1).reshape(rows, length, num_heads)
-  return by_query(peak), by_query(weights.sum(-1)), out.reshape(rows, length, num_heads, head_dim)
+  by_query = lambda a: jnp.moveaxis(a, 3, 1).reshape(rows, length, num_heads, *a.shape[4:])
+  return by_query(peak), by_query(weights.sum(-1)), by_query(out)
 
 
 def rotate(x, position, theta: float):
