@@ -10,15 +10,21 @@ import pytest
 
 from unigrpo_jax import build, errors, folders, recipe, rollout, runs, train
 
-VOLATILE = ("seconds/", "eval/seconds", "trajectories_per_second")
+VOLATILE = ("seconds/", "share/", "eval/seconds", "trajectories_per_second")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """Tokenizer, configs and an autoencoder of two steps; the network starts random."""
-  folder = tmp_path_factory.mktemp("base")
-  build.make_base(folder, seed=0, vae_steps=2, vae_rows=2)
-  return folder / "base"
+  """Tokenizer, configs, an autoencoder of two steps and a random network that draws something."""
+  place = tmp_path_factory.mktemp("base")
+  build.make_base(place, seed=0, vae_steps=2, vae_rows=2)
+  folder = folders.open_folder(place / "base")
+  params = folder.load_params(dtype=np.float32)
+  # Its velocities start at zero, and then no gradient passes.
+  kernel = params["bagel"]["llm2vae"]["kernel"]
+  params["bagel"]["llm2vae"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+  folders.write_official(place / "drawing", folder, params, dtype=np.float32)
+  return place / "drawing"
 
 
 def _config(base, **changes):
@@ -29,7 +35,7 @@ def _config(base, **changes):
   config = module.get_config("tiny")
   config.rewards = dict(brightness=1.0)
   small = {
-    "init_from": str(base), "random_init": True, "steps": 3, "prompts_per_step": 2,
+    "init_from": str(base), "steps": 3, "prompts_per_step": 2,
     "group_size": 2, "microbatch": 2, "rollout.prompts_at_once": 1, "rollout.max_tokens": 6,
     "rollout.num_timesteps": 5, "rollout.window_range": (0, 3), "rollout.window_size": 2,
     "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1, "eval.every": 2,
@@ -96,6 +102,9 @@ def test_a_run_says_what_it_did(whole):
     assert 0 < row["reward/mean"] < 1 and row["reward/std"] > 0
     assert 0 < row["drift/text"] < 1e-5 and row["drift/flow"] < 1e-7
     assert row["groups/dropped"] == 0 and row["grad_norm/und"] > 0 < row["grad_norm/gen"]
+  # Everything was compiled in the first iteration, and the evaluation before it.
+  told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert told[1]["seconds/compile"] > 0 == told[2]["seconds/compile"] == told[3]["seconds/compile"]
   assert [("eval/think/reward" in row) for row in rows] == [True, False, True, True]
   for number in (0, 2, 3):
     results = workdir / "evaluations" / f"{number:06d}" / "results.json"
