@@ -15,18 +15,18 @@ from ml_collections import ConfigDict
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of Table 3, changed by each of the comma-separated variants."""
   config = ConfigDict()
-  config.algorithm = "unigrpo"
-  config.seed = 0
+  config.algorithm = "unigrpo"  # which training this is; "sft" is that of configs/sft.py
+  config.seed = 0  # of prompts, samples, windows and fresh adapters
   config.steps = 1000  # iterations: a rollout and its update
   config.init_from = ""  # official or converted folder of the SFT checkpoint; also the reference
   config.random_init = False  # keep the folder's sizes, tokenizer and VAE, not its network
   config.export_to = ""  # official folder to write at the end; "" for none
-  config.export_dtype = "bfloat16"
+  config.export_dtype = "bfloat16"  # of its weights
 
   # Prompts
   config.prompts = ConfigDict()
   config.prompts.source = "iconworld"  # name, folder or file; see `python -m unigrpo_jax.data`
-  config.prompts.split = "train"
+  config.prompts.split = "train"  # of the prompt set
   config.prompts_per_step = 32  # of all hosts together
   config.group_size = 24  # trajectories a prompt
 
@@ -39,8 +39,8 @@ def get_config(variants: str = "") -> ConfigDict:
   config.reward.max_failed_fraction = 0.5  # of an iteration's samples; more stop the run
   config.advantage = ConfigDict()
   config.advantage.std = "group"  # divide by that of the "group", of the "batch", or "none"
-  config.advantage.ddof = 0
-  config.advantage.eps = 1e-4
+  config.advantage.ddof = 0  # 1: squares over n - 1
+  config.advantage.eps = 1e-4  # added to the standard deviation
   config.advantage.clip = 5.0  # largest |advantage|; 0 for none
 
   # Rollout
@@ -49,13 +49,13 @@ def get_config(variants: str = "") -> ConfigDict:
   config.rollout.prompts_at_once = 8  # of all hosts; fewer need less memory
   config.rollout.prompt_tokens = 256  # room for a prompt, with its two markers
   config.rollout.max_tokens = 1024  # of a reasoning
-  config.rollout.temperature = 1.0
+  config.rollout.temperature = 1.0  # of sampled tokens, and of their log-probabilities
   config.rollout.height = 1024  # pixels
   config.rollout.width = 1024  # pixels
   config.rollout.num_timesteps = 25  # points of the time grid; one velocity evaluation less
-  config.rollout.shift = 3.0
+  config.rollout.shift = 3.0  # of the time grid towards noise
   config.rollout.sde = "flow"  # "flow", "dance" or "cps"
-  config.rollout.noise_level = 0.8
+  config.rollout.noise_level = 0.8  # a of the SDE
   config.rollout.window = "per_iteration"  # see `sampling/windows.py`
   config.rollout.window_range = (0, 5)  # steps it may lie in, the second excluded
   config.rollout.window_size = 3  # steps with noise
@@ -63,14 +63,14 @@ def get_config(variants: str = "") -> ConfigDict:
   config.rollout.moving_roll_back = False  # it starts over at the end of its range
   config.rollout.same_noise = False  # a group starts from the same noise
   config.rollout.cfg_text_scale = 1.0  # above 1: guidance in rollout and training
-  config.rollout.cfg_interval = (0.0, 1.0)
-  config.rollout.cfg_renorm = "global"
+  config.rollout.cfg_interval = (0.0, 1.0)  # of flow times: above the first, up to the second
+  config.rollout.cfg_renorm = "global"  # or "channel", "text_channel"
 
   # Text objective (eq 2)
   config.text = ConfigDict()
-  config.text.train = True
-  config.text.clip_low = 0.2
-  config.text.clip_high = 0.2
+  config.text.train = True  # False: FlowGRPO
+  config.text.clip_low = 0.2  # how far a ratio may fall below 1
+  config.text.clip_high = 0.2  # how far it may rise above 1
   config.text.dual_clip = 0.0  # more than 1; 0 for none
   config.text.aggregation = "seq-mean-token-mean"  # or "token-mean", "constant"
   config.text.kl_weight = 0.0  # of the k3 estimate
@@ -78,7 +78,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Flow objective (eqs 5, 6 and 8)
   config.flow = ConfigDict()
-  config.flow.train = True
+  config.flow.train = True  # False: TextGRPO
   config.flow.weight = 1.0  # lambda of eq 7
   config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo"
   config.flow.ratio = "norm"  # RatioNorm; "plain" without
@@ -86,13 +86,13 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.scale_with_size = True  # clip and regulariser by sqrt(262,144 / latent elements)
   config.flow.grad_reweight = "none"  # or "inv_dt"
   config.flow.regulariser = "velocity_mse"  # "latent_kl", "latent_kl_exact" or "none"
-  config.flow.regulariser_weight = 1.5e-5
+  config.flow.regulariser_weight = 1.5e-5  # at 262,144 latent elements
   config.flow.routing = "expert"  # gradients reach the generation expert; "markers", "full"
   config.flow.reference_context = "reference"  # or "policy": whose context its velocities see
-  config.flow.dppo_threshold = 1e-5
-  config.flow.nft_beta = 1.0
-  config.flow.nft_bound = 5.0
-  config.flow.awm_weighting = "uniform"
+  config.flow.dppo_threshold = 1e-5  # divergence from which on "dppo" drops a step
+  config.flow.nft_beta = 1.0  # how far the mixtures of "nft" reach
+  config.flow.nft_bound = 5.0  # of its advantages
+  config.flow.awm_weighting = "uniform"  # of "awm": or "t", "t2", "huber", "ghuber"
 
   # Update
   config.epochs = 2  # passes over a rollout
@@ -104,46 +104,47 @@ def get_config(variants: str = "") -> ConfigDict:
   config.drift.flow = 0.0  # max |log ratio|
   config.lora = ConfigDict()
   config.lora.rank = 0  # 0: everything trains
-  config.lora.alpha = 128.0
+  config.lora.alpha = 128.0  # adapters count alpha / rank times
   config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
-  config.learning_rate.und = 1e-6
-  config.learning_rate.gen = 3e-5
+  config.learning_rate.und = 1e-6  # understanding expert: reasons
+  config.learning_rate.gen = 3e-5  # generation expert: draws
   config.learning_rate.text = 0.0  # embeddings and head
   config.learning_rate.latent = 0.0  # time embedder, vae2llm, llm2vae
   config.schedule = "constant"  # or "cosine"
   config.warmup_steps = 0  # optimizer steps
-  config.b1, config.b2, config.eps = 0.9, 0.999, 1e-8
-  config.weight_decay = 1e-4
+  config.b1, config.b2, config.eps = 0.9, 0.999, 1e-8  # of AdamW
+  config.weight_decay = 1e-4  # times the learning rate, a step
   config.clip_norm = 1.0  # of each group's gradient
   config.ema_decay = 0.0  # 0 for none
 
   # Evaluation: fixed prompts and noise, ODE
   config.eval = ConfigDict()
   config.eval.every = 50  # iterations, and before the first and after the last; 0 for never
-  config.eval.source = "iconworld"
-  config.eval.split = "validation"
-  config.eval.prompts = 300
-  config.eval.batch_size = 64
-  config.eval.modes = ("think", "think+guidance", "plain", "plain+guidance")
-  config.eval.num_timesteps = 50
-  config.eval.temperature = 1.0
-  config.eval.cfg_text_scale = 4.0
-  config.eval.cfg_interval = (0.4, 1.0)
-  config.eval.cfg_renorm = "global"
+  config.eval.source = "iconworld"  # as prompts.source
+  config.eval.split = "validation"  # of it, never trained on
+  config.eval.prompts = 300  # the first of the split
+  config.eval.batch_size = 64  # rows at once, all hosts together
+  config.eval.modes = (  # the reward of the first tells which checkpoint is the best
+    "think", "think+guidance", "plain", "plain+guidance")
+  config.eval.num_timesteps = 50  # points of the time grid
+  config.eval.temperature = 1.0  # of sampled tokens; 0 takes the likeliest
+  config.eval.cfg_text_scale = 4.0  # of the modes with guidance
+  config.eval.cfg_interval = (0.4, 1.0)  # as that of the rollout
+  config.eval.cfg_renorm = "global"  # as that of the rollout
   config.eval.keep = 24  # prompts whose images are kept
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
-  config.remat = True
+  config.remat = True  # layers are computed again in the backward pass, not kept
   config.mesh = ConfigDict()
-  config.mesh.data = 1
+  config.mesh.data = 1  # ways that hold whole copies of the parameters
   config.mesh.fsdp = 0  # 0: all devices that data and tensor leave
-  config.mesh.tensor = 1
+  config.mesh.tensor = 1  # ways that each layer is cut into
 
   # Log
   config.writers = ("jsonl",)  # and "tensorboard", "wandb"
   config.checkpoint_every = 20  # iterations
-  config.keep_checkpoints = 2
+  config.keep_checkpoints = 2  # the last so many; the best one stays besides
   config.keep_every = 0  # multiples of it are kept for ever; 0 for none
   for variant in filter(None, variants.split(",")):
     if variant not in VARIANTS:

@@ -1,6 +1,7 @@
 """Trajectories of the golden BAGEL, sampled as training samples them, for the joint objective."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ END = 40  # Random weights hardly ever say 281: a token that they do say is the 
 SYSTEM = (280, 100, 101, 281)
 GROUP, MAX_TOKENS, POINTS, SHIFT, NOISE = 2, 5, 6, 3.0, 0.8
 STEPS = (0, 2)  # The first, where t = 1, and another.
+# Compiled code that is not fast, but soon there.
+QUICK = {"xla_backend_optimization_level": 0}
 NO_GUIDANCE = flow.Guidance(text_scale=1.0)
 GUIDANCE = flow.Guidance(text_scale=3.0, interval=(0.9, 1.0))  # One step within, one without.
 
@@ -90,11 +93,39 @@ def sample(model, params, *, think=True, guidance=NO_GUIDANCE, side=2):
   return types.Experience(again(ids), again(mask), text, drawn, adv, jnp.ones(rows, bool))
 
 
-def state(params, transformation, *, ema=False, reference=False) -> types.TrainState:
-  copy = lambda wanted: jax.tree.map(jnp.copy, params) if wanted else None
+def state(params, transformation, *, ema=False) -> types.TrainState:
   return types.TrainState(
-    jnp.int32(0), params, transformation.init(params), copy(ema), copy(reference)
+    jnp.int32(0), params, transformation.init(params), params if ema else None
   )
+
+
+def runner(model, params):
+  """run(experience, ...) -> (state after one update, state before it, metrics on the host)."""
+  usual = {"reading": reading(), "numbers": numbers(), "schedule": schedule()}
+
+  @functools.cache
+  def jitted(model, reading, numbers, schedule, rates, reference_model, context, ema_decay):
+    transformation = optimizer(dict(rates))
+    return transformation, jax.jit(update.make_update(
+      model, transformation, grid(model.config), reading, numbers, schedule,
+      trained={group for group, rate in rates if rate}, ema_decay=ema_decay,
+      reference_model=reference_model, reference_context=context,
+    ), compiler_options=QUICK)
+
+  def run(
+    experience, *, reading=usual["reading"], numbers=usual["numbers"], schedule=usual["schedule"],
+    rates=None, model=model, start=params, reference=params, context=True, ema_decay=None,
+  ):
+    """`reference`: its parameters, {} for the policy's own, None for none."""
+    rates = dict(und=1e-2, gen=1e-2) if rates is None else rates
+    other = None if reference is None else model.clone(lora=None)
+    transformation, fn = jitted(
+      model, reading, numbers, schedule, tuple(rates.items()), other, context, ema_decay)
+    before = state(start, transformation, ema=ema_decay is not None)
+    after, metrics = fn(before.replace(reference=reference or None), experience)
+    return after, before, jax.device_get(metrics)
+
+  return run
 
 
 def moved(before, after) -> dict[str, float]:

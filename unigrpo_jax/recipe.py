@@ -32,6 +32,9 @@ LEAST = {
 # carry 2^-8 of relative error, which logits of size 30 turn into some tenths of a nat, and
 # velocities off by 1e-2 into a log ratio of about 4e-7 at 262,144 elements.
 DRIFT = {"float32": (1e-5, 1e-8), "bfloat16": (1.0, 1e-6)}
+# float32 rounds the means of a step to 2e-7. A log ratio is their mean over the latent elements: of
+# fewer than 10,000 it moves by more than 1e-8, within five standard deviations by this / sqrt.
+DRIFT_ROUNDING = 1e-6
 
 
 def check(config, network: runs.Network) -> None:
@@ -254,6 +257,8 @@ def drift_limits(config, network: runs.Network) -> dict[str, float]:
   elements = latent_elements(config, network)
   if config.dtype == "bfloat16":
     flow_limit *= (REFERENCE_ELEMENTS / elements) ** 0.5
+  else:
+    flow_limit = max(flow_limit, DRIFT_ROUNDING / elements**0.5)
   return {
     "drift/text": config.drift.text or text, "drift/flow": config.drift.flow or flow_limit
   }

@@ -226,7 +226,7 @@ def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) ->
     ratio = jnp.exp(signals["text/log_ratio"])
     out |= _ratio("text", ratio, signals["text/clipped"], mask)
     log_ratio = signals["text/log_ratio"]
-    out["text/approx_kl"] = _mean(ratio - 1 - log_ratio, mask)
+    out["text/approx_kl"] = _mean(jnp.expm1(log_ratio) - log_ratio, mask)
     out["text/entropy"] = _mean(signals["text/entropy"], mask)
     out["drift/text"] = signals["drift/text"].max()
     if "text/kl" in signals:

@@ -1,0 +1,40 @@
+"""FlowGRPO: the reward trains the drawing alone (UniGRPO, arXiv 2603.23500, eqs. 6 and 8).
+
+  python -m unigrpo_jax.train --config=configs/flow_grpo.py:tiny --workdir=runs/flow_grpo
+  python -m unigrpo_jax.train --config=configs/flow_grpo.py:tiny,no_think --workdir=runs/no_think
+
+Everything else is that of `configs/unigrpo.py`, whose variants and keys it has. It reasons before
+it draws, by the network that training started from; with the variant `no_think` it does not.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def _unigrpo():
+  """`configs/unigrpo.py`, by its place beside this file: a config is not in a package."""
+  path = pathlib.Path(__file__).with_name("unigrpo.py")
+  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def get_config(variants: str = "") -> ConfigDict:
+  """The configuration of UniGRPO without its text objective."""
+  unigrpo = _unigrpo()
+  unigrpo.VARIANTS["no_think"] = no_think
+  config = unigrpo.get_config(variants)
+  config.text.train = False
+  # Without a gradient, weight decay would still move it.
+  config.learning_rate.und = 0.0
+  return config
+
+
+def no_think(config: ConfigDict) -> None:
+  """It draws from the prompt alone, and is evaluated so first."""
+  config.rollout.think = False
+  modes = config.eval.modes
+  config.eval.modes = tuple(sorted(modes, key=lambda mode: "plain" not in mode))

@@ -1,0 +1,30 @@
+"""TextGRPO: the reward of the image trains the reasoning alone (UniGRPO, arXiv 2603.23500, eq. 2).
+
+  python -m unigrpo_jax.train --config=configs/text_grpo.py:tiny --workdir=runs/text_grpo
+
+Everything else is that of `configs/unigrpo.py`, whose variants and keys it has; the generation
+expert stays as it is, so that images are drawn by the network that training started from.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def _unigrpo():
+  """`configs/unigrpo.py`, by its place beside this file: a config is not in a package."""
+  path = pathlib.Path(__file__).with_name("unigrpo.py")
+  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def get_config(variants: str = "") -> ConfigDict:
+  """The configuration of UniGRPO without its flow objective."""
+  config = _unigrpo().get_config(variants)
+  config.flow.train = False
+  # Without a gradient, weight decay would still move it.
+  config.learning_rate.gen = 0.0
+  return config

@@ -1,0 +1,199 @@
+"""The configs of training: Table 3, a comment a key, variants, and what is refused and how."""
+
+import importlib.util
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from unigrpo_jax import errors, recipe, runs, sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+UNIGRPO, TEXT, FLOW = "unigrpo", "text_grpo", "flow_grpo"
+
+
+def _load(name):
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _check(config, devices=1):
+  mesh = sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+  recipe.check(config, runs.Network(None, None, None, mesh))
+
+
+def _flat(config, path=""):
+  for key, value in config.items():
+    name = f"{path}{key}"
+    if hasattr(value, "items"):
+      yield from _flat(value, name + ".")
+    else:
+      yield name, value
+
+
+def test_table_3():
+  config = _load(UNIGRPO).get_config()
+  values = dict(_flat(config))
+  table = {
+    "prompts_per_step": 32, "group_size": 24, "rollout.height": 1024, "rollout.width": 1024,
+    "rollout.num_timesteps": 25, "rollout.shift": 3.0, "rollout.window_range": (0, 5),
+    "rollout.window_size": 3, "rollout.noise_level": 0.8, "rollout.sde": "flow", "epochs": 2,
+    "minibatches": 1, "learning_rate.und": 1e-6, "learning_rate.gen": 3e-5, "flow.clip": 1e-6,
+    "flow.regulariser": "velocity_mse", "flow.regulariser_weight": 1.5e-5, "flow.weight": 1.0,
+    "flow.ratio": "norm", "flow.grad_reweight": "none", "flow.objective": "grpo",
+    "text.kl_weight": 0.0, "text.aggregation": "seq-mean-token-mean", "rollout.temperature": 1.0,
+    "rollout.cfg_text_scale": 1.0, "text.train": True, "flow.train": True,
+  }
+  assert {name: values[name] for name in table} == table
+  _check(config)
+
+
+def test_every_key_has_a_comment():
+  """A section has one above it, or beside it."""
+  lines = (ROOT / "configs" / "unigrpo.py").read_text().split("def tiny")[0].splitlines()
+  start = next(i for i, line in enumerate(lines) if line.startswith("def get_config"))
+  keys = 0
+  for above, line in zip(lines[start:], lines[start + 1 :]):
+    if re.match(r"  config\.[\w.]+(, config\.\w+)* = ", line):
+      section = line.rstrip().endswith("= ConfigDict()")
+      commented = "  # " in line or (section and ("  # " in above or above.startswith("  config.")))
+      keys += not section
+      assert commented, line
+  assert keys > 90
+
+
+@pytest.mark.parametrize("name", [UNIGRPO, TEXT, FLOW])
+def test_all_combinations_of_variants_can_run(name):
+  module = _load(name)
+  variants = list(_load(UNIGRPO).VARIANTS) + (["no_think"] if name == FLOW else [])
+  for count in range(len(variants) + 1):
+    for chosen in itertools.combinations(variants, count):
+      for order in (chosen, chosen[::-1]):
+        config = module.get_config(",".join(order))
+        _check(config)
+        assert config.init_from == ("tiny" if "tiny" in order else "")
+        assert (config.lora.rank > 0) == ("lora" in order)
+        assert (config.rollout.cfg_text_scale > 1) == ("cfg" in order)
+        trained = {"und", "gen"} - {{TEXT: "gen", FLOW: "und"}.get(name)}
+        assert runs.trained(config.learning_rate) == trained
+        assert (config.text.train, config.flow.train) == (name != FLOW, name != TEXT)
+        assert config.rollout.think == ("no_think" not in order)
+  with pytest.raises(ValueError, match="'tyni' is none of tiny"):
+    module.get_config("tyni")
+
+
+REFUSED = [
+  ("flow.objective", "grpp", "config.flow.objective='grpp' .* did you mean 'grpo'"),
+  ("flow.ratio", "x", "config.flow.ratio='x'"),
+  ("flow.grad_reweight", "x", "config.flow.grad_reweight='x'"),
+  ("flow.regulariser", "mse", "config.flow.regulariser='mse'"),
+  ("flow.routing", "all", "config.flow.routing='all'"),
+  ("flow.reference_context", "x", "config.flow.reference_context='x'"),
+  ("flow.awm_weighting", "x", "config.flow.awm_weighting='x'"),
+  ("text.aggregation", "mean", "config.text.aggregation='mean'"),
+  ("rollout.sde", "ode", "config.rollout.sde='ode'"),
+  ("rollout.window", "x", "config.rollout.window='x'"),
+  ("rollout.cfg_renorm", "x", "config.rollout.cfg_renorm='x'"),
+  ("advantage.std", "x", "config.advantage.std='x'"),
+  ("old_values", "x", "config.old_values='x'"),
+  ("dtype", "float16", "config.dtype='float16'"),
+  ("steps", 0, "config.steps=0 must be at least 1"),
+  ("group_size", 1, "config.group_size=1 must be at least 2"),
+  ("epochs", 0, "config.epochs=0"),
+  ("microbatch", 0, "config.microbatch=0"),
+  ("eval.every", -1, "config.eval.every=-1"),
+  ("lora.rank", -1, "config.lora.rank=-1"),
+  ("rollout.temperature", 0.0, "config.rollout.temperature=0.0 must be more than 0"),
+  ("rollout.num_timesteps", 1, "config.rollout.num_timesteps=1"),
+  ("rollout.prompt_tokens", 2, "config.rollout.prompt_tokens=2"),
+  ("rollout.noise_level", 0.0, "config.rollout.noise_level=0.0 must be more than 0"),
+  ("rollout.window_size", 0, "config.rollout.window_size=0 leaves no step"),
+  ("rollout.window_size", 6, "config.rollout.window_range and window_size .* 0 to 5"),
+  ("rollout.window_range", (0, 25), "config.rollout.window_range and .* num_timesteps=25"),
+  ("text.dual_clip", 0.5, "config.text.dual_clip=0.5 must be more than 1"),
+  ("learning_rate.und", -1.0, "config.learning_rate.und=-1.0"),
+  ("learning_rate.und", 0.0, "config.text.train=True but config.learning_rate.und=0"),
+  ("learning_rate.gen", 0.0, "config.flow.train=True but config.learning_rate.gen=0"),
+  ("ema_decay", 1.5, "config.ema_decay=1.5 must be"),
+  ("minibatches", 2, "config.minibatches=2: .* set config.old_values=recomputed"),
+  ("prompts_per_step", 33, "config.prompts_per_step=33 does not divide by .*prompts_at_once=8"),
+  ("microbatch", 100, "trajectories of an iteration, .*=768 does not divide by .*=100"),
+]
+
+
+@pytest.mark.parametrize("key, value, words", REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
+def test_what_is_refused_names_its_key_in_a_line(key, value, words):
+  config = _load(UNIGRPO).get_config()
+  section, _, name = key.rpartition(".")
+  (config[section] if section else config)[name] = value
+  with pytest.raises(errors.InputError, match=words) as refused:
+    _check(config)
+  assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"text.train": False, "flow.train": False}, "text.train and config.flow.train are both"),
+    ({"rollout.think": False, "flow.train": False}, "think=False leaves no text to train"),
+    ({"flow.objective": "nft", "old_values": "rollout"}, "flow.objective=nft compares velocities"),
+    ({"flow.objective": "awm", "flow.regulariser": "latent_kl"}, "regulariser=latent_kl needs the"),
+    ({"rollout.sde": "cps", "rollout.window_range": (0, 24)}, "cps has no noise; .* at 23"),
+    ({"learning_rate.und": 0.0, "learning_rate.latent": 1e-5}, "give it one"),
+  ],
+)
+def test_impossible_pairs_are_refused(changes, words):
+  config = _load(UNIGRPO).get_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.InputError, match=words):
+    _check(config)
+
+
+def test_rows_must_divide_over_the_devices():
+  """Also where a number of rows and the devices are the same: the message names what it means."""
+  config = _load(UNIGRPO).get_config()
+  config.prompts_per_step, config.microbatch = 33, 24
+  with pytest.raises(errors.InputError, match="prompts_per_step=33 .*prompts_at_once=8"):
+    _check(config, devices=8)
+  config.prompts_per_step, config.microbatch = 32, 12
+  with pytest.raises(errors.InputError, match="microbatch=12 does not divide by config.mesh"):
+    _check(config, devices=8)
+
+
+def test_a_cosine_ends_with_the_last_optimizer_step():
+  config = _load(UNIGRPO).get_config()
+  config.steps, config.epochs, config.minibatches = 5, 2, 3
+  assert runs.optimizer_steps(config) == 30
+
+
+def test_the_reference_is_copied_where_the_policy_overwrites_it():
+  module = _load(UNIGRPO)
+  assert recipe.copies_reference(module.get_config())
+  assert not recipe.copies_reference(module.get_config("no_regulariser"))
+  config = module.get_config("lora")
+  assert recipe.needs_reference(config) and not recipe.copies_reference(config)
+  config.learning_rate.latent = 1e-5  # no adapters there: what is under them moves
+  assert recipe.copies_reference(config)
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--config=configs/unigrpo.py:tiny", "--config.stpes=3"], "'stpes'. Did you mean \"steps\""),
+    (["--config=configs/unigrpo.py:tony"], "variant 'tony' is none of tiny, lora, cfg"),
+  ],
+)
+def test_a_mistyped_command_is_one_line(tmp_path, arguments, words):
+  done = subprocess.run(
+    [sys.executable, "-m", "unigrpo_jax.train", *arguments, f"--workdir={tmp_path / 'run'}"],
+    cwd=ROOT, capture_output=True, text=True, timeout=120,
+  )
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+  assert words in done.stderr and not (tmp_path / "run").exists()

@@ -1,0 +1,197 @@
+"""UniGRPO end to end, small: stopped and resumed it is the same run, bit for bit."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from unigrpo_jax import build, errors, folders, recipe, rollout, runs, train
+
+VOLATILE = ("seconds/", "share/", "eval/seconds", "trajectories_per_second")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """Tokenizer, configs, an autoencoder of two steps and a random network that draws something."""
+  place = tmp_path_factory.mktemp("base")
+  build.make_base(place, seed=0, vae_steps=2, vae_rows=2)
+  folder = folders.open_folder(place / "base")
+  params = folder.load_params(dtype=np.float32)
+  # Its velocities start at zero, and then no gradient passes.
+  kernel = params["bagel"]["llm2vae"]["kernel"]
+  params["bagel"]["llm2vae"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
+  folders.write_official(place / "drawing", folder, params, dtype=np.float32)
+  return place / "drawing"
+
+
+def _config(base, **changes):
+  path = pathlib.Path(__file__).parents[1] / "configs" / "unigrpo.py"
+  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config("tiny")
+  config.rewards = dict(brightness=1.0)
+  small = {
+    "init_from": str(base), "steps": 3, "prompts_per_step": 2,
+    "group_size": 2, "microbatch": 2, "rollout.prompts_at_once": 1, "rollout.max_tokens": 6,
+    "rollout.num_timesteps": 5, "rollout.window_range": (0, 3), "rollout.window_size": 2,
+    "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1, "eval.every": 2,
+    "eval.prompts": 2, "eval.batch_size": 2, "eval.keep": 1, "eval.modes": ("think",),
+    "eval.num_timesteps": 4, "warmup_steps": 0,
+  }
+  config.update_from_flattened_dict(small | changes)
+  return config
+
+
+def _train(config, workdir):
+  return train.train(config, workdir, jax.devices()[:1])
+
+
+def _rows(workdir):
+  """The metrics without what the clock says."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+class _Stop:
+  """A signal that comes when the loop has looked `looks` times."""
+
+  def __init__(self, looks):
+    self.left = looks
+
+  def is_set(self):
+    self.left -= 1
+    return self.left < 0
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+  """(workdir, last state, prompts in their order) of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("whole")
+  with _Listening() as prompts:
+    state = _train(_config(base), workdir)
+  return workdir, state, prompts
+
+
+class _Listening:
+  """The prompts of every chunk that is sampled, in order."""
+
+  def __enter__(self):
+    prompts, self.sample = [], rollout.Sampler.sample
+
+    def sample(sampler, params, texts, *rest):
+      prompts.append(tuple(texts))
+      return self.sample(sampler, params, texts, *rest)
+
+    rollout.Sampler.sample = sample
+    return prompts
+
+  def __exit__(self, *_):
+    rollout.Sampler.sample = self.sample
+
+
+def test_a_run_says_what_it_did(whole):
+  workdir, state, prompts = whole
+  rows = _rows(workdir)
+  assert [row["step"] for row in rows] == [0, 1, 2, 3] and len(prompts) == 6
+  assert int(state.step) == 6  # two epochs an iteration
+  for row in rows[1:]:
+    assert 0 < row["reward/mean"] < 1 and row["reward/std"] > 0
+    assert 0 < row["drift/text"] < 1e-5 and row["drift/flow"] < 1e-7
+    assert row["groups/dropped"] == 0 and row["grad_norm/und"] > 0 < row["grad_norm/gen"]
+  # Everything was compiled in the first iteration, and the evaluation before it.
+  told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert told[1]["seconds/compile"] > 0 == told[2]["seconds/compile"] == told[3]["seconds/compile"]
+  assert [("eval/think/reward" in row) for row in rows] == [True, False, True, True]
+  for number in (0, 2, 3):
+    results = workdir / "evaluations" / f"{number:06d}" / "results.json"
+    assert len(json.loads(results.read_text())["rows"]) == 2
+
+
+def test_the_best_checkpoint_stays(whole):
+  """The last one does, and the evaluated one with the highest reward."""
+  workdir, _, _ = whole
+  rows = {row["step"]: row["eval/think/reward"] for row in _rows(workdir) if row["step"] in (2, 3)}
+  best = max(rows, key=lambda number: rows[number])
+  kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+  assert kept == {3, best}
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5], ids=["while sampling", "in an update", "later"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(base, whole, tmp_path, monkeypatch, looks):
+  workdir, want, order = whole
+  with _Listening() as prompts:
+    with monkeypatch.context() as patch:
+      patch.setattr(runs, "stop_on_signal", lambda: _Stop(looks))
+      stopped = _train(_config(base), tmp_path)
+    assert int(stopped.step) < 6
+    sampled = len(prompts)
+    got = _train(_config(base), tmp_path)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert _rows(tmp_path) == _rows(workdir)
+  # It takes up the iteration it was stopped in.
+  assert prompts[sampled:] == order[int(stopped.step) // 2 * 2 :]
+
+
+def test_what_may_change_and_what_not(base, whole):
+  workdir, _, _ = whole
+  for changes, words in (
+    ({"group_size": 4, "microbatch": 4}, "config.group_size=4 but the run in the workdir has 2"),
+    ({"text.clip_low": 0.1}, "config.text.clip_low=0.1 but the run"),
+    ({"learning_rate.text": 1e-5}, "config.learning_rate.text=1e-05 but the run"),
+    ({"schedule": "cosine", "steps": 4}, "config.schedule='cosine' but the run"),
+  ):
+    with pytest.raises(errors.InputError, match=words):
+      _train(_config(base, **changes), workdir)
+  # Advice that a diverged run is given, and a run that is already over.
+  before = json.loads(_config(base).to_json())
+  now = json.loads(_config(base, steps=9, **{"learning_rate.und": 1e-7}).to_json())
+  runs.check_resumable(before, now, runs.may_change(before, now, train.RESUMABLE))
+
+
+def test_a_run_that_stops_on_an_error_saves_what_it_has(base, tmp_path, monkeypatch):
+  """A drift beyond its limit, after one good iteration, and a resume that goes on."""
+  config = _config(base, checkpoint_every=100, **{"eval.every": 0})
+  calls = []
+
+  def check(values, limits, number):
+    calls.append(number)
+    if number == 2:
+      raise errors.InputError("step 2: too far")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "check_drift", check)
+    with pytest.raises(errors.InputError, match="too far"):
+      _train(config, tmp_path)
+  assert calls == [1, 2]
+  saved = runs.open_checkpoints(tmp_path, config)
+  assert saved.latest == 1 and saved.record(1)["prompt_position"]
+  saved.close()
+
+
+def test_drift_limits_stop_with_the_key(base):
+  limits = recipe.drift_limits(_config(base), runs.open_network(_config(base), jax.devices()[:1]))
+  assert limits["drift/text"] == 1e-5 and 1e-8 <= limits["drift/flow"] < 1e-7
+  with pytest.raises(errors.InputError, match="step 4: drift/text=0.1.*config.drift.text"):
+    train.check_drift({"drift/text": 0.1}, limits, 4)
+  train.check_drift({"drift/text": 1e-6, "drift/flow": 1e-9}, limits, 4)
+
+
+def test_adapters_without_thinking_are_trained_and_exported(base, tmp_path):
+  """The export is an official folder with the adapters in its kernels."""
+  changes = {
+    "steps": 1, "rollout.think": False, "text.train": False, "lora.rank": 2, "eval.every": 0,
+    "export_to": str(tmp_path / "out"), "export_dtype": "float32", "learning_rate.und": 0.0,
+  }
+  state = _train(_config(base, **changes), tmp_path / "run")
+  assert state.reference is None
+  loaded = folders.open_folder(tmp_path / "out").load_params()["bagel"]
+  gate = state.params["layers"]["gen"]["mlp"]["gate"]
+  change = np.asarray(loaded["layers"]["gen"]["mlp"]["gate"]["kernel"]) - np.asarray(gate["kernel"])
+  want = np.einsum("ldr,lrf->ldf", gate["lora_down"], gate["lora_up"]) * 128.0 / 2
+  assert np.abs(want).max() > 1e-4
+  np.testing.assert_allclose(change, want, atol=1e-6)
