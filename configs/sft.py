@@ -4,14 +4,14 @@
     --config.data.folder=shards --workdir=runs/sft                    # BAGEL-7B-MoT on a pod
   python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
 
-`:tiny` is the second half of `python -m unigrpo_jax.build`, which makes the embedded checkpoint.
+`:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`: it makes the embedded BAGEL.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-  """The configuration for BAGEL-7B-MoT, or with "tiny" for IconWorld."""
+  """The configuration for BAGEL-7B-MoT, or with a variant for IconWorld."""
   config = ConfigDict()
   config.algorithm = "sft"
   config.seed = 0
@@ -76,22 +76,21 @@ def get_config(variant: str = "") -> ConfigDict:
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
   config.keep_checkpoints = 3
-  return tiny(config) if variant == "tiny" else _plain(config, variant)
-
-
-def _plain(config: ConfigDict, variant: str) -> ConfigDict:
+  if variant not in ("", "tiny", "tiny_look"):
+    raise ValueError(f"variant {variant!r} is none of tiny, tiny_look")
   if variant:
-    raise ValueError(f"configs/sft.py:{variant}: the only variant is 'tiny'")
+    tiny(config)
+  if variant == "tiny_look":
+    look(config)
   return config
 
 
-def tiny(config: ConfigDict) -> ConfigDict:
+def tiny(config: ConfigDict) -> None:
   """The numbers for IconWorld on two cores."""
   config.steps = 2400
   config.random_init = True
   config.data.wrong_plan_rate = 0.3
-  config.data.mixture = ConfigDict(
-    dict(draw_think=0.5, draw=0.1, answer=0.15, describe=0.1, edit=0.15))
+  config.data.mixture = ConfigDict(dict(draw_think=0.5, draw=0.1, answer=0.25, edit=0.15))
   config.sequences_per_step = config.microbatch = 48
   config.noise_draws = 4
   config.timestep_shift = 1.0
@@ -111,4 +110,16 @@ def tiny(config: ConfigDict) -> ConfigDict:
   config.log_every = 10
   config.checkpoint_every = 200
   config.keep_checkpoints = 2
-  return config
+
+
+def look(config: ConfigDict) -> None:
+  """What comes after `tiny`: descriptions of whole images teach the ViT to see."""
+  config.init_from, config.random_init = "", False
+  config.seed = 1
+  config.steps = 900
+  config.data.mixture = ConfigDict(
+    dict(draw_think=0.35, draw=0.05, answer=0.2, describe=0.25, edit=0.15))
+  config.ce_weighting = "square"
+  for group in ("und", "gen", "text", "latent", "vit"):
+    config.learning_rate[group] = 1e-3
+  config.learning_rate.vit = 2e-3

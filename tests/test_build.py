@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from unigrpo_jax import build, folders, train
+from unigrpo_jax import build, folders, runs
 
 SMALL = [
   "steps=3", "sequences_per_step=4", "microbatch=4", "noise_draws=1", "checkpoint_every=1",
@@ -59,7 +59,7 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
       return pictures(seed, step, count)
 
     patch.setattr(build, "pictures", counted)
-    patch.setattr(train, "stop_on_signal", _AfterTwo)
+    patch.setattr(runs, "stop_on_signal", _AfterTwo)
     _build(parts, out)
   # The autoencoder went on from its checkpoint of step 2; the last call measures its latents.
   assert seen == [0, 1, 2, 3, 2, 3, 4, 5] and (parts / "base").exists() and not out.exists()

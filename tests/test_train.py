@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, errors, finetune, folders, runs
+from unigrpo_jax import build, config_files, errors, finetune, folders, runs
 from unigrpo_jax.models import config as config_lib
 
 SMALL = [
@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 
 def _config(base, *overrides):
-  config = build.sft_config([*SMALL, *overrides])
+  config = config_files.load("sft", "tiny", [*SMALL, *overrides])
   config.init_from, config.random_init = str(base), True
   return config
 
@@ -89,7 +89,7 @@ def test_impossible_configurations_are_refused(base, tmp_path, override, words):
 
 def test_overrides_of_unknown_keys_are_refused():
   with pytest.raises(errors.InputError, match="stpes"):
-    build.sft_config(["stpes=3"])
+    config_files.load("sft", "tiny", ["stpes=3"])
 
 
 def test_the_base_folder_is_a_checkpoint(base):

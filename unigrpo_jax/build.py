@@ -2,7 +2,8 @@
 
   1. a tokenizer of IconWorld's prompts and reasoning, in the Qwen2 file format;
   2. a small FLUX autoencoder of its pictures;
-  3. supervised training of the network on it (`configs/sft.py:tiny`);
+  3. supervised training of the network on it: to think and draw (`configs/sft.py:tiny`), then to
+     look as well (`configs/sft.py:tiny_look`);
   4. the official folder.
 
 Each stage resumes where it was interrupted, and the same seed gives the same bytes.
@@ -163,17 +164,24 @@ def build(
     out: the official folder to make.
     seed: of everything.
     vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
-    overrides: KEY=VALUE of `configs/sft.py:tiny`.
+    overrides: KEY=VALUE of both configs of the supervised training.
     devices: of the supervised training; None: all of them.
   """
   make_base(
     workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
     vae_checkpoint_every=vae_checkpoint_every,
   )
-  config = sft_config(overrides)
-  config.seed, config.init_from, config.random_init = seed, str(workdir / "base"), True
-  config.export_to = str(out)
-  finetune.train(config, workdir / "sft", devices)
+  if not (workdir / "first").exists():
+    config = config_files.load("sft", "tiny", overrides)
+    config.seed, config.init_from = seed, str(workdir / "base")
+    # Whole, since the training goes on from it.
+    config.export_to, config.export_dtype = str(workdir / "first"), "float32"
+    finetune.train(config, workdir / "sft", devices)
+  if (workdir / "first").exists():  # It is not where a signal stopped the training.
+    config = config_files.load("sft", "tiny_look", overrides)
+    config.seed, config.init_from = seed + 1, str(workdir / "first")
+    config.export_to = str(out)
+    finetune.train(config, workdir / "look", devices)
 
 
 def make_base(
@@ -204,11 +212,6 @@ def make_base(
     print(f"wrote {base}", flush=True)
 
 
-def sft_config(overrides: Sequence[str]):
-  """`configs/sft.py:tiny` with KEY=VALUE overrides."""
-  return config_files.load("sft", "tiny", overrides)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.build", description=__doc__,
@@ -220,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--seed", type=int, default=0)
   add("--vae_steps", type=int, default=3000, help="default: %(default)s")
   add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
-  add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/sft.py:tiny")
+  add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of both configs")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
   build(
     args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
