@@ -67,6 +67,26 @@ def test_microbatches_do_not_change_the_update(run, experience, one_step, parts)
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("microbatches,group_parts", [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_a_prompt_read_once_is_the_same_as_once_a_trajectory(
+  run, experience, one_step, microbatches, group_parts
+):
+  """However prompts and their groups are cut into microbatches."""
+  shared = experience.replace(
+    prompt_ids=experience.prompt_ids[:: joint.GROUP],
+    prompt_mask=experience.prompt_mask[:: joint.GROUP],
+  )
+  schedule = joint.schedule(microbatches=microbatches, group_parts=group_parts)
+  after, _, metrics = run(shared, schedule=schedule)
+  _close(after, one_step[0])
+  assert metrics["drift/text"][0] < 1e-5
+  # It would not be, were prompts and trajectories mixed up.
+  if microbatches == 1:
+    turned = shared.replace(
+      prompt_ids=shared.prompt_ids[::-1], prompt_mask=shared.prompt_mask[::-1])
+    assert run(turned, schedule=schedule)[2]["drift/text"][0] > 1e-3
+
+
 def test_the_order_of_trajectories_does_not_matter(run, experience, one_step):
   order = np.random.default_rng(0).permutation(8)
   _close(run(_rows(experience, order))[0], one_step[0])
