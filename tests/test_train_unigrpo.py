@@ -175,10 +175,11 @@ def test_a_run_that_stops_on_an_error_saves_what_it_has(base, tmp_path, monkeypa
 
 def test_drift_limits_stop_with_the_key(base):
   limits = recipe.drift_limits(_config(base), runs.open_network(_config(base), jax.devices()[:1]))
-  assert limits["drift/text"] == 1e-5 and 1e-8 <= limits["drift/flow"] < 1e-7
-  with pytest.raises(errors.InputError, match="step 4: drift/text=0.1.*config.drift.text"):
-    train.check_drift({"drift/text": 0.1}, limits, 4)
-  train.check_drift({"drift/text": 1e-6, "drift/flow": 1e-9}, limits, 4)
+  assert limits["drift/text_scaled"] == 3e-5 and 1e-8 <= limits["drift/flow"] < 1e-7
+  pattern = "step 4: drift/text_scaled=0.1.*config.drift.text;?$"
+  with pytest.raises(errors.InputError, match=pattern):
+    train.check_drift({"drift/text_scaled": 0.1}, limits, 4)
+  train.check_drift({"drift/text_scaled": 1e-6, "drift/flow": 1e-9}, limits, 4)
 
 
 def test_adapters_without_thinking_are_trained_and_exported(base, tmp_path):

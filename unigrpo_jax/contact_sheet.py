@@ -12,10 +12,13 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 SIDE, GAP, LINE, WORDS = 128, 12, 15, 64  # pixels, pixels, pixels, characters
+WIDE = 1300  # pixels that a sheet may take to put prompts side by side
 
 
 def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
   """The kept pictures of `rows` (see `evaluation.Row`): prompts downwards, modes to the right.
+
+  Where few modes leave room, several prompts stand side by side.
 
   Pictures are shown with sides of at most `SIDE` pixels, small ones enlarged without smoothing.
   """
@@ -24,13 +27,18 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
   columns = [[row for row in kept if row.mode == mode] for mode in modes]
   blocks = [_strip(strip, images) for strip in zip(*columns)]
   width = max(block.width for block in blocks)
-  height = 2 * LINE + sum(block.height for block in blocks)
-  sheet = PIL.Image.new("RGB", (width, height), "white")
+  side_by_side = max(WIDE // width, 1)
+  lines = [blocks[i : i + side_by_side] for i in range(0, len(blocks), side_by_side)]
+  heights = [max(block.height for block in line) for line in lines]
+  sheet = PIL.Image.new(
+    "RGB", (width * min(side_by_side, len(blocks)), 2 * LINE + sum(heights)), "white"
+  )
   _write(sheet, GAP, GAP // 2, title)
   y = 2 * LINE
-  for block in blocks:
-    sheet.paste(block, (0, y))
-    y += block.height
+  for line, height in zip(lines, heights):
+    for place, block in enumerate(line):
+      sheet.paste(block, (place * width, y))
+    y += height
   return sheet
 
 

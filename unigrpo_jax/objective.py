@@ -123,7 +123,10 @@ def joint_loss(
     )
     drift = jnp.where(experience.text.mask, said.logp - experience.text.logp, 0.0)
     signals |= {f"text/{name}": value for name, value in found.items()}
+    # A log-probability is a difference of logits, whose rounding grows with them.
+    scaled = jnp.abs(drift) / jnp.maximum(jnp.abs(experience.text.logp), 1.0)
     signals |= {"text/entropy": said.entropy, "drift/text": jnp.abs(drift)}
+    signals["drift/text_scaled"] = scaled
     terms["text"] = text_loss
   if said.guided is not None:
     value, found, mine = _flow(

@@ -252,7 +252,7 @@ def schedule(config, mesh) -> update.Schedule:
 
 
 def drift_limits(config, network: runs.Network) -> dict[str, float]:
-  """Largest drift/text and drift/flow that a run goes on with."""
+  """Largest drift/text_scaled and drift/flow that a run goes on with."""
   text, flow_limit = DRIFT[str(jnp.dtype(config.dtype))]
   elements = latent_elements(config, network)
   if config.dtype == "bfloat16":
@@ -260,7 +260,7 @@ def drift_limits(config, network: runs.Network) -> dict[str, float]:
   else:
     flow_limit = max(flow_limit, DRIFT_ROUNDING / elements**0.5)
   return {
-    "drift/text": config.drift.text or text, "drift/flow": config.drift.flow or flow_limit
+    "drift/text_scaled": config.drift.text or text, "drift/flow": config.drift.flow or flow_limit
   }
 
 

@@ -281,7 +281,7 @@ def check_drift(values: dict[str, float], limits: dict[str, float], number: int)
       raise errors.InputError(
         f"step {number}: {name}={values[name]:.3g}, at most {limit:.3g} is rounding: the trainer "
         "does not compute what the sampler did for the same parameters; if the dtype explains it, "
-        f"raise config.{name.replace('/', '.')}"
+        f"raise config.{name.replace('/', '.').removesuffix('_scaled')}"
       )
 
 

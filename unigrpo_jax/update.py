@@ -228,7 +228,7 @@ def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) ->
     log_ratio = signals["text/log_ratio"]
     out["text/approx_kl"] = _mean(jnp.expm1(log_ratio) - log_ratio, mask)
     out["text/entropy"] = _mean(signals["text/entropy"], mask)
-    out["drift/text"] = signals["drift/text"].max()
+    out |= {name: signals[name].max() for name in ("drift/text", "drift/text_scaled")}
     if "text/kl" in signals:
       out["text/kl_ref"] = _mean(signals["text/kl"], mask)
   if reading.flow:
