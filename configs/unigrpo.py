@@ -156,7 +156,7 @@ def get_config(variants: str = "") -> ConfigDict:
 def tiny(config: ConfigDict) -> None:
   """The numbers for the embedded BAGEL and IconWorld on two cores."""
   config.init_from = "tiny"
-  config.steps = 40
+  config.steps = 64
   config.prompts_per_step = config.rollout.prompts_at_once = 16
   config.group_size = 12
   config.drift.text = 3e-5  # the largest of some 7,000 tokens an iteration; most are below 1e-6
@@ -168,10 +168,11 @@ def tiny(config: ConfigDict) -> None:
     window_size=3, window_range=(0, 6)))
   config.text.chunk = 64
   config.microbatch = 192
-  config.learning_rate.und = 1e-4
-  config.learning_rate.gen = 2e-4
+  config.learning_rate.und = 3e-4
+  config.learning_rate.gen = 6e-4
+  config.schedule = "cosine"
   config.eval.update(dict(
-    every=20, prompts=200, batch_size=100, modes=("think", "plain"), num_timesteps=25,
+    every=32, prompts=300, batch_size=100, modes=("think", "plain"), num_timesteps=25,
     cfg_text_scale=2.0, cfg_interval=(0.0, 1.0)))
   config.dtype = "float32"
   config.remat = False

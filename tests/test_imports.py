@@ -41,7 +41,7 @@ FREE = {
 }
 STANDARD = {
   "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",
-  "dataclasses", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
+  "dataclasses", "datetime", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
   "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
   "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "sys",
   "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata", "urllib",

@@ -32,7 +32,7 @@ def _start(workdir, out):
 def _metrics(workdir):
   """Rows without what depends on the clock."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  timed = ("seconds", "share", "trajectories_per_second", "eval/seconds")
+  timed = ("seconds", "share", "trajectories_per_second")
   return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from unigrpo_jax import build, errors, folders, recipe, rollout, runs, train
 
-VOLATILE = ("seconds/", "share/", "eval/seconds", "trajectories_per_second")
+VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 
 
 @pytest.fixture(scope="module")

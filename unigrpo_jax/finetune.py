@@ -49,7 +49,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     state = runs.first_state(
       network, optimizer, state_shardings, random_init=config.random_init, seed=config.seed
     )
-  run_id = runs.run_id(workdir, plain, record.get("run_id"))
+  run_id = runs.introduce(
+    workdir, plain, network, abstract.params, record.get("run_id")
+  )
 
   # --- Data.
   # On one device: it runs in the feed's thread, and programs over all devices that two threads

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 import dataclasses
+import datetime
 import difflib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -209,12 +211,26 @@ def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], free: Col
   walk(before, now)
 
 
-def run_id(workdir: pathlib.Path, config: Mapping[str, Any], resumed: str | None) -> str:
-  """The name of a run, kept over its resumptions; writes config.json beside it."""
+def introduce(
+  workdir: pathlib.Path, config: Mapping[str, Any], network: Network, params, resumed: str | None
+) -> str:
+  """Writes config.json and run.json of a run; returns its name, kept over its resumptions."""
   own = resumed or secrets.token_hex(4)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config)
+    write_json(workdir / "run.json", {
+      "run_id": own,
+      "resumed": resumed is not None,
+      "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "versions": {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+      },
+      "devices": device_line(network.mesh).removeprefix("devices: "),
+      "device_kind": network.mesh.devices.flat[0].device_kind,
+      "parameters": {group: count for group, count in group_sizes(params).items() if count},
+    })
   return own
 
 
@@ -240,13 +256,18 @@ def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:
     )
 
 
-def group_lines(config, params) -> list[str]:
-  """A line a group of parameters: how many there are, and whether they are trained."""
+def group_sizes(params) -> dict[str, int]:
+  """How many parameters each group has."""
   counts = dict.fromkeys(optim.GROUPS, 0)
   for leaf, group in zip(jax.tree.leaves(params), jax.tree.leaves(optim.groups(params))):
     counts[group] += leaf.size
+  return counts
+
+
+def group_lines(config, params) -> list[str]:
+  """A line a group of parameters: how many there are, and whether they are trained."""
   lines = []
-  for group, count in counts.items():
+  for group, count in group_sizes(params).items():
     rate = config.learning_rate.get(group, 0.0)
     if count:
       state = f"learning rate {rate:g}" if rate else "frozen"

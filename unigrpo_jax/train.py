@@ -102,7 +102,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       network, optimizer, where, random_init=config.random_init, seed=config.seed
     )
   resumed, first = saved.latest is not None, saved.latest or 0
-  run_id = runs.run_id(workdir, plain, record.get("run_id"))
+  run_id = runs.introduce(
+    workdir, plain, network, abstract.params, record.get("run_id")
+  )
 
   # --- The update.
   update_fn = jax.jit(
@@ -320,7 +322,7 @@ def make_evaluation(config, network: runs.Network, vae_params, scorer, workdir: 
     seconds = time.monotonic() - start
     line = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in modes)
     print(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}", flush=True)
-    return values | {"eval/seconds": seconds}, results.mean(modes[0], "reward")
+    return values | {"seconds/evaluate": seconds}, results.mean(modes[0], "reward")
 
   return run
 

@@ -33,6 +33,7 @@ HEALTH = (
 ELSEWHERE = re.compile(r"^(reward|eval|seconds|share)/")
 # Never shown: a page is made to be passed on.
 SECRET = {"token", "password", "secret", "api_key"}
+TOTAL = "reward"  # What evaluations call the weighted sum.
 MISSING = '<p class="missing">{}</p>'
 
 
@@ -113,16 +114,18 @@ def _reward_names(run: workdir.Run) -> list[str]:
     key.removeprefix("reward/") for key in run.keys
     if key.startswith("reward/") and key not in ("reward/mean", "reward/std")
   ]
-  return list(dict.fromkeys(names))
+  # What is trained on comes first, then what it is made of.
+  return sorted(dict.fromkeys(names), key=lambda name: name != TOTAL)
 
 
 def _rewards(run: workdir.Run, unit: str) -> str:
   names = _reward_names(run)
-  lone = names[0] if len(names) == 1 and f"reward/{names[0]}" not in run.keys else None
+  alone = names[:1] == [TOTAL] or len(names) == 1
+  lone = names[0] if alone and f"reward/{names[0]}" not in run.keys else None
   figures = []
   if "reward/mean" in run.keys:
     lines = [charts.Line("training, mean and spread", _spread(run, unit))]
-    title = "Reward" if lone is None else f"Reward: {lone}"
+    title = "Reward" if lone in (None, TOTAL) else f"Reward: {lone}"
     figures.append(_reward_figure(run, unit, title, lines, lone))
   for name in names:
     if name == lone and figures:
