@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, errors, folders, recipe, rollout, runs, train
+from unigrpo_jax import build, errors, export, folders, recipe, rollout, runs, train
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 
@@ -109,6 +109,19 @@ def test_a_run_says_what_it_did(whole):
   for number in (0, 2, 3):
     results = workdir / "evaluations" / f"{number:06d}" / "results.json"
     assert len(json.loads(results.read_text())["rows"]) == 2
+
+
+def test_a_checkpoint_is_exported_on_demand(whole, tmp_path):
+  """From the workdir alone, on other devices than it was trained on."""
+  workdir, state, _ = whole
+  export.main([str(workdir), str(tmp_path / "out"), "--dtype=float32"])
+  loaded = folders.open_folder(tmp_path / "out").load_params(parts=("bagel",))["bagel"]
+  for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state.params), strict=True):
+    np.testing.assert_array_equal(np.asarray(a, np.float32), b)
+  with pytest.raises(errors.InputError, match=r"no checkpoint 7; it has \[.*3\]"):
+    export.main([str(workdir), str(tmp_path / "out"), "--step=7"])
+  with pytest.raises(errors.InputError, match="holds no checkpoints"):
+    export.main([str(tmp_path), str(tmp_path / "out")])
 
 
 def test_the_best_checkpoint_stays(whole):
