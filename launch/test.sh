@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets up .venv, checks the style and runs the tests. Arguments go to pytest, for example -m slow.
+# WORKERS processes share the files of tests, 2 unless it is set.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "$0")/venv.sh"
 echo "== ruff check"
 .venv/bin/ruff check unigrpo_jax tests
 echo "== pytest"
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and the recorded tiny BAGEL."""
 
+import gc
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = (
   "--xla_force_host_platform_device_count=8",
   "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+  # On a busy machine a device may wait long for the others; 40 s, the default, ends the process.
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 _GIVEN = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f for f in _FLAGS if f.split("=")[0] not in _GIVEN)])
@@ -46,6 +49,20 @@ def model(golden, config) -> bagel.Bagel:
   """The network of `params["bagel"]`, computing in float32."""
   ids = json.loads((golden / config_lib.BAGEL_FILE).read_text())["special_token_ids"]
   return bagel.Bagel(config, (ids["start_of_image"], ids["end_of_image"]), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Drops compiled programs before there are too many.
+
+  Each keeps some memory mappings, of which Linux gives a process 65,530: the compiler crashes when
+  it gets no more.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

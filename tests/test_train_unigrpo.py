@@ -40,7 +40,7 @@ def _config(base, **changes):
     "rollout.num_timesteps": 5, "rollout.window_range": (0, 3), "rollout.window_size": 2,
     "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1, "eval.every": 2,
     "eval.prompts": 2, "eval.batch_size": 2, "eval.keep": 1, "eval.modes": ("think",),
-    "eval.num_timesteps": 4, "warmup_steps": 0,
+    "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
   }
   config.update_from_flattened_dict(small | changes)
   return config
