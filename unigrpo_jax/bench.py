@@ -107,7 +107,7 @@ class Bench:
         self.updates[name] = jax.jit(
           update.make_update(
             self.model, optimizer, one, reading, recipe.make_objective(config, network),
-            recipe.schedule(config), trained=trained, ema_decay=None,
+            recipe.schedule(config, self.mesh), trained=trained, ema_decay=None,
           ),
           donate_argnums=0,
         )
