@@ -82,7 +82,9 @@ def alone(networks, starts, experience):
 
 
 @pytest.mark.parametrize(
-  "name, mesh", [("full", "fsdp8"), ("full", "2x2x2"), ("lora", "2x2x2")])
+  "name, mesh",
+  [pytest.param("full", "fsdp8", marks=pytest.mark.slow), ("full", "2x2x2"), ("lora", "2x2x2")],
+)
 def test_many_devices_equal_one(networks, starts, experience, alone, name, mesh):
   got, state = _update(networks[name], starts[name], experience, MESHES[mesh])
   key = "kernel" if name == "full" else layers.LORA_UP
