@@ -7,24 +7,18 @@ Everything else is that of `configs/unigrpo.py`, whose variants and keys it has.
 it draws, by the network that training started from; with the variant `no_think` it does not.
 """
 
-import importlib.util
 import pathlib
 
 from ml_collections import ConfigDict
 
+from unigrpo_jax import config_files
 
-def _unigrpo():
-  """`configs/unigrpo.py`, by its place beside this file: a config is not in a package."""
-  path = pathlib.Path(__file__).with_name("unigrpo.py")
-  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+_UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 
 
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its text objective."""
-  unigrpo = _unigrpo()
+  unigrpo = config_files.module(_UNIGRPO)
   unigrpo.VARIANTS["no_think"] = no_think
   config = unigrpo.get_config(variants)
   config.text.train = False

@@ -6,24 +6,18 @@ Everything else is that of `configs/unigrpo.py`, whose variants and keys it has;
 expert stays as it is, so that images are drawn by the network that training started from.
 """
 
-import importlib.util
 import pathlib
 
 from ml_collections import ConfigDict
 
+from unigrpo_jax import config_files
 
-def _unigrpo():
-  """`configs/unigrpo.py`, by its place beside this file: a config is not in a package."""
-  path = pathlib.Path(__file__).with_name("unigrpo.py")
-  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+_UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 
 
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its flow objective."""
-  config = _unigrpo().get_config(variants)
+  config = config_files.module(_UNIGRPO).get_config(variants)
   config.flow.train = False
   # Without a gradient, weight decay would still move it.
   config.learning_rate.gen = 0.0

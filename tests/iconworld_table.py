@@ -93,26 +93,22 @@ def _wrong_color(rng, example):
   return renderer.render(scenes.Scene((wrong, *rest)), rng)
 
 
-def _swapped_positions(rng, example):
-  if example.goal.relation is None:
-    return None
+def _swapped(rng, example, field):
+  """A scene of two things that have changed their cells, or their colours."""
   first, second = example.scene.things
   swapped = (
-    dataclasses.replace(first, cell=second.cell),
-    dataclasses.replace(second, cell=first.cell),
+    dataclasses.replace(first, **{field: getattr(second, field)}),
+    dataclasses.replace(second, **{field: getattr(first, field)}),
   )
   return renderer.render(scenes.Scene(swapped), rng)
+
+
+def _swapped_positions(rng, example):
+  return None if example.goal.relation is None else _swapped(rng, example, "cell")
 
 
 def _swapped_colors(rng, example):
-  if example.category != "color_attr":
-    return None
-  first, second = example.scene.things
-  swapped = (
-    dataclasses.replace(first, color=second.color),
-    dataclasses.replace(second, color=first.color),
-  )
-  return renderer.render(scenes.Scene(swapped), rng)
+  return None if example.category != "color_attr" else _swapped(rng, example, "color")
 
 
 def _upside_down(rng, example):

@@ -6,19 +6,10 @@ import struct
 import zipfile
 
 import numpy as np
-import pytest
 
-from unigrpo_jax import errors, rewards
+from unigrpo_jax import rewards
 
 NAN = np.nan
-
-
-def refusal(function, *args, **kwargs):
-  with pytest.raises(errors.InputError) as caught:
-    function(*args, **kwargs)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def numbered(count, side=2):

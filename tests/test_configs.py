@@ -1,6 +1,5 @@
 """The configs of training: Table 3, a comment a key, variants, and what is refused and how."""
 
-import importlib.util
 import itertools
 import pathlib
 import re
@@ -10,17 +9,14 @@ import sys
 import jax
 import pytest
 
-from unigrpo_jax import errors, recipe, runs, sharding
+from unigrpo_jax import config_files, errors, recipe, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW = "unigrpo", "text_grpo", "flow_grpo"
 
 
 def _load(name):
-  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return config_files.module(ROOT / "configs" / f"{name}.py")
 
 
 def _check(config, devices=1):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.refusals import refusal
 from unigrpo_jax import errors
 from unigrpo_jax.data import __main__ as command
 from unigrpo_jax.data import builders, prompt_files, prompts
@@ -36,14 +37,6 @@ def jsonl(path, records=RECORDS):
 
 def pairs(count, text="prompt"):
   return lambda: [(f"{text} {i}", json.dumps({"n": i})) for i in range(count)]
-
-
-def refusal(function, *args, **kwargs):
-  with pytest.raises(errors.InputError) as caught:
-    function(*args, **kwargs)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def listing(folder):

@@ -10,7 +10,8 @@ import threading
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, rewards
+from tests.refusals import refusal
+from unigrpo_jax import rewards
 from unigrpo_jax.iconworld import plans, prompts, renderer, verifier
 from unigrpo_jax.rewards import base
 
@@ -29,14 +30,6 @@ def numbered(count):
 def value(samples):
   """The number that `numbered` painted an image with."""
   return np.array([s.image[0, 0, 0] for s in samples], np.float32)
-
-
-def refusal(function, *args, **kwargs):
-  with pytest.raises(errors.InputError) as caught:
-    function(*args, **kwargs)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import reward_requests as shared
+from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.rewards import wire
 
@@ -205,7 +206,7 @@ def test_the_token_is_sent_and_never_shown(scripted, monkeypatch):
   assert server.seen[0][1]["Authorization"] == "Bearer s3cret"
   assert "s3cret" not in reward.last_error + repr(reward)
   for bad in ("s3cret\n", "s3 cret", "s3cr\u00e9t", ""):
-    assert "s3" not in shared.refusal(shared.client, server.url, token=bad)
+    assert "s3" not in refusal(shared.client, server.url, token=bad)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +224,9 @@ def test_the_token_is_sent_and_never_shown(scripted, monkeypatch):
   ],
 )
 def test_options_that_are_refused(options, words):
-  message = shared.refusal(shared.client, **{"url": "http://127.0.0.1:1", **options})
+  message = refusal(shared.client, **{"url": "http://127.0.0.1:1", **options})
   assert words in message and "s3cret" not in message
 
 
 def test_a_url_with_a_password_is_refused_without_showing_it():
-  assert "s3cret" not in shared.refusal(shared.client, "http://me:s3cret@127.0.0.1:1")
+  assert "s3cret" not in refusal(shared.client, "http://me:s3cret@127.0.0.1:1")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests import reward_requests as shared
+from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.iconworld import prompts, renderer
 from unigrpo_jax.rewards import serve, wire
@@ -196,7 +197,7 @@ def test_requests_come_together_and_a_reward_is_called_one_at_a_time(serving):
 
 def test_others_need_a_token():
   for host in ("0.0.0.0", "::", "", "10.0.0.1", "example.com"):
-    assert "--token_env" in shared.refusal(serve.Server, {"r": shared.value}, host=host)
+    assert "--token_env" in refusal(serve.Server, {"r": shared.value}, host=host)
   serve.Server({"r": shared.value}, host="0.0.0.0", token="t0ken").server_close()
   serve.Server({"r": shared.value}, host="localhost").server_close()
 
@@ -204,7 +205,7 @@ def test_others_need_a_token():
 def test_a_port_that_is_taken(serving):
   server = serving({"r": shared.value})
   port = server.server_address[1]
-  assert f"--port={port}" in shared.refusal(serve.Server, {"r": shared.value}, port=port)
+  assert f"--port={port}" in refusal(serve.Server, {"r": shared.value}, port=port)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_a_port_that_is_taken(serving):
   ],
 )
 def test_bad_arguments(arguments, words):
-  assert words in shared.refusal(serve.main, arguments)
+  assert words in refusal(serve.main, arguments)
 
 
 def test_names_and_options_of_the_command():

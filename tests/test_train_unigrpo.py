@@ -1,14 +1,12 @@
 """UniGRPO end to end, small: stopped and resumed it is the same run, bit for bit."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, errors, export, folders, recipe, rollout, runs, train
+from unigrpo_jax import build, config_files, errors, export, folders, recipe, rollout, runs, train
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 
@@ -28,11 +26,7 @@ def base(tmp_path_factory):
 
 
 def _config(base, **changes):
-  path = pathlib.Path(__file__).parents[1] / "configs" / "unigrpo.py"
-  spec = importlib.util.spec_from_file_location("unigrpo_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("tiny")
+  config = config_files.load("unigrpo", "tiny")
   config.rewards = dict(brightness=1.0)
   small = {
     "init_from": str(base), "steps": 3, "prompts_per_step": 2,

@@ -7,12 +7,21 @@ import functools
 import importlib.util
 import json
 import pathlib
+import types
 
 from ml_collections import ConfigDict
 
 from unigrpo_jax import errors
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def module(path: pathlib.Path) -> types.ModuleType:
+  """The config file at `path`, which lies in no package, as a module."""
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
 
 
 def load(name: str, variants: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
@@ -25,11 +34,8 @@ def load(name: str, variants: str = "", overrides: Sequence[str] = ()) -> Config
   if not path.is_file():
     known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.py")))
     raise errors.InputError(f"{path}: no such config; expected one of {known}")
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
   try:
-    config = module.get_config(variants)
+    config = module(path).get_config(variants)
   except ValueError as error:
     raise errors.InputError(f"configs/{name}.py:{variants}: {error}") from None
   for override in overrides:

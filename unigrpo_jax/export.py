@@ -45,7 +45,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
     network, runs.make_optimizer(config), ema=config.ema_decay > 0, reference=reference
   )
   state = saved.load(step, abstract)
-  params = state.params if state.ema is None else state.ema
+  params = state.averaged
   runs.export(network, params, str(target), dtype or config.export_dtype)
 
 

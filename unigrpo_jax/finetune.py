@@ -31,27 +31,14 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   check_config(config, mesh)
   optimizer = runs.make_optimizer(config)
   ema_decay = config.ema_decay or None
-  abstract, state_shardings = runs.state_layout(
-    network, optimizer, ema=ema_decay is not None, reference=False
-  )
+  layout = runs.state_layout(network, optimizer, ema=ema_decay is not None, reference=False)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
-  saved = runs.open_checkpoints(workdir, config)
-  plain = json.loads(config.to_json())
-  if saved.latest is not None:
-    record = saved.record(saved.latest)
-    before = record["config"]
-    runs.check_resumable(before, plain, runs.may_change(before, plain, RESUMABLE))
-    state = saved.load(saved.latest, abstract)
-    print(f"resumed {workdir} at step {saved.latest}", flush=True)
-  else:
-    record = {}
-    state = runs.first_state(
-      network, optimizer, state_shardings, random_init=config.random_init, seed=config.seed
-    )
-  run_id = runs.introduce(
-    workdir, plain, network, abstract.params, record.get("run_id")
+  saved, state, record = runs.resume_or_start(
+    workdir, config, network, optimizer, layout, RESUMABLE
   )
+  plain = json.loads(config.to_json())
+  run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
   # --- Data.
   # On one device: it runs in the feed's thread, and programs over all devices that two threads
@@ -86,7 +73,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       network.model, optimizer, ema_decay=ema_decay, ce_weight=config.ce_weight,
       mse_weight=config.mse_weight, label_chunk=config.label_chunk,
     ),
-    donate_argnums=0, out_shardings=(state_shardings, None),
+    donate_argnums=0, out_shardings=(layout[1], None),
   )
 
   # --- The loop.
@@ -117,8 +104,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   saved.close()
   log.close()
   if config.export_to and int(state.step) == config.steps:
-    params = state.params if state.ema is None else state.ema
-    runs.export(network, params, config.export_to, config.export_dtype)
+    runs.export(network, state.averaged, config.export_to, config.export_dtype)
   return state
 
 

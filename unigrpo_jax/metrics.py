@@ -7,12 +7,11 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any, Protocol
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, replacing
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
 
@@ -85,9 +84,7 @@ class MetricsLog:
     kept = [line + "\n" for row, line in rows if row is not None and row["step"] <= first_step]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Put in place whole: a run that is killed here would otherwise lose its history.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    replacing.write_text(path, "".join(kept))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     row = {name: v if math.isfinite(v) else None for name, v in _floats(values).items()}

@@ -67,6 +67,7 @@ class Trajectories:
     flow: recorded steps on the device.
     images: [B, H, W, 3] uint8 on the host.
     texts: reasonings in words; None without thinking.
+    lengths, finished: of the reasonings, [B] on the host; None without thinking.
   """
 
   prompt_ids: Any
@@ -74,7 +75,9 @@ class Trajectories:
   text: types.TextRollout | None
   flow: types.FlowRollout
   images: np.ndarray
-  texts: list[str] | None
+  texts: list[str] | None = None
+  lengths: np.ndarray | None = None
+  finished: np.ndarray | None = None
 
 
 class Sampler:
@@ -168,9 +171,9 @@ class Sampler:
       jax.block_until_ready(drawn)
     with timer("vae"):
       images = self._decode(drawn.latents)
+    written = () if rollout is None else self._words(jax.device_get(rollout))
     return Trajectories(
-      inputs.prompt_ids, inputs.prompt_mask, rollout, drawn, images,
-      None if rollout is None else self._words(rollout),
+      inputs.prompt_ids, inputs.prompt_mask, rollout, drawn, images, *written
     )
 
   def _decode(self, latents) -> np.ndarray:
@@ -186,8 +189,7 @@ class Sampler:
     ]
     return np.concatenate(parts)
 
-  def _words(self, rollout: types.TextRollout) -> list[str]:
-    host = jax.device_get(rollout)
+  def _words(self, host: types.TextRollout) -> tuple[list[str], np.ndarray, np.ndarray]:
     bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))
     if bad.size:
       raise errors.InputError(
@@ -198,7 +200,7 @@ class Sampler:
     for ids, mask, finished in zip(host.ids, host.mask, host.finished):
       ids = [int(i) for i in ids[mask]]
       words.append(self.tokenizer.decode(ids[:-1] if finished else ids))
-    return words
+    return words, host.mask.sum(axis=1), host.finished
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -8,7 +8,6 @@ import datetime
 import difflib
 import importlib.metadata
 import json
-import os
 import pathlib
 import secrets
 import signal
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, errors, folders, optim, sharding, types
+from unigrpo_jax import checkpoints, errors, folders, optim, replacing, sharding, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel, layers
 
@@ -74,8 +73,7 @@ def open_network(config, devices=None) -> Network:
 
 def make_optimizer(config) -> optax.GradientTransformation:
   """AdamW with the learning rate and schedule of each group."""
-  if config.schedule not in ("constant", "cosine"):
-    raise errors.InputError(f"config.schedule={config.schedule!r} is neither constant nor cosine")
+  choose("config.schedule", config.schedule, ("constant", "cosine"))
 
   def schedule(rate):
     if not rate:
@@ -152,6 +150,37 @@ def first_state(
     )["bagel"]
     start = lambda key, loaded: state_of(_update(init(key), loaded))
     return jax.jit(start, out_shardings=where, donate_argnums=1)(key, loaded)
+
+
+def resume_or_start(
+  workdir: pathlib.Path, config, network: Network, optimizer: optax.GradientTransformation,
+  layout: tuple[types.TrainState, types.TrainState], free: Collection[str],
+) -> tuple[checkpoints.TrainCheckpoints, types.TrainState, dict[str, Any]]:
+  """A run's checkpoints, and the state and the record of the newest.
+
+  Where there is none, the state is that before the first step, from the folder's network or from
+  random weights, and the record is empty.
+
+  Args:
+    workdir, config, network, optimizer: of the run.
+    layout: see `state_layout`.
+    free: see `may_change`.
+
+  Raises:
+    InputError: the checkpoint is of another configuration.
+  """
+  abstract, where = layout
+  saved = open_checkpoints(workdir, config)
+  if saved.latest is None:
+    state = first_state(
+      network, optimizer, where, random_init=config.random_init, seed=config.seed
+    )
+    return saved, state, {}
+  record, now = saved.record(saved.latest), json.loads(config.to_json())
+  check_resumable(record["config"], now, may_change(record["config"], now, free))
+  state = saved.load(saved.latest, abstract)
+  print(f"resumed {workdir} at step {saved.latest}", flush=True)
+  return saved, state, record
 
 
 def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,9 +265,7 @@ def introduce(
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Puts a JSON file in place whole."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-  os.replace(partial, path)
+  replacing.write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:

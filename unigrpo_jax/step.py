@@ -99,9 +99,7 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay is not None:
-      # The first steps average over what there is, not over the initial weights.
-      decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-      ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+      ema = optim.periodic_ema(ema, params, state.step, decay=ema_decay, every=1)
   norms = {f"grad_norm_{group}": norm for group, norm in optim.group_norms(grads).items()}
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
   return state, metrics | norms

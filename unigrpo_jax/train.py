@@ -65,7 +65,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   recipe.check(config, network)
   optimizer = runs.make_optimizer(config)
   needs_reference = recipe.needs_reference(config)
-  abstract, where = runs.state_layout(
+  layout = runs.state_layout(
     network, optimizer, ema=config.ema_decay > 0, reference=recipe.copies_reference(config)
   )
 
@@ -87,24 +87,14 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   evaluate = make_evaluation(config, network, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
-  saved = runs.open_checkpoints(workdir, config)
-  plain = json.loads(config.to_json())
-  record: dict[str, Any] = {}
-  if saved.latest is not None:
-    record = saved.record(saved.latest)
-    before = record["config"]
-    runs.check_resumable(before, plain, runs.may_change(before, plain, RESUMABLE))
-    state = saved.load(saved.latest, abstract)
-    stream.restore(record["prompt_position"])
-    print(f"resumed {workdir} at step {saved.latest}", flush=True)
-  else:
-    state = runs.first_state(
-      network, optimizer, where, random_init=config.random_init, seed=config.seed
-    )
-  resumed, first = saved.latest is not None, saved.latest or 0
-  run_id = runs.introduce(
-    workdir, plain, network, abstract.params, record.get("run_id")
+  saved, state, record = runs.resume_or_start(
+    workdir, config, network, optimizer, layout, RESUMABLE
   )
+  plain = json.loads(config.to_json())
+  resumed, first = bool(record), saved.latest or 0
+  if resumed:
+    stream.restore(record["prompt_position"])
+  run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
   # --- The update.
   update_fn = jax.jit(
@@ -116,7 +106,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       reference_model=network.model.clone(lora=None) if needs_reference else None,
       reference_context=config.flow.reference_context == "reference",
     ),
-    donate_argnums=0, out_shardings=(where, None),
+    donate_argnums=0, out_shardings=(layout[1], None),
   )
   limits = recipe.drift_limits(config, network)
 
@@ -170,8 +160,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   log.close()
   scorer.close()
   if config.export_to and saved_all(state, config):
-    params = state.params if state.ema is None else state.ema
-    runs.export(network, params, config.export_to, config.export_dtype)
+    runs.export(network, state.averaged, config.export_to, config.export_dtype)
   return state
 
 
@@ -218,9 +207,10 @@ def collect(
     "groups/dropped": told["dropped_groups"],
   }
   if chunks[0].text is not None:
-    masks = np.concatenate([np.asarray(chunk.text.mask) for chunk in chunks])
-    finished = np.concatenate([np.asarray(chunk.text.finished) for chunk in chunks])
-    values |= {"text/length": masks.sum(axis=1).mean(), "text/truncated": 1 - finished.mean()}
+    of_all = lambda name: np.concatenate([getattr(chunk, name) for chunk in chunks])
+    values |= {
+      "text/length": of_all("lengths").mean(), "text/truncated": 1 - of_all("finished").mean()
+    }
   over_rows = functools.partial(sharding.put_rows, sampler.mesh)
   experience = join(
     [(chunk.prompt_ids, chunk.prompt_mask, chunk.text, chunk.flow) for chunk in chunks],
@@ -310,7 +300,7 @@ def make_evaluation(config, network: runs.Network, vae_params, scorer, workdir: 
 
   def run(state: types.TrainState, number: int):
     start = time.monotonic()
-    results = evaluate.run(state.params if state.ema is None else state.ema)
+    results = evaluate.run(state.averaged)
     folder = workdir / "evaluations" / f"{number:06d}"
     if jax.process_index() == 0:
       results.save(folder, f"after {number} steps")

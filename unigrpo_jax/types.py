@@ -263,3 +263,8 @@ class TrainState:
   opt_state: Any
   ema: Any
   reference: Any = None
+
+  @property
+  def averaged(self) -> Any:
+    """The parameters to evaluate and export: their moving average where one is kept."""
+    return self.params if self.ema is None else self.ema

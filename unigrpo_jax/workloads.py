@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import pathlib
 
-from unigrpo_jax import errors, flops
+from unigrpo_jax import config_files, errors, flops
 from unigrpo_jax.models import config as config_lib
 
 
@@ -76,11 +74,7 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
 
 def training_config(work: Workload, dtype: str, remat: bool):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
-  path = pathlib.Path(__file__).parents[1] / "configs" / "unigrpo.py"
-  spec = importlib.util.spec_from_file_location("unigrpo", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("no_regulariser")
+  config = config_files.load("unigrpo", "no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
   config.update(dict(
     dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
