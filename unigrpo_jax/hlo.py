@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 from unigrpo_jax import hlo_flops, hlo_loops, hlo_text
 
@@ -22,6 +23,8 @@ _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
   "async", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
 }
+_NO_KERNELS = {"AllocateBuffer"}  # custom calls that do nothing
+_NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -61,6 +64,7 @@ class CustomCall:
     operands: Its arrays on one device.
     results: What it gives.
     times: How often it runs.
+    flops: What its author says that one run does (Pallas: `cost_estimate`); None where none says.
   """
 
   name: str
@@ -69,6 +73,7 @@ class CustomCall:
   operands: tuple[hlo_text.Array, ...]
   results: tuple[hlo_text.Array, ...]
   times: float
+  flops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +103,9 @@ class Program:
     bytes: An estimate of what is read from and written to main memory. Each instruction outside a
       fusion reads its operands and writes its results once, without the padding of layouts. A slice
       or gather reads what it gives, alone or in a fusion that needs no more of the operand; an
-      update in place reads and writes the update. Arrays in another memory (VMEM) are free, and so
-      is what moves nothing: tuples, parameters, bitcasts. What a kernel or fusion reads twice is
-      counted once.
+      update in place reads and writes the update. Scalars and arrays in another memory (VMEM) are
+      free, and so is what moves nothing: tuples, parameters, bitcasts. What a kernel or fusion
+      reads twice is counted once.
     collectives: In the order of the text.
     custom_calls: Likewise.
     unknown_loops: Loops that were counted with `unknown_trips`.
@@ -246,7 +251,7 @@ class _Reader:
       total.flops += hlo_flops.convolution(instruction, computation)
     elif opcode in KINDS:
       total.collectives.append(self._collective(instruction, computation, fused))
-    elif opcode == "custom-call":
+    elif opcode == "custom-call" and _target(instruction) not in _NO_KERNELS:
       total.custom_calls.append(_custom_call(instruction, computation))
     elif opcode == "while":
       self._loop(instruction, computation, fused, total)
@@ -286,7 +291,7 @@ class _Reader:
   def _traffic(self, instruction, computation) -> float:
     """Bytes of main memory that an instruction outside a fusion reads and writes."""
     opcode = instruction.opcode
-    if opcode in _FREE or 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+    if opcode in _FREE or opcode == "custom-call" and _target(instruction) in _NO_KERNELS:
       return 0
     operands = computation.operands(instruction)
     if opcode == "fusion":
@@ -301,9 +306,9 @@ class _Reader:
       elif opcode in ("dynamic-update-slice", "scatter"):
         update = 1 if opcode == "dynamic-update-slice" else 2
         reads[0], writes[0] = 0, operands[update].bytes
-    ours = [all(array.space == 0 for array in operand.arrays) for operand in operands]
+    ours = [all(map(_in_main_memory, operand.arrays)) for operand in operands]
     return sum(size for size, here in zip(reads, ours) if here) + sum(
-      size for size, array in zip(writes, instruction.arrays) if array.space == 0
+      size for size, array in zip(writes, instruction.arrays) if _in_main_memory(array)
     )
 
   def _read_inside(self, value, computation) -> float:
@@ -349,9 +354,20 @@ def _given(instruction, computation) -> float:
   return sum(operand.bytes for operand in computation.operands(instruction))
 
 
+def _in_main_memory(array: hlo_text.Array) -> bool:
+  """Scalars are not: a TPU keeps them in a memory of their own."""
+  return array.space == 0 and bool(array.dims)
+
+
+def _target(instruction: hlo_text.Instruction) -> str:
+  return json.loads(instruction.attribute("custom_call_target"))
+
+
 def _custom_call(instruction, computation) -> CustomCall:
   operands = computation.operands(instruction)
+  noted = _NOTED_FLOPS.search(instruction.attributes)
   return CustomCall(
-    instruction.name, json.loads(instruction.attribute("custom_call_target")), instruction.op_name,
+    instruction.name, _target(instruction), instruction.op_name,
     tuple(array for operand in operands for array in operand.arrays), instruction.arrays, 1,
+    float(noted[1]) if noted else None,
   )
