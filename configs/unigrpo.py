@@ -46,7 +46,8 @@ def get_config(variants: str = "") -> ConfigDict:
   # Rollout
   config.rollout = ConfigDict()
   config.rollout.think = True  # reason before drawing
-  config.rollout.prompts_at_once = 8  # of all hosts; fewer need less memory
+  config.rollout.prompts_at_once = 16  # of all hosts; fewer need less memory
+  config.rollout.layout = "stationary"  # parameters while sampling: copied along fsdp; or "update"
   config.rollout.prompt_tokens = 256  # room for a prompt, with its two markers
   config.rollout.max_tokens = 1024  # of a reasoning
   config.rollout.temperature = 1.0  # of sampled tokens, and of their log-probabilities
@@ -139,7 +140,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.mesh = ConfigDict()
   config.mesh.data = 1  # ways that hold whole copies of the parameters
   config.mesh.fsdp = 0  # 0: all devices that data and tensor leave
-  config.mesh.tensor = 1  # ways that each layer is cut into
+  config.mesh.tensor = 4  # ways that each layer is cut into; BAGEL has 4 key-value heads
 
   # Log
   config.writers = ("jsonl",)  # and "tensorboard", "wandb"
@@ -176,6 +177,7 @@ def tiny(config: ConfigDict) -> None:
     cfg_text_scale=2.0, cfg_interval=(0.0, 1.0)))
   config.dtype = "float32"
   config.remat = False
+  config.mesh.tensor = 1
 
 
 def lora(config: ConfigDict) -> None:

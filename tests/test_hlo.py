@@ -1,4 +1,4 @@
-"""What a compiled program does: against formulas, numbers by hand, and texts of a TPU's compiler."""
+"""What a compiled program does: against formulas, numbers by hand, and texts for a TPU."""
 
 import functools
 

@@ -84,7 +84,7 @@ class Bench:
     )
     folder = builtin_types.SimpleNamespace(config=sizes)
     network = runs.Network(folder, None, self.model, self.mesh)
-    self.settings = recipe.rollout_settings(config)
+    self.settings = recipe.rollout_settings(config, self.mesh)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.integers(3, work.vocab - 3, shape).astype(np.int32)
     self.prompt_ids, self.system_ids = draw(1, work.prompt), draw(work.system)

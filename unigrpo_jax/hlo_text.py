@@ -86,6 +86,9 @@ class Instruction:
     if not found:
       return ""
     start, depth = found.end(), 0
+    if self.attributes.startswith("mesh[", start):
+      # Axes of a mesh: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` is one value.
+      return self.attributes[start:self.attributes.index("}", start) + 1]
     for mark in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}()\[\],]', self.attributes[start:]):
       depth += (mark[0] in "{([") - (mark[0] in "})]")
       if mark[0] == "," and depth == 0:

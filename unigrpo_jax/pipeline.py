@@ -231,7 +231,9 @@ class Pipeline:
     self.seconds[phase] = round(time.perf_counter() - start, 3)
 
 
-def param_shardings(model: bagel_lib.Bagel, mesh: jax.sharding.Mesh, parts: Sequence[str]):
+def param_shardings(
+  model: bagel_lib.Bagel, mesh: jax.sharding.Mesh, parts: Sequence[str], rules=sharding.RULES
+):
   """Shardings of the parameter tree {"bagel": ..., "vae": ...} of `model` on `mesh`."""
   key, c = jax.random.key(0), model.config
   pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
@@ -239,7 +241,9 @@ def param_shardings(model: bagel_lib.Bagel, mesh: jax.sharding.Mesh, parts: Sequ
     "bagel": lambda: model.init(key, bagel_lib.example_batch(c)),
     "vae": lambda: vae_lib.VAE(c.vae).init(key, pixels),
   }
-  return {part: sharding.shardings(jax.eval_shape(make[part])["params"], mesh) for part in parts}
+  return {
+    part: sharding.shardings(jax.eval_shape(make[part])["params"], mesh, rules) for part in parts
+  }
 
 
 def _check_finite(what: str, values: np.ndarray) -> None:

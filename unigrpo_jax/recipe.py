@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ def check(config, network: runs.Network) -> None:
     "flow.awm_weighting": forward_process.WEIGHTINGS,
     "text.aggregation": text_losses.AGGREGATIONS, "rollout.sde": sde.KINDS,
     "rollout.window": windows.CONVENTIONS, "rollout.cfg_renorm": flow.RENORMS,
+    "rollout.layout": tuple(sharding.LAYOUTS),
     "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(DRIFT),
   }
   for key, options in choices.items():
@@ -148,7 +150,7 @@ def trajectories_of(config) -> int:
   return config.prompts_per_step * config.group_size
 
 
-def rollout_settings(config) -> rollout.Settings:
+def rollout_settings(config, mesh) -> rollout.Settings:
   r = config.rollout
   return rollout.Settings(
     group_size=config.group_size, think=r.think, prompt_tokens=r.prompt_tokens,
@@ -157,8 +159,14 @@ def rollout_settings(config) -> rollout.Settings:
     guidance=flow.Guidance(
       text_scale=r.cfg_text_scale, interval=tuple(r.cfg_interval), renorm=r.cfg_renorm
     ),
-    same_noise=r.same_noise,
+    same_noise=r.same_noise, layout=r.layout, prompt_copies=prompt_copies(config, mesh),
   )
+
+
+def prompt_copies(config, mesh) -> int:
+  """How often a prompt is read, for parts of its group, so that prompts divide over the mesh."""
+  ways = sharding.batch_multiple(mesh)
+  return ways // math.gcd(config.rollout.prompts_at_once, ways)
 
 
 def window_steps(config, iteration: int):
@@ -232,22 +240,34 @@ def schedule(config, mesh) -> update.Schedule:
   Raises:
     InputError: no part of the prompts and of their groups makes a microbatch.
   """
-  ways = sharding.batch_multiple(mesh)
-  for prompts in range(ways, config.prompts_per_step + 1, ways):
+  ways, copies = sharding.batch_multiple(mesh), prompt_copies(config, mesh)
+  rows, group = config.prompts_per_step * copies, config.group_size // copies
+  for prompts in range(ways, rows + 1, ways):
     size = config.microbatch // prompts
     if (
-      config.microbatch % prompts == 0 and config.prompts_per_step % prompts == 0
-      and size <= config.group_size and config.group_size % size == 0
+      config.microbatch % prompts == 0 and rows % prompts == 0
+      and size <= group and group % size == 0
     ):
       return update.Schedule(
         epochs=config.epochs, minibatches=config.minibatches,
         microbatches=trajectories_of(config) // (config.microbatch * config.minibatches),
-        old_values=config.old_values, group_parts=config.group_size // size,
+        old_values=config.old_values, group_parts=group // size,
       )
   raise errors.InputError(
     f"config.microbatch={config.microbatch} is no part of the {config.prompts_per_step} prompts, a "
     f"multiple of data x fsdp = {ways}, times a part of config.group_size={config.group_size}; "
     f"try {ways * config.group_size}"
+  )
+
+
+def make_update(config, network: runs.Network, optimizer, sampler: rollout.Sampler):
+  """The update of a run, to be jitted; see `update.make_update`."""
+  return update.make_update(
+    network.model, optimizer, sampler.grid, reading(config, network, sampler),
+    make_objective(config, network), schedule(config, network.mesh),
+    trained=runs.trained(config.learning_rate), ema_decay=config.ema_decay or None,
+    reference_model=network.model.clone(lora=None) if needs_reference(config) else None,
+    reference_context=config.flow.reference_context == "reference",
   )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import batches, errors, metrics, phases, sharding, types
+from unigrpo_jax import batches, errors, metrics, phases, pipeline, sharding, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
@@ -40,6 +40,9 @@ class Settings:
     noise_level: of the SDE.
     guidance: a text_scale of 1 is none.
     same_noise: a group starts from the same noise.
+    layout: of the parameters while sampling, one of `sharding.LAYOUTS`.
+    prompt_copies: rows that read the same prompt, each for its part of the group; so that few
+      prompts divide over many devices. Divides `group_size`.
   """
 
   group_size: int
@@ -55,6 +58,8 @@ class Settings:
   noise_level: float
   guidance: flow.Guidance
   same_noise: bool = False
+  layout: str = "stationary"
+  prompt_copies: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +67,7 @@ class Trajectories:
   """A chunk of B trajectories, those of a prompt consecutive.
 
   Attributes:
-    prompt_ids, prompt_mask: of its P prompts, [P, T], on the device.
+    prompt_ids, prompt_mask: of its P prompts, each `prompt_copies` times, [P, T], on the device.
     text: reasonings on the device, or None.
     flow: recorded steps on the device.
     images: [B, H, W, 3] uint8 on the host.
@@ -81,14 +86,18 @@ class Trajectories:
 
 
 class Sampler:
-  """Samples chunks of trajectories from parameters that change between them."""
+  """Samples chunks of trajectories from parameters that change between them.
+
+  `take` makes of a state's parameters those that `sample` reads: in the network's dtype, which
+  halves what a token reads, and laid out as `Settings.layout` says.
+  """
 
   def __init__(
     self, model: bagel_lib.Bagel, vae: vae_lib.VAE, vae_params, tokenizer, mesh,
     settings: Settings,
   ):
     self.model, self.tokenizer, self.mesh, self.settings = model, tokenizer, mesh, settings
-    self._vae, self._vae_params = vae, vae_params
+    self._vae_params = vae_params
     wrap = lambda ids: [tokenizer.im_start, *ids, tokenizer.im_end]
     system = wrap(tokenizer.encode(tokenizer_lib.SYSTEM_PROMPT_GEN))
     self.system_ids = np.asarray(system, np.int32) if settings.think else None
@@ -103,6 +112,31 @@ class Sampler:
         f"{needed} positions, the model has {model.config.llm.max_positions} "
         "(max_position_embeddings); lower one of them"
       )
+    layout = pipeline.param_shardings(
+      model, mesh, ("bagel",), sharding.LAYOUTS[settings.layout]
+    )["bagel"]
+    self.take = jax.jit(
+      lambda params: jax.tree.map(lambda a: a.astype(model.dtype), params), out_shardings=layout
+    )
+    # The device programs of a chunk, each but for its parameters and arrays.
+    bind, s = functools.partial, settings
+    self.read = bind(
+      phases.read, model,
+      capacity=s.prompt_tokens + (0 if self.system_ids is None else len(self.system_ids)),
+    )
+    self.fork = bind(
+      phases.fork, model, copies=s.group_size // s.prompt_copies,
+      capacity=s.max_tokens + text.EXTRA_SLOTS,
+    )
+    self.write = bind(
+      phases.write, model, start_id=tokenizer.im_start, end_id=tokenizer.im_end,
+      max_tokens=s.max_tokens, temperature=s.temperature,
+    )
+    self.explore = bind(
+      phases.explore, model, num_timesteps=s.num_timesteps, shift=s.shift, guidance=s.guidance,
+      kind=s.kind, noise_level=s.noise_level, same_noise=s.group_size if s.same_noise else 1,
+    )
+    self.decode_images = bind(phases.decode_images, vae)
 
   def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask, [P, prompt_tokens]; refuses an empty or too long prompt."""
@@ -138,37 +172,28 @@ class Sampler:
     """
     s, rows = self.settings, len(prompts) * self.settings.group_size
     over_rows = functools.partial(sharding.put_rows, self.mesh)
-    prompt_ids, prompt_mask = self.encode_prompts(prompts)
+    prompt_ids, prompt_mask = (
+      np.repeat(a, s.prompt_copies, axis=0) for a in self.encode_prompts(prompts)
+    )
     with timer("read"):
       keys = trajectory_keys(key, first, rows)
       inputs = phases.Inputs(
         prompt_ids=over_rows(prompt_ids), prompt_mask=over_rows(prompt_mask),
         system_ids=self.system_ids,
       )
-      capacity = s.prompt_tokens + (0 if self.system_ids is None else len(self.system_ids))
-      contexts = phases.read(self.model, params, inputs, capacity=capacity)
-      jax.block_until_ready(contexts)
+      contexts = jax.block_until_ready(self.read(params, inputs))
     rollout = None
     if s.think:
       with timer("decode"):
-        contexts = phases.fork(
-          self.model, contexts, copies=s.group_size, capacity=s.max_tokens + text.EXTRA_SLOTS
-        )
-        rollout, main = phases.write(
-          self.model, params, contexts.main, keys["text"], None,
-          start_id=self.tokenizer.im_start, end_id=self.tokenizer.im_end,
-          max_tokens=s.max_tokens, temperature=s.temperature,
-        )
+        contexts = self.fork(contexts)
+        rollout, main = self.write(params, contexts.main, keys["text"], None)
         contexts = contexts.replace(main=main)
         jax.block_until_ready(rollout)
     with timer("denoise"):
       grid = jax.tree.map(lambda a: over_rows(np.repeat(a, rows, axis=0)), self.grid)
-      drawn = phases.explore(
-        self.model, params, contexts, keys["image"], over_rows(steps), grid,
-        num_timesteps=s.num_timesteps, shift=s.shift, guidance=s.guidance, kind=s.kind,
-        noise_level=s.noise_level, same_noise=s.group_size if s.same_noise else 1,
+      drawn = jax.block_until_ready(
+        self.explore(params, contexts, keys["image"], over_rows(steps), grid)
       )
-      jax.block_until_ready(drawn)
     with timer("vae"):
       images = self._decode(drawn.latents)
     written = () if rollout is None else self._words(jax.device_get(rollout))
@@ -181,13 +206,18 @@ class Sampler:
     grids = vae_lib.unpack_latents(
       latents, s.height // c.latent_stride, s.width // c.latent_stride, c.latent_patch_size
     )
-    # So many pixels at a time that the decoder's temporaries stay within a device.
-    at_once = max(phases.VAE_PIXELS // (s.height * s.width), 1) * self.mesh.size
+    at_once = self.images_at_once
     parts = [
-      np.asarray(phases.decode_images(self._vae, self._vae_params, grids[first : first + at_once]))
+      np.asarray(self.decode_images(self._vae_params, grids[first : first + at_once]))
       for first in range(0, len(grids), at_once)
     ]
     return np.concatenate(parts)
+
+  @property
+  def images_at_once(self) -> int:
+    """Images decoded together: the decoder's temporaries stay within a device."""
+    s = self.settings
+    return max(phases.VAE_PIXELS // (s.height * s.width), 1) * self.mesh.size
 
   def _words(self, host: types.TextRollout) -> tuple[list[str], np.ndarray, np.ndarray]:
     bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))

@@ -52,16 +52,21 @@ def open_network(config, devices=None) -> Network:
   Raises:
     InputError: the mesh does not fit the devices, or the folder cannot be used.
   """
-  devices = jax.devices() if devices is None else devices
-  sizes = dict(config.mesh)
-  others = sizes["data"] * sizes["tensor"]
-  sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
-  mesh = sharding.make_mesh(**sizes, devices=devices)
   if not config.init_from:
     raise errors.InputError("config.init_from is empty; give an official or converted folder")
   folder = folders.open_folder(config.init_from)
   tokenizer = tokenizer_lib.load(folder.files)
   tokenizer.check_fits(folder.config.llm.vocab_size)
+  return build_network(config, folder, tokenizer, devices)
+
+
+def build_network(config, folder: folders.ModelFolder, tokenizer, devices=None) -> Network:
+  """The network of a run on its mesh, from its sizes; see `open_network`."""
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(config.mesh)
+  others = sizes["data"] * sizes["tensor"]
+  sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
+  mesh = sharding.make_mesh(**sizes, devices=devices)
   lora = config.get("lora")
   model = bagel.Bagel(
     folder.config, (tokenizer.vision_start, tokenizer.vision_end),

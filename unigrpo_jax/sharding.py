@@ -26,6 +26,10 @@ RULES = (
   ("vocab", "tensor"),
 )
 
+# For sampling: every device of fsdp holds all it needs, so that no token waits for a gather.
+STATIONARY = tuple(rule for rule in RULES if rule[0] != "embed")
+LAYOUTS = {"stationary": STATIONARY, "update": RULES}
+
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """A mesh over `devices` (all of them by default).
@@ -71,7 +75,7 @@ def batch_multiple(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
+def shardings(boxed: Any, mesh: Mesh, rules=RULES) -> Any:
   """Shardings of a tree made by `Module.init`, whose leaves carry their logical axis names.
 
   An axis that its mesh axes do not divide (an odd vocabulary, say) stays whole.
@@ -80,7 +84,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
   def place(leaf):
     axes = leaf.get_partition_spec() if is_box(leaf) else ()
-    spec = nn.logical_to_mesh_axes(tuple(axes), RULES)
+    spec = nn.logical_to_mesh_axes(tuple(axes), rules)
 
     def fit(array):
       names = [spec[i] if i < len(spec) else None for i in range(len(array.shape))]
@@ -115,7 +119,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+  """Sharding of an array of so many rows: along the batch where that divides them."""
+  return along_batch(mesh) if rows % batch_multiple(mesh) == 0 else replicated(mesh)
+
+
 def put_rows(mesh: Mesh, array: Any) -> jax.Array:
   """Puts an array on the devices, its first axis along the batch where that divides it."""
-  divides = array.shape[0] % batch_multiple(mesh) == 0
-  return jax.device_put(array, along_batch(mesh) if divides else replicated(mesh))
+  return jax.device_put(array, row_sharding(mesh, array.shape[0]))

@@ -34,7 +34,6 @@ from unigrpo_jax import (
   runs,
   sharding,
   types,
-  update,
 )
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.losses import advantages
@@ -64,7 +63,6 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   network = runs.open_network(config, devices)
   recipe.check(config, network)
   optimizer = runs.make_optimizer(config)
-  needs_reference = recipe.needs_reference(config)
   layout = runs.state_layout(
     network, optimizer, ema=config.ema_decay > 0, reference=recipe.copies_reference(config)
   )
@@ -82,9 +80,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   )["vae"]
   sampler = rollout.Sampler(
     network.model, vae, vae_params, network.tokenizer, network.mesh,
-    recipe.rollout_settings(config),
+    recipe.rollout_settings(config, network.mesh),
   )
-  evaluate = make_evaluation(config, network, vae_params, scorer, workdir)
+  evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
   saved, state, record = runs.resume_or_start(
@@ -98,15 +96,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- The update.
   update_fn = jax.jit(
-    update.make_update(
-      network.model, optimizer, sampler.grid, recipe.reading(config, network, sampler),
-      recipe.make_objective(config, network), recipe.schedule(config, network.mesh),
-      trained=runs.trained(config.learning_rate),
-      ema_decay=config.ema_decay or None,
-      reference_model=network.model.clone(lora=None) if needs_reference else None,
-      reference_context=config.flow.reference_context == "reference",
-    ),
-    donate_argnums=0, out_shardings=(layout[1], None),
+    recipe.make_update(config, network, optimizer, sampler), donate_argnums=0,
+    out_shardings=(layout[1], None),
   )
   limits = recipe.drift_limits(config, network)
 
@@ -173,8 +164,7 @@ def collect(
   steps = recipe.window_steps(config, number)
   size, group = config.rollout.prompts_at_once, config.group_size
   chunks, scores = [], []
-  if sampler.model.dtype != jnp.float32:
-    params = cast(params, sampler.model.dtype)
+  params = sampler.take(params)
   for first in range(0, len(prompts), size):
     part = prompts[first : first + size]
     rows = slice(first * group, (first + len(part)) * group)
@@ -219,12 +209,6 @@ def collect(
   if config.flow.train and config.flow.objective in objective.FORWARD_OBJECTIVES:
     experience = noise_again(jax.random.fold_in(key, -1), experience, config.rollout.window_size)
   return experience, values
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def cast(params, dtype):
-  """The parameters as the network computes with them, so that sampling reads half the bytes."""
-  return jax.tree.map(lambda a: a.astype(dtype), params)
 
 
 @jax.jit
@@ -277,7 +261,10 @@ def check_drift(values: dict[str, float], limits: dict[str, float], number: int)
       )
 
 
-def make_evaluation(config, network: runs.Network, vae_params, scorer, workdir: pathlib.Path):
+def make_evaluation(
+  config, network: runs.Network, sampler: rollout.Sampler, vae_params, scorer,
+  workdir: pathlib.Path,
+):
   """(state, iteration) -> (numbers to log, the reward of the first mode); None for never."""
   e = config.eval
   if not e.every:
@@ -300,7 +287,7 @@ def make_evaluation(config, network: runs.Network, vae_params, scorer, workdir: 
 
   def run(state: types.TrainState, number: int):
     start = time.monotonic()
-    results = evaluate.run(state.averaged)
+    results = evaluate.run(sampler.take(state.averaged))
     folder = workdir / "evaluations" / f"{number:06d}"
     if jax.process_index() == 0:
       results.save(folder, f"after {number} steps")

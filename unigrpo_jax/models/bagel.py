@@ -311,13 +311,20 @@ def empty_context(
   """A context of `rows` empty sequences with room for `capacity` tokens each."""
   llm = config.llm
   shape = (llm.num_layers, rows, capacity, llm.num_kv_heads, llm.head_dim)
+  # Spread from the start: an empty cache that every device held whole would be the largest array.
+  by_row = lambda a: nn.with_logical_constraint(a, ("batch", "length")[: a.ndim])
   return types.Context(
-    k=jnp.zeros(shape, dtype),
-    v=jnp.zeros(shape, dtype),
-    order=jnp.full((rows, capacity), types.UNSEEN, jnp.int32),
-    position=jnp.zeros(rows, jnp.int32),
+    k=_spread(jnp.zeros(shape, dtype)),
+    v=_spread(jnp.zeros(shape, dtype)),
+    order=by_row(jnp.full((rows, capacity), types.UNSEEN, jnp.int32)),
+    position=by_row(jnp.zeros(rows, jnp.int32)),
     cursor=jnp.zeros((), jnp.int32),
   )
+
+
+def _spread(cache):
+  """Keys or values of all layers, [L, B, S, K, H], along the devices."""
+  return nn.with_logical_constraint(cache, ("layers", "batch", "length", "kv_heads", "head_dim"))
 
 
 def fork(
@@ -349,8 +356,7 @@ def _extend(context: types.Context, kv, order, advance) -> types.Context:
   chex.assert_axis_dimension_gteq(context.order, 1, order.shape[1])
 
   def write(cache, new):
-    cache = jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0))
-    return nn.with_logical_constraint(cache, ("layers", "batch", "length", "kv_heads", "head_dim"))
+    return _spread(jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0)))
 
   return context.replace(
     k=write(context.k, kv[0]),

@@ -1,0 +1,296 @@
+"""The programs of an iteration of UniGRPO, compiled for chips that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import flops, hlo, phases, pipeline, recipe, rollout, runs, sharding, train
+from unigrpo_jax.models import vae as vae_lib
+
+PHASES = ("layout", "read", "decode", "denoise", "vae", "update")
+# What the compiler says of a program that does not fit.
+_EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A program, and what an iteration asks of it.
+
+  Attributes:
+    name: one of `PHASES`.
+    runs: how often an iteration runs it.
+    model_flops: of all its runs on all chips, by formula; None where there is no formula.
+    program: what one run does on one chip; None where it did not compile.
+    bytes: of one run on one chip: {"arguments", "results", "temporaries"}; results that take their
+      argument's place are not counted again.
+    exceeds: bytes that the compiler wanted where it did not fit; None where it did.
+    seconds: of compiling.
+  """
+
+  name: str
+  runs: int
+  model_flops: float | None
+  program: hlo.Program | None
+  bytes: Mapping[str, int]
+  exceeds: float | None
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The programs of a run on a topology.
+
+  Attributes:
+    mesh: {axis: size}.
+    held: bytes of each cause on one chip, all through: parameters, optimizer, moving average,
+      reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
+    phases: by name.
+    trajectories: of an iteration.
+  """
+
+  mesh: Mapping[str, int]
+  held: Mapping[str, int]
+  phases: Mapping[str, Phase]
+  trajectories: int
+
+
+def on_a_chip(tree: Any) -> int:
+  """Bytes that a chip holds of arrays with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def compile_phase(
+  name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1
+) -> tuple[Phase, Any]:
+  """Compiles a program; returns it and its results as shapes with shardings, None if it is too big.
+
+  Args:
+    name: of the phase.
+    fn: a jitted function, or a partial of one.
+    *args: its arguments, shapes with shardings.
+    runs, model_flops: see `Phase`.
+    trips: of a loop that ends early.
+  """
+  bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
+  start = time.monotonic()
+  lowered = bound.func.lower(*bound.args, *args, **bound.keywords)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    found = _EXCEEDED.search(str(error))
+    if found is None:
+      raise
+    wanted = float(found[1]) * _UNIT[found[2]]
+    seconds = time.monotonic() - start
+    return Phase(name, runs, model_flops, None, {}, wanted, seconds), None
+  memory = compiled.memory_analysis()
+  phase = Phase(
+    name, runs, model_flops, hlo.read(compiled.as_text(), unknown_trips=trips),
+    {
+      "arguments": memory.argument_size_in_bytes,
+      "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+    },
+    None, time.monotonic() - start,
+  )
+  results = jax.tree.map(
+    lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+    lowered.out_info, compiled.output_shardings,
+  )
+  return phase, results
+
+
+class Planner:
+  """A run's programs, from its config and the sizes of its network."""
+
+  def __init__(self, config, network: runs.Network):
+    """Checks the config as training does.
+
+    Args:
+      config: see `configs/unigrpo.py`.
+      network: whose folder needs a config only, and whose mesh may be of chips that are not there.
+
+    Raises:
+      InputError: the config is impossible on this mesh.
+    """
+    recipe.check(config, network)
+    self.config, self.network = config, network
+    self.optimizer = runs.make_optimizer(config)
+    self.state, self.where = runs.state_layout(
+      network, self.optimizer, ema=config.ema_decay > 0,
+      reference=recipe.copies_reference(config),
+    )
+    self.vae = vae_lib.VAE(network.folder.config.vae)
+    self.sampler = rollout.Sampler(
+      network.model, self.vae, None, network.tokenizer, network.mesh,
+      recipe.rollout_settings(config, network.mesh),
+    )
+    # Made before the mesh is active: there are no chips to compute anything on.
+    self.update = jax.jit(
+      recipe.make_update(config, network, self.optimizer, self.sampler), donate_argnums=0,
+      out_shardings=(self.where, None),
+    )
+    self.keys = jax.eval_shape(
+      lambda: rollout.trajectory_keys(jax.random.key(0), 0, self.rows)
+    )
+    key, c = jax.random.key(0), network.folder.config
+    pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
+    self.vae_params = _placed(
+      sharding.unbox(jax.eval_shape(self.vae.init, key, pixels)["params"]),
+      pipeline.param_shardings(network.model, network.mesh, ("vae",))["vae"],
+    )
+
+  @property
+  def rows(self) -> int:
+    """Trajectories of a chunk."""
+    return self.config.rollout.prompts_at_once * self.config.group_size
+
+  @property
+  def chunks(self) -> int:
+    return self.config.prompts_per_step // self.config.rollout.prompts_at_once
+
+  def run(self, progress: Callable[[str], None] = lambda name: None) -> Plan:
+    """Compiles every phase; `progress` is told the name of each before it is."""
+    held, found = self._state_bytes(), {}
+    with sharding.activate(self.network.mesh):
+      for phase, more in self._phases(progress):
+        found[phase.name] = phase
+        held |= more
+    mesh = dict(self.network.mesh.shape)
+    return Plan(mesh, held, found, recipe.trajectories_of(self.config))
+
+  def _state_bytes(self) -> dict[str, int]:
+    state = self.state
+    held = {
+      "parameters": state.params, "optimizer": state.opt_state, "moving average": state.ema,
+      "reference": state.reference,
+    }
+    return {name: on_a_chip(tree) for name, tree in held.items()}
+
+  def _phases(self, progress) -> Iterator[tuple[Phase, dict[str, int]]]:
+    """Each phase as it is compiled, and the bytes of what it adds to a chip."""
+    work, sampler, s = self._work(), self.sampler, self.sampler.settings
+    build = functools.partial(self._compile, progress)
+    params, layout = build("layout", sampler.take, self.state.params, runs=1)
+    yield layout, {"sampler": on_a_chip(params)}
+    copies = s.prompt_copies
+    prompts = self.config.rollout.prompts_at_once * copies
+    inputs = phases.Inputs(
+      prompt_ids=self._rows(jnp.int32, prompts, s.prompt_tokens),
+      prompt_mask=self._rows(bool, prompts, s.prompt_tokens), system_ids=sampler.system_ids,
+    )
+    contexts, phase = build("read", sampler.read, params, inputs, runs=self.chunks,
+                            model_flops=work["read"])
+    yield phase, {}
+    written = None
+    if s.think:
+      contexts, _ = build("read", sampler.fork, contexts, runs=self.chunks)
+      out, phase = build(
+        "decode", sampler.write, params, contexts.main, self._keys("text"), None,
+        runs=self.chunks, model_flops=work["decode"], trips=s.max_tokens,
+      )
+      yield phase, {}
+      if out is None:
+        return
+      written, main = out
+      contexts = contexts.replace(main=main)
+    steps = self._rows(jnp.int32, self.rows, self.config.rollout.window_size)
+    grid = jax.tree.map(
+      lambda a: self._rows(a.dtype, self.rows, *a.shape[1:]), sampler.grid
+    )
+    drawn, phase = build(
+      "denoise", sampler.explore, params, contexts, self._keys("image"), steps, grid,
+      runs=self.chunks, model_flops=work["denoise"],
+    )
+    cache = on_a_chip((contexts.main, contexts.before_prompt, contexts.after_prompt))
+    yield phase, {"cache": cache}
+    if drawn is None:
+      return
+    yield self._vae(progress), {}
+    parts = [(inputs.prompt_ids, inputs.prompt_mask, written, drawn)] * self.chunks
+    count = recipe.trajectories_of(self.config)
+    experience = jax.eval_shape(
+      train.join, parts, self._rows(jnp.float32, count), self._rows(bool, count)
+    )
+    experience = jax.tree.map(lambda a: self._rows(a.dtype, *a.shape), experience)
+    _, phase = build(
+      "update", self.update, self.state, experience, runs=1, model_flops=work["update"]
+    )
+    yield phase, {"recorded": on_a_chip(experience)}
+
+  def _compile(self, progress, name, fn, *args, runs, model_flops=None, trips=1):
+    progress(name)
+    phase, results = compile_phase(
+      name, fn, *args, runs=runs, model_flops=model_flops, trips=trips
+    )
+    return results, phase
+
+  def _vae(self, progress) -> Phase:
+    r, c = self.config.rollout, self.network.folder.config
+    at_once = min(self.sampler.images_at_once, self.rows)
+    latents = jax.ShapeDtypeStruct(
+      (at_once, r.height // c.vae.downsample, r.width // c.vae.downsample, c.vae.z_channels),
+      jnp.float32, sharding=sharding.along_all(self.network.mesh),
+    )
+    runs_of_it = self.chunks * -(-self.rows // at_once)
+    return self._compile(
+      progress, "vae", self.sampler.decode_images, self.vae_params, latents, runs=runs_of_it
+    )[1]
+
+  def _rows(self, dtype, *shape) -> jax.ShapeDtypeStruct:
+    place = sharding.row_sharding(self.network.mesh, shape[0])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def _keys(self, name: str) -> jax.ShapeDtypeStruct:
+    key = self.keys[name]
+    place = sharding.replicated(self.network.mesh)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+
+  def _work(self) -> dict[str, float]:
+    """Model FLOPs of the phases in an iteration; reasonings as long as they may be."""
+    c, network = self.config, self.network
+    sizes, r = flops.Sizes.of(network.folder.config), c.rollout
+    system = 0 if self.sampler.system_ids is None else len(self.sampler.system_ids)
+    before, tokens = system + r.prompt_tokens, r.max_tokens if r.think else 0
+    latents = self.sampler.grid.ids.shape[1]
+    count = recipe.trajectories_of(c)
+    drawn = flops.velocity(sizes, latents, context=before + tokens)
+    trained = runs.trained(c.learning_rate) & set(flops.PARTS)
+    update = 0
+    parts = recipe.schedule(c, network.mesh).group_parts * self.sampler.settings.prompt_copies
+    read = flops.text(sizes, before) * (parts * c.prompts_per_step)
+    write = flops.text(sizes, tokens, context=before, scored=tokens) * count
+    image = drawn * (r.window_size * count)
+    text_trains = c.text.train and r.think
+    for _ in range(c.epochs):
+      text_work = read + write
+      update += text_work.update(trained & {"und", "text"}) if text_trains else text_work.forward
+      if c.flow.train:
+        update += image.update(trained & {"gen", "latent"})
+    if recipe.needs_reference(c):
+      update += read.forward + write.forward + (image.forward if c.flow.train else 0)
+    return {
+      "read": flops.text(sizes, before).forward * c.prompts_per_step,
+      "decode": flops.decode(sizes, tokens, context=before).forward * count,
+      "denoise": drawn.forward * (r.num_timesteps - 1) * count,
+      "update": update,
+    }
+
+
+def _placed(tree: Any, places: Any) -> Any:
+  return jax.tree.map(
+    lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, places
+  )
