@@ -30,8 +30,9 @@ ROOMS = {
   "hlo_flops": {"hlo_text"},
   "hlo_loops": {"hlo_text"},
   "hlo_text": set(),
+  "hosts": {"jax", "numpy", "errors"},
   "optim": {"jax", "optax"},
-  "sharding": {"jax", "flax", "errors"},
+  "sharding": {"jax", "numpy", "flax", "errors"},
   "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
   "safetensors_io": {"numpy", "ml_dtypes", "errors"},
   "weights": {"jax", "numpy", "ml_dtypes", "errors", "safetensors_io"},
@@ -47,8 +48,9 @@ STANDARD = {
   "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",
   "dataclasses", "datetime", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
   "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
-  "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "sys",
-  "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata", "urllib",
+  "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "subprocess",
+  "sys", "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
+  "urllib",
   "warnings", "weakref", "zipfile",
 }
 

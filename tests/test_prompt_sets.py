@@ -322,44 +322,30 @@ def ids(taken):
   return [prompt.id for prompt in taken]
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_share_each_step(hosts):
-  alone = prompts.PromptStream(numbered(10), 3, 0, 1, 4)
-  streams = [prompts.PromptStream(numbered(10), 3, host, hosts, 4) for host in range(hosts)]
-  for _ in range(7):
-    shares = [ids(stream.next()) for stream in streams]
-    assert [len(share) for share in shares] == [4 // hosts] * hosts
-    assert sum(shares, []) == ids(alone.next())
-  assert {stream.state() for stream in streams} == {28}
-
-
 @pytest.mark.parametrize("count, per_step", [(10, 4), (3, 8), (5, 5), (1, 2)])
 def test_every_pass_takes_every_prompt_in_its_own_order(count, per_step):
-  stream = prompts.PromptStream(numbered(count), 2, 0, 1, per_step)
+  stream = prompts.PromptStream(numbered(count), 2, per_step)
   taken = sum((ids(stream.next()) for _ in range(20)), [])
   for epoch in range(len(taken) // count):
     one_pass = taken[epoch * count : (epoch + 1) * count]
     assert one_pass == numbered(count).order(2, epoch).tolist()
 
 
-@pytest.mark.parametrize("hosts", [1, 4])
-def test_state_continues_on_any_number_of_hosts(hosts):
-  whole = prompts.PromptStream(numbered(10), 5, 0, 1, 4)
+def test_another_stream_continues_from_the_state():
+  whole = prompts.PromptStream(numbered(10), 5, 4)
   expected = [ids(whole.next()) for _ in range(9)]
-  before = [prompts.PromptStream(numbered(10), 5, host, 2, 4) for host in range(2)]
+  before = prompts.PromptStream(numbered(10), 5, 4)
   for _ in range(3):
-    for stream in before:
-      stream.next()
-  state = json.loads(json.dumps(before[1].state()))
-  after = [prompts.PromptStream(numbered(10), 5, host, hosts, 4) for host in range(hosts)]
-  for stream in after:
-    stream.restore(state)
-  for step in range(3, 9):
-    assert sum((ids(stream.next()) for stream in after), []) == expected[step]
+    before.next()
+  state = json.loads(json.dumps(before.state()))
+  assert state == 12
+  after = prompts.PromptStream(numbered(10), 5, 4)
+  after.restore(state)
+  assert [ids(after.next()) for _ in range(3, 9)] == expected[3:]
 
 
 def test_restore_goes_back_too():
-  stream = prompts.PromptStream(numbered(4), 0, 0, 1, 3)
+  stream = prompts.PromptStream(numbered(4), 0, 3)
   first = [ids(stream.next()) for _ in range(5)]
   stream.restore(np.int64(0))
   assert [ids(stream.next()) for _ in range(5)] == first
@@ -367,15 +353,13 @@ def test_restore_goes_back_too():
 
 @pytest.mark.parametrize("state", [-1, 1.0, "3", None, True])
 def test_bad_state_is_refused(state):
-  stream = prompts.PromptStream(numbered(4), 0, 0, 1, 2)
+  stream = prompts.PromptStream(numbered(4), 0, 2)
   assert f"prompt position={state!r}" in refusal(stream.restore, state)
 
 
 @pytest.mark.parametrize("arguments, words", [
-  ((-1, 0, 1, 4), "seed=-1"),
-  ((0, 0, 3, 4), "prompts_per_step=4 must be a positive multiple of the 3 host(s)"),
-  ((0, 0, 1, 0), "prompts_per_step=0"),
-  ((0, 2, 2, 4), "process_index=2"),
+  ((-1, 4), "seed=-1"),
+  ((0, 0), "prompts_per_step=0"),
 ])
 def test_impossible_stream_is_refused(arguments, words):
   assert words in refusal(prompts.PromptStream, numbered(8), *arguments)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax import batches, contact_sheet, errors, intervals, rewards, sharding
+from unigrpo_jax import batches, contact_sheet, errors, hosts, intervals, rewards, sharding
 
 Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
 Progress = Callable[[str, int, int], None]
@@ -234,7 +234,9 @@ class Evaluation:
     )
 
   def run(self, params: Any = None, progress: Progress | None = None) -> Results:
-    """Draws and scores every prompt under every mode.
+    """Draws and scores every prompt under every mode; several hosts call it together.
+
+    Each of them scores its share of every batch, and has all results.
 
     Args:
       params: of the network, on the pipeline's mesh, in place of its own for this run; None keeps
@@ -265,7 +267,10 @@ class Evaluation:
       )
       for example, result in zip(examples, results)
     ]
-    scores = self._score(samples)
+    own = hosts.share(len(samples))
+    with hosts.together():
+      scores = self._score([samples[row] for row in own])
+    scores = hosts.gather_rows(own, scores, len(samples))
     for place, (example, sample) in enumerate(zip(examples, samples)):
       number, name = first + place, None
       own = {key: float(values[place]) for key, values in scores.items()}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import corpus, errors, feed, metrics, phases, runs, sharding, types
+from unigrpo_jax import corpus, errors, feed, hosts, metrics, phases, runs, sharding, types
 from unigrpo_jax import step as step_lib
 from unigrpo_jax.data import packing
 from unigrpo_jax.models import vae
@@ -26,9 +26,10 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     devices: to train on; None: all of them.
   """
   # --- Model and optimizer.
-  network = runs.open_network(config, devices)
+  with hosts.together():
+    network = runs.open_network(config, devices)
+    check_config(config, network.mesh)
   folder, tokenizer, mesh = network.folder, network.tokenizer, network.mesh
-  check_config(config, mesh)
   optimizer = runs.make_optimizer(config)
   ema_decay = config.ema_decay or None
   layout = runs.state_layout(network, optimizer, ema=ema_decay is not None, reference=False)
@@ -53,10 +54,11 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     tokens = vae.pack_latents(latents, folder.config.latent_patch_size)
     return np.asarray(tokens)[: len(pixels)]
 
-  local_rows = config.microbatch // jax.process_count()
-  examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
-    dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
-  )
+  local_rows = config.microbatch // hosts.count()
+  with hosts.together():
+    examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
+      dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
+    )
   batches = feed.Feed(
     examples, folder.config, tokenizer, encode,
     feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
@@ -73,13 +75,14 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       network.model, optimizer, ema_decay=ema_decay, ce_weight=config.ce_weight,
       mse_weight=config.mse_weight, label_chunk=config.label_chunk,
     ),
-    donate_argnums=0, out_shardings=(layout[1], None),
+    donate_argnums=0, out_shardings=(layout[1], sharding.replicated(mesh)),
   )
 
   # --- The loop.
   first = int(state.step)
   print_start(config, network, state, workdir, first)
-  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first)
+  writers = config.writers if hosts.first() else ()
+  log = metrics.writers(writers, workdir, run_id, plain, first_step=first)
   clock = metrics.Clock(first, config.steps)
   stopping = runs.stop_on_signal()
   record = {"config": plain, "run_id": run_id}
@@ -94,17 +97,17 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         newest = f"the newest checkpoint in {workdir} is of step {saved.latest}"
         runs.check_finite(values, number, newest)
         log.write(number, values)
-        print(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}), flush=True)
-      last = number == config.steps or stopping.is_set()
-      if number % config.checkpoint_every == 0 or last:
+        hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))
+      stopped = hosts.any(stopping.is_set())
+      if number % config.checkpoint_every == 0 or number == config.steps or stopped:
         saved.save(number, state, record)
-      if stopping.is_set():
-        print(f"stopped by a signal at step {number}; the same command goes on", flush=True)
+      if stopped:
+        hosts.say(f"stopped by a signal at step {number}; the same command goes on")
         break
   saved.close()
   log.close()
-  if config.export_to and int(state.step) == config.steps:
-    runs.export(network, state.averaged, config.export_to, config.export_dtype)
+  if int(state.step) == config.steps:
+    runs.finish(network, state, config, workdir)
   return state
 
 
@@ -116,10 +119,16 @@ def check_config(config, mesh) -> None:
       f"config.microbatch={config.microbatch}; change one of them"
     )
   ways = sharding.batch_multiple(mesh)
-  if config.microbatch % ways or config.microbatch % jax.process_count():
+  if config.microbatch % ways or config.microbatch % hosts.count():
     raise errors.InputError(
       f"config.microbatch={config.microbatch} does not divide over data x fsdp = {ways} devices "
-      f"and {jax.process_count()} hosts; make it a multiple of both"
+      f"and {hosts.count()} hosts; make it a multiple of both"
+    )
+  shares = np.bincount(sharding.row_hosts(mesh, config.microbatch), minlength=hosts.count())
+  if mesh.is_multi_process and shares.min() < shares.max():
+    raise errors.InputError(
+      f"config.mesh.tensor={config.mesh.tensor} joins devices of several hosts, which would each "
+      "make the same examples; make it a divisor of a host's devices"
     )
   if config.limits.images % ways:
     raise errors.InputError(
@@ -131,12 +140,12 @@ def check_config(config, mesh) -> None:
 
 def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
   """What will run, before it compiles."""
-  print(f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}")
-  print(runs.device_line(network.mesh))
-  print(
+  hosts.say("\n".join([
+    f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}",
+    runs.device_line(network.mesh),
     f"a step: {config.sequences_per_step} sequences in "
     f"{config.sequences_per_step // config.microbatch} microbatch(es), "
-    f"{config.noise_draws} noisy copies of each image"
-  )
-  print("\n".join(runs.group_lines(config, state.params)))
-  print("compiling the step", flush=True)
+    f"{config.noise_draws} noisy copies of each image",
+    *runs.group_lines(config, state.params),
+    "compiling the step",
+  ]))

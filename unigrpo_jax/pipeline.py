@@ -108,11 +108,11 @@ class Pipeline:
     )
 
   def run(self, batch: batches.Batch, progress: Progress | None = None) -> list[Result]:
-    """Runs a batch.
+    """Runs a batch; several hosts call it together, and each has all results.
 
     Args:
       batch: see `prepare`.
-      progress: called with a phase, what is done of it, and its total.
+      progress: called with a phase, what is done of it, and its total; on several hosts never.
 
     Returns:
       One result a request, in order. `seconds` holds the time of each phase.
@@ -170,7 +170,7 @@ class Pipeline:
       max_tokens=settings.max_tokens, temperature=settings.temperature,
       on_step=_step_reporter(progress, "write", settings.max_tokens),
     )
-    return jax.device_get(rollout), contexts.replace(main=main)
+    return sharding.fetch(self.mesh, rollout), contexts.replace(main=main)
 
   def _draw(self, contexts: phases.Contexts, batch: batches.Batch, progress) -> np.ndarray:
     settings, counts = batch.settings, batch.grid.mask.sum(axis=1)
@@ -179,7 +179,7 @@ class Pipeline:
       jax.random.normal(batches.row_key(seed, "noise"), (count, self.config.latent_dim))
       for seed, count in zip(batch.seeds, counts)
     ])
-    return jax.device_get(self._run(
+    return sharding.fetch(self.mesh, self._run(
       phases.draw, contexts, noise, batch.grid, num_timesteps=settings.num_timesteps,
       shift=settings.shift, guidance=settings.guidance,
       on_step=_step_reporter(progress, "draw", settings.num_timesteps - 1),
@@ -208,7 +208,7 @@ class Pipeline:
   def _run(self, phase, *args, **options):
     """Runs a phase with the rows of its host arrays spread over the mesh."""
     rows = sharding.along_batch(self.mesh)
-    put = lambda a: jax.device_put(a, rows) if isinstance(a, np.ndarray) and a.ndim > 1 else a
+    put = lambda a: sharding.put(a, rows) if isinstance(a, np.ndarray) and a.ndim > 1 else a
     out = phase(self.model, self.params["bagel"], *jax.tree.map(put, args), **options)
     return jax.block_until_ready(out)
 
@@ -221,8 +221,8 @@ class Pipeline:
     count = len(arrays[0])
     rows = np.arange(count + -count % self.mesh.size) % count
     everywhere = sharding.along_all(self.mesh)
-    spread = jax.device_put([np.asarray(a)[rows] for a in arrays], everywhere)
-    return np.asarray(program(self.vae, self.params["vae"], *spread))[:count]
+    spread = [sharding.put(np.asarray(a)[rows], everywhere) for a in arrays]
+    return sharding.fetch(self.mesh, program(self.vae, self.params["vae"], *spread))[:count]
 
   @contextlib.contextmanager
   def _timed(self, phase: str) -> Iterator[None]:
@@ -258,6 +258,6 @@ def _check_finite(what: str, values: np.ndarray) -> None:
 @functools.lru_cache(maxsize=16)
 def _step_reporter(progress: Progress | None, phase: str, total: int):
   """One callable for repeated calls: a new one each time would compile each time."""
-  if progress is None:
+  if progress is None or jax.process_count() > 1:
     return None
   return lambda step: progress(phase, min(int(step) + 1, total), total)

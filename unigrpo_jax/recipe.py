@@ -6,10 +6,21 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unigrpo_jax import batches, errors, objective, policy, rewards, rollout, runs, sharding, update
+from unigrpo_jax import (
+  batches,
+  errors,
+  hosts,
+  objective,
+  policy,
+  rewards,
+  rollout,
+  runs,
+  sharding,
+  update,
+)
 from unigrpo_jax.losses import advantages, forward_process
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
@@ -143,6 +154,14 @@ def _check_division(config, network: runs.Network) -> None:
   ):
     if number % parts:
       raise errors.InputError(f"{what}={number} does not divide by {by}={parts}; change one")
+  # A reward may compare the trajectories of a prompt, so one host scores all of them.
+  groups = sharding.row_hosts(network.mesh, chunk).reshape(-1, config.group_size)
+  if (groups != groups[:, :1]).any():
+    raise errors.InputError(
+      f"{at_once}={config.rollout.prompts_at_once}: the {chunk} trajectories of a chunk over "
+      f"{hosts.count()} hosts would split a group of config.group_size={config.group_size}; make "
+      f"config.rollout.prompts_at_once a multiple of {len(np.unique(groups))}"
+    )
 
 
 def trajectories_of(config) -> int:
@@ -176,7 +195,8 @@ def window_steps(config, iteration: int):
   return windows.draw(
     r.window, low=r.window_range[0], high=r.window_range[1], size=r.window_size if wanted else 0,
     seed=config.seed, iteration=iteration, prompts=config.prompts_per_step,
-    group_size=config.group_size, num_steps=r.num_timesteps - 1, rank=jax.process_index(),
+    group_size=config.group_size, num_steps=r.num_timesteps - 1,
+    rank=0,  # as every host makes the windows of all trajectories
     moving=windows.Moving(iterations=r.moving_iterations, roll_back=r.moving_roll_back),
   )
 

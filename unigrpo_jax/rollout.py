@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import batches, errors, metrics, phases, pipeline, sharding, types
+from unigrpo_jax import batches, errors, hosts, metrics, phases, pipeline, sharding, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
@@ -70,19 +70,28 @@ class Trajectories:
     prompt_ids, prompt_mask: of its P prompts, each `prompt_copies` times, [P, T], on the device.
     text: reasonings on the device, or None.
     flow: recorded steps on the device.
-    images: [B, H, W, 3] uint8 on the host.
-    texts: reasonings in words; None without thinking.
-    lengths, finished: of the reasonings, [B] on the host; None without thinking.
+    rows: which of the B trajectories this host has itself, [n]; all of them where it is the only
+      one.
+    images: theirs, [n, H, W, 3] uint8 on the host.
+    texts: their reasonings in words; None without thinking.
+    lengths, finished: of these, [n] on the host; None without thinking.
   """
 
   prompt_ids: Any
   prompt_mask: Any
   text: types.TextRollout | None
   flow: types.FlowRollout
+  rows: np.ndarray
   images: np.ndarray
   texts: list[str] | None = None
   lengths: np.ndarray | None = None
   finished: np.ndarray | None = None
+
+  def told(self) -> dict[str, np.ndarray]:
+    """What is told of the reasonings of this host's rows, {name: [n] float32}."""
+    if self.texts is None:
+      return {}
+    return {"lengths": np.float32(self.lengths), "finished": np.float32(self.finished)}
 
 
 class Sampler:
@@ -195,29 +204,45 @@ class Sampler:
         self.explore(params, contexts, keys["image"], over_rows(steps), grid)
       )
     with timer("vae"):
-      images = self._decode(drawn.latents)
-    written = () if rollout is None else self._words(jax.device_get(rollout))
+      own, images = self._decode(drawn.latents)
+    written = ()
+    if rollout is not None:
+      _, read = sharding.local_rows(self.mesh, rollout)
+      with hosts.together():
+        written = self._words(read)
     return Trajectories(
-      inputs.prompt_ids, inputs.prompt_mask, rollout, drawn, images, *written
+      inputs.prompt_ids, inputs.prompt_mask, rollout, drawn, own, images, *written
     )
 
-  def _decode(self, latents) -> np.ndarray:
+  def _decode(self, latents) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that this host reads, and their images."""
     c, s = self.model.config, self.settings
     grids = vae_lib.unpack_latents(
       latents, s.height // c.latent_stride, s.width // c.latent_stride, c.latent_patch_size
     )
-    at_once = self.images_at_once
-    parts = [
-      np.asarray(self.decode_images(self._vae_params, grids[first : first + at_once]))
-      for first in range(0, len(grids), at_once)
-    ]
-    return np.concatenate(parts)
+    # A few of every device's own rows at a time, so that the decoder's temporaries stay within it
+    # and no row moves.
+    everywhere = len(grids) % self.mesh.size == 0
+    ways = self.mesh.size if everywhere else sharding.batch_multiple(self.mesh)
+    grids = grids.reshape(ways, -1, *grids.shape[1:])
+    numbers = np.arange(grids.shape[0] * grids.shape[1]).reshape(grids.shape[:2])
+    rows, images = [], []
+    for first in range(0, grids.shape[1], self.images_at_once):
+      part = slice(first, first + self.images_at_once)
+      taken = grids[:, part].reshape(-1, *grids.shape[2:])
+      if everywhere:
+        taken = jax.device_put(taken, sharding.along_all(self.mesh))
+      own, read = sharding.local_rows(self.mesh, self.decode_images(self._vae_params, taken))
+      rows.append(numbers[:, part].ravel()[own])
+      images.append(read)
+    rows, images = np.concatenate(rows), np.concatenate(images)
+    order = np.argsort(rows)
+    return rows[order], images[order]
 
   @property
   def images_at_once(self) -> int:
-    """Images decoded together: the decoder's temporaries stay within a device."""
-    s = self.settings
-    return max(phases.VAE_PIXELS // (s.height * s.width), 1) * self.mesh.size
+    """Images that a device decodes together: the decoder's temporaries stay within it."""
+    return max(phases.VAE_PIXELS // (self.settings.height * self.settings.width), 1)
 
   def _words(self, host: types.TextRollout) -> tuple[list[str], np.ndarray, np.ndarray]:
     bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -12,6 +13,7 @@ import pathlib
 import secrets
 import signal
 import threading
+import time
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, errors, folders, optim, replacing, sharding, types
+from unigrpo_jax import checkpoints, errors, folders, hosts, optim, replacing, sharding, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import bagel, layers
 
@@ -27,6 +29,8 @@ from unigrpo_jax.models import bagel, layers
 RESUMABLE = frozenset({
   "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "export_to", "mesh",
 })
+
+WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,15 +180,16 @@ def resume_or_start(
   """
   abstract, where = layout
   saved = open_checkpoints(workdir, config)
-  if saved.latest is None:
+  newest = hosts.broadcast(saved.latest)
+  if newest is None:
     state = first_state(
       network, optimizer, where, random_init=config.random_init, seed=config.seed
     )
     return saved, state, {}
-  record, now = saved.record(saved.latest), json.loads(config.to_json())
+  record, now = saved.record(newest), json.loads(config.to_json())
   check_resumable(record["config"], now, may_change(record["config"], now, free))
-  state = saved.load(saved.latest, abstract)
-  print(f"resumed {workdir} at step {saved.latest}", flush=True)
+  state = saved.load(newest, abstract)
+  hosts.say(f"resumed {workdir} at step {newest}")
   return saved, state, record
 
 
@@ -249,8 +254,8 @@ def introduce(
   workdir: pathlib.Path, config: Mapping[str, Any], network: Network, params, resumed: str | None
 ) -> str:
   """Writes config.json and run.json of a run; returns its name, kept over its resumptions."""
-  own = resumed or secrets.token_hex(4)
-  if jax.process_index() == 0:
+  own = resumed or hosts.broadcast(secrets.token_hex(4))
+  if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", config)
     write_json(workdir / "run.json", {
@@ -265,7 +270,21 @@ def introduce(
       "device_kind": network.mesh.devices.flat[0].device_kind,
       "parameters": {group: count for group, count in group_sizes(params).items() if count},
     })
+  with hosts.together():
+    _check_shared(workdir, own)
   return own
+
+
+def _check_shared(workdir: pathlib.Path, run_id: str) -> None:
+  """Refuses a workdir that not all hosts see: checkpoints would lose some of their parts."""
+  for _ in range(WORKDIR_SECONDS):
+    with contextlib.suppress(OSError, ValueError):
+      if json.loads((workdir / "run.json").read_text())["run_id"] == run_id:
+        return
+    time.sleep(1)  # A shared folder may show a new file late.
+  raise errors.InputError(
+    f"--workdir={workdir} is not the folder that host 0 writes to; give one that all hosts share"
+  )
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -312,6 +331,12 @@ def device_line(mesh: jax.sharding.Mesh) -> str:
   return f"devices: {jax.default_backend()}, {shape}; {jax.process_count()} host(s)"
 
 
+def how_to_go_on(workdir: pathlib.Path) -> str:
+  """What a run that ended goes on from; asks nobody, as other hosts may be dead."""
+  steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+  return f"the run goes on from step {max(steps)}" if steps else "the run starts anew"
+
+
 class CompileTimer:
   """Seconds that XLA compiled, while it is entered."""
 
@@ -331,6 +356,17 @@ class CompileTimer:
     """Since the last call."""
     seconds, self._seconds = self._seconds, 0.0
     return seconds
+
+
+def finish(network: Network, state: types.TrainState, config, workdir: pathlib.Path) -> None:
+  """Exports what a run that is over asked for."""
+  if not config.export_to:
+    return
+  if hosts.count() > 1:
+    hosts.say(f"not exported: python -m unigrpo_jax.export {workdir} {config.export_to} on one "
+              "host does it")
+    return
+  export(network, state.averaged, config.export_to, config.export_dtype)
 
 
 def stop_on_signal() -> threading.Event:

@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from unigrpo_jax import errors
 
@@ -126,4 +127,62 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
 
 def put_rows(mesh: Mesh, array: Any) -> jax.Array:
   """Puts an array on the devices, its first axis along the batch where that divides it."""
-  return jax.device_put(array, row_sharding(mesh, array.shape[0]))
+  return put(array, row_sharding(mesh, array.shape[0]))
+
+
+def put(array: Any, where: NamedSharding) -> jax.Array:
+  """Puts an array on the devices, also on those of several hosts, which all hold it whole."""
+  if where.is_fully_addressable:
+    return jax.device_put(array, where)
+  # `device_put` would have all hosts compare the whole array first.
+  array = np.asarray(array)
+  return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def fetch(mesh: Mesh, tree: Any) -> Any:
+  """A tree of arrays as NumPy arrays, whole on every host; all hosts call it together."""
+  def whole(array):
+    if isinstance(array, jax.Array) and not (
+      array.is_fully_addressable or array.is_fully_replicated
+    ):
+      array = jax.device_put(array, replicated(mesh))
+    return jax.device_get(array)
+
+  return jax.tree.map(whole, tree)
+
+
+def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
+  """Which host reads each of `rows` rows spread along the batch: [rows] process indices.
+
+  Of hosts that hold the same rows, their devices being ways of the tensor axis, it is the first.
+  """
+  hosts = np.full(rows, np.iinfo(np.int32).max)
+  for device, (index,) in along_batch(mesh).devices_indices_map((rows,)).items():
+    hosts[index] = np.minimum(hosts[index], device.process_index)
+  return hosts
+
+
+def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
+  """The rows that this host reads of arrays whose first axis lies along the batch.
+
+  Args:
+    mesh: devices.
+    arrays: a tree of [rows, ...]; the number of rows is a multiple of `batch_multiple`.
+
+  Returns:
+    (indices of its rows, [n] int64, increasing; the tree with [n, ...] NumPy arrays).
+  """
+  rows = jax.tree.leaves(arrays)[0].shape[0]
+  if jax.process_count() == 1:
+    return np.arange(rows), jax.device_get(arrays)
+  own = np.flatnonzero(row_hosts(mesh, rows) == jax.process_index())
+
+  def read(array):
+    # What the compiler chose may be split along other axes.
+    array = jax.device_put(array, along_batch(mesh))
+    found = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+      found[shard.index] = shard.data
+    return found[own]
+
+  return own, jax.tree.map(read, arrays)

@@ -25,6 +25,7 @@ from unigrpo_jax import (
   errors,
   evaluation,
   finetune,
+  hosts,
   metrics,
   objective,
   pipeline,
@@ -43,6 +44,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run that "
                                "finds its own checkpoints there goes on.")
 
+for _name, _kind, _words in hosts.FLAGS:
+  (flags.DEFINE_string if _kind is str else flags.DEFINE_integer)(_name, None, _words)
+
 RESUMABLE = runs.RESUMABLE | {
   "steps", "eval", "drift", "writers", "reward.threads", "reward.max_failed_fraction",
 }
@@ -60,19 +64,19 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     InputError: the config is impossible, or the run cannot go on; says why.
   """
   # --- Model and optimizer.
-  network = runs.open_network(config, devices)
-  recipe.check(config, network)
-  optimizer = runs.make_optimizer(config)
+  with hosts.together():
+    network = runs.open_network(config, devices)
+    recipe.check(config, network)
+    optimizer = runs.make_optimizer(config)
   layout = runs.state_layout(
     network, optimizer, ema=config.ema_decay > 0, reference=recipe.copies_reference(config)
   )
 
   # --- Prompts, rewards, evaluation.
-  prompt_set = prompts_lib.open_set(config.prompts.source, config.prompts.split)
-  stream = prompts_lib.PromptStream(
-    prompt_set, config.seed, jax.process_index(), jax.process_count(), config.prompts_per_step
-  )
-  scorer = recipe.make_scorer(config)
+  with hosts.together():
+    prompt_set = prompts_lib.open_set(config.prompts.source, config.prompts.split)
+    stream = prompts_lib.PromptStream(prompt_set, config.seed, config.prompts_per_step)
+    scorer = recipe.make_scorer(config)
   vae = vae_lib.VAE(network.folder.config.vae)
   vae_params = network.folder.load_params(
     dtype=jnp.float32, parts=("vae",),
@@ -82,14 +86,15 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network.model, vae, vae_params, network.tokenizer, network.mesh,
     recipe.rollout_settings(config, network.mesh),
   )
-  evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
+  with hosts.together():
+    evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
   saved, state, record = runs.resume_or_start(
     workdir, config, network, optimizer, layout, RESUMABLE
   )
   plain = json.loads(config.to_json())
-  resumed, first = bool(record), saved.latest or 0
+  resumed, first = bool(record), hosts.broadcast(saved.latest) or 0
   if resumed:
     stream.restore(record["prompt_position"])
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
@@ -97,13 +102,14 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   # --- The update.
   update_fn = jax.jit(
     recipe.make_update(config, network, optimizer, sampler), donate_argnums=0,
-    out_shardings=(layout[1], None),
+    out_shardings=(layout[1], sharding.replicated(network.mesh)),
   )
   limits = recipe.drift_limits(config, network)
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
-  log = metrics.writers(config.writers, workdir, run_id, plain, first_step=first if resumed else -1)
+  writers = config.writers if hosts.first() else ()
+  log = metrics.writers(writers, workdir, run_id, plain, first_step=first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   compiling, stopping = runs.CompileTimer(), runs.stop_on_signal()
   remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}
@@ -119,7 +125,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
                            stopping)
       if gathered is None:
         keep(saved, number - 1, state, before)
-        print(f"stopped by a signal in step {number}; the same command goes on", flush=True)
+        hosts.say(f"stopped by a signal in step {number}; the same command goes on")
         break
       experience, values = gathered
       # Update.
@@ -134,24 +140,25 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         recipe.trajectories_of(config) / values["seconds/total"]
       )
       # Evaluate, tell, save.
-      last = number == config.steps or stopping.is_set()
       score = None
       if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
         results, score = evaluate(state, number)
         values |= results
       log.write(number, values)
-      print(clock.line(number, shown(values)), flush=True)
+      hosts.say(clock.line(number, shown(values)))
+      stopped = hosts.any(stopping.is_set())
+      last = number == config.steps or stopped
       if number % config.checkpoint_every == 0 or last or score is not None:
         numbers = None if score is None else {"reward": score}
         saved.save(number, state, remember(), numbers)
-      if stopping.is_set():
-        print(f"stopped by a signal at step {number}; the same command goes on", flush=True)
+      if stopped:
+        hosts.say(f"stopped by a signal at step {number}; the same command goes on")
         break
   saved.close()
   log.close()
   scorer.close()
-  if config.export_to and saved_all(state, config):
-    runs.export(network, state.averaged, config.export_to, config.export_dtype)
+  if saved_all(state, config):
+    runs.finish(network, state, config, workdir)
   return state
 
 
@@ -159,11 +166,15 @@ def collect(
   config, sampler: rollout.Sampler, params, prompts, number: int, scorer: rewards.Scorer,
   timer: metrics.PhaseTimer, stopping,
 ) -> tuple[types.Experience, dict[str, float]] | None:
-  """The experience of iteration `number` and what there is to tell of it; None when stopped."""
+  """The experience of iteration `number` and what there is to tell of it; None when stopped.
+
+  Every host samples, and scores its own trajectories; the scores, floats, are gathered, so that all
+  compute the same advantages.
+  """
   key = jax.random.fold_in(jax.random.key(config.seed), number)
   steps = recipe.window_steps(config, number)
   size, group = config.rollout.prompts_at_once, config.group_size
-  chunks, scores = [], []
+  chunks, scores, own = [], [], []
   params = sampler.take(params)
   for first in range(0, len(prompts), size):
     part = prompts[first : first + size]
@@ -171,20 +182,29 @@ def collect(
     chunk = sampler.sample(params, [p.prompt for p in part], key, rows.start, steps[rows], timer)
     scores.append(scorer.submit([
       rewards.Sample(
-        part[row // group].prompt, image, None if chunk.texts is None else chunk.texts[row],
+        part[row // group].prompt, image, None if chunk.texts is None else chunk.texts[place],
         part[row // group].metadata,
       )
-      for row, image in enumerate(chunk.images)
+      for place, (row, image) in enumerate(zip(chunk.rows, chunk.images))
     ]))
     chunks.append(chunk)
-    if stopping.is_set():
+    own.append(rows.start + chunk.rows)
+    if hosts.any(stopping.is_set()):
       return None
-  with timer("reward"):
+  with timer("reward"), hosts.together():
     scores = [future.result() for future in scores]
-  scores = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+  reasonings = [chunk.told() for chunk in chunks]
+  scores, reasonings = (
+    hosts.gather_rows(
+      np.concatenate(own), jax.tree.map(lambda *parts: np.concatenate(parts), *numbers),
+      len(prompts) * group,
+    )
+    for numbers in (scores, reasonings)
+  )
   groups = np.repeat(np.arange(len(prompts)), group)
   total = scorer.total(scores, groups, config.reward.normalise)
-  scorer.check(total)
+  with hosts.together():
+    scorer.check(total)
   adv, valid, told = jax.device_get(advantages.group_advantages(
     jnp.asarray(total), jnp.asarray(groups), num_groups=len(prompts), std=config.advantage.std,
     ddof=config.advantage.ddof, eps=config.advantage.eps, clip=config.advantage.clip or None,
@@ -196,10 +216,10 @@ def collect(
     "groups/std": told["group_std_mean"], "groups/zero_std": told["zero_std_fraction"],
     "groups/dropped": told["dropped_groups"],
   }
-  if chunks[0].text is not None:
-    of_all = lambda name: np.concatenate([getattr(chunk, name) for chunk in chunks])
+  if reasonings:
     values |= {
-      "text/length": of_all("lengths").mean(), "text/truncated": 1 - of_all("finished").mean()
+      "text/length": reasonings["lengths"].mean(),
+      "text/truncated": 1 - reasonings["finished"].mean(),
     }
   over_rows = functools.partial(sharding.put_rows, sampler.mesh)
   experience = join(
@@ -289,8 +309,9 @@ def make_evaluation(
     start = time.monotonic()
     results = evaluate.run(sampler.take(state.averaged))
     folder = workdir / "evaluations" / f"{number:06d}"
-    if jax.process_index() == 0:
-      results.save(folder, f"after {number} steps")
+    with hosts.together():
+      if hosts.first():
+        results.save(folder, f"after {number} steps")
     values = {
       f"eval/{mode.name.replace(' + ', '+')}/{name}": results.mean(mode, name)
       for mode in modes for name in results.rewards
@@ -298,7 +319,7 @@ def make_evaluation(
     }
     seconds = time.monotonic() - start
     line = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in modes)
-    print(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}", flush=True)
+    hosts.say(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}")
     return values | {"seconds/evaluate": seconds}, results.mean(modes[0], "reward")
 
   return run
@@ -306,7 +327,7 @@ def make_evaluation(
 
 def keep(saved, number: int, state: types.TrainState, record: dict[str, Any]) -> None:
   """Saves the state of an iteration that may have been saved already."""
-  if saved.latest != number:
+  if hosts.broadcast(saved.latest) != number:
     saved.save(number, state, record)
 
 
@@ -355,7 +376,7 @@ def print_start(config, network: runs.Network, state, workdir, first: int) -> No
     + (", reference)" if state.reference is not None else ")"),
     "compiling",
   ]
-  print("\n".join(lines), flush=True)
+  hosts.say("\n".join(lines))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -390,12 +411,19 @@ def main(_) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
       raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
+    hosts.start(*(flags.FLAGS[name].value for name, *_ in hosts.FLAGS))
+    workdir = pathlib.Path(_WORKDIR.value)
     if jax.config.jax_compilation_cache_dir is None:
       # A run that goes on need not compile again.
-      jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_WORKDIR.value) / "compiled"))
+      jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     algorithms = {"sft": finetune.train, "unigrpo": train}
-    runs.choose("config.algorithm", config.algorithm, algorithms)
-    algorithms[config.algorithm](config, pathlib.Path(_WORKDIR.value))
+
+    def of_all_hosts():
+      hosts.compare({"--workdir": str(workdir), "config": json.loads(config.to_json())})
+      runs.choose("config.algorithm", config.algorithm, algorithms)
+      algorithms[config.algorithm](config, workdir)
+
+    hosts.run(of_all_hosts, lambda: runs.how_to_go_on(workdir))
 
   errors.report(run)
 

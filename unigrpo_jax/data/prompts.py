@@ -1,8 +1,8 @@
 """Prompt sets to train and evaluate on, and the order that a run takes them in.
 
 `open_set` opens a set that `python -m unigrpo_jax.data` built, a prompt file as it is, or the
-embedded "iconworld". `PromptStream` deals a set out to the hosts of a run, step by step, in an
-order that depends on the seed alone and continues from one integer.
+embedded "iconworld". `PromptStream` deals a set out step by step, in an order that depends on the
+seed alone and continues from one integer.
 """
 
 from __future__ import annotations
@@ -79,47 +79,34 @@ class PromptSet:
 
 
 class PromptStream:
-  """Deals a set out, `prompts_per_step` at a time: each host gets its share of every step.
+  """Deals a set out, `prompts_per_step` at a time; of several hosts each takes all of them.
 
   The passes over the set follow each other without a gap, so the last step of one may take the
-  first prompts of the next. What all hosts together get in a step, read in the order of their
-  indices, does not depend on how many they are.
+  first prompts of the next.
   """
 
-  def __init__(
-    self, prompts: PromptSet, seed: int, process_index: int, process_count: int,
-    prompts_per_step: int,
-  ):
+  def __init__(self, prompts: PromptSet, seed: int, prompts_per_step: int):
     """Starts before the first step.
 
     Args:
       prompts: the set, the same on every host.
       seed: of the order, at least 0.
-      process_index, process_count: which host this is, from 0, and how many there are.
-      prompts_per_step: of all hosts together; a multiple of `process_count`.
+      prompts_per_step: at least 1.
 
     Raises:
       InputError: a number is out of range.
     """
     if seed < 0:
       raise errors.InputError(f"seed={seed} of the prompt order must be at least 0")
-    if prompts_per_step < 1 or prompts_per_step % process_count:
-      raise errors.InputError(
-        f"prompts_per_step={prompts_per_step} must be a positive multiple of the {process_count} "
-        "host(s)"
-      )
-    if not 0 <= process_index < process_count:
-      raise errors.InputError(f"process_index={process_index}: there are {process_count} host(s)")
+    errors.require("prompts_per_step", prompts_per_step, low=1)
     self._prompts, self._seed, self._step_size = prompts, seed, prompts_per_step
-    self._share = prompts_per_step // process_count
-    self._first = process_index * self._share
     self._position, self._epoch, self._order = 0, None, None
 
   def next(self) -> list[Prompt]:
-    """This host's share of the next step: [prompts_per_step / process_count]."""
-    start = self._position + self._first
-    taken = [self._prompts[self._index(i)] for i in range(start, start + self._share)]
+    """The prompts of the next step."""
+    start = self._position
     self._position += self._step_size
+    taken = [self._prompts[self._index(i)] for i in range(start, self._position)]
     return taken
 
   def _index(self, position: int) -> int:
@@ -129,11 +116,11 @@ class PromptStream:
     return int(self._order[place])
 
   def state(self) -> int:
-    """How many prompts all hosts have taken so far: the same integer on each of them."""
+    """How many prompts were taken so far."""
     return self._position
 
   def restore(self, state: int) -> None:
-    """Continues after the prompts that `state` counts; the host count may have changed.
+    """Continues after the prompts that `state` counts.
 
     Raises:
       InputError: `state` is not a count.

@@ -141,7 +141,7 @@ class Planner:
     # Made before the mesh is active: there are no chips to compute anything on.
     self.update = jax.jit(
       recipe.make_update(config, network, self.optimizer, self.sampler), donate_argnums=0,
-      out_shardings=(self.where, None),
+      out_shardings=(self.where, sharding.replicated(network.mesh)),
     )
     self.keys = jax.eval_shape(
       lambda: rollout.trajectory_keys(jax.random.key(0), 0, self.rows)
@@ -240,7 +240,7 @@ class Planner:
 
   def _vae(self, progress) -> Phase:
     r, c = self.config.rollout, self.network.folder.config
-    at_once = min(self.sampler.images_at_once, self.rows)
+    at_once = min(self.sampler.images_at_once * self.network.mesh.size, self.rows)
     latents = jax.ShapeDtypeStruct(
       (at_once, r.height // c.vae.downsample, r.width // c.vae.downsample, c.vae.z_channels),
       jnp.float32, sharding=sharding.along_all(self.network.mesh),
