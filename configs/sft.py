@@ -66,6 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
   config.remat = True
+  config.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "plain"; auto: splash on a TPU
   config.mesh = ConfigDict()
   config.mesh.data = 1
   config.mesh.fsdp = 0  # 0: all devices that data and tensor leave

@@ -123,6 +123,19 @@ REFUSED = [
 ]
 
 
+def test_attention_is_checked_against_names_and_devices():
+  for value, words in (
+    ("flash", "config.attention='flash' .* did you mean 'splash'"),
+    ("splash", "config.attention='splash' runs on a tpu"),
+  ):
+    config = _load(UNIGRPO).get_config("tiny")
+    config.attention = value
+    with pytest.raises(errors.InputError, match=words):
+      runs.open_network(config)
+  config.attention = "auto"
+  assert runs.open_network(config).model.backend == "plain"
+
+
 @pytest.mark.parametrize("key, value, words", REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
 def test_what_is_refused_names_its_key_in_a_line(key, value, words):
   config = _load(UNIGRPO).get_config()

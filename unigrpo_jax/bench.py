@@ -36,7 +36,7 @@ from unigrpo_jax import (
   update,
   workloads,
 )
-from unigrpo_jax.models import bagel, layers
+from unigrpo_jax.models import attention, bagel, layers
 from unigrpo_jax.sampling import text
 
 DESCRIPTION = """Times one joint iteration of UniGRPO for a group of one prompt, on random weights.
@@ -80,7 +80,8 @@ class Bench:
     self.work, self.config = work, config
     self.mesh = sharding.make_mesh(devices=[device])
     self.model = bagel.Bagel(
-      sizes, (work.vocab - 3, work.vocab - 2), dtype=jnp.dtype(dtype), remat=remat
+      sizes, (work.vocab - 3, work.vocab - 2), dtype=jnp.dtype(dtype), remat=remat,
+      backend=attention.choose_backend("auto", device.platform, dtype),
     )
     folder = builtin_types.SimpleNamespace(config=sizes)
     network = runs.Network(folder, None, self.model, self.mesh)

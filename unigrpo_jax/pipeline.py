@@ -24,6 +24,7 @@ import numpy as np
 from unigrpo_jax import batches, errors, folders, phases, sharding, types, weights
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.models import attention
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 
@@ -80,7 +81,10 @@ class Pipeline:
       size = count * jnp.dtype(dtype).itemsize
       mesh = sharding.sampling_mesh(folder.config.llm.num_kv_heads, size)
     markers = (tokenizer.vision_start, tokenizer.vision_end)
-    model = bagel_lib.Bagel(folder.config, markers, dtype=dtype, param_dtype=dtype)
+    backend = attention.choose_backend("auto", mesh.devices.flat[0].platform, dtype)
+    model = bagel_lib.Bagel(
+      folder.config, markers, dtype=dtype, param_dtype=dtype, backend=backend
+    )
     return cls(folder, model, tokenizer, mesh)
 
   def load(self, parts: Sequence[str] = ("bagel", "vae")) -> Pipeline:

@@ -23,11 +23,12 @@ import optax
 
 from unigrpo_jax import checkpoints, errors, folders, hosts, optim, replacing, sharding, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.models import bagel, layers
+from unigrpo_jax.models import attention, bagel, layers
 
 # What may differ between any run and its resumption; each kind of run adds its own.
 RESUMABLE = frozenset({
   "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "export_to", "mesh",
+  "attention",
 })
 
 WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
@@ -54,7 +55,7 @@ def open_network(config, devices=None) -> Network:
   """Devices, tokenizer and network of a run, without weights.
 
   Raises:
-    InputError: the mesh does not fit the devices, or the folder cannot be used.
+    InputError: the mesh or the attention does not fit the devices, or the folder cannot be used.
   """
   if not config.init_from:
     raise errors.InputError("config.init_from is empty; give an official or converted folder")
@@ -71,11 +72,16 @@ def build_network(config, folder: folders.ModelFolder, tokenizer, devices=None) 
   others = sizes["data"] * sizes["tensor"]
   sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
   mesh = sharding.make_mesh(**sizes, devices=devices)
+  # The config of a checkpoint may be from before there was a choice.
+  backend = config.get("attention", "auto")
+  choose("config.attention", backend, attention.BACKENDS)
+  backend = attention.choose_backend(backend, devices[0].platform, config.dtype)
   lora = config.get("lora")
   model = bagel.Bagel(
     folder.config, (tokenizer.vision_start, tokenizer.vision_end),
     dtype=jnp.dtype(config.dtype), remat=config.remat,
     lora=layers.Lora(lora.rank, lora.alpha) if lora and lora.rank else None,
+    backend=backend,
   )
   return Network(folder, tokenizer, model, mesh)
 

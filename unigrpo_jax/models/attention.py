@@ -8,7 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from unigrpo_jax import types
+from unigrpo_jax import errors, types
+from unigrpo_jax.models import kernels
+
+# How attention may be computed, by name: "auto" is for `choose_backend` to decide.
+BACKENDS = ("auto", "plain", "splash", "cudnn")
+# What a kernel runs on.
+_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
 
 class Keys(NamedTuple):
@@ -23,7 +29,39 @@ class Keys(NamedTuple):
   order: chex.Array
 
 
-def attend(q, reach, parts: list[Keys], *, precision=None, query_block: int = 1024):
+def choose_backend(name: str, platform: str, dtype) -> str:
+  """The backend for `attend`, checked against the devices.
+
+  "auto" is the kernel for TPUs where it can be used, and "plain" elsewhere. The kernels round the
+  products of float32 arrays or do not take them: exact products are the plain path's.
+
+  Args:
+    name: one of `BACKENDS`.
+    platform: of the devices: "cpu", "gpu" or "tpu".
+    dtype: of the network's activations.
+
+  Raises:
+    InputError: the kernel asked for is none of these devices', or not of this dtype.
+  """
+  exact = jnp.dtype(dtype) == jnp.float32
+  if name == "auto":
+    return "splash" if platform == "tpu" and not exact else "plain"
+  wanted = _PLATFORMS.get(name, platform)
+  if platform != wanted:
+    raise errors.InputError(
+      f"config.attention={name!r} runs on a {wanted}, but the devices are {platform}; set auto"
+    )
+  if name in _PLATFORMS and exact:
+    raise errors.InputError(
+      f"config.attention={name!r} is not exact in config.dtype=float32; set plain or bfloat16"
+    )
+  return name
+
+
+def attend(
+  q, reach, parts: list[Keys], *, precision=None, query_block: int = 1024, backend: str = "plain",
+  one_reach: bool = False,
+):
   """Softmax attention of `q` over the union of `parts`, where order <= reach.
 
   Args:
@@ -33,12 +71,20 @@ def attend(q, reach, parts: list[Keys], *, precision=None, query_block: int = 10
       the new tokens need not be concatenated.
     precision: matmul precision.
     query_block: queries scored at once; the scores held are [B, N, query_block, S].
+    backend: "plain", or the kernel to use where it serves: see `kernels`.
+    one_reach: whether in each row all queries that see anything have the same reach, which the
+      kernel for TPUs needs.
 
   Returns:
     [B, T, N, H] in the dtype of `q`; exactly zero for a query that sees nothing.
   """
   chex.assert_rank([q, reach], [4, 2])
   length = q.shape[1]
+  if length >= kernels.LEAST_QUERIES:
+    if backend == "splash" and one_reach:
+      return kernels.splash(q, reach, parts)
+    if backend == "cudnn":
+      return kernels.cudnn(q, reach, parts)
   blocks = -(-length // query_block)
   if blocks == 1:
     return _attend_block(q, reach, parts, precision)

@@ -31,6 +31,7 @@ class Bagel(nn.Module):
     remat: recomputes each layer of the decoder in the backward pass instead of keeping it.
     lora: adapters on every projection of both experts. Without them the same parameters are the
       network that the adapters started from.
+    backend: how attention is computed; see `attention.attend`.
   """
 
   config: config_lib.BagelConfig
@@ -39,12 +40,15 @@ class Bagel(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
   remat: bool = True
   lora: layers.Lora | None = None
+  backend: str = "plain"
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
-    self.layers = mot.stack(c.llm, self.dtype, self.param_dtype, self.remat, self.lora)
+    self.layers = mot.stack(
+      c.llm, self.dtype, self.param_dtype, self.remat, self.lora, self.backend
+    )
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
     heads = kinds | dict(out_dtype=jnp.float32)
@@ -53,7 +57,7 @@ class Bagel(nn.Module):
     self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)
     self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **heads)
     self.latent_pos_embed = self._position_table(c.max_latent_size)
-    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype)
+    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype, self.backend)
     self.connector = layers.TwoLayer(width, "gelu_tanh", **kinds)
     self.vit_pos_embed = self._position_table(c.vit_max_patches_per_side)
 
@@ -94,8 +98,15 @@ class Bagel(nn.Module):
     context: types.Context | None,
     *,
     keep_kv: bool = False,
+    one_reach: bool = False,
   ):
     """Runs one stream of tokens for each expert over `context`.
+
+    Args:
+      und, gen: the streams.
+      context: what they may see besides themselves.
+      keep_kv: whether to return the new keys and values.
+      one_reach: that of all tokens of a row, but for padding, is the same.
 
     Returns:
       (hidden of und [B, T, D] or None, hidden of gen or None, new (k, v) or None), both after
@@ -112,6 +123,7 @@ class Bagel(nn.Module):
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
       context_orders=tuple(part.order for part in parts),
       keep_kv=keep_kv,
+      one_reach=one_reach,
     )
     xs, kv = self.layers(xs, tuple((part.k, part.v) for part in parts), layout)
     normed = self.norm(xs)
@@ -178,7 +190,7 @@ class Bagel(nn.Module):
     mask = jnp.concatenate([present, patches.mask, present], axis=1)
     slots = context.place + jnp.arange(mask.shape[1])
     tokens = _image_split(x, mask, slots, context)
-    _, _, kv = self.decode(tokens, None, context, keep_kv=True)
+    _, _, kv = self.decode(tokens, None, context, keep_kv=True, one_reach=True)
     return _extend(context, kv, tokens.order, advance=present[:, 0].astype(jnp.int32))
 
   def append_latents(self, context: types.Context, latents, grid: types.LatentGrid):
@@ -191,7 +203,7 @@ class Bagel(nn.Module):
     gen = _image_split(x, grid.mask, slots, context, last=slots[-1] + 1)
     marker_slots = context.place + jnp.array([0, count + 1])
     und = _image_split(markers, present, marker_slots, context)
-    _, _, kv = self.decode(und, gen, context, keep_kv=True)
+    _, _, kv = self.decode(und, gen, context, keep_kv=True, one_reach=True)
     order = jnp.concatenate([und.order, gen.order], axis=1)
     return _extend(context, kv, order, advance=present[:, 0].astype(jnp.int32))
 
@@ -241,7 +253,7 @@ class Bagel(nn.Module):
     markers = jnp.concatenate(self._embed_markers(images), axis=1)
     und = tokens(markers, jnp.ones((images, 2), bool))
     gen = tokens(self.embed_latents(x, t, grid.ids), grid.mask)
-    und_hidden, gen_hidden, _ = self.decode(und, gen, context)
+    und_hidden, gen_hidden, _ = self.decode(und, gen, context, one_reach=True)
     velocity = self.llm2vae(gen_hidden)
     velocity = jnp.where(grid.mask[..., None], velocity, 0.0)
     return (velocity, (und_hidden, gen_hidden)) if return_hidden else velocity

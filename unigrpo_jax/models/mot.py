@@ -106,11 +106,13 @@ class Layout:
     streams: for each expert its `Tokens` without embeddings, or None.
     context_orders: order of the cached keys of each part of the context, [Bc, S] int32.
     keep_kv: whether the layers return their keys and values.
+    one_reach: see `attention.attend`.
   """
 
   streams: dict[str, types.Tokens | None]
   context_orders: tuple[chex.Array, ...]
   keep_kv: bool = struct.field(pytree_node=False)
+  one_reach: bool = struct.field(pytree_node=False, default=False)
 
 
 class Block(nn.Module):
@@ -120,6 +122,7 @@ class Block(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   lora: layers.Lora | None = None
+  backend: str = "plain"
 
   def setup(self):
     self.und = Expert(self.config, self.dtype, self.param_dtype, self.lora)
@@ -137,7 +140,10 @@ class Block(nn.Module):
     parts += [attention.Keys(*kv, order) for kv, order in zip(context_kvs, layout.context_orders)]
     with jax.named_scope("attend"):
       reach = _join([s.reach for s in streams.values()])
-      out = attention.attend(q, reach, parts, precision=layers.matmul_precision(self.dtype))
+      out = attention.attend(
+        q, reach, parts, precision=layers.matmul_precision(self.dtype), backend=self.backend,
+        one_reach=layout.one_reach,
+      )
     lengths = [projection[0].shape[1] for projection in projected]
     outs = [out] if len(lengths) == 1 else jnp.split(out, lengths[:1], axis=1)
     with jax.named_scope("finish"):
@@ -150,7 +156,8 @@ def _join(arrays):
 
 
 def stack(
-  config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None
+  config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None,
+  backend: str = "plain",
 ) -> nn.Module:
   """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked."""
   scanned = nn.scan(
@@ -161,4 +168,4 @@ def stack(
     length=config.num_layers,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
-  return scanned(config, dtype, param_dtype, lora)
+  return scanned(config, dtype, param_dtype, lora, backend)

@@ -28,6 +28,7 @@ class Attention(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  backend: str
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -46,7 +47,8 @@ class Attention(nn.Module):
     reach = jnp.where(mask, types.EVERYTHING, types.BLIND)
     out = attention.attend(
       q, reach, [attention.Keys(k, v, order)],
-      precision=layers.matmul_precision(self.dtype), query_block=QUERY_BLOCK,
+      precision=layers.matmul_precision(self.dtype), query_block=QUERY_BLOCK, backend=self.backend,
+      one_reach=True,
     )
     return layers.Linear(
       (self.config.hidden_size,), ("heads", "head_dim", "embed"), name="out", **kinds
@@ -89,13 +91,14 @@ class Block(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  backend: str
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
     sizes = (self.config, self.dtype, self.param_dtype)
     norm = (self.config.layer_norm_eps, self.param_dtype)
     with jax.named_scope("attention"):
-      x = x + Attention(*sizes, name="attention")(layer_norm(*norm, "norm1")(x), mask)
+      x = x + Attention(*sizes, self.backend, name="attention")(layer_norm(*norm, "norm1")(x), mask)
     with jax.named_scope("mlp"):
       x = x + MLP(*sizes, name="mlp")(layer_norm(*norm, "norm2")(x))
     return nn.with_logical_constraint(x, ("batch", "length", "features")), None
@@ -107,6 +110,7 @@ class SigLIP(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  backend: str = "plain"
 
   @nn.compact
   def __call__(self, patches: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -144,5 +148,5 @@ class SigLIP(nn.Module):
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      x, _ = stack(config, self.dtype, self.param_dtype, name="layers")(x, mask)
+      x, _ = stack(config, self.dtype, self.param_dtype, self.backend, name="layers")(x, mask)
     return layer_norm(config.layer_norm_eps, self.param_dtype, "post_norm")(x).astype(self.dtype)
