@@ -10,6 +10,11 @@ import pathlib
 import sys
 import time
 
+import jax
+
+from unigrpo_jax import config_files, errors
+from unigrpo_jax.planning import advice, page, programs, topology
+
 EPILOG = """\
 --config.KEY=VALUE changes a key of the config, as for training; VALUE is JSON.
 
@@ -31,8 +36,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  from unigrpo_jax import config_files, errors
-
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.plan", epilog=EPILOG,
     description="Compiles every phase of a training for chips that need not be there, and says "
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--config", required=True, metavar="FILE[:VARIANTS]", help="config of UniGRPO")
   add("--topology", required=True, nargs="+", metavar="NAME",
       help="TPU topologies, e.g. v5p:4x4x4 or v6e:16x16")
+  add("--phases", nargs="+", default=programs.PHASES, choices=programs.PHASES, metavar="PHASE",
+      help=f"compiles these alone, of {', '.join(programs.PHASES)}; says no time of an iteration")
   add("--json", type=pathlib.Path, metavar="FILE", help="writes the figures there too")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   if unknown := [text for text in rest if not text.startswith("--config.") or "=" not in text]:
@@ -55,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
   # There may be no chips here, and the compiler must not look for any.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  import jax
-
   jax.config.update("jax_platforms", "cpu")
-  from unigrpo_jax.planning import advice, page, topology
 
   told = {}
   for name in args.topology:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def progress(phase, name=name, start=start):
       print(f"{name}: compiling {phase}, {time.monotonic() - start:.0f} s", file=sys.stderr)
 
-    plan, chip = topology.plan(config, name, progress)
+    plan, chip = topology.plan(config, name, progress, args.phases)
     told[name] = page.record(plan, chip)
     print(page.text(name, told[name], chip, topology.summary(config)))
     print("\n".join(advice.changes(config, plan, told[name], chip)), flush=True)
@@ -78,6 +80,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  from unigrpo_jax import errors as _errors
-
-  _errors.report(main)
+  errors.report(main)

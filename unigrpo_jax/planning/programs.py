@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import dataclasses
 import functools
 import math
@@ -18,7 +18,9 @@ from unigrpo_jax.models import vae as vae_lib
 
 PHASES = ("layout", "read", "decode", "denoise", "vae", "update")
 # What the compiler says of a program that does not fit.
-_EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_EXCEEDED = re.compile(
+  r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM)"
+)
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -133,6 +135,13 @@ class Planner:
       network, self.optimizer, ema=config.ema_decay > 0,
       reference=recipe.copies_reference(config),
     )
+    # What `Sampler.take` makes of the parameters.
+    self.sampled = _placed(
+      jax.tree.map(lambda a: a.update(dtype=network.model.dtype), self.state.params),
+      pipeline.param_shardings(
+        network.model, network.mesh, ("bagel",), sharding.LAYOUTS[config.rollout.layout]
+      )["bagel"],
+    )
     self.vae = vae_lib.VAE(network.folder.config.vae)
     self.sampler = rollout.Sampler(
       network.model, self.vae, None, network.tokenizer, network.mesh,
@@ -162,12 +171,17 @@ class Planner:
   def chunks(self) -> int:
     return self.config.prompts_per_step // self.config.rollout.prompts_at_once
 
-  def run(self, progress: Callable[[str], None] = lambda name: None) -> Plan:
-    """Compiles every phase; `progress` is told the name of each before it is."""
+  def run(
+    self, progress: Callable[[str], None] = lambda name: None,
+    only: Collection[str] = PHASES,
+  ) -> Plan:
+    """Compiles every phase of `only`; `progress` is told the name of each before it is."""
+    self.progress, self.only = progress, only
     held, found = self._state_bytes(), {}
     with sharding.activate(self.network.mesh):
-      for phase, more in self._phases(progress):
-        found[phase.name] = phase
+      for phase, more in self._phases():
+        if phase is not None:
+          found[phase.name] = phase
         held |= more
     mesh = dict(self.network.mesh.shape)
     return Plan(mesh, held, found, recipe.trajectories_of(self.config))
@@ -180,74 +194,82 @@ class Planner:
     }
     return {name: on_a_chip(tree) for name, tree in held.items()}
 
-  def _phases(self, progress) -> Iterator[tuple[Phase, dict[str, int]]]:
+  def _phases(self) -> Iterator[tuple[Phase | None, dict[str, int]]]:
     """Each phase as it is compiled, and the bytes of what it adds to a chip."""
     work, sampler, s = self._work(), self.sampler, self.sampler.settings
-    build = functools.partial(self._compile, progress)
-    params, layout = build("layout", sampler.take, self.state.params, runs=1)
-    yield layout, {"sampler": on_a_chip(params)}
-    copies = s.prompt_copies
-    prompts = self.config.rollout.prompts_at_once * copies
+    _, phase = self._compile("layout", sampler.take, self.state.params, runs=1)
+    params = self.sampled
+    yield phase, {"sampler": on_a_chip(params)}
+    prompts = self.config.rollout.prompts_at_once * s.prompt_copies
     inputs = phases.Inputs(
       prompt_ids=self._rows(jnp.int32, prompts, s.prompt_tokens),
       prompt_mask=self._rows(bool, prompts, s.prompt_tokens), system_ids=sampler.system_ids,
     )
-    contexts, phase = build("read", sampler.read, params, inputs, runs=self.chunks,
-                            model_flops=work["read"])
+    # What each phase reads comes from the one before it, laid out as the compiler left it.
+    contexts, phase = self._compile(
+      "read", sampler.read, params, inputs, runs=self.chunks, model_flops=work["read"]
+    )
     yield phase, {}
     written = None
     if s.think:
-      contexts, _ = build("read", sampler.fork, contexts, runs=self.chunks)
-      out, phase = build(
+      contexts, _ = self._compile("fork", sampler.fork, contexts, runs=self.chunks)
+      out, phase = self._compile(
         "decode", sampler.write, params, contexts.main, self._keys("text"), None,
         runs=self.chunks, model_flops=work["decode"], trips=s.max_tokens,
       )
       yield phase, {}
-      if out is None:
-        return
       written, main = out
-      contexts = contexts.replace(main=main)
+      # An update in place: where it was not compiled, it is as it was before.
+      contexts = contexts if phase is None else contexts.replace(main=main)
     steps = self._rows(jnp.int32, self.rows, self.config.rollout.window_size)
     grid = jax.tree.map(
       lambda a: self._rows(a.dtype, self.rows, *a.shape[1:]), sampler.grid
     )
-    drawn, phase = build(
+    drawn, phase = self._compile(
       "denoise", sampler.explore, params, contexts, self._keys("image"), steps, grid,
       runs=self.chunks, model_flops=work["denoise"],
     )
-    cache = on_a_chip((contexts.main, contexts.before_prompt, contexts.after_prompt))
-    yield phase, {"cache": cache}
-    if drawn is None:
-      return
-    yield self._vae(progress), {}
+    yield phase, {} if phase is None else {"cache": on_a_chip(contexts.main)}
+    yield self._vae(), {}
     parts = [(inputs.prompt_ids, inputs.prompt_mask, written, drawn)] * self.chunks
     count = recipe.trajectories_of(self.config)
     experience = jax.eval_shape(
       train.join, parts, self._rows(jnp.float32, count), self._rows(bool, count)
     )
     experience = jax.tree.map(lambda a: self._rows(a.dtype, *a.shape), experience)
-    _, phase = build(
+    _, phase = self._compile(
       "update", self.update, self.state, experience, runs=1, model_flops=work["update"]
     )
     yield phase, {"recorded": on_a_chip(experience)}
 
-  def _compile(self, progress, name, fn, *args, runs, model_flops=None, trips=1):
-    progress(name)
-    phase, results = compile_phase(
-      name, fn, *args, runs=runs, model_flops=model_flops, trips=trips
-    )
+  def _compile(self, name, fn, *args, runs, model_flops=None, trips=1):
+    """(results, phase) of a program; the phase is None where it is not asked for.
+
+    Results of what was not compiled, or does not fit, are laid out by rows. What thinking and
+    drawing read is always compiled with them, since only the compiler knows its layout.
+    """
+    phase = results = None
+    before = ("read", "fork") if {"decode", "denoise"} & set(self.only) else ()
+    if name in self.only or name in before:
+      self.progress(name)
+      phase, results = compile_phase(
+        name, fn, *args, runs=runs, model_flops=model_flops, trips=trips
+      )
+    if results is None:
+      by_rows = lambda a: self._rows(a.dtype, *a.shape) if a.ndim else a
+      results = jax.tree.map(by_rows, jax.eval_shape(fn, *args))
     return results, phase
 
-  def _vae(self, progress) -> Phase:
+  def _vae(self) -> Phase | None:
     r, c = self.config.rollout, self.network.folder.config
     at_once = min(self.sampler.images_at_once * self.network.mesh.size, self.rows)
     latents = jax.ShapeDtypeStruct(
       (at_once, r.height // c.vae.downsample, r.width // c.vae.downsample, c.vae.z_channels),
       jnp.float32, sharding=sharding.along_all(self.network.mesh),
     )
-    runs_of_it = self.chunks * -(-self.rows // at_once)
     return self._compile(
-      progress, "vae", self.sampler.decode_images, self.vae_params, latents, runs=runs_of_it
+      "vae", self.sampler.decode_images, self.vae_params, latents,
+      runs=self.chunks * -(-self.rows // at_once),
     )[1]
 
   def _rows(self, dtype, *shape) -> jax.ShapeDtypeStruct:

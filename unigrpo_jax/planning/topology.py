@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 
 import jax
@@ -63,16 +63,17 @@ def open_network(config, found: list) -> runs.Network:
 
 
 def plan(
-  config, name: str, progress: Callable[[str], None] = lambda phase: None
+  config, name: str, progress: Callable[[str], None] = lambda phase: None,
+  only: Collection[str] = programs.PHASES,
 ) -> tuple[programs.Plan, chips.Chip]:
-  """Compiles every phase of a config for a topology.
+  """Compiles the phases of a config, or some of them, for a topology.
 
   Raises:
     InputError: no compiler, no such topology, or the config does not fit it.
   """
   chip, found = devices(name)
   network = open_network(config, found)
-  return programs.Planner(config, network).run(progress), chip
+  return programs.Planner(config, network).run(progress, only), chip
 
 
 def summary(config) -> list[str]:
