@@ -1,5 +1,6 @@
 """Several hosts: two processes of four devices each, connected by JAX over the loopback."""
 
+import http.server
 import json
 import os
 import pathlib
@@ -7,18 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 
+import chex
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
-from unigrpo_jax import errors, hosts, recipe, runs, sharding, train
+from unigrpo_jax import errors, folders, hosts, recipe, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
-base = test_train_unigrpo.base
-# Two chunks an iteration, of which each host has one group; the last mode fills its batch up.
+# Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
 SMALL = {
   "steps": 4, "prompts_per_step": 4, "rollout.prompts_at_once": 2, "group_size": 2, "microbatch": 8,
   "rollout.max_tokens": 6, "rollout.num_timesteps": 5, "rollout.window_range": [0, 3],
@@ -27,75 +29,272 @@ SMALL = {
   "eval.modes": ["think"], "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
   "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
 }
-CONFIG = """
+CONFIG = f"""
 from unigrpo_jax import config_files
 
 def get_config():
   config = config_files.load("unigrpo", "tiny")
   config.rewards = {{"rewards_of_hosts:brightness": 1.0}}
-  config.update_from_flattened_dict({values!r})
+  config.update_from_flattened_dict({SMALL!r})
   return config
+"""
+COMPARED = """
+from unigrpo_jax import errors, hosts
+import sys
+def main():
+  number = int(sys.argv[3].partition("=")[2])
+  hosts.start(sys.argv[1].partition("=")[2], 2, number)
+  print(hosts.anywhere(number == 1), hosts.any(False), hosts.broadcast(["é", number]))
+  print(hosts.gather_rows([number, 2 + number], {"score": [number, 7]}, 4)["score"].tolist())
+  try:
+    with hosts.together():
+      if number == 1:
+        raise errors.InputError("no such file")
+  except errors.InputError as error:
+    print(error)
+  hosts.compare({"lora": {"rank": 8}, "seed": 5})
+  hosts.compare({"lora": {"rank": 8 + number}, "seed": 5})
+errors.report(main)
 """
 
 
-def _port():
+def _start(commands, environ):
+  """Starts `commands`, arguments of python, each as a host of its own; one as a whole machine."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
-
-
-def _start(arguments, **environ):
-  """One process for each host; `arguments` are those of python, for each of them."""
-  flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-  cache = jax.config.jax_compilation_cache_dir
-  port = _port()
+    port = free.getsockname()[1]
+  connected = lambda number: [
+    f"--coordinator=127.0.0.1:{port}", f"--processes={len(commands)}", f"--process={number}"
+  ] if len(commands) > 1 else []
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // len(commands)}")
+  own = {
+    # Compiled code that is not fast, but soon there.
+    "XLA_FLAGS": flags + " --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+  }
   return [
     subprocess.Popen(
-      [sys.executable, *own, f"--coordinator=127.0.0.1:{port}", "--processes=2",
-       f"--process={number}"],
-      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      env=os.environ | {
-        "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-      } | environ,
+      [sys.executable, *command, *connected(number)], cwd=ROOT, env=os.environ | own | environ,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
-    for number, own in enumerate(arguments)
+    for number, command in enumerate(commands)
   ]
 
 
 def _end(processes):
-  """[(status, standard output, standard error)] of each host."""
+  """[(status, lines on standard output, standard error)] of each host; without Gloo's chatter."""
   try:
-    found = [process.communicate(timeout=300) for process in processes]
+    found = [process.communicate(timeout=400) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  return [(process.returncode, *texts) for process, texts in zip(processes, found)]
+  spoken = lambda out: [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+  return [(process.returncode, spoken(out), err) for process, (out, err) in zip(processes, found)]
 
 
 def _seen(folder, host):
-  lines = (folder / f"{host}.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
+  """What the reward of a host was called with: a list of [prompt, reasoning, score] a call."""
+  return [json.loads(line) for line in (folder / f"{host}.jsonl").read_text().splitlines()]
+
+
+def _metrics(workdir):
+  """Rows without what depends on the clock."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  clock = test_train_unigrpo.VOLATILE
+  return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def _state(workdir):
+  """(step of the last checkpoint, its state on the host, its record)."""
+  saved = runs.read_checkpoints(workdir)
+  record = saved.record(saved.latest)
+  config = ml_collections.ConfigDict(record["config"])
+  config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
+  network = runs.open_network(config, jax.devices()[:1])
+  abstract, _ = runs.state_layout(network, runs.make_optimizer(config), ema=False, reference=True)
+  return saved.latest, jax.device_get(saved.load(saved.latest, abstract)), record
 
 
 @pytest.fixture
-def config_file(base, tmp_path):
-  path = tmp_path / "config.py"
-  path.write_text(CONFIG.format(values=SMALL | {"init_from": str(base)}))
-  return path
+def run(tmp_path):
+  """Trains on so many hosts: (workdir, hosts, ...) -> [(status, output, errors)]."""
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG)
+
+  def run(name, count, *more, seen, end="-1:0:0"):
+    command = ["-m", "unigrpo_jax.train", f"--config={config}", f"--workdir={tmp_path / name}"]
+    (tmp_path / seen).mkdir()
+    return _end(_start([[*command, *more]] * count, {
+      rewards_of_hosts.SEEN: str(tmp_path / seen), rewards_of_hosts.END: end,
+    }))
+
+  return run
 
 
-def test_a_run_on_two_hosts(config_file, base, tmp_path, monkeypatch):
-  """One is killed, then one is told to stop; in the end it is the run of one host."""
-  workdir = tmp_path / "two"
-  command = ["-m", "unigrpo_jax.train", f"--config={config_file}", f"--workdir={workdir}"]
+@pytest.mark.skipif(not folders.TINY_FOLDER.is_dir(), reason="the embedded checkpoint is missing")
+def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
+  """One of two is killed; the run goes on until one is told to stop: it is that of one host."""
+  [(status, _, words)] = run("one", 1, seen="whole")
+  assert status == 0, words
 
-  def start(name, end=""):
-    (tmp_path / name).mkdir()
-    return _end(_start([command] * 2, REWARDS_SEEN=str(tmp_path / name), REWARDS_END=end))
+  # Calls of the reward on a host: one for the evaluation before the first step, then two a step.
+  (status, _, words), (killed, *_) = run("two", 2, seen="killed", end=f"1:6:{signal.SIGKILL:d}")
+  assert (status, killed) == (1, -signal.SIGKILL), words
+  newest = max(int(p.name) for p in (tmp_path / "two/checkpoints").iterdir() if p.name.isdigit())
+  last = words.splitlines()[-1]
+  assert last.startswith("error: host 0 of 2: host 1 of 2 no longer answers"), words
+  assert last.endswith(f"the run goes on from step {newest}") and newest in (1, 2)
 
-  # Calls of the reward: one for the evaluation, then two an iteration.
-  began = time.monotonic()
-  (left, out, words), (killed, _, _) = start("killed", f"1:6:{signal.SIGKILL:d}")
-  assert killed == -signal.SIGKILL and left == 1, words
-  print(out, words, time.monotonic() - began)
+  # Would go on to step 9, but host 1 gets a signal in the evaluation after step 4.
+  end = f"1:{2 * (4 - newest) + 1}:{signal.SIGTERM:d}"
+  first, second = run("two", 2, "--config.steps=9", seen="resumed", end=end)
+  assert first[0] == second[0] == 0, first[2] + second[2]
+  assert first[1][0].startswith("host 0 of 2: ") and len(second[1]) == 1
+  assert f"resumed {tmp_path / 'two'} at step {newest}" in first[1]
+  assert "stopped by a signal at step 4; the same command goes on" in first[1]
+
+  _check_metrics(_metrics(tmp_path / "one"), _metrics(tmp_path / "two"))
+  (step, want, record), (same, got, other) = _state(tmp_path / "one"), _state(tmp_path / "two")
+  assert step == same == 4 and record["prompt_position"] == other["prompt_position"] == 16
+  chex.assert_trees_all_close(got.params, want.params, rtol=1e-4, atol=3e-6)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), want.params, want.reference)
+  assert moved["layers"]["und"]["mlp"]["up"]["kernel"] > 1e-3
+  assert moved["layers"]["gen"]["mlp"]["up"]["kernel"] > 1e-3
+
+  # Each host scored whole groups, and each row once: of both chunks of the steps after `newest`.
+  whole = _seen(tmp_path / "whole", 0)[1 + 2 * newest : -1]
+  halves = [_seen(tmp_path / "resumed", host)[: len(whole)] for host in (0, 1)]
+  for chunk, upper, lower in zip(whole, *halves, strict=True):
+    assert [row[:2] for row in upper + lower] == [row[:2] for row in chunk]
+    np.testing.assert_allclose([r[2] for r in upper + lower], [r[2] for r in chunk], atol=1e-4)
+    assert len({row[0] for row in upper}) == len({row[0] for row in lower}) == 1
+  results = [
+    json.loads((tmp_path / name / "evaluations/000004/results.json").read_text())["rows"]
+    for name in ("one", "two")
+  ]
+  assert [row["text"] for row in results[0]] == [row["text"] for row in results[1]]
+  assert (tmp_path / "two/evaluations/000004/contact.png").is_file()
+
+
+def _check_metrics(want, got):
+  assert [row["step"] for row in got] == [0, 1, 2, 3, 4]
+  for row, other in zip(want, got, strict=True):
+    assert row.keys() == other.keys()
+    for name, value in row.items():
+      if not name.startswith("drift/"):  # rounding itself
+        np.testing.assert_allclose(other[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+
+
+def test_what_hosts_tell_each_other():
+  """And that they stop where they do not run the same."""
+  ended = _end(_start([["-c", COMPARED]] * 2, {}))
+  words = "error: host 1 of 2 has lora.rank=9, host 0 has 8; start all hosts again"
+  for number, (status, out, err) in enumerate(ended):
+    assert status == 2 and words in err, err
+    assert out[1:3] == ["True False ['é', 0]", "[0.0, 1.0, 7.0, 7.0]"]
+    assert out[3] == ("no such file" if number else "host 1 of 2: no such file")
+
+
+def test_one_host_asks_nobody(monkeypatch):
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", None)
+  assert hosts.anywhere(True) and not hosts.any(False) and hosts.first()
+  assert hosts.broadcast({"a": 1}) == {"a": 1} and hosts.gather_texts("x") == ["x"]
+  rows = hosts.gather_rows([2, 0, 1], {"score": np.array([3.0, 1.0, 2.0])}, 3)
+  np.testing.assert_array_equal(rows["score"], [1, 2, 3])
+  assert list(hosts.share(3)) == [0, 1, 2]
+  with pytest.raises(errors.InputError, match="^as it was$"), hosts.together():
+    raise errors.InputError("as it was")
+  hosts.compare({"a": 1})
+  assert hosts.run(lambda: 5, lambda: "") == 5
+
+
+SLURM = {"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize("environ, starts", [
+  ({"JAX_PLATFORMS": "cpu"}, False),
+  ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+  (SLURM | {"SLURM_NTASKS": "2"}, True),
+  (SLURM | {"SLURM_NTASKS": "1"}, False),
+  ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "JAX_PLATFORMS": "cpu"}, False),  # not within srun
+  ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, True),
+  ({"TPU_WORKER_HOSTNAMES": "a", "TPU_SKIP_MDS_QUERY": "1"}, False),
+  ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_SKIP_MDS_QUERY": "1"}, True),
+  ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+])
+def test_where_jax_is_told_to_connect(environ, starts):
+  assert hosts.in_cluster(environ) is starts
+
+
+@pytest.mark.parametrize("attributes, starts", [
+  ({"worker-network-endpoints": "x:0:10.0.0.1,x:1:10.0.0.2"}, True),
+  ({"worker-network-endpoints": "x:0:10.0.0.1"}, False),
+  ({"worker-network-endpoints": "x:0:10.0.0.1", "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\n"},
+   True),
+  ({"worker-network-endpoints": "x:0:10.0.0.1", "tpu-env": "MEGASCALE_NUM_SLICES: '1'\n"}, False),
+  ({}, False),
+])
+def test_a_tpu_vm_asks_for_its_neighbours(attributes, starts):
+  class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      value = attributes.get(self.path.rpartition("/")[2])
+      known = value is not None and self.headers["Metadata-Flavor"] == "Google"
+      self.send_response(200 if known else 404)
+      self.end_headers()
+      self.wfile.write((value or "").encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_address[1]}"
+    assert hosts.in_cluster({"GCE_METADATA_IP": address}) is starts
+    server.shutdown()
+
+
+@pytest.mark.parametrize("given, words", [
+  (("a:1", None, 0), "give all of --coordinator, --processes and --process"),
+  (("a", 2, 0), "--coordinator=a must be HOST:PORT"),
+  (("a:1", 2, 2), "--process=2 must be at least 0 and at most 1"),
+])
+def test_impossible_flags_are_refused(given, words):
+  with pytest.raises(errors.InputError, match=words):
+    hosts.start(*given)
+
+
+class _Device:
+  """A device of another host, for what only asks where devices are."""
+
+  def __init__(self, number):
+    self.id, self.process_index = number, number // 4
+
+
+def test_a_row_of_two_hosts_is_the_first_ones(monkeypatch):
+  """A mesh whose tensor axis joins the hosts, and one whose does not."""
+  class Rows:
+    def __init__(self, mesh, axis=0):
+      self.mesh = mesh
+
+    def devices_indices_map(self, shape):
+      data, fsdp, tensor = self.mesh
+      size = shape[0] // (data * fsdp)
+      return {
+        _Device(n): (slice(n // tensor * size, (n // tensor + 1) * size),)
+        for n in range(data * fsdp * tensor)
+      }
+
+  monkeypatch.setattr(sharding, "along_batch", Rows)
+  assert sharding.row_hosts((2, 2, 2), 8).tolist() == [0] * 4 + [1] * 4
+  assert sharding.row_hosts((1, 1, 8), 4).tolist() == [0] * 4
+
+
+def test_a_group_over_two_hosts_is_refused(monkeypatch):
+  config = test_train_unigrpo._config("tiny", **{"rollout.prompts_at_once": 1, "group_size": 4,
+                                                 "microbatch": 4, "mesh.fsdp": 2})
+  network = runs.open_network(config, jax.devices()[:2])
+  monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 2 // rows)
+  with pytest.raises(errors.InputError, match="config.rollout.prompts_at_once=1: .*split a group"):
+    recipe.check(config, network)

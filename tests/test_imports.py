@@ -30,7 +30,8 @@ ROOMS = {
   "hlo_flops": {"hlo_text"},
   "hlo_loops": {"hlo_text"},
   "hlo_text": set(),
-  "hosts": {"jax", "numpy", "errors"},
+  "host_flags": set(),
+  "hosts": {"jax", "numpy", "errors", "host_flags"},
   "optim": {"jax", "optax"},
   "sharding": {"jax", "numpy", "flax", "errors"},
   "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
@@ -50,8 +51,7 @@ STANDARD = {
   "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
   "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "subprocess",
   "sys", "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
-  "urllib",
-  "warnings", "weakref", "zipfile",
+  "urllib", "warnings", "weakref", "zipfile",
 }
 
 

@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, host_flags
 
 DESCRIPTION = """Scores a checkpoint on held-out prompts.
 
@@ -72,6 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help=f"norm that guidance may not exceed {own}")
   add("--temperature", type=float, help=f"of sampled text; 0 is greedy {own}")
   add("--max_tokens", type=int, help=f"most tokens of a reasoning {own}")
+  host_flags.add_arguments(parser)
   args = parser.parse_args(argv)
   for name in ("prompts", "batch_size", "max_tokens"):
     errors.require(f"--{name}", getattr(args, name), low=1)
@@ -126,20 +127,28 @@ def settings_of(args: argparse.Namespace, defaults):
 class Progress:
   """A line a batch: the mode, how far all of it is, and the time left at the pace so far."""
 
-  def __init__(self):
-    self._start = time.perf_counter()
+  def __init__(self, say):
+    self._say, self._start = say, time.perf_counter()
 
   def __call__(self, mode: str, done: int, total: int) -> None:
     taken = time.perf_counter() - self._start
     left = taken / done * (total - done)
-    print(f"{mode}: {done} of {total} pictures, {taken:.0f} s, {left:.0f} s left", flush=True)
+    self._say(f"{mode}: {done} of {total} pictures, {taken:.0f} s, {left:.0f} s left")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
 
   # After the arguments are known to be good: importing jax takes seconds.
-  from unigrpo_jax import evaluation, iconworld_evaluation
+  from unigrpo_jax import hosts
+
+  hosts.from_flags(args)
+  hosts.run(lambda: evaluate(args), lambda: "nothing was written")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Draws and scores on all hosts; the first of them tells and writes."""
+  from unigrpo_jax import evaluation, hosts, iconworld_evaluation
   from unigrpo_jax import pipeline as pipeline_lib
   from unigrpo_jax.data import prompts as prompt_sets
 
@@ -149,28 +158,34 @@ def main(argv: Sequence[str] | None = None) -> None:
   modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
   if tasks and not iconworld:
     raise errors.InputError(f"--modes {tasks[0]} needs --prompts_from=iconworld")
-  examples = read_examples(args)
-  pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
+  hosts.compare(vars(args) | {"process": None})
+  with hosts.together():
+    examples = read_examples(args)
+    pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
   settings = settings_of(args, pipeline.config.generation)
   drawing = modes and evaluation.Evaluation(
     pipeline, examples, iconworld_evaluation.score, settings=settings, modes=modes,
     batch_size=args.batch_size, seed=args.seed, keep=args.keep,
     size=args.size and tuple(args.size),
   )
-  print(f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}")
+  hosts.say(
+    f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
+  )
   pipeline.load()
-  results = drawing.run(progress=Progress()) if modes else evaluation.Results([], {})
+  results = drawing.run(progress=Progress(hosts.say)) if modes else evaluation.Results([], {})
   for task in tasks:
-    print(f"{task}: {len(examples)} pictures", flush=True)
+    hosts.say(f"{task}: {len(examples)} pictures")
     run = getattr(iconworld_evaluation, task)
     results.rows += run(
       pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
     )
   if not results.rewards:
-    print(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored")
-  print("\n" + "\n".join(map(results.table, results.rewards)))
-  results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
-  print(f"wrote {args.out}")
+    hosts.say(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored")
+  hosts.say("\n" + "\n".join(map(results.table, results.rewards)))
+  with hosts.together():
+    if hosts.first():
+      results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
+  hosts.say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         runs.check_finite(values, number, newest)
         log.write(number, values)
         hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))
-      stopped = hosts.any(stopping.is_set())
+      stopped = hosts.anywhere(stopping.is_set())
       if number % config.checkpoint_every == 0 or number == config.steps or stopped:
         saved.save(number, state, record)
       if stopped:

@@ -12,7 +12,7 @@ import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, host_flags
 
 MODES = """modes:
   (none)                     draw the prompt
@@ -79,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--batch_size", type=int, help="rows run together (default: all)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
+  host_flags.add_arguments(parser)
   args = parser.parse_args(argv)
   _check_args(args)
   return args
@@ -198,12 +199,22 @@ class Progress:
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
-  paths = output_paths(args, len(prompts))
+  paths = output_paths(args, len(prompts)) if not args.process else []
 
   # After the arguments are known to be good: importing jax takes seconds.
+  from unigrpo_jax import hosts
+
+  hosts.from_flags(args)
+  hosts.run(lambda: generate(args, prompts, paths), lambda: "what was drawn is written")
+
+
+def generate(
+  args: argparse.Namespace, prompts: Sequence[str], paths: Sequence[pathlib.Path]
+) -> None:
+  """Draws on all hosts; the first of them writes."""
   import jax
 
-  from unigrpo_jax import batches, sharding
+  from unigrpo_jax import batches, hosts, sharding
   from unigrpo_jax import pipeline as pipeline_lib
   from unigrpo_jax.data import images
 
@@ -219,14 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   starts = range(0, len(requests), step)
   ready = [pipeline.prepare(requests[first : first + step], settings, step) for first in starts]
 
-  print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
+  tell = lambda text: hosts.first() and print(text, file=sys.stderr, flush=True)
+  tell(f"loading {args.checkpoint}")
   start = time.perf_counter()
   pipeline.load(("bagel",) if args.understand else ("bagel", "vae"))
   load_seconds = round(time.perf_counter() - start, 3)
   shape = " x ".join(f"{axis} {pipeline.mesh.shape[axis]}" for axis in sharding.MESH_AXES)
-  print(
+  tell(
     f"loaded in {load_seconds:.1f} s on {jax.default_backend()} ({shape}); {len(requests)} "
-    f"prompt(s) in {len(ready)} batch(es), of which the first compiles", file=sys.stderr,
+    f"prompt(s) in {len(ready)} batch(es), of which the first compiles"
   )
   progress = Progress()
   for first, batch in zip(starts, ready):
@@ -247,12 +259,18 @@ def main(argv: Sequence[str] | None = None) -> None:
       "seconds": {"load": load_seconds} | pipeline.seconds,
     }
     progress.finish()
-    for path, request, result in zip(paths[first:], requests[first:], results):
-      try:
-        _save(path, request, result, record, args.upscale)
-      except OSError as error:
-        raise errors.InputError(f"{path}: cannot be written ({error.strerror})") from None
-      _show(path, request, result, args.understand)
+    with hosts.together():
+      if hosts.first():
+        _write(args, paths[first:], requests[first:], results, record)
+
+
+def _write(args: argparse.Namespace, paths, requests, results, record) -> None:
+  for path, request, result in zip(paths, requests, results):
+    try:
+      _save(path, request, result, record, args.upscale)
+    except OSError as error:
+      raise errors.InputError(f"{path}: cannot be written ({error.strerror})") from None
+    _show(path, request, result, args.understand)
 
 
 def _settings(args: argparse.Namespace, defaults):

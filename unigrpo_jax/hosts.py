@@ -26,7 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, host_flags
 
 # Machines of a pod may be made one after the other; later than this one of them is missing.
 START_SECONDS = 900
@@ -40,20 +40,6 @@ AGAIN = "start all hosts again with the same command"
 # Runs beside the program: a runtime that finds a dead host aborts in native code, where no Python
 # gets a word in.
 _LAST_WORDS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)"
-
-
-def add_arguments(parser) -> None:
-  """The flags of `start`, for an `argparse` parser."""
-  for name, kind, words in FLAGS:
-    parser.add_argument(f"--{name}", type=kind, help=words)
-
-
-FLAGS = (
-  ("coordinator", str, "several hosts: HOST:PORT of the first of them; clusters that JAX knows "
-   "(TPU pods, GKE, SLURM) need none of these three"),
-  ("processes", int, "several hosts: how many processes there are"),
-  ("process", int, "several hosts: which of them this is, from 0"),
-)
 
 
 def start(
@@ -175,6 +161,11 @@ def count() -> int:
   return jax.process_count()
 
 
+def from_flags(flags: Any) -> None:
+  """Starts as the flags of `host_flags`, attributes of an object, say."""
+  start(*(getattr(flags, name) for name, *_ in host_flags.FLAGS))
+
+
 def first() -> bool:
   """Whether this host is the one that writes and prints."""
   return jax.process_index() == 0
@@ -191,7 +182,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def any(flag: bool) -> bool:
+def anywhere(flag: bool) -> bool:
   """Whether a flag is set on any host; all ask together."""
   return bool(flag) if count() == 1 else bool(gather(np.float32(flag)).any())
 

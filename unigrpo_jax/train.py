@@ -25,6 +25,7 @@ from unigrpo_jax import (
   errors,
   evaluation,
   finetune,
+  host_flags,
   hosts,
   metrics,
   objective,
@@ -44,7 +45,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run that "
                                "finds its own checkpoints there goes on.")
 
-for _name, _kind, _words in hosts.FLAGS:
+for _name, _kind, _words in host_flags.FLAGS:
   (flags.DEFINE_string if _kind is str else flags.DEFINE_integer)(_name, None, _words)
 
 RESUMABLE = runs.RESUMABLE | {
@@ -146,7 +147,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         values |= results
       log.write(number, values)
       hosts.say(clock.line(number, shown(values)))
-      stopped = hosts.any(stopping.is_set())
+      stopped = hosts.anywhere(stopping.is_set())
       last = number == config.steps or stopped
       if number % config.checkpoint_every == 0 or last or score is not None:
         numbers = None if score is None else {"reward": score}
@@ -189,7 +190,7 @@ def collect(
     ]))
     chunks.append(chunk)
     own.append(rows.start + chunk.rows)
-    if hosts.any(stopping.is_set()):
+    if hosts.anywhere(stopping.is_set()):
       return None
   with timer("reward"), hosts.together():
     scores = [future.result() for future in scores]
@@ -411,7 +412,7 @@ def main(_) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
       raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
-    hosts.start(*(flags.FLAGS[name].value for name, *_ in hosts.FLAGS))
+    hosts.from_flags(flags.FLAGS)
     workdir = pathlib.Path(_WORKDIR.value)
     if jax.config.jax_compilation_cache_dir is None:
       # A run that goes on need not compile again.
