@@ -94,8 +94,8 @@ def in_cluster(environ: Mapping[str, str]) -> bool:
     environ: variables of the environment.
 
   Returns:
-    True for a task of a SLURM job step of several, for one of several workers or slices of TPUs
-    (GKE's variables, or the metadata of a TPU VM), and where a coordinator is set for JAX.
+    True for a task of a SLURM job step of several, and for one of several workers or slices of TPUs
+    (GKE's variables, or the metadata of a TPU VM).
   """
   number = lambda name: int(environ.get(name) or 1)
   workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
