@@ -18,6 +18,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([^\s,(){}=]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_CONTINUED = re.compile(r'\n(?="|\}[^\n])')
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXIS = re.compile(r"'?([^',{}]+?)'?(?::\((\d+)\)(\d+))?(?:,|$)")
 
@@ -206,7 +207,8 @@ def parse(text: str) -> Module:
   """
   computations: dict[str, Computation] = {}
   entry = current = None
-  for line in text.splitlines():
+  # A kernel's own metadata stands on lines of its own in the middle of an instruction.
+  for line in _CONTINUED.sub(" ", text).splitlines():
     if not line.startswith(" "):
       if line.endswith("{") and "->" in line:
         current = Computation(_NAME.search(line)[1])

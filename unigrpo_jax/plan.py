@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       help="TPU topologies, e.g. v5p:4x4x4 or v6e:16x16")
   add("--phases", nargs="+", default=programs.PHASES, choices=programs.PHASES, metavar="PHASE",
       help=f"compiles these alone, of {', '.join(programs.PHASES)}; says no time of an iteration")
+  add("--texts", type=pathlib.Path, metavar="FOLDER", help="keeps what was compiled there, as text")
   add("--json", type=pathlib.Path, metavar="FILE", help="writes the figures there too")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   if unknown := [text for text in rest if not text.startswith("--config.") or "=" not in text]:
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def progress(phase, name=name, start=start):
       print(f"{name}: compiling {phase}, {time.monotonic() - start:.0f} s", file=sys.stderr)
 
-    plan, chip = topology.plan(config, name, progress, args.phases)
+    texts = args.texts and args.texts / name.replace(":", "_")
+    plan, chip = topology.plan(config, name, progress, args.phases, texts)
     told[name] = page.record(plan, chip)
     print(page.text(name, told[name], chip, topology.summary(config)))
     print("\n".join(advice.changes(config, plan, told[name], chip)), flush=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 from unigrpo_jax import hlo
 from unigrpo_jax.planning import chips, programs
 
+_SPLASH = {"splash_mha_fwd": 4, "splash_mha_dkv": 8, "splash_mha_dq": 6}
 SPARE = 0.1  # Of a chip's memory, that a plan which fits leaves free.
 
 _TITLES = {
@@ -87,8 +89,23 @@ def _phase(phase: programs.Phase, plan: programs.Plan, chip: chips.Chip) -> dict
 
 
 def kernel_flops(program: hlo.Program) -> float:
-  """FLOPs of the kernels of one run, as their authors say; those that say none are not counted."""
-  return sum(call.times * (call.flops or 0) for call in program.custom_calls)
+  """FLOPs of the kernels of one run.
+
+  Of splash attention, a head: forward 4 T S H, the gradient of keys and values 8 T S H, that of the
+  queries 6 T S H, since each computes the scores again; over padded lengths, as the kernel does. Of
+  any other kernel what its author says, or nothing.
+  """
+  return sum(call.times * (_splash_flops(call) or call.flops or 0) for call in program.custom_calls)
+
+
+def _splash_flops(call: hlo.CustomCall) -> float:
+  factor = next((f for name, f in _SPLASH.items() if call.name.startswith(name)), 0)
+  # Tables of blocks come first, then queries and keys: [..., heads, length, H].
+  tensors = [array.dims for array in call.operands if array.dtype in ("bf16", "f32")]
+  if not factor or len(tensors) < 2:
+    return 0
+  queries, keys = tensors[:2]
+  return factor * math.prod(queries) * keys[-2]
 
 
 def text(name: str, told: Mapping[str, Any], chip: chips.Chip, lines: Sequence[str] = ()) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 import time
 from typing import Any
@@ -75,7 +76,8 @@ def on_a_chip(tree: Any) -> int:
 
 
 def compile_phase(
-  name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1
+  name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1,
+  texts: pathlib.Path | None = None,
 ) -> tuple[Phase, Any]:
   """Compiles a program; returns it and its results as shapes with shardings, None if it is too big.
 
@@ -85,6 +87,7 @@ def compile_phase(
     *args: its arguments, shapes with shardings.
     runs, model_flops: see `Phase`.
     trips: of a loop that ends early.
+    texts: folder for the compiled text, NAME.txt; None keeps none.
   """
   bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
   start = time.monotonic()
@@ -98,9 +101,12 @@ def compile_phase(
     wanted = float(found[1]) * _UNIT[found[2]]
     seconds = time.monotonic() - start
     return Phase(name, runs, model_flops, None, {}, wanted, seconds), None
-  memory = compiled.memory_analysis()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  if texts is not None:
+    texts.mkdir(parents=True, exist_ok=True)
+    (texts / f"{name}.txt").write_text(text, encoding="utf-8")
   phase = Phase(
-    name, runs, model_flops, hlo.read(compiled.as_text(), unknown_trips=trips),
+    name, runs, model_flops, hlo.read(text, unknown_trips=trips),
     {
       "arguments": memory.argument_size_in_bytes,
       "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -173,10 +179,16 @@ class Planner:
 
   def run(
     self, progress: Callable[[str], None] = lambda name: None,
-    only: Collection[str] = PHASES,
+    only: Collection[str] = PHASES, texts: pathlib.Path | None = None,
   ) -> Plan:
-    """Compiles every phase of `only`; `progress` is told the name of each before it is."""
-    self.progress, self.only = progress, only
+    """Compiles phases.
+
+    Args:
+      progress: is told the name of each before it is compiled.
+      only: which.
+      texts: folder for the compiled texts; None keeps none.
+    """
+    self.progress, self.only, self.texts = progress, only, texts
     held, found = self._state_bytes(), {}
     with sharding.activate(self.network.mesh):
       for phase, more in self._phases():
@@ -253,7 +265,7 @@ class Planner:
     if name in self.only or name in before:
       self.progress(name)
       phase, results = compile_phase(
-        name, fn, *args, runs=runs, model_flops=model_flops, trips=trips
+        name, fn, *args, runs=runs, model_flops=model_flops, trips=trips, texts=self.texts
       )
     if results is None:
       by_rows = lambda a: self._rows(a.dtype, *a.shape) if a.ndim else a
@@ -282,7 +294,10 @@ class Planner:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
 
   def _work(self) -> dict[str, float]:
-    """Model FLOPs of the phases in an iteration; reasonings as long as they may be."""
+    """Model FLOPs of the phases in an iteration; reasonings as long as they may be.
+
+    Those of the update contain the forward that `remat` computes again.
+    """
     c, network = self.config, self.network
     sizes, r = flops.Sizes.of(network.folder.config), c.rollout
     system = 0 if self.sampler.system_ids is None else len(self.sampler.system_ids)
@@ -302,6 +317,8 @@ class Planner:
       update += text_work.update(trained & {"und", "text"}) if text_trains else text_work.forward
       if c.flow.train:
         update += image.update(trained & {"gen", "latent"})
+      if c.remat:
+        update += (text_work.forward if text_trains else 0) + (image.forward if c.flow.train else 0)
     if recipe.needs_reference(c):
       update += read.forward + write.forward + (image.forward if c.flow.train else 0)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 import dataclasses
+import pathlib
 
 import jax
 from jax.experimental import topologies
@@ -64,7 +65,7 @@ def open_network(config, found: list) -> runs.Network:
 
 def plan(
   config, name: str, progress: Callable[[str], None] = lambda phase: None,
-  only: Collection[str] = programs.PHASES,
+  only: Collection[str] = programs.PHASES, texts: pathlib.Path | None = None,
 ) -> tuple[programs.Plan, chips.Chip]:
   """Compiles the phases of a config, or some of them, for a topology.
 
@@ -73,7 +74,7 @@ def plan(
   """
   chip, found = devices(name)
   network = open_network(config, found)
-  return programs.Planner(config, network).run(progress, only), chip
+  return programs.Planner(config, network).run(progress, only, texts), chip
 
 
 def summary(config) -> list[str]:
