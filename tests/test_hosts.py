@@ -28,6 +28,8 @@ SMALL = {
   "eval.every": 4, "eval.prompts": 3, "eval.batch_size": 4, "eval.keep": 2,
   "eval.modes": ["think"], "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
   "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+  # Of Adam's usual size, it would make whole steps of what rounding leaves of a gradient near zero.
+  "eps": 1e-3,
 }
 CONFIG = f"""
 from unigrpo_jax import config_files
@@ -160,8 +162,8 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   assert step == same == 4 and record["prompt_position"] == other["prompt_position"] == 16
   chex.assert_trees_all_close(got.params, want.params, rtol=1e-4, atol=3e-6)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), want.params, want.reference)
-  assert moved["layers"]["und"]["mlp"]["up"]["kernel"] > 1e-3
-  assert moved["layers"]["gen"]["mlp"]["up"]["kernel"] > 1e-3
+  assert moved["layers"]["und"]["mlp"]["up"]["kernel"] > 3e-4
+  assert moved["layers"]["gen"]["mlp"]["up"]["kernel"] > 3e-4
 
   # Each host scored whole groups, and each row once: of both chunks of the steps after `newest`.
   whole = _seen(tmp_path / "whole", 0)[1 + 2 * newest : -1]

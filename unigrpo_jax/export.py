@@ -39,6 +39,8 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
       f"{workdir}: no checkpoint {'yet' if step is None else step}; it has {saved.steps}"
     )
   config = ml_collections.ConfigDict(saved.record(step)["config"])
+  # The devices that are here, however many the run has.
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 0, 1
   network = runs.open_network(config)
   reference = config.algorithm != "sft" and recipe.copies_reference(config)
   abstract, _ = runs.state_layout(

@@ -199,18 +199,15 @@ class Progress:
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
-  paths = output_paths(args, len(prompts)) if not args.process else []
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax import hosts
 
   hosts.from_flags(args)
-  hosts.run(lambda: generate(args, prompts, paths), lambda: "what was drawn is written")
+  hosts.run(lambda: generate(args, prompts), lambda: "what was drawn is written")
 
 
-def generate(
-  args: argparse.Namespace, prompts: Sequence[str], paths: Sequence[pathlib.Path]
-) -> None:
+def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
   """Draws on all hosts; the first of them writes."""
   import jax
 
@@ -218,13 +215,16 @@ def generate(
   from unigrpo_jax import pipeline as pipeline_lib
   from unigrpo_jax.data import images
 
-  image = images.load_rgb(args.image) if args.image else None
+  with hosts.together():
+    paths = output_paths(args, len(prompts)) if hosts.first() else []
+    image = images.load_rgb(args.image) if args.image else None
   size = (args.height or args.width, args.width or args.height)
   requests = [
     batches.Request(prompt, seed=args.seed + row, image=image, size=size if any(size) else None)
     for row, prompt in enumerate(prompts)
   ]
-  pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
+  with hosts.together():
+    pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
   settings = _settings(args, pipeline.config.generation)
   step = args.batch_size or len(requests)
   starts = range(0, len(requests), step)
