@@ -117,9 +117,9 @@ def look(config: ConfigDict) -> None:
   """What comes after `tiny`: descriptions of whole images teach the ViT to see."""
   config.init_from, config.random_init = "", False
   config.seed = 1
-  config.steps = 900
+  config.steps = 2000
   config.data.mixture = ConfigDict(
-    dict(draw_think=0.35, draw=0.05, answer=0.2, describe=0.25, edit=0.15))
+    dict(draw_think=0.3, draw=0.0, answer=0.25, describe=0.3, edit=0.15))
   config.ce_weighting = "square"
   for group in ("und", "gen", "text", "latent", "vit"):
     config.learning_rate[group] = 1e-3
