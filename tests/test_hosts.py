@@ -28,8 +28,9 @@ SMALL = {
   "eval.every": 4, "eval.prompts": 3, "eval.batch_size": 4, "eval.keep": 2,
   "eval.modes": ["think"], "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
   "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
-  # Of Adam's usual size, it would make whole steps of what rounding leaves of a gradient near zero.
-  "eps": 1e-3,
+  # The first words of the embedded network are certain: without it they would have no gradient, of
+  # whose rounding Adam would make whole steps.
+  "rollout.temperature": 4.0,
 }
 CONFIG = f"""
 from unigrpo_jax import config_files
@@ -46,7 +47,7 @@ import sys
 def main():
   number = int(sys.argv[3].partition("=")[2])
   hosts.start(sys.argv[1].partition("=")[2], 2, number)
-  print(hosts.anywhere(number == 1), hosts.any(False), hosts.broadcast(["é", number]))
+  print(hosts.anywhere(number == 1), hosts.anywhere(False), hosts.broadcast(["é", number]))
   print(hosts.gather_rows([number, 2 + number], {"score": [number, 7]}, 4)["score"].tolist())
   try:
     with hosts.together():
@@ -162,8 +163,8 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   assert step == same == 4 and record["prompt_position"] == other["prompt_position"] == 16
   chex.assert_trees_all_close(got.params, want.params, rtol=1e-4, atol=3e-6)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), want.params, want.reference)
-  assert moved["layers"]["und"]["mlp"]["up"]["kernel"] > 3e-4
-  assert moved["layers"]["gen"]["mlp"]["up"]["kernel"] > 3e-4
+  assert moved["layers"]["und"]["mlp"]["up"]["kernel"] > 1e-3
+  assert moved["layers"]["gen"]["mlp"]["up"]["kernel"] > 1e-3
 
   # Each host scored whole groups, and each row once: of both chunks of the steps after `newest`.
   whole = _seen(tmp_path / "whole", 0)[1 + 2 * newest : -1]
@@ -201,7 +202,7 @@ def test_what_hosts_tell_each_other():
 
 def test_one_host_asks_nobody(monkeypatch):
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", None)
-  assert hosts.anywhere(True) and not hosts.any(False) and hosts.first()
+  assert hosts.anywhere(True) and not hosts.anywhere(False) and hosts.first()
   assert hosts.broadcast({"a": 1}) == {"a": 1} and hosts.gather_texts("x") == ["x"]
   rows = hosts.gather_rows([2, 0, 1], {"score": np.array([3.0, 1.0, 2.0])}, 3)
   np.testing.assert_array_equal(rows["score"], [1, 2, 3])
