@@ -118,7 +118,7 @@ REFUSED = [
   ("learning_rate.gen", 0.0, "config.flow.train=True but config.learning_rate.gen=0"),
   ("ema_decay", 1.5, "config.ema_decay=1.5 must be"),
   ("minibatches", 2, "config.minibatches=2: .* set config.old_values=recomputed"),
-  ("prompts_per_step", 33, "config.prompts_per_step=33 does not divide by .*prompts_at_once=8"),
+  ("prompts_per_step", 33, "config.prompts_per_step=33 does not divide by .*prompts_at_once=16"),
   ("microbatch", 100, "trajectories of an iteration, .*=768 does not divide by .*=100"),
 ]
 
@@ -168,7 +168,7 @@ def test_rows_must_divide_over_the_devices():
   """Also where a number of rows and the devices are the same: the message names what it means."""
   config = _load(UNIGRPO).get_config()
   config.prompts_per_step, config.microbatch = 33, 24
-  with pytest.raises(errors.InputError, match="prompts_per_step=33 .*prompts_at_once=8"):
+  with pytest.raises(errors.InputError, match="prompts_per_step=33 .*prompts_at_once=16"):
     _check(config, devices=8)
   config.prompts_per_step, config.microbatch = 32, 12
   with pytest.raises(errors.InputError, match="microbatch=12 does not divide by config.mesh"):

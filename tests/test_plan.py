@@ -1,5 +1,6 @@
 """The planner: a config's programs without their weights, what is said of them, what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -114,6 +115,14 @@ def test_verdict_and_first_changes(phase, verdict, words):
     assert any(word in line for line in lines[1:]), (word, lines)
   freed = [float(line.split("about ")[1].split()[0]) for line in lines[1:]]
   assert freed == sorted(freed, reverse=True)
+
+
+def test_some_phases_alone_have_no_time_of_an_iteration():
+  planned = _plan()
+  some = dataclasses.replace(planned, phases={"update": _phase("update", 5)})
+  told = page.record(some, CHIP)
+  assert told["fits"] and told["seconds"] is None and set(told["peak"]) == {"update"}
+  assert "at best" not in page.text("v6e:2x4", told, CHIP)
 
 
 def test_a_phase_that_does_not_fit_stops_no_page():

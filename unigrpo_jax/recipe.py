@@ -12,7 +12,6 @@ import numpy as np
 from unigrpo_jax import (
   batches,
   errors,
-  hosts,
   objective,
   policy,
   rewards,
@@ -159,8 +158,8 @@ def _check_division(config, network: runs.Network) -> None:
   if (groups != groups[:, :1]).any():
     raise errors.InputError(
       f"{at_once}={config.rollout.prompts_at_once}: the {chunk} trajectories of a chunk over "
-      f"{hosts.count()} hosts would split a group of config.group_size={config.group_size}; make "
-      f"config.rollout.prompts_at_once a multiple of {len(np.unique(groups))}"
+      f"{len(np.unique(groups))} hosts would split a group of "
+      f"config.group_size={config.group_size}; make config.rollout.prompts_at_once a multiple of {len(np.unique(groups))}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -33,10 +34,13 @@ LAYOUTS = {"stationary": STATIONARY, "update": RULES}
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh over `devices` (all of them by default).
+  """A mesh over `devices` (all of them by default), laid out along their interconnect.
+
+  Slices of TPUs, which a slower network connects, are ways of `data`.
 
   Raises:
-    InputError: the axes do not multiply to the number of devices.
+    InputError: the axes do not multiply to the number of devices, or `data` is no multiple of the
+      number of slices.
   """
   devices = jax.devices() if devices is None else devices
   if data * fsdp * tensor != len(devices):
@@ -46,7 +50,21 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
     )
   # Auto is given explicitly: under the Explicit default, Linen's logical constraints fail.
   kinds = (AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if data % slices:
+    raise errors.InputError(
+      f"config.mesh.data={data} must be a multiple of the {slices} slices: the slower network "
+      "between them carries nothing but the sum of gradients"
+    )
+  # Axes may have to share one of the torus: 64 x 4 devices on 16 x 16.
+  split = dict(devices=devices, allow_split_physical_axes=True)
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **split)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (data // slices, fsdp, tensor), (slices, 1, 1), **split
+    )
+  return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:

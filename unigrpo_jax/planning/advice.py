@@ -25,34 +25,46 @@ def changes(config, plan: programs.Plan, told: Mapping[str, Any], chip: chips.Ch
   if phase.exceeds is not None:
     # What the compiler wanted besides the arguments is not told apart.
     own = phase.exceeds - sum(held.get(cause, 0) for cause in page.held_beside(name))
-  found = _of_update(config, plan, own) if name == "update" else _of_rollout(config, plan, own)
-  found += _of_both(config, plan)
   wanted = told["peak"][name] - (1 - page.SPARE) * chip.hbm
+  changes_of = _of_update if name == "update" else _of_rollout
+  found = changes_of(config, plan, own, wanted) + _of_both(config, plan)
   lines = [f"{wanted / chips.GIB:.2f} GiB too many; first changes, with what each frees on a chip:"]
   for freed, words in sorted(found, key=lambda pair: -pair[0]):
     lines.append(f"  {words}: about {freed / chips.GIB:.2f} GiB")
   return lines
 
 
-def _of_update(config, plan, own: float) -> list[tuple[float, str]]:
+def _of_update(config, plan, own: float, wanted: float) -> list[tuple[float, str]]:
   found = []
   if not config.remat:
     found.append((own / 2, "--config.remat=true, at least"))
-  if config.microbatch > _ways(plan):
-    found.append((own / 2, f"--config.microbatch={config.microbatch // 2}"))
+  size = _halved(config.microbatch, own, wanted, _ways(plan))
+  if size < config.microbatch:
+    freed = own * (1 - size / config.microbatch)
+    found.append((freed, f"--config.microbatch={size}"))
   return found
 
 
-def _of_rollout(config, plan, own: float) -> list[tuple[float, str]]:
+def _of_rollout(config, plan, own: float, wanted: float) -> list[tuple[float, str]]:
   r, found, held = config.rollout, [], plan.held
-  if r.prompts_at_once > 1:
-    part = (own + held.get("cache", 0)) / 2
-    found.append((part, f"--config.rollout.prompts_at_once={r.prompts_at_once // 2}"))
+  own += held.get("cache", 0)
+  size = _halved(r.prompts_at_once, own, wanted, 1)
+  if size < r.prompts_at_once:
+    freed = own * (1 - size / r.prompts_at_once)
+    found.append((freed, f"--config.rollout.prompts_at_once={size}"))
   fsdp = plan.mesh["fsdp"]
   if r.layout == "stationary" and fsdp > 1:
     freed = held.get("sampler", 0) * (1 - 1 / fsdp)
     found.append((freed, "--config.rollout.layout='\"update\"', and gathers for every token"))
   return found
+
+
+def _halved(size: int, own: float, wanted: float, least: int) -> int:
+  """`size` halved until that frees `wanted` of the `own` bytes, which are in proportion to it."""
+  left = size
+  while own * (1 - left / size) < wanted and left % 2 == 0 and left // 2 >= least:
+    left //= 2
+  return left
 
 
 def _of_both(config, plan) -> list[tuple[float, str]]:

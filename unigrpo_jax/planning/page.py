@@ -22,6 +22,8 @@ _TITLES = {
 def record(plan: programs.Plan, chip: chips.Chip) -> dict[str, Any]:
   """Everything a plan says, as plain numbers: bytes, FLOPs and seconds of one chip.
 
+  Of a plan of some phases alone, `fits` is about them, and there are no seconds of an iteration.
+
   Returns:
     chip, mesh, held (bytes by cause), phases (by name: see `_phase`), peak (bytes, by phase),
     fits, spare (part of the memory that stays free), seconds (of an iteration),
@@ -30,13 +32,13 @@ def record(plan: programs.Plan, chip: chips.Chip) -> dict[str, Any]:
   phases = {name: _phase(phase, plan, chip) for name, phase in plan.phases.items()}
   peak = {name: _peak(phase, plan) for name, phase in plan.phases.items()}
   largest = max(peak.values())
-  whole = set(programs.PHASES) <= phases.keys() and all(p.exceeds is None
-                                                        for p in plan.phases.values())
+  compiled = all(phase.exceeds is None for phase in plan.phases.values())
+  whole = compiled and set(programs.PHASES) <= phases.keys()
   seconds = sum(phase["seconds"] for phase in phases.values()) if whole else None
   return {
     "chip": chip.name, "hbm": chip.hbm, "mesh": dict(plan.mesh), "held": dict(plan.held),
     "phases": phases, "peak": peak, "spare": 1 - largest / chip.hbm,
-    "fits": whole and largest <= (1 - SPARE) * chip.hbm, "seconds": seconds,
+    "fits": compiled and largest <= (1 - SPARE) * chip.hbm, "seconds": seconds,
     "images_per_hour": 3600 * plan.trajectories / seconds if whole else None,
   }
 
