@@ -151,7 +151,7 @@ def test_refusals(arguments, words):
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
   def missing(**_):
-    raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology: no libtpu")
+    raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology. See the docs")
 
   monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
   with pytest.raises(errors.InputError, match="requirements-tpu.txt"):

@@ -47,7 +47,7 @@ def devices(name: str) -> tuple[chips.Chip, list]:
     found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except (RuntimeError, ImportError) as error:
     words = " ".join(str(error).split())
-    missing = "libtpu" in words or "plugin" in words
+    missing = "not installed" in words or "libtpu" in words
     raise errors.InputError(
       f"--topology={name}: {INSTALL} ({words})" if missing else f"--topology={name}: {words}"
     ) from None
