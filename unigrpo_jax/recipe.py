@@ -156,10 +156,11 @@ def _check_division(config, network: runs.Network) -> None:
   # A reward may compare the trajectories of a prompt, so one host scores all of them.
   groups = sharding.row_hosts(network.mesh, chunk).reshape(-1, config.group_size)
   if (groups != groups[:, :1]).any():
+    count = len(np.unique(groups))
     raise errors.InputError(
       f"{at_once}={config.rollout.prompts_at_once}: the {chunk} trajectories of a chunk over "
-      f"{len(np.unique(groups))} hosts would split a group of "
-      f"config.group_size={config.group_size}; make config.rollout.prompts_at_once a multiple of {len(np.unique(groups))}"
+      f"{count} hosts would split a group of config.group_size={config.group_size}; make "
+      f"{at_once} a multiple of {count}"
     )
 
 
