@@ -32,8 +32,9 @@ from unigrpo_jax import errors, host_flags
 START_SECONDS = 900
 HINT_SECONDS = 60
 # A host that is silent for so long is taken for dead. Moving a virtual machine takes some tens of
-# seconds; JAX's own threads send the signs of life, so a busy program is not silent.
-SILENCE_SECONDS = 60
+# seconds, and so may a machine that has too few cores; JAX's own threads send the signs of life, so
+# a busy program is not silent.
+SILENCE_SECONDS = 100
 # The first host to end waits so long for the others.
 END_SECONDS = 60
 AGAIN = "start all hosts again with the same command"
