@@ -305,7 +305,8 @@ class Planner:
     latents = self.sampler.grid.ids.shape[1]
     count = recipe.trajectories_of(c)
     drawn = flops.velocity(sizes, latents, context=before + tokens)
-    trained = runs.trained(c.learning_rate) & set(flops.PARTS)
+    # Under adapters, whose own products are not counted, the weights have no gradient.
+    trained = set() if c.lora.rank else runs.trained(c.learning_rate) & set(flops.PARTS)
     update = 0
     parts = recipe.schedule(c, network.mesh).group_parts * self.sampler.settings.prompt_copies
     read = flops.text(sizes, before) * (parts * c.prompts_per_step)
