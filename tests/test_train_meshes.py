@@ -22,8 +22,9 @@ def _config(variant, sizes, steps=STEPS):
   config.update_from_flattened_dict({
     "steps": steps, "prompts_per_step": 4, "rollout.prompts_at_once": 2, "group_size": 4,
     "microbatch": 16, "rollout.max_tokens": 8, "rollout.num_timesteps": 5,
-    # Words that are certain have no gradient, and Adam makes whole steps of its rounding.
-    "rollout.temperature": 4.0,
+    # Words that are certain have no gradient, and Adam makes whole steps of its rounding; as it
+    # does of any gradient of rounding's size without a larger epsilon.
+    "rollout.temperature": 4.0, "eps": 1e-5,
     "rollout.window_range": (0, 3), "rollout.window_size": 2, "text.chunk": 8,
     "checkpoint_every": 1, "keep_checkpoints": 3, "eval.every": 0, "schedule": "constant",
   })
