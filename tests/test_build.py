@@ -25,14 +25,14 @@ def _files(folder):
 
 
 class _AfterTwo:
-  """An event that is set from the second look at it on; the trainer looks twice a step."""
+  """An event that is set from the second look at it on; the trainer looks once a step."""
 
   def __init__(self):
     self._looks = 0
 
   def is_set(self):
     self._looks += 1
-    return self._looks > 2
+    return self._looks >= 2
 
 
 def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkeypatch):

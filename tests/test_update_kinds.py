@@ -107,6 +107,7 @@ def _say(model, params, experience):
   return fn(params)
 
 
+@pytest.mark.slow
 def test_adapters(run, small, params, experience):
   """At the start nothing changes; later they equal merged kernels, and without them the start."""
   base = _say(small, params["bagel"], experience)

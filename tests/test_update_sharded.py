@@ -10,6 +10,8 @@ from tests import joint
 from unigrpo_jax import sharding, types, update
 from unigrpo_jax.models import bagel, layers
 
+# Whole runs on many devices are in test_hosts.py, and slow ones in test_train_meshes.py.
+pytestmark = pytest.mark.slow
 TOLERANCE = 3e-6  # Absolute, beside 1e-4 relative: float32 sums in another order.
 MESHES = {"fsdp8": dict(fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2)}
 
@@ -83,7 +85,7 @@ def alone(networks, starts, experience):
 
 @pytest.mark.parametrize(
   "name, mesh",
-  [pytest.param("full", "fsdp8", marks=pytest.mark.slow), ("full", "2x2x2"), ("lora", "2x2x2")],
+  [("full", "fsdp8"), ("full", "2x2x2"), ("lora", "2x2x2")],
 )
 def test_many_devices_equal_one(networks, starts, experience, alone, name, mesh):
   got, state = _update(networks[name], starts[name], experience, MESHES[mesh])

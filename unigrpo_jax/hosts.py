@@ -71,6 +71,8 @@ def start(
   )
   # JAX's own handler would swallow a SIGTERM that comes before the run's.
   jax.config.update("jax_enable_preemption_service", False)
+  # Two programs that a CPU runs at once send each other's messages over the same connection.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   with waiting:
     jax.distributed.initialize(
       *given, initialization_timeout=2 * START_SECONDS,  # `waiting` ends it, with one line
