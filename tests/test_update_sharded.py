@@ -10,7 +10,7 @@ from tests import joint
 from unigrpo_jax import sharding, types, update
 from unigrpo_jax.models import bagel, layers
 
-# Whole runs on many devices are in test_hosts.py, and slow ones in test_train_meshes.py.
+# Whole runs on many devices are in test_train_meshes.py, which is slow too.
 pytestmark = pytest.mark.slow
 TOLERANCE = 3e-6  # Absolute, beside 1e-4 relative: float32 sums in another order.
 MESHES = {"fsdp8": dict(fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2)}
