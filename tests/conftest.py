@@ -7,6 +7,9 @@ import pathlib
 
 # Before anything imports jax: the device count is fixed when the backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's CPU runtime has this many threads, else one a core. A thread that waits for other devices in
+# a collective is blocked: two of them would wait for ever for what needs a third.
+os.environ.setdefault("NPROC", "32")
 # Without the second flag, eight devices on a few cores may start independent collectives of one
 # program in different orders, and wait for each other until they are killed.
 _FLAGS = (

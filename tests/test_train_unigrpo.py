@@ -44,7 +44,7 @@ def _train(config, workdir):
   return train.train(config, workdir, jax.devices()[:1])
 
 
-def _rows(workdir):
+def rows_of(workdir):
   """The metrics without what the clock says."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
@@ -89,7 +89,7 @@ class _Listening:
 
 def test_a_run_says_what_it_did(whole):
   workdir, state, prompts = whole
-  rows = _rows(workdir)
+  rows = rows_of(workdir)
   assert [row["step"] for row in rows] == [0, 1, 2, 3] and len(prompts) == 6
   assert int(state.step) == 6  # two epochs an iteration
   for row in rows[1:]:
@@ -121,7 +121,9 @@ def test_a_checkpoint_is_exported_on_demand(whole, tmp_path):
 def test_the_best_checkpoint_stays(whole):
   """The last one does, and the evaluated one with the highest reward."""
   workdir, _, _ = whole
-  rows = {row["step"]: row["eval/think/reward"] for row in _rows(workdir) if row["step"] in (2, 3)}
+  rows = {
+    row["step"]: row["eval/think/reward"] for row in rows_of(workdir) if row["step"] in (2, 3)
+  }
   best = max(rows, key=lambda number: rows[number])
   kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
   assert kept == {3, best}
@@ -139,7 +141,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(base, whole, tmp_path, m
     got = _train(_config(base), tmp_path)
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert _rows(tmp_path) == _rows(workdir)
+  assert rows_of(tmp_path) == rows_of(workdir)
   # It takes up the iteration it was stopped in.
   assert prompts[sampled:] == order[int(stopped.step) // 2 * 2 :]
 

@@ -81,8 +81,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   # --- The loop.
   first = int(state.step)
   print_start(config, network, state, workdir, first)
-  writers = config.writers if hosts.first() else ()
-  log = metrics.writers(writers, workdir, run_id, plain, first_step=first)
+  log = runs.open_log(workdir, plain, run_id, first)
   clock = metrics.Clock(first, config.steps)
   stopping = runs.stop_on_signal()
   record = {"config": plain, "run_id": run_id}

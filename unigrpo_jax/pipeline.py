@@ -83,7 +83,8 @@ class Pipeline:
     markers = (tokenizer.vision_start, tokenizer.vision_end)
     backend = attention.choose_backend("auto", mesh.devices.flat[0].platform, dtype)
     model = bagel_lib.Bagel(
-      folder.config, markers, dtype=dtype, param_dtype=dtype, backend=backend
+      folder.config, markers, dtype=dtype, param_dtype=dtype, backend=backend,
+      unroll=sharding.needs_straight_programs(mesh),
     )
     return cls(folder, model, tokenizer, mesh)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,7 @@ from unigrpo_jax import (
   rollout,
   runs,
   sharding,
+  types,
   update,
 )
 from unigrpo_jax.losses import advantages, forward_process
@@ -280,14 +282,24 @@ def schedule(config, mesh) -> update.Schedule:
   )
 
 
-def make_update(config, network: runs.Network, optimizer, sampler: rollout.Sampler):
-  """The update of a run, to be jitted; see `update.make_update`."""
-  return update.make_update(
+def make_update(
+  config, network: runs.Network, optimizer, sampler: rollout.Sampler, where: types.TrainState
+):
+  """The update of a run, jitted, its state donated; see `update.make_update`.
+
+  Args:
+    config, network, optimizer, sampler: of the run.
+    where: shardings of its state.
+  """
+  made = update.make_update(
     network.model, optimizer, sampler.grid, reading(config, network, sampler),
     make_objective(config, network), schedule(config, network.mesh),
     trained=runs.trained(config.learning_rate), ema_decay=config.ema_decay or None,
     reference_model=network.model.clone(lora=None) if needs_reference(config) else None,
     reference_context=config.flow.reference_context == "reference",
+  )
+  return jax.jit(
+    made, donate_argnums=0, out_shardings=(where, sharding.replicated(network.mesh))
   )
 
 

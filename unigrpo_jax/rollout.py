@@ -97,8 +97,8 @@ class Trajectories:
 class Sampler:
   """Samples chunks of trajectories from parameters that change between them.
 
-  `take` makes of a state's parameters those that `sample` reads: in the network's dtype, which
-  halves what a token reads, and laid out as `Settings.layout` says.
+  `take` makes of a state's parameters those that `sample` reads: in the network's dtype, which in
+  bfloat16 halves what a token reads, and laid out as `Settings.layout` says.
   """
 
   def __init__(
@@ -121,11 +121,12 @@ class Sampler:
         f"{needed} positions, the model has {model.config.llm.max_positions} "
         "(max_position_embeddings); lower one of them"
       )
-    layout = pipeline.param_shardings(
+    self.layout = pipeline.param_shardings(
       model, mesh, ("bagel",), sharding.LAYOUTS[settings.layout]
     )["bagel"]
-    self.take = jax.jit(
-      lambda params: jax.tree.map(lambda a: a.astype(model.dtype), params), out_shardings=layout
+    self.lay_out = jax.jit(
+      lambda params: jax.tree.map(lambda a: a.astype(model.dtype), params),
+      out_shardings=self.layout,
     )
     # The device programs of a chunk, each but for its parameters and arrays.
     bind, s = functools.partial, settings
@@ -146,6 +147,14 @@ class Sampler:
       kind=s.kind, noise_level=s.noise_level, same_noise=s.group_size if s.same_noise else 1,
     )
     self.decode_images = bind(phases.decode_images, vae)
+
+  def take(self, params):
+    """A state's parameters as `sample` reads them; a copy only where they differ from those."""
+    same = jax.tree.map(
+      lambda a, place: a.dtype == self.model.dtype and a.sharding.is_equivalent_to(place, a.ndim),
+      params, self.layout,
+    )
+    return params if all(jax.tree.leaves(same)) else self.lay_out(params)
 
   def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask, [P, prompt_tokens]; refuses an empty or too long prompt."""

@@ -21,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unigrpo_jax import checkpoints, errors, folders, hosts, optim, replacing, sharding, types
+from unigrpo_jax import (
+  checkpoints,
+  errors,
+  folders,
+  hosts,
+  metrics,
+  optim,
+  replacing,
+  sharding,
+  types,
+)
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import attention, bagel, layers
 
@@ -81,7 +91,7 @@ def build_network(config, folder: folders.ModelFolder, tokenizer, devices=None) 
     folder.config, (tokenizer.vision_start, tokenizer.vision_end),
     dtype=jnp.dtype(config.dtype), remat=config.remat,
     lora=layers.Lora(lora.rank, lora.alpha) if lora and lora.rank else None,
-    backend=backend,
+    backend=backend, unroll=sharding.needs_straight_programs(mesh),
   )
   return Network(folder, tokenizer, model, mesh)
 
@@ -296,6 +306,14 @@ def _check_shared(workdir: pathlib.Path, run_id: str) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Puts a JSON file in place whole."""
   replacing.write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def open_log(
+  workdir: pathlib.Path, config: Mapping[str, Any], run_id: str, first_step: int
+) -> metrics.Writer:
+  """What a run tells of its steps, on the first host; see `metrics.writers`."""
+  names = config["writers"] if hosts.first() else ()
+  return metrics.writers(names, workdir, run_id, config, first_step=first_step)
 
 
 def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:

@@ -67,6 +67,15 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
   return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
+def needs_straight_programs(mesh: Mesh) -> bool:
+  """Whether layers must be compiled one after the other, not as a loop.
+
+  XLA's CPU runtime keeps the collectives of a program in order, but not those of a loop and those
+  beside it: each device may meet them in another order, and all wait for each other for ever.
+  """
+  return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
   """All devices, laid out for sampling: tensor as wide as the key-value heads allow.
 

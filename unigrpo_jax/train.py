@@ -101,16 +101,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
   # --- The update.
-  update_fn = jax.jit(
-    recipe.make_update(config, network, optimizer, sampler), donate_argnums=0,
-    out_shardings=(layout[1], sharding.replicated(network.mesh)),
-  )
+  update_fn = recipe.make_update(config, network, optimizer, sampler, layout[1])
   limits = recipe.drift_limits(config, network)
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
-  writers = config.writers if hosts.first() else ()
-  log = metrics.writers(writers, workdir, run_id, plain, first_step=first if resumed else -1)
+  log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   compiling, stopping = runs.CompileTimer(), runs.stop_on_signal()
   remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}

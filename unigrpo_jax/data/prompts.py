@@ -106,8 +106,7 @@ class PromptStream:
     """The prompts of the next step."""
     start = self._position
     self._position += self._step_size
-    taken = [self._prompts[self._index(i)] for i in range(start, self._position)]
-    return taken
+    return [self._prompts[self._index(i)] for i in range(start, self._position)]
 
   def _index(self, position: int) -> int:
     epoch, place = divmod(position, len(self._prompts))

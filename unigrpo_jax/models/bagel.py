@@ -32,6 +32,7 @@ class Bagel(nn.Module):
     lora: adapters on every projection of both experts. Without them the same parameters are the
       network that the adapters started from.
     backend: how attention is computed; see `attention.attend`.
+    unroll: compiles layers one after the other, not as a loop.
   """
 
   config: config_lib.BagelConfig
@@ -41,13 +42,14 @@ class Bagel(nn.Module):
   remat: bool = True
   lora: layers.Lora | None = None
   backend: str = "plain"
+  unroll: bool = False
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
     self.layers = mot.stack(
-      c.llm, self.dtype, self.param_dtype, self.remat, self.lora, self.backend
+      c.llm, self.dtype, self.param_dtype, self.remat, self.lora, self.backend, self.unroll
     )
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
@@ -57,7 +59,7 @@ class Bagel(nn.Module):
     self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)
     self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **heads)
     self.latent_pos_embed = self._position_table(c.max_latent_size)
-    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype, self.backend)
+    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype, self.backend, self.unroll)
     self.connector = layers.TwoLayer(width, "gelu_tanh", **kinds)
     self.vit_pos_embed = self._position_table(c.vit_max_patches_per_side)
 

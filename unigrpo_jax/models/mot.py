@@ -157,15 +157,19 @@ def _join(arrays):
 
 def stack(
   config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None,
-  backend: str = "plain",
+  backend: str = "plain", unroll: bool = False,
 ) -> nn.Module:
-  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked."""
+  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked.
+
+  With `unroll` the compiled program has the layers one after the other in place of a loop.
+  """
   scanned = nn.scan(
     nn.remat(Block, prevent_cse=False) if remat else Block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
     in_axes=(0, nn.broadcast),
     length=config.num_layers,
+    unroll=config.num_layers if unroll else 1,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
   return scanned(config, dtype, param_dtype, lora, backend)

@@ -111,6 +111,7 @@ class SigLIP(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   backend: str = "plain"
+  unroll: bool = False
 
   @nn.compact
   def __call__(self, patches: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -146,6 +147,7 @@ class SigLIP(nn.Module):
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=config.num_layers,
+        unroll=config.num_layers if self.unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       x, _ = stack(config, self.dtype, self.param_dtype, self.backend, name="layers")(x, mask)

@@ -12,7 +12,6 @@ from unigrpo_jax.planning import chips, programs
 
 _SPLASH = {"splash_mha_fwd": 4, "splash_mha_dkv": 8, "splash_mha_dq": 6}
 SPARE = 0.1  # Of a chip's memory, that a plan which fits leaves free.
-
 _TITLES = {
   "layout": "lay out", "read": "read", "decode": "think", "denoise": "draw", "vae": "decode images",
   "update": "update",
@@ -68,21 +67,18 @@ def _phase(phase: programs.Phase, plan: programs.Plan, chip: chips.Chip) -> dict
   if phase.program is None:
     return told | {"seconds": 0.0}
   program, runs = phase.program, phase.runs
-  size = 1
-  for ways in plan.mesh.values():
-    size *= ways
   sent: dict[tuple[str, str], float] = defaultdict(float)
   for collective in program.collectives:
     along = "+".join(hlo.axes(collective.groups, plan.mesh)) or "none"
     sent[collective.kind, along] += runs * collective.times * hlo.wire_bytes(collective)
-  flops = runs * (program.flops + kernel_flops(program))
+  flops, count = runs * (program.flops + kernel_flops(program)), math.prod(plan.mesh.values())
   times = {
     "compute": flops / chip.flops, "hbm": runs * program.bytes / chip.hbm_bandwidth,
     "interconnect": sum(sent.values()) / chip.axis_bandwidth,
   }
   return told | {
     "bytes": dict(phase.bytes), "flops": flops, "hbm_bytes": runs * program.bytes,
-    "model_flops": None if phase.model_flops is None else phase.model_flops / size,
+    "model_flops": None if phase.model_flops is None else phase.model_flops / count,
     "collectives": [
       {"kind": kind, "axis": axis, "bytes": value} for (kind, axis), value in sorted(sent.items())
     ],
@@ -120,9 +116,7 @@ def text(name: str, told: Mapping[str, Any], chip: chips.Chip, lines: Sequence[s
     lines: more about the run, below the title.
   """
   mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
-  count = 1
-  for size in told["mesh"].values():
-    count *= size
+  count = math.prod(told["mesh"].values())
   out = [f"{name}: {count} chips, mesh {mesh}", *lines, ""]
   out += [f"memory of a chip, GiB of {chip.hbm / chips.GIB:.2f}"]
   out += [f"  {cause:16} {value / chips.GIB:8.2f}" for cause, value in told["held"].items()
@@ -204,9 +198,7 @@ def comparison(told: Mapping[str, Mapping[str, Any]]) -> str:
   rows = [("topology", "chips", "peak GiB", "free", "fits", "s an iteration", "images/h",
            "images/h a chip")]
   for name, one in told.items():
-    count = 1
-    for size in one["mesh"].values():
-      count *= size
+    count = math.prod(one["mesh"].values())
     rate = one["images_per_hour"]
     rows.append((
       name, str(count), f"{max(one['peak'].values()) / chips.GIB:.2f}", f"{one['spare']:.0%}",

@@ -137,27 +137,21 @@ class Planner:
     recipe.check(config, network)
     self.config, self.network = config, network
     self.optimizer = runs.make_optimizer(config)
-    self.state, self.where = runs.state_layout(
+    self.state, where = runs.state_layout(
       network, self.optimizer, ema=config.ema_decay > 0,
       reference=recipe.copies_reference(config),
-    )
-    # What `Sampler.take` makes of the parameters.
-    self.sampled = _placed(
-      jax.tree.map(lambda a: a.update(dtype=network.model.dtype), self.state.params),
-      pipeline.param_shardings(
-        network.model, network.mesh, ("bagel",), sharding.LAYOUTS[config.rollout.layout]
-      )["bagel"],
     )
     self.vae = vae_lib.VAE(network.folder.config.vae)
     self.sampler = rollout.Sampler(
       network.model, self.vae, None, network.tokenizer, network.mesh,
       recipe.rollout_settings(config, network.mesh),
     )
-    # Made before the mesh is active: there are no chips to compute anything on.
-    self.update = jax.jit(
-      recipe.make_update(config, network, self.optimizer, self.sampler), donate_argnums=0,
-      out_shardings=(self.where, sharding.replicated(network.mesh)),
+    self.sampled = _placed(
+      jax.tree.map(lambda a: a.update(dtype=network.model.dtype), self.state.params),
+      self.sampler.layout,
     )
+    # Made before the mesh is active: there are no chips to compute anything on.
+    self.update = recipe.make_update(config, network, self.optimizer, self.sampler, where)
     self.keys = jax.eval_shape(
       lambda: rollout.trajectory_keys(jax.random.key(0), 0, self.rows)
     )
@@ -209,7 +203,7 @@ class Planner:
   def _phases(self) -> Iterator[tuple[Phase | None, dict[str, int]]]:
     """Each phase as it is compiled, and the bytes of what it adds to a chip."""
     work, sampler, s = self._work(), self.sampler, self.sampler.settings
-    _, phase = self._compile("layout", sampler.take, self.state.params, runs=1)
+    _, phase = self._compile("layout", sampler.lay_out, self.state.params, runs=1)
     params = self.sampled
     yield phase, {"sampler": on_a_chip(params)}
     prompts = self.config.rollout.prompts_at_once * s.prompt_copies
@@ -307,21 +301,20 @@ class Planner:
     drawn = flops.velocity(sizes, latents, context=before + tokens)
     # Under adapters, whose own products are not counted, the weights have no gradient.
     trained = set() if c.lora.rank else runs.trained(c.learning_rate) & set(flops.PARTS)
-    update = 0
     parts = recipe.schedule(c, network.mesh).group_parts * self.sampler.settings.prompt_copies
     read = flops.text(sizes, before) * (parts * c.prompts_per_step)
     write = flops.text(sizes, tokens, context=before, scored=tokens) * count
-    image = drawn * (r.window_size * count)
-    text_trains = c.text.train and r.think
-    for _ in range(c.epochs):
-      text_work = read + write
-      update += text_work.update(trained & {"und", "text"}) if text_trains else text_work.forward
-      if c.flow.train:
-        update += image.update(trained & {"gen", "latent"})
-      if c.remat:
-        update += (text_work.forward if text_trains else 0) + (image.forward if c.flow.train else 0)
+    said = read + write
+    image = drawn * (r.window_size * count if c.flow.train else 0)
+    once_more = int(c.remat)
+    if c.text.train and r.think:
+      epoch = said.update(trained & {"und", "text"}) + once_more * said.forward
+    else:
+      epoch = said.forward
+    epoch += image.update(trained & {"gen", "latent"}) + once_more * image.forward
+    update = c.epochs * epoch
     if recipe.needs_reference(c):
-      update += read.forward + write.forward + (image.forward if c.flow.train else 0)
+      update += said.forward + image.forward
     return {
       "read": flops.text(sizes, before).forward * c.prompts_per_step,
       "decode": flops.decode(sizes, tokens, context=before).forward * count,
