@@ -18,6 +18,7 @@ import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
 from unigrpo_jax import errors, folders, hosts, recipe, runs, sharding
+from unigrpo_jax.models import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
@@ -32,13 +33,13 @@ SMALL = {
   # whose rounding Adam would make whole steps.
   "rollout.temperature": 4.0,
 }
-CONFIG = f"""
+CONFIG = """
 from unigrpo_jax import config_files
 
 def get_config():
   config = config_files.load("unigrpo", "tiny")
   config.rewards = {{"rewards_of_hosts:brightness": 1.0}}
-  config.update_from_flattened_dict({SMALL!r})
+  config.update_from_flattened_dict({changes!r})
   return config
 """
 COMPARED = """
@@ -113,11 +114,29 @@ def _state(workdir):
   return saved.latest, jax.device_get(saved.load(saved.latest, abstract)), record
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+  """The embedded BAGEL cut to two layers, which compile sooner than five."""
+  place = tmp_path_factory.mktemp("shallow")
+  tiny = folders.open_folder(folders.TINY)
+  params = tiny.load_params(dtype=np.float32)
+  params["bagel"]["layers"] = jax.tree.map(lambda a: a[:2], params["bagel"]["layers"])
+  draft = place / "draft"
+  draft.mkdir()
+  for path in folders.other_files(tiny.files):
+    (draft / path.name).write_bytes(path.read_bytes())
+  sizes = json.loads((draft / config_lib.LLM_FILE).read_text())
+  (draft / config_lib.LLM_FILE).write_text(json.dumps(sizes | {"num_hidden_layers": 2}))
+  folder = folders.ModelFolder(draft, "official", draft, config_lib.read_config(draft))
+  folders.write_official(place / "bagel", folder, params, dtype=np.float32)
+  return place / "bagel"
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(shallow, tmp_path):
   """Trains on so many hosts: (workdir, hosts, ...) -> [(status, output, errors)]."""
   config = tmp_path / "config.py"
-  config.write_text(CONFIG)
+  config.write_text(CONFIG.format(changes=SMALL | {"init_from": str(shallow)}))
 
   def run(name, count, *more, seen, end="-1:0:0"):
     command = ["-m", "unigrpo_jax.train", f"--config={config}", f"--workdir={tmp_path / name}"]
