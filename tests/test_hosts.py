@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
-from unigrpo_jax import errors, folders, hosts, recipe, runs, sharding
-from unigrpo_jax.models import config as config_lib
+from unigrpo_jax import errors, hosts, recipe, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
@@ -114,24 +113,6 @@ def _state(workdir):
   return saved.latest, jax.device_get(saved.load(saved.latest, abstract)), record
 
 
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-  """The embedded BAGEL cut to two layers, which compile sooner than five."""
-  place = tmp_path_factory.mktemp("shallow")
-  tiny = folders.open_folder(folders.TINY)
-  params = tiny.load_params(dtype=np.float32)
-  params["bagel"]["layers"] = jax.tree.map(lambda a: a[:2], params["bagel"]["layers"])
-  draft = place / "draft"
-  draft.mkdir()
-  for path in folders.other_files(tiny.files):
-    (draft / path.name).write_bytes(path.read_bytes())
-  sizes = json.loads((draft / config_lib.LLM_FILE).read_text())
-  (draft / config_lib.LLM_FILE).write_text(json.dumps(sizes | {"num_hidden_layers": 2}))
-  folder = folders.ModelFolder(draft, "official", draft, config_lib.read_config(draft))
-  folders.write_official(place / "bagel", folder, params, dtype=np.float32)
-  return place / "bagel"
-
-
 @pytest.fixture
 def run(shallow, tmp_path):
   """Trains on so many hosts: (workdir, hosts, ...) -> [(status, output, errors)]."""
@@ -148,7 +129,6 @@ def run(shallow, tmp_path):
   return run
 
 
-@pytest.mark.skipif(not folders.TINY_FOLDER.is_dir(), reason="the embedded checkpoint is missing")
 def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   """One of two is killed; the run goes on until one is told to stop: it is that of one host."""
   [(status, _, words)] = run("one", 1, seen="whole")

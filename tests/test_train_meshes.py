@@ -6,22 +6,19 @@ import chex
 import jax
 import pytest
 
-from unigrpo_jax import config_files, folders, runs, train
+from unigrpo_jax import config_files, runs, train
 
 MESHES = {"1x8x1": (1, 8, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 STEPS = 5
 slow = pytest.mark.slow
-pytestmark = pytest.mark.skipif(
-  not folders.TINY_FOLDER.is_dir(), reason="the embedded checkpoint is missing"
-)
 
 
-def _config(variant, sizes, steps=STEPS):
+def _config(base, variant, sizes, steps=STEPS):
   config = config_files.load("unigrpo", ",".join(filter(None, ("tiny", variant))))
   # Fewer prompts than devices along the batch: each is read for parts of its group.
   config.update_from_flattened_dict({
-    "steps": steps, "prompts_per_step": 4, "rollout.prompts_at_once": 2, "group_size": 4,
-    "microbatch": 16, "rollout.max_tokens": 8, "rollout.num_timesteps": 5,
+    "init_from": str(base), "steps": steps, "prompts_per_step": 4, "rollout.prompts_at_once": 2,
+    "group_size": 4, "microbatch": 16, "rollout.max_tokens": 8, "rollout.num_timesteps": 5,
     # Words that are certain have no gradient, and Adam makes whole steps of its rounding; as it
     # does of any gradient of rounding's size without a larger epsilon.
     "rollout.temperature": 4.0, "eps": 1e-5,
@@ -43,23 +40,24 @@ def _run(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(shallow, tmp_path_factory):
   """(state, metrics, workdir) of one device, for each kind of training."""
   found = {}
   for variant in ("", "lora"):
     workdir = tmp_path_factory.mktemp("alone")
-    found[variant] = (*_run(_config(variant, (1, 1, 1)), workdir), workdir)
+    found[variant] = (*_run(_config(shallow, variant, (1, 1, 1)), workdir), workdir)
   return found
 
 
 @pytest.mark.parametrize("variant", ["", "lora"], ids=["full", "lora"])
 @pytest.mark.parametrize("name", MESHES)
 @slow
-def test_meshes_equal_one_device_and_compile_once(alone, tmp_path, name, variant):
-  state, rows = _run(_config(variant, MESHES[name]), tmp_path)
+def test_meshes_equal_one_device_and_compile_once(shallow, alone, tmp_path, name, variant):
+  state, rows = _run(_config(shallow, variant, MESHES[name]), tmp_path)
   want, expected, _ = alone[variant]
   chex.assert_trees_all_close(state.params, want.params, rtol=1e-4, atol=3e-6)
-  moved = jax.tree.map(lambda a, b: abs(a - b).max(), want.params, _start(alone[variant][2]))
+  start = _start(shallow, alone[variant][2])
+  moved = jax.tree.map(lambda a, b: abs(a - b).max(), want.params, start)
   assert max(jax.tree.leaves(moved)) > 1e-4
   for row, other in zip(rows, expected, strict=True):
     for metric in ("loss/total", "loss/text", "loss/flow", "reward/mean"):
@@ -68,9 +66,9 @@ def test_meshes_equal_one_device_and_compile_once(alone, tmp_path, name, variant
   assert [row["seconds/compile"] for row in rows[2:]] == [0.0] * (STEPS - 2)
 
 
-def _start(workdir):
+def _start(base, workdir):
   saved = runs.read_checkpoints(workdir)
-  config = _config("", (1, 1, 1))
+  config = _config(base, "", (1, 1, 1))
   record = saved.record(saved.steps[0])
   config.lora.rank = record["config"]["lora"]["rank"]
   network = runs.open_network(config, jax.devices()[:1])
@@ -82,10 +80,10 @@ def _start(workdir):
 
 @pytest.mark.parametrize("there, here", [("2x2x2", "1x8x1"), ("1x8x1", None), (None, "2x4x1")])
 @slow
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(alone, tmp_path, there, here):
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(shallow, alone, tmp_path, there, here):
   """Two steps there and the rest here are the run of one device."""
   one = (1, 1, 1)
-  _run(_config("", MESHES.get(there, one), steps=2), tmp_path)
-  state, rows = _run(_config("", MESHES.get(here, one)), tmp_path)
+  _run(_config(shallow, "", MESHES.get(there, one), steps=2), tmp_path)
+  state, rows = _run(_config(shallow, "", MESHES.get(here, one)), tmp_path)
   chex.assert_trees_all_close(state.params, alone[""][0].params, rtol=1e-4, atol=3e-6)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
