@@ -323,3 +323,19 @@ def test_seven_billion_forward_and_backward_trace_on_shapes():
 
   grads = jax.eval_shape(jax.grad(loss), params, batch)
   assert jax.tree.map(lambda a: a.shape, grads) == jax.tree.map(lambda a: a.shape, params)
+
+
+def test_layers_one_after_the_other_are_the_loop(config, model, params):
+  """Several CPU devices, which need it, compile no loop over layers."""
+  assert sharding.needs_straight_programs(sharding.make_mesh(fsdp=8))
+  assert not sharding.needs_straight_programs(sharding.make_mesh(devices=jax.devices()[:1]))
+  ids, mask = _pad([[5, 6, 7, 8]], 6)
+
+  def read(unroll):
+    fn = functools.partial(model.clone(unroll=unroll).apply, method="read_text")
+    compiled = jax.jit(fn).lower({"params": params["bagel"]}, ids, mask).compile()
+    return compiled({"params": params["bagel"]}, ids, mask)[1], compiled.as_text()
+
+  (looped, loop), (straight, text) = read(False), read(True)
+  assert " while(" in loop and " while(" not in text
+  np.testing.assert_allclose(straight[:, :4], looped[:, :4], atol=ATOL)
