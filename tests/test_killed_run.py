@@ -1,6 +1,5 @@
 """A run that is killed at any moment goes on as if nothing had happened. Slow: some minutes."""
 
-import json
 import pathlib
 import random
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import pytest
 
+from tests import test_train_unigrpo
 from unigrpo_jax import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,13 +27,6 @@ def _start(workdir, out):
      *(f"--config.{override}" for override in SMALL)],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )
-
-
-def _metrics(workdir):
-  """Rows without what depends on the clock."""
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  timed = ("seconds", "share", "trajectories_per_second")
-  return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
 def _files(folder):
@@ -66,5 +59,6 @@ def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(tmp_path):
   assert last.returncode == 0, text
   print(f"killed {kills} times")
   assert kills >= 3
-  assert _metrics(tmp_path / "parts") == _metrics(tmp_path / "whole")
+  rows = [test_train_unigrpo.rows_of(tmp_path / name) for name in ("parts", "whole")]
+  assert rows[0] == rows[1]
   assert _files(tmp_path / "b") == _files(tmp_path / "a")
