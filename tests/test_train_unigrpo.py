@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import build, config_files, errors, export, folders, recipe, rollout, runs, train
+from unigrpo_jax.sampling import flow
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 
@@ -189,6 +190,17 @@ def test_drift_limits_stop_with_the_key(base):
   with pytest.raises(errors.InputError, match=pattern):
     train.check_drift({"drift/text_scaled": 0.1}, limits, 4)
   train.check_drift({"drift/text_scaled": 1e-6, "drift/flow": 1e-9}, limits, 4)
+
+
+def test_drift_limits_of_bfloat16(base):
+  """They follow the steps: a mean moves with the velocity by dt (1 + a^2 / 2)."""
+  config = _config(base, **{"dtype": "bfloat16", "drift.text": 0.0, "rollout.window_range": (1, 3)})
+  network = runs.open_network(config, jax.devices()[:1])
+  limits = recipe.drift_limits(config, network)
+  longest = max(-np.diff(flow.time_grid(config.rollout.num_timesteps, config.rollout.shift))[1:3])
+  slope = longest * (1 + config.rollout.noise_level**2 / 2)
+  assert limits["drift/text_scaled"] == 1.0
+  np.testing.assert_allclose(limits["drift/flow"], 5 * 0.02 * slope / 512**0.5, rtol=1e-5)
 
 
 def test_adapters_without_thinking_are_trained_and_exported(base, tmp_path):

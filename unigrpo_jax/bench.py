@@ -239,7 +239,7 @@ def _drift(found: Sequence[Mapping[str, float]], dtype: str) -> dict[str, float]
   drift = {
     kind: max(values[f"drift/{kind}"] for values in found) for kind in ("text", "flow")
   }
-  if not drift["text"] <= recipe.DRIFT[dtype][0] or not math.isfinite(drift["flow"]):
+  if not drift["text"] <= recipe.TEXT_DRIFT[dtype] or not math.isfinite(drift["flow"]):
     raise errors.InputError(
       f"the trainer does not compute what the sampler did: drift {drift}; nothing was measured"
     )
@@ -374,7 +374,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--json", type=pathlib.Path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
       help="rounds that are timed; fewer than 3 have no median to speak of (default: %(default)s)")
-  add("--dtype", choices=tuple(recipe.DRIFT), default="float32",
+  add("--dtype", choices=tuple(recipe.TEXT_DRIFT), default="float32",
       help="of activations and of the matmul; parameters are float32 (default: %(default)s)")
   add("--remat", action="store_true",
       help="recompute each layer in the backward pass, as the released size needs")

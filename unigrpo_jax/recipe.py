@@ -27,8 +27,6 @@ from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.sampling import flow, sde, windows
 
-# Latent elements of the images that clip and regulariser weight are given for.
-REFERENCE_ELEMENTS = 262_144
 # The least value of numbers.
 LEAST = {
   0: ("eval.every", "eval.keep", "lora.rank", "warmup_steps", "keep_every", "flow.weight",
@@ -41,13 +39,13 @@ LEAST = {
   2: ("group_size", "rollout.num_timesteps", "eval.num_timesteps"),
   3: ("rollout.prompt_tokens",),
 }
-# Largest drift of the sampler from the trainer. float32: summation order. bfloat16: its activations
-# carry 2^-8 of relative error, which logits of size 30 turn into some tenths of a nat, and
-# velocities off by 1e-2 into a log ratio of about 4e-7 at 262,144 elements.
-DRIFT = {"float32": (1e-5, 1e-8), "bfloat16": (1.0, 1e-6)}
-# float32 rounds the means of a step to 2e-7. A log ratio is their mean over the latent elements: of
-# fewer than 10,000 it moves by more than 1e-8, within five standard deviations by this / sqrt.
-DRIFT_ROUNDING = 1e-6
+# Largest drift/text_scaled that rounding explains. float32: summation order. bfloat16: activations
+# carry 2^-8 of relative error; the embedded BAGEL's five layers make 0.07 of it, and logits of size
+# 30 some tenths of a nat.
+TEXT_DRIFT = {"float32": 1e-5, "bfloat16": 1.0}
+# Errors of a step's mean: float32 rounds it; bfloat16 is off by this in the velocity, two or three
+# times what the embedded BAGEL shows.
+MEAN_ERROR, VELOCITY_ERROR = 2e-7, 2e-2
 
 
 def check(config, network: runs.Network) -> None:
@@ -65,7 +63,7 @@ def check(config, network: runs.Network) -> None:
     "text.aggregation": text_losses.AGGREGATIONS, "rollout.sde": sde.KINDS,
     "rollout.window": windows.CONVENTIONS, "rollout.cfg_renorm": flow.RENORMS,
     "rollout.layout": tuple(sharding.LAYOUTS),
-    "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(DRIFT),
+    "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(TEXT_DRIFT),
   }
   for key, options in choices.items():
     runs.choose(f"config.{key}", _value(config, key), options)
@@ -304,15 +302,27 @@ def make_update(
 
 
 def drift_limits(config, network: runs.Network) -> dict[str, float]:
-  """Largest drift/text_scaled and drift/flow that a run goes on with."""
-  text, flow_limit = DRIFT[str(jnp.dtype(config.dtype))]
-  elements = latent_elements(config, network)
+  """Largest drift/text_scaled and drift/flow that a run goes on with.
+
+  An error of a step's mean that has nothing to do with its noise moves the log ratio by the error's
+  size over sqrt(latent elements), as a standard deviation; the largest of an iteration's steps is
+  within five of them.
+  """
+  r = config.rollout
+  error = MEAN_ERROR
   if config.dtype == "bfloat16":
-    flow_limit *= (REFERENCE_ELEMENTS / elements) ** 0.5
-  else:
-    flow_limit = max(flow_limit, DRIFT_ROUNDING / elements**0.5)
+    times = flow.time_grid(r.num_timesteps, r.shift)
+    window = slice(*r.window_range)
+    t, t_next = times[:-1][window], times[1:][window]
+    still = jnp.zeros((*t.shape, 1, 1))
+    move = sde.transition(
+      still, still, t, t_next, times[1], kind=r.sde, noise_level=r.noise_level
+    )
+    error = VELOCITY_ERROR * float(jnp.abs(move.slope).max())
+  limit = max(1e-8, 5 * error / latent_elements(config, network) ** 0.5)
   return {
-    "drift/text_scaled": config.drift.text or text, "drift/flow": config.drift.flow or flow_limit
+    "drift/text_scaled": config.drift.text or TEXT_DRIFT[config.dtype],
+    "drift/flow": config.drift.flow or limit,
   }
 
 
