@@ -74,3 +74,4 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
     _files(out)
   )
   assert folders.open_folder(out).config.generation.max_tokens == build.GENERATION["max_tokens"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(folders.open_folder(out).load_params())) <= 8e6

@@ -1,13 +1,10 @@
 """Supervised training end to end, small: stopped and resumed it is the same run, bit for bit."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, config_files, errors, finetune, folders, runs
-from unigrpo_jax.models import config as config_lib
+from unigrpo_jax import config_files, errors, finetune, folders, runs
 
 SMALL = [
   "steps=4", "sequences_per_step=8", "microbatch=4", "noise_draws=2", "checkpoint_every=2",
@@ -15,17 +12,9 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-  """The first half of the build: tokenizer, configs and an autoencoder of two steps."""
-  folder = tmp_path_factory.mktemp("base")
-  build.make_base(folder, seed=0, vae_steps=2, vae_rows=2)
-  return folder / "base"
-
-
-def _config(base, *overrides):
+def _config(shallow, *overrides):
   config = config_files.load("sft", "tiny", [*SMALL, *overrides])
-  config.init_from, config.random_init = str(base), True
+  config.init_from, config.random_init = str(shallow), True
   return config
 
 
@@ -38,14 +27,14 @@ def _files(folder):
   return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(base, tmp_path, monkeypatch):
+def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monkeypatch):
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
-  whole = _train(_config(base, f'export_to="{tmp_path / "a"}"'), tmp_path / "whole")
+  whole = _train(_config(shallow, f'export_to="{tmp_path / "a"}"'), tmp_path / "whole")
   with monkeypatch.context() as patch:
     patch.setattr(runs, "stop_on_signal", _Stopping)
-    stopped = _train(_config(base, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
+    stopped = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
-  parts = _train(_config(base, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
+  parts = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_array_equal(a, b)
   metrics = lambda name: (tmp_path / name / "metrics.jsonl").read_text()
@@ -65,13 +54,13 @@ class _Stopping:
     return True
 
 
-def test_another_configuration_does_not_resume(base, tmp_path):
-  _train(_config(base, "steps=1"), tmp_path)
+def test_another_configuration_does_not_resume(shallow, tmp_path):
+  _train(_config(shallow, "steps=1"), tmp_path)
   with pytest.raises(errors.InputError, match="config.ce_weight=2.0 but the run"):
-    _train(_config(base, "steps=1", "ce_weight=2.0"), tmp_path)
+    _train(_config(shallow, "steps=1", "ce_weight=2.0"), tmp_path)
   # A cosine schedule depends on the number of steps.
   with pytest.raises(errors.InputError, match="config.steps=2 but the run"):
-    _train(_config(base, "steps=2"), tmp_path)
+    _train(_config(shallow, "steps=2"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,21 +71,11 @@ def test_another_configuration_does_not_resume(base, tmp_path):
     ("mesh.data=3", "mesh data=3"),
   ],
 )
-def test_impossible_configurations_are_refused(base, tmp_path, override, words):
+def test_impossible_configurations_are_refused(shallow, tmp_path, override, words):
   with pytest.raises(errors.InputError, match=words):
-    _train(_config(base, override), tmp_path)
+    _train(_config(shallow, override), tmp_path)
 
 
 def test_overrides_of_unknown_keys_are_refused():
   with pytest.raises(errors.InputError, match="stpes"):
     config_files.load("sft", "tiny", ["stpes=3"])
-
-
-def test_the_base_folder_is_a_checkpoint(base):
-  config = config_lib.read_config(base)
-  assert config.latent_dim == 32 and config.vae.downsample == 4
-  stated = json.loads((base / config_lib.BAGEL_FILE).read_text())["vae"]
-  assert stated["scale_factor"] > 0
-  params = folders.open_folder(base).load_params()
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert total <= 8_000_000

@@ -6,31 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import build, config_files, errors, export, folders, recipe, rollout, runs, train
+from unigrpo_jax import config_files, errors, export, folders, recipe, rollout, runs, train
 from unigrpo_jax.sampling import flow
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-  """Tokenizer, configs, an autoencoder of two steps and a random network that draws something."""
-  place = tmp_path_factory.mktemp("base")
-  build.make_base(place, seed=0, vae_steps=2, vae_rows=2)
-  folder = folders.open_folder(place / "base")
-  params = folder.load_params(dtype=np.float32)
-  # Its velocities start at zero, and then no gradient passes.
-  kernel = params["bagel"]["llm2vae"]["kernel"]
-  params["bagel"]["llm2vae"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(0), kernel.shape)
-  folders.write_official(place / "drawing", folder, params, dtype=np.float32)
-  return place / "drawing"
-
-
-def _config(base, **changes):
+def _config(shallow, **changes):
   config = config_files.load("unigrpo", "tiny")
   config.rewards = dict(brightness=1.0)
   small = {
-    "init_from": str(base), "steps": 3, "prompts_per_step": 2,
+    "init_from": str(shallow), "steps": 3, "prompts_per_step": 2,
     "group_size": 2, "microbatch": 2, "rollout.prompts_at_once": 1, "rollout.max_tokens": 6,
     "rollout.num_timesteps": 5, "rollout.window_range": (0, 3), "rollout.window_size": 2,
     "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1, "eval.every": 2,
@@ -63,11 +49,11 @@ class _Stop:
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
+def whole(shallow, tmp_path_factory):
   """(workdir, last state, prompts in their order) of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp("whole")
   with _Listening() as prompts:
-    state = _train(_config(base), workdir)
+    state = _train(_config(shallow), workdir)
   return workdir, state, prompts
 
 
@@ -131,15 +117,17 @@ def test_the_best_checkpoint_stays(whole):
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5], ids=["while sampling", "in an update", "later"])
-def test_an_interrupted_run_equals_an_uninterrupted_one(base, whole, tmp_path, monkeypatch, looks):
+def test_an_interrupted_run_equals_an_uninterrupted_one(
+  shallow, whole, tmp_path, monkeypatch, looks
+):
   workdir, want, order = whole
   with _Listening() as prompts:
     with monkeypatch.context() as patch:
       patch.setattr(runs, "stop_on_signal", lambda: _Stop(looks))
-      stopped = _train(_config(base), tmp_path)
+      stopped = _train(_config(shallow), tmp_path)
     assert int(stopped.step) < 6
     sampled = len(prompts)
-    got = _train(_config(base), tmp_path)
+    got = _train(_config(shallow), tmp_path)
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
     np.testing.assert_array_equal(a, b)
   assert rows_of(tmp_path) == rows_of(workdir)
@@ -147,7 +135,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(base, whole, tmp_path, m
   assert prompts[sampled:] == order[int(stopped.step) // 2 * 2 :]
 
 
-def test_what_may_change_and_what_not(base, whole):
+def test_what_may_change_and_what_not(shallow, whole):
   workdir, _, _ = whole
   for changes, words in (
     ({"group_size": 4, "microbatch": 4}, "config.group_size=4 but the run in the workdir has 2"),
@@ -156,16 +144,16 @@ def test_what_may_change_and_what_not(base, whole):
     ({"schedule": "cosine", "steps": 4}, "config.schedule='cosine' but the run"),
   ):
     with pytest.raises(errors.InputError, match=words):
-      _train(_config(base, **changes), workdir)
+      _train(_config(shallow, **changes), workdir)
   # Advice that a diverged run is given, and a run that is already over.
-  before = json.loads(_config(base).to_json())
-  now = json.loads(_config(base, steps=9, **{"learning_rate.und": 1e-7}).to_json())
+  before = json.loads(_config(shallow).to_json())
+  now = json.loads(_config(shallow, steps=9, **{"learning_rate.und": 1e-7}).to_json())
   runs.check_resumable(before, now, runs.may_change(before, now, train.RESUMABLE))
 
 
-def test_a_run_that_stops_on_an_error_saves_what_it_has(base, tmp_path, monkeypatch):
+def test_a_run_that_stops_on_an_error_saves_what_it_has(shallow, tmp_path, monkeypatch):
   """A drift beyond its limit, after one good iteration, and a resume that goes on."""
-  config = _config(base, checkpoint_every=100, **{"eval.every": 0})
+  config = _config(shallow, checkpoint_every=100, **{"eval.every": 0})
   calls = []
 
   def check(values, limits, number):
@@ -183,8 +171,9 @@ def test_a_run_that_stops_on_an_error_saves_what_it_has(base, tmp_path, monkeypa
   saved.close()
 
 
-def test_drift_limits_stop_with_the_key(base):
-  limits = recipe.drift_limits(_config(base), runs.open_network(_config(base), jax.devices()[:1]))
+def test_drift_limits_stop_with_the_key(shallow):
+  config = _config(shallow)
+  limits = recipe.drift_limits(config, runs.open_network(config, jax.devices()[:1]))
   assert limits["drift/text_scaled"] == 3e-5 and 1e-8 <= limits["drift/flow"] < 1e-7
   pattern = "step 4: drift/text_scaled=0.1.*config.drift.text;?$"
   with pytest.raises(errors.InputError, match=pattern):
@@ -192,9 +181,10 @@ def test_drift_limits_stop_with_the_key(base):
   train.check_drift({"drift/text_scaled": 1e-6, "drift/flow": 1e-9}, limits, 4)
 
 
-def test_drift_limits_of_bfloat16(base):
+def test_drift_limits_of_bfloat16(shallow):
   """They follow the steps: a mean moves with the velocity by dt (1 + a^2 / 2)."""
-  config = _config(base, **{"dtype": "bfloat16", "drift.text": 0.0, "rollout.window_range": (1, 3)})
+  changes = {"dtype": "bfloat16", "drift.text": 0.0, "rollout.window_range": (1, 3)}
+  config = _config(shallow, **changes)
   network = runs.open_network(config, jax.devices()[:1])
   limits = recipe.drift_limits(config, network)
   longest = max(-np.diff(flow.time_grid(config.rollout.num_timesteps, config.rollout.shift))[1:3])
@@ -203,13 +193,13 @@ def test_drift_limits_of_bfloat16(base):
   np.testing.assert_allclose(limits["drift/flow"], 5 * 0.02 * slope / 512**0.5, rtol=1e-5)
 
 
-def test_adapters_without_thinking_are_trained_and_exported(base, tmp_path):
+def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   """The export is an official folder with the adapters in its kernels."""
   changes = {
     "steps": 1, "rollout.think": False, "text.train": False, "lora.rank": 2, "eval.every": 0,
     "export_to": str(tmp_path / "out"), "export_dtype": "float32", "learning_rate.und": 0.0,
   }
-  state = _train(_config(base, **changes), tmp_path / "run")
+  state = _train(_config(shallow, **changes), tmp_path / "run")
   assert state.reference is None
   loaded = folders.open_folder(tmp_path / "out").load_params()["bagel"]
   gate = state.params["layers"]["gen"]["mlp"]["gate"]
