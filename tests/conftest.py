@@ -17,6 +17,9 @@ _FLAGS = (
   "--xla_cpu_enable_concurrency_optimized_scheduler=false",
   # On a busy machine a device may wait long for the others; 40 s, the default, ends the process.
   "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+  # Compiled code that is not fast, but soon there.
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_use_fusion_emitters=false",
 )
 _GIVEN = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f for f in _FLAGS if f.split("=")[0] not in _GIVEN)])

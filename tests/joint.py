@@ -15,8 +15,6 @@ END = 40  # Random weights hardly ever say 281: a token that they do say is the 
 SYSTEM = (280, 100, 101, 281)
 GROUP, MAX_TOKENS, POINTS, SHIFT, NOISE = 2, 5, 6, 3.0, 0.8
 STEPS = (0, 2)  # The first, where t = 1, and another.
-# Compiled code that is not fast, but soon there.
-QUICK = {"xla_backend_optimization_level": 0}
 NO_GUIDANCE = flow.Guidance(text_scale=1.0)
 GUIDANCE = flow.Guidance(text_scale=3.0, interval=(0.9, 1.0))  # One step within, one without.
 
@@ -110,7 +108,7 @@ def runner(model, params):
       model, transformation, grid(model.config), reading, numbers, schedule,
       trained={group for group, rate in rates if rate}, ema_decay=ema_decay,
       reference_model=reference_model, reference_context=context,
-    ), compiler_options=QUICK)
+    ))
 
   def run(
     experience, *, reading=usual["reading"], numbers=usual["numbers"], schedule=usual["schedule"],

@@ -71,8 +71,7 @@ def _start(commands, environ):
   ] if len(commands) > 1 else []
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // len(commands)}")
   own = {
-    # Compiled code that is not fast, but soon there.
-    "XLA_FLAGS": flags + " --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",

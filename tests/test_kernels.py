@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import joint, refusals
+from tests import refusals
 from unigrpo_jax import sharding, types
 from unigrpo_jax.models import attention, bagel, kernels
 
@@ -44,9 +44,7 @@ def _both(attend, q, reach, parts):
     out = attend(q, reach, [attention.Keys(*kv, part.order) for kv, part in zip(kvs, parts)])
     return (out * weight).sum(), out
 
-  grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=joint.QUICK)(
-    q, [(p.k, p.v) for p in parts]
-  )
+  grads, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(q, [(p.k, p.v) for p in parts])
   return out, grads
 
 
@@ -199,10 +197,7 @@ def test_network_attends_by_it_among_images_only(config, model, params, calls):
     return (v_t**2).sum(), v_t
 
   found = [
-    jax.jit(
-      jax.value_and_grad(functools.partial(run, network), has_aux=True),
-      compiler_options=joint.QUICK,
-    )(params["bagel"])
+    jax.jit(jax.value_and_grad(functools.partial(run, network), has_aux=True))(params["bagel"])
     for network in (model, model.clone(backend="splash"))
   ]
   # The tower's patches; patches, clean and noisy latents with their two markers.

@@ -143,5 +143,6 @@ def test_velocities_of_others_over_the_policys_context(small, params, experience
   mine, mixed = both(params["bagel"], params["bagel"]), both(params["bagel"], other)
   theirs = both(other, other)
   want = _say(small, params["bagel"], experience, reading).velocity
-  np.testing.assert_allclose(mine, want, atol=1e-6)
+  # Two programs: float32 in another order of sums.
+  np.testing.assert_allclose(mine, want, rtol=1e-6, atol=2e-6)
   assert float(jnp.abs(mixed - mine).max()) > 1e-4 < float(jnp.abs(mixed - theirs).max())

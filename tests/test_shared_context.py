@@ -16,11 +16,11 @@ COPIES, IMAGES = 2, 2
 
 @pytest.fixture(scope="module")
 def call(model, params):
-  """call(method, *args): on the golden weights, quickly compiled."""
+  """call(method, *args): on the golden weights."""
   small = model.clone(remat=False)
   run = jax.jit(
     lambda params, method, args: small.apply({"params": params}, *args, method=method),
-    static_argnums=1, compiler_options=joint.QUICK,
+    static_argnums=1,
   )
   return lambda method, *args: run(params["bagel"], method, args)
 

@@ -1,6 +1,5 @@
 """The update: ratios of 1, order and cuts that do not matter, what is masked, and what moves."""
 
-import functools
 
 import chex
 import jax
@@ -151,7 +150,7 @@ def _by_hand(model, params, transformation, experience, epochs):
   }
   blank = objective.Old(logp=experience.text.logp, flow=experience.flow.mean)
 
-  @functools.partial(jax.jit, compiler_options=joint.QUICK)
+  @jax.jit
   def gradient(params, old, first):
     def loss(params):
       said = policy.say(model, params, experience, grid, reading)

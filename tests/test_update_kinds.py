@@ -102,9 +102,7 @@ def _adapted(small, params, *, up):
 
 def _say(model, params, experience):
   grid, reading = joint.grid(model.config), joint.reading()
-  fn = jax.jit(lambda params: policy.say(model, params, experience, grid, reading),
-               compiler_options=joint.QUICK)
-  return fn(params)
+  return jax.jit(lambda params: policy.say(model, params, experience, grid, reading))(params)
 
 
 @pytest.mark.slow
@@ -204,7 +202,7 @@ def test_the_gradient_of_the_joint_loss_is_numerically_right(small, params, expe
     said = policy.say(small, params, given, grid, reading)
     return objective.joint_loss(said, given, old, weights, grid, numbers, None)[0]
 
-  both = jax.jit(jax.value_and_grad(loss), compiler_options=joint.QUICK)
+  both = jax.jit(jax.value_and_grad(loss))
   start = params["bagel"]
   _, grads = both(start)
   labels = optim.groups(start)

@@ -61,7 +61,7 @@ def _update(network, start, experience, sizes, updates=1, compilations=None):
       joint.numbers(), joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.9,
       reference_model=network.clone(lora=None),
     ),
-    donate_argnums=0, out_shardings=(places, None), compiler_options=joint.QUICK,
+    donate_argnums=0, out_shardings=(places, None),
   )
   with sharding.activate(mesh):
     rows = jax.tree.map(lambda a: sharding.put_rows(mesh, a), experience)
