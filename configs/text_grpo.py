@@ -3,7 +3,7 @@
   python -m unigrpo_jax.train --config=configs/text_grpo.py:tiny --workdir=runs/text_grpo
 
 Everything else is that of `configs/unigrpo.py`, whose variants and keys it has; the generation
-expert stays as it is, so that images are drawn by the network that training started from.
+expert stays as it is, and draws over what the trained understanding expert has thought.
 """
 
 import pathlib

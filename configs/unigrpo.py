@@ -31,6 +31,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.group_size = 24  # trajectories a prompt
 
   # Reward: of a finished image and its prompt
+  # As a whole on a command line: --config.rewards="{'http': 1.0}".
   config.rewards = ConfigDict(dict(iconworld_soft=1.0))  # name -> weight; 0 is only logged
   config.reward_options = ConfigDict()  # name -> keyword arguments of the reward
   config.reward = ConfigDict()

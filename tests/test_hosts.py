@@ -12,7 +12,6 @@ import threading
 
 import chex
 import jax
-import ml_collections
 import numpy as np
 import pytest
 
@@ -101,17 +100,6 @@ def _seen(folder, host):
   return [json.loads(line) for line in (folder / f"{host}.jsonl").read_text().splitlines()]
 
 
-def _state(workdir):
-  """(step of the last checkpoint, its state on the host, its record)."""
-  saved = runs.read_checkpoints(workdir)
-  record = saved.record(saved.latest)
-  config = ml_collections.ConfigDict(record["config"])
-  config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
-  network = runs.open_network(config, jax.devices()[:1])
-  abstract, _ = runs.state_layout(network, runs.make_optimizer(config), ema=False, reference=True)
-  return saved.latest, jax.device_get(saved.load(saved.latest, abstract)), record
-
-
 @pytest.fixture
 def run(shallow, tmp_path):
   """Trains on so many hosts: (workdir, hosts, ...) -> [(status, output, errors)]."""
@@ -150,7 +138,9 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   assert "stopped by a signal at step 4; the same command goes on" in first[1]
 
   _check_metrics(*(test_train_unigrpo.rows_of(tmp_path / name) for name in ("one", "two")))
-  (step, want, record), (same, got, other) = _state(tmp_path / "one"), _state(tmp_path / "two")
+  (step, want, record), (same, got, other) = (
+    test_train_unigrpo.saved_in(tmp_path / name) for name in ("one", "two")
+  )
   assert step == same == 4 and record["prompt_position"] == other["prompt_position"] == 16
   chex.assert_trees_all_close(got.params, want.params, rtol=1e-4, atol=3e-6)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), want.params, want.reference)

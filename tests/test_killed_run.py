@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import pytest
 
 from tests import test_train_unigrpo
@@ -75,4 +76,9 @@ def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(tmp_path):
   assert last.returncode == 0, text
   rows = [test_train_unigrpo.rows_of(tmp_path / name) for name in ("parts", "whole")]
   assert rows[0] == rows[1]
+  (step, got, record), (last, want, other) = (
+    test_train_unigrpo.saved_in(tmp_path / name) for name in ("parts", "whole")
+  )
+  assert step == last == STEPS and record["prompt_position"] == other["prompt_position"]
+  chex.assert_trees_all_equal(got, want)
   assert _files(tmp_path / "b") == _files(tmp_path / "a")

@@ -55,8 +55,11 @@ def _metrics(folder, steps):
   ]
   values = rng.uniform(0.1, 1, (steps, len(names))).round(6)
   with (folder / "metrics.jsonl").open("w") as file:
+    file.write('{"step": 0, "seconds/evaluate": 1000.0}\n')
     for step, row in enumerate(values, 1):
-      row = dict(zip(names, row.tolist())) | {"seconds/total": 4.0}
+      row = dict(zip(names, row.tolist())) | {"seconds/total": 4.0, "seconds/compile": 500.0}
+      if step == 1:
+        row["seconds/update"] = 2000.0
       row["grad_norm/gen"] = None if step % 10 == 3 else row["grad_norm/gen"]
       file.write(json.dumps({"step": step} | row) + "\n")
     file.write('{"step": 7, "rew')
@@ -96,6 +99,14 @@ def folder(tmp_path_factory):
 
 def _text(folder):
   return page.page(workdir.read(folder))
+
+
+def test_timings_leave_out_what_is_not_an_iteration(folder):
+  """The first evaluation, the iteration that compiles, and what other phases contain."""
+  shown = page._timings(workdir.read(folder), "iteration")
+  assert "first iteration, which compiles, is left out" in shown
+  words = " ".join(_Reader(shown).text)
+  assert "update" in words and "evaluate" not in words and "compile " not in words
 
 
 def test_the_command_writes_one_page_that_parses_and_holds_everything(folder, tmp_path, capsys):
@@ -148,7 +159,7 @@ def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder):
   assert plain.startswith(
     "strict (think): 0.300 [0.108, 0.603] → 0.800 [0.490, 0.943], iterations 0 to 50."
   )
-  assert "50 rows of metrics, iterations 0 to 50, 3.3 minutes." in plain
+  assert "51 rows of metrics, iterations 0 to 50, 3.3 minutes." in plain
 
 
 def test_the_table_has_every_category_and_all(folder):

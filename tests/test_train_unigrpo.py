@@ -2,11 +2,23 @@
 
 import json
 
+import chex
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, export, folders, recipe, rollout, runs, train
+from unigrpo_jax import (
+  config_files,
+  errors,
+  evaluation,
+  export,
+  folders,
+  recipe,
+  rollout,
+  runs,
+  train,
+)
 from unigrpo_jax.sampling import flow
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
@@ -35,6 +47,19 @@ def rows_of(workdir):
   """The metrics without what the clock says."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def saved_in(workdir):
+  """(step of the last checkpoint, its state on the host, its record)."""
+  saved = runs.read_checkpoints(workdir)
+  record = saved.record(saved.latest)
+  config = ml_collections.ConfigDict(record["config"])
+  config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
+  network = runs.open_network(config, jax.devices()[:1])
+  abstract, _ = runs.state_layout(
+    network, runs.make_optimizer(config), ema=config.ema_decay > 0, reference=True
+  )
+  return saved.latest, jax.device_get(saved.load(saved.latest, abstract)), record
 
 
 class _Stop:
@@ -151,24 +176,36 @@ def test_what_may_change_and_what_not(shallow, whole):
   runs.check_resumable(before, now, runs.may_change(before, now, train.RESUMABLE))
 
 
-def test_a_run_that_stops_on_an_error_saves_what_it_has(shallow, tmp_path, monkeypatch):
-  """A drift beyond its limit, after one good iteration, and a resume that goes on."""
-  config = _config(shallow, checkpoint_every=100, **{"eval.every": 0})
+def test_a_sampler_that_drifts_moves_nothing(shallow, whole, tmp_path):
+  """The state before the step is saved; with another limit it goes on to where it would have."""
+  none = {"checkpoint_every": 100, "eval.every": 0}
+  with pytest.raises(errors.InputError, match="step 1: drift/text_scaled=.*config.drift.text"):
+    _train(_config(shallow, **none, **{"drift.text": 1e-12}), tmp_path)
+  saved = runs.read_checkpoints(tmp_path)
+  assert saved.latest == 0 and saved.record(0)["prompt_position"] == 0
+  state = _train(_config(shallow, **none), tmp_path)
+  chex.assert_trees_all_equal(state.params, whole[1].params)
+
+
+def test_an_evaluation_that_fails_loses_nothing(shallow, tmp_path, monkeypatch):
+  config = _config(shallow, checkpoint_every=100, writers=())
   calls = []
 
-  def check(values, limits, number):
-    calls.append(number)
-    if number == 2:
-      raise errors.InputError("step 2: too far")
+  def run(self, params):
+    calls.append(params)
+    if len(calls) == 2:
+      raise errors.InputError("nothing to see")
+    return evaluate(self, params)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(train, "check_drift", check)
-    with pytest.raises(errors.InputError, match="too far"):
-      _train(config, tmp_path)
-  assert calls == [1, 2]
-  saved = runs.open_checkpoints(tmp_path, config)
-  assert saved.latest == 1 and saved.record(1)["prompt_position"]
-  saved.close()
+  evaluate = evaluation.Evaluation.run
+  monkeypatch.setattr(evaluation.Evaluation, "run", run)
+  with pytest.raises(errors.InputError, match="nothing to see"):
+    _train(config, tmp_path)
+  # The first evaluation is before the first step, the second after step 2.
+  saved = runs.read_checkpoints(tmp_path)
+  assert saved.latest == 2 and saved.record(2)["prompt_position"] == 4
+  # The log as JSON is there whatever `writers` says.
+  assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2]
 
 
 def test_drift_limits_stop_with_the_key(shallow):

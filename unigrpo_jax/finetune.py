@@ -134,6 +134,7 @@ def check_config(config, mesh) -> None:
       f"config.limits.images={config.limits.images} does not divide over data x fsdp = {ways} "
       "devices; make it a multiple"
     )
+  runs.choose("config.export_dtype", config.export_dtype, runs.EXPORT_DTYPES)
   runs.choose("config.ce_weighting", config.ce_weighting, feed.CE_WEIGHTINGS)
 
 

@@ -64,6 +64,7 @@ def check(config, network: runs.Network) -> None:
     "rollout.window": windows.CONVENTIONS, "rollout.cfg_renorm": flow.RENORMS,
     "rollout.layout": tuple(sharding.LAYOUTS),
     "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(TEXT_DRIFT),
+    "eval.cfg_renorm": flow.RENORMS, "export_dtype": runs.EXPORT_DTYPES,
   }
   for key, options in choices.items():
     runs.choose(f"config.{key}", _value(config, key), options)
@@ -74,7 +75,15 @@ def check(config, network: runs.Network) -> None:
     errors.require(f"config.{key}", _value(config, key), above=0)
   for group, rate in config.learning_rate.items():
     errors.require(f"config.learning_rate.{group}", rate, low=0)
-  errors.require("config.ema_decay", config.ema_decay, low=0, high=1)
+  for key in ("ema_decay", "b1", "b2"):
+    errors.require(f"config.{key}", config[key], low=0, high=1)
+  for section in ("rollout", "eval"):
+    low, high = interval = tuple(config[section].cfg_interval)
+    if not 0 <= low < high <= 1:
+      raise errors.InputError(
+        f"config.{section}.cfg_interval={interval} holds no time; give (low, high) with "
+        "0 <= low < high <= 1"
+      )
   if config.text.dual_clip:
     errors.require("config.text.dual_clip", config.text.dual_clip, above=1)
   _check_division(config, network)
@@ -295,6 +304,7 @@ def make_update(
     trained=runs.trained(config.learning_rate), ema_decay=config.ema_decay or None,
     reference_model=network.model.clone(lora=None) if needs_reference(config) else None,
     reference_context=config.flow.reference_context == "reference",
+    drift_limits=drift_limits(config, network),
   )
   return jax.jit(
     made, donate_argnums=0, out_shardings=(where, sharding.replicated(network.mesh))

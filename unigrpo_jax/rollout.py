@@ -22,6 +22,8 @@ from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.sampling import flow, text
 
+DIVERGED = "the {} are not finite; the policy has diverged: lower the learning rates and resume"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -212,6 +214,8 @@ class Sampler:
       drawn = jax.block_until_ready(
         self.explore(params, contexts, keys["image"], over_rows(steps), grid)
       )
+      if not bool(jnp.isfinite(drawn.latents).all()):
+        raise errors.InputError(DIVERGED.format("latents of some images"))
     with timer("vae"):
       own, images = self._decode(drawn.latents)
     written = ()
@@ -257,8 +261,7 @@ class Sampler:
     bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))
     if bad.size:
       raise errors.InputError(
-        f"the log-probabilities of {bad.size} of {len(host.logp)} reasonings are not finite; the "
-        "policy has diverged: lower the learning rates and resume"
+        DIVERGED.format(f"log-probabilities of {bad.size} of {len(host.logp)} reasonings")
       )
     words = []
     for ids, mask, finished in zip(host.ids, host.mask, host.finished):

@@ -41,6 +41,7 @@ RESUMABLE = frozenset({
   "attention",
 })
 
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
 
 
@@ -312,7 +313,7 @@ def open_log(
   workdir: pathlib.Path, config: Mapping[str, Any], run_id: str, first_step: int
 ) -> metrics.Writer:
   """What a run tells of its steps, on the first host; see `metrics.writers`."""
-  names = config["writers"] if hosts.first() else ()
+  names = ("jsonl", *config["writers"]) if hosts.first() else ()
   return metrics.writers(names, workdir, run_id, config, first_step=first_step)
 
 

@@ -138,10 +138,13 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       )
       # Evaluate, tell, save.
       score = None
-      if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
-        results, score = evaluate(state, number)
-        values |= results
-      log.write(number, values)
+      try:
+        if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
+          with saving_before(saved, number + 1, state, remember()):
+            results, score = evaluate(state, number)
+          values |= results
+      finally:
+        log.write(number, values)
       hosts.say(clock.line(number, shown(values)))
       stopped = hosts.anywhere(stopping.is_set())
       last = number == config.steps or stopped
@@ -206,6 +209,11 @@ def collect(
     jnp.asarray(total), jnp.asarray(groups), num_groups=len(prompts), std=config.advantage.std,
     ddof=config.advantage.ddof, eps=config.advantage.eps, clip=config.advantage.clip or None,
   ))
+  if not valid.any():
+    raise errors.InputError(
+      f"step {number}: each of the {len(prompts)} groups has a sample without a reward, and is "
+      "dropped; repair the reward"
+    )
   values = {f"reward/{name}": np.nanmean(value) for name, value in scores.items()
             if np.isfinite(value).any()}
   values |= {
@@ -305,6 +313,8 @@ def make_evaluation(
   def run(state: types.TrainState, number: int):
     start = time.monotonic()
     results = evaluate.run(sampler.take(state.averaged))
+    with hosts.together():
+      scorer.check(np.array([row.rewards.get("reward", np.nan) for row in results.rows]))
     folder = workdir / "evaluations" / f"{number:06d}"
     with hosts.together():
       if hosts.first():

@@ -50,7 +50,7 @@ def make_update(
   model, optimizer: optax.GradientTransformation, grid: types.LatentGrid,
   reading: policy.Reading, objective: objective_lib.Objective, schedule: Schedule, *,
   trained: Collection[str], ema_decay: float | None, reference_model=None,
-  reference_context: bool = True,
+  reference_context: bool = True, drift_limits: Mapping[str, float] | None = None,
 ):
   """The update, to be jitted with its state donated.
 
@@ -66,6 +66,7 @@ def make_update(
       where nothing needs a reference.
     reference_context: the reference reads the trajectory itself; otherwise its velocities are over
       the policy's context.
+    drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
 
   Returns:
     (state, experience) -> (state, metrics); each metric is [optimizer steps] float32.
@@ -103,7 +104,7 @@ def make_update(
     micros, old = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), (micros, old))
 
     def optimizer_step(carry, index):
-      state, old = carry
+      state, old, sound = carry
       place = index % schedule.minibatches
       here = jax.tree.map(lambda a: a[place], (micros, old))
       first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
@@ -131,18 +132,22 @@ def make_update(
         value, name = metrics.pop(name), name.removeprefix("grad_norm_")
         if name in trained:
           metrics[f"grad_norm/{name}"] = value
-      # Where a number is not finite the state stays as it was: the run saves it and stops.
-      finite = jnp.array([
+      # Where a number is not finite, or the sampler was not this policy, the state stays as it was
+      # from here on: the run saves it and stops.
+      sound &= jnp.array([
         jnp.isfinite(value) for name, value in metrics.items()
         if name.startswith(("loss/", "grad_norm/"))
       ]).all()
-      state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+      for name, limit in (drift_limits or {}).items():
+        if name in metrics:
+          sound &= (index > 0) | (metrics[name] <= limit)
+      state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new_state, state)
       if first is not None:
         old = jax.tree.map(lambda new, old: jnp.where(first, new[None], old), own, old)
-      return (state, old), metrics
+      return (state, old, sound), metrics
 
     steps = jnp.arange(schedule.epochs * schedule.minibatches)
-    (state, _), metrics = jax.lax.scan(optimizer_step, (state, old), steps)
+    (state, *_), metrics = jax.lax.scan(optimizer_step, (state, old, jnp.array(True)), steps)
     return state, metrics
 
   return update

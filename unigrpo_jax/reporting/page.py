@@ -224,7 +224,8 @@ def _panel(run: workdir.Run, key: str, unit: str, log: bool) -> str:
 def _timings(run: workdir.Run, unit: str) -> str:
   """Seconds by phase, stacked over the run and in a table."""
   phases = [k.removeprefix("seconds/") for k in run.keys if k.startswith("seconds/")]
-  phases = [phase for phase in phases if phase != "total"]
+  # Compiling happens within the other phases, and evaluations are between the iterations.
+  phases = [phase for phase in phases if phase not in ("total", "compile", "evaluate")]
   rows = [row for row in run.rows if any(f"seconds/{phase}" in row for phase in phases)]
   left_out = ""
   if len(rows) > 2:
