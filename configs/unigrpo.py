@@ -33,7 +33,8 @@ def get_config(variants: str = "") -> ConfigDict:
   # Reward: of a finished image and its prompt
   # As a whole on a command line: --config.rewards="{'http': 1.0}".
   config.rewards = ConfigDict(dict(iconworld_soft=1.0))  # name -> weight; 0 is only logged
-  config.reward_options = ConfigDict()  # name -> keyword arguments of the reward
+  # name -> keyword arguments of the reward; and "kind", the reward's own name, where it is another
+  config.reward_options = ConfigDict()
   config.reward = ConfigDict()
   config.reward.threads = 4  # samples are scored while the devices go on
   config.reward.normalise = False  # each reward within its group, before they are summed

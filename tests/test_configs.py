@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, recipe, runs, sharding
+from unigrpo_jax import config_files, errors, recipe, rewards, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW = "unigrpo", "text_grpo", "flow_grpo"
@@ -126,6 +127,26 @@ REFUSED = [
   ("prompts_per_step", 33, "config.prompts_per_step=33 does not divide by .*prompts_at_once=16"),
   ("microbatch", 100, "trajectories of an iteration, .*=768 does not divide by .*=100"),
 ]
+
+
+def test_rewards_may_be_of_one_kind_under_two_names():
+  config = _load(UNIGRPO).get_config("tiny")
+  config.rewards = dict(a=0.25, b=0.75)
+  image = np.zeros((2, 2, 3), np.uint8)
+  config.reward_options = {name: {"kind": "tests.test_configs:told", "value": value}
+                           for name, value in (("a", 1.0), ("b", 3.0))}
+  scorer = recipe.make_scorer(config)
+  scores = scorer.score([rewards.Sample("a kite", image)])
+  assert scores["a"] == 1 and scores["b"] == 3 and scorer.total(scores) == 2.5
+  scorer.close()
+  config.reward_options = {"c": {"kind": "brightness"}}
+  with pytest.raises(errors.InputError, match="config.reward_options='c'"):
+    recipe.make_scorer(config)
+
+
+def told(samples, *, value):
+  """A reward that says what it is told."""
+  return np.full(len(samples), value)
 
 
 def test_attention_is_checked_against_names_and_devices():

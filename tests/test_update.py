@@ -128,6 +128,13 @@ def test_the_velocity_error_draws_back_to_the_reference(run, experience, params)
   assert mse[0] > 1e-5 and mse[1] < mse[0]
   moved = joint.moved(before.params, after.params)
   assert moved["gen"] > 0 and moved["und"] == 0
+  _, _, other = run(
+    experience, numbers=joint.numbers(regulariser="latent_kl"), start=away,
+    reference=params["bagel"],
+  )
+  # The distance is told whatever regularises.
+  np.testing.assert_allclose(other["flow/mse"][0], mse[0], rtol=1e-5)
+  assert other["flow/latent_kl"][0] > 0 and "flow/latent_kl" not in metrics
 
 
 @pytest.mark.parametrize("old_values", ["rollout", "recomputed"])

@@ -138,7 +138,12 @@ def joint_loss(
     terms["flow"] = value
     flow_loss = value
     if penalty is not None:
-      signals["flow/penalty"] = penalty
+      # How far the policy is from its reference, whatever holds it back.
+      signals["flow/mse"] = regularizers.velocity_mse(
+        said.velocity, experience.velocity_ref, grid.mask[:, None]
+      )
+      if objective.regulariser != "velocity_mse":
+        signals["flow/latent_kl"] = penalty
       terms["regulariser"] = objective.regulariser_weight * jnp.sum(weights["flow"] * penalty)
       flow_loss += terms["regulariser"]
   loss = text_loss + objective.flow_weight * flow_loss

@@ -337,14 +337,22 @@ def drift_limits(config, network: runs.Network) -> dict[str, float]:
 
 
 def make_scorer(config) -> rewards.Scorer:
-  """The rewards by name; options that name no reward are refused."""
+  """The rewards by name; options that name no reward are refused.
+
+  The option `kind` says which reward it is, where its name in the config is another: two served
+  rewards are {"a": {"kind": "http", ...}, "b": {"kind": "http", ...}}.
+  """
   weights: Mapping[str, float] = dict(config.rewards)
   options: dict[str, Any] = {name: dict(o) for name, o in config.reward_options.items()}
   for name in options:
     runs.choose("config.reward_options", name, list(weights))
+  made = {}
+  for name in weights:
+    own = options.get(name, {})
+    made[name] = rewards.make(own.pop("kind", name), **own)
   return rewards.Scorer(
-    {name: rewards.make(name, **options.get(name, {})) for name in weights}, weights,
-    threads=config.reward.threads, max_failed_fraction=config.reward.max_failed_fraction,
+    made, weights, threads=config.reward.threads,
+    max_failed_fraction=config.reward.max_failed_fraction,
   )
 
 

@@ -243,8 +243,9 @@ def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) ->
       steps = jnp.broadcast_to(valid, log_ratio.shape)
       # Ratios differ from 1 by less than float32 can show: their logarithms are told instead.
       out |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
-    if "flow/penalty" in signals:
-      out["flow/mse"] = _mean(signals["flow/penalty"], mask)
+    for name in ("flow/mse", "flow/latent_kl"):
+      if name in signals:
+        out[name] = _mean(signals[name], mask)
     if "drift/flow" in signals:
       out["drift/flow"] = signals["drift/flow"].max()
   return out
