@@ -190,13 +190,13 @@ def test_folder_that_is_made_again_while_it_is_removed(tmp_path):
 
 def test_ignored_signals_stay_ignored():
   """Under nohup a closing terminal does not stop the conversion."""
-  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  before, terminate = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
   try:
     with folders._interruptible():
       os.kill(os.getpid(), signal.SIGHUP)
       with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is terminate
   finally:
     signal.signal(signal.SIGHUP, before)
 

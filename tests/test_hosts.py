@@ -123,11 +123,16 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
 
   # Calls of the reward on a host: one for the evaluation before the first step, then two a step.
   (status, _, words), (killed, *_) = run("two", 2, seen="killed", end=f"1:6:{signal.SIGKILL:d}")
-  assert (status, killed) == (1, -signal.SIGKILL), words
+  assert killed == -signal.SIGKILL, words
   newest = max(int(p.name) for p in (tmp_path / "two/checkpoints").iterdir() if p.name.isdigit())
   last = words.splitlines()[-1]
-  assert last.startswith("error: host 0 of 2: host 1 of 2 no longer answers"), words
-  assert last.endswith(f"the run goes on from step {newest}") and newest in (1, 2)
+  assert newest in (1, 2)
+  if status == -signal.SIGABRT:
+    # It waited where nothing raises, until the runtime found the silence and ended it.
+    assert last.startswith("error: host 0 of 2 was killed, or ended because host 1 of 2 no longer")
+  else:
+    assert status == 1 and last.startswith("error: host 0 of 2: host 1 of 2 no longer"), words
+    assert last.endswith(f"the run goes on from step {newest}")
 
   # Would go on to step 9, but host 1 gets a signal in the evaluation after step 4.
   end = f"1:{2 * (4 - newest) + 1}:{signal.SIGTERM:d}"
