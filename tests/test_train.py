@@ -1,5 +1,9 @@
 """Supervised training end to end, small: stopped and resumed it is the same run, bit for bit."""
 
+import contextlib
+import os
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +35,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monke
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
   whole = _train(_config(shallow, f'export_to="{tmp_path / "a"}"'), tmp_path / "whole")
   with monkeypatch.context() as patch:
-    patch.setattr(runs, "stop_on_signal", _Stopping)
+    patch.setattr(runs, "stop_on_signal", lambda: contextlib.nullcontext(_Stopping()))
     stopped = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
   parts = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
@@ -52,6 +56,14 @@ class _Stopping:
 
   def is_set(self):
     return True
+
+
+def test_a_diverged_state_is_not_saved(shallow, tmp_path):
+  """Also where the step that would be saved is not one that is told."""
+  config = _config(shallow, "log_every=9", "learning_rate.gen=1e30", "warmup_steps=0")
+  with pytest.raises(errors.InputError, match=r"step 2: .*mse.* not finite; the run starts anew"):
+    _train(config, tmp_path)
+  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_another_configuration_does_not_resume(shallow, tmp_path):
@@ -79,3 +91,14 @@ def test_impossible_configurations_are_refused(shallow, tmp_path, override, word
 def test_overrides_of_unknown_keys_are_refused():
   with pytest.raises(errors.InputError, match="stpes"):
     config_files.load("sft", "tiny", ["stpes=3"])
+
+
+def test_signals_are_caught_only_while_training():
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.getsignal(number) for number in numbers]
+  for number in numbers:
+    with runs.stop_on_signal() as stopping:
+      assert not stopping.is_set()
+      os.kill(os.getpid(), number)
+      assert stopping.is_set()
+  assert [signal.getsignal(number) for number in numbers] == before

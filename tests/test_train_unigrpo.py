@@ -1,5 +1,6 @@
 """UniGRPO end to end, small: stopped and resumed it is the same run, bit for bit."""
 
+import contextlib
 import json
 
 import chex
@@ -148,7 +149,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
   workdir, want, order = whole
   with _Listening() as prompts:
     with monkeypatch.context() as patch:
-      patch.setattr(runs, "stop_on_signal", lambda: _Stop(looks))
+      patch.setattr(runs, "stop_on_signal", lambda: contextlib.nullcontext(_Stop(looks)))
       stopped = _train(_config(shallow), tmp_path)
     assert int(stopped.step) < 6
     sampled = len(prompts)

@@ -83,27 +83,28 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   print_start(config, network, state, workdir, first)
   log = runs.open_log(workdir, plain, run_id, first)
   clock = metrics.Clock(first, config.steps)
-  stopping = runs.stop_on_signal()
   record = {"config": plain, "run_id": run_id}
-  with sharding.activate(mesh):
+  with sharding.activate(mesh), runs.stop_on_signal() as stopping:
     for number, host_batch in enumerate(batches.batches(first, config.steps), first + 1):
       batch = jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(along_rows, a), host_batch
       )
       state, values = step_fn(state, batch)
-      if number % config.log_every == 0 or number in (first + 1, config.steps):
+      stopped = hosts.anywhere(stopping.is_set())
+      tell = number % config.log_every == 0 or number in (first + 1, config.steps)
+      save = number % config.checkpoint_every == 0 or number == config.steps or stopped
+      if tell or save:
         values = jax.device_get(values)
-        newest = f"the newest checkpoint in {workdir} is of step {saved.latest}"
-        runs.check_finite(values, number, newest)
+        runs.check_finite(values, number, runs.how_to_go_on(workdir))
+      if tell:
         log.write(number, values)
         hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))
-      stopped = hosts.anywhere(stopping.is_set())
-      if number % config.checkpoint_every == 0 or number == config.steps or stopped:
+      if save:
         saved.save(number, state, record)
       if stopped:
         hosts.say(f"stopped by a signal at step {number}; the same command goes on")
         break
-  saved.close()
+    saved.close()
   log.close()
   if int(state.step) == config.steps:
     runs.finish(network, state, config, workdir)

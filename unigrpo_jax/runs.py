@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import datetime
@@ -394,13 +394,18 @@ def finish(network: Network, state: types.TrainState, config, workdir: pathlib.P
   export(network, state.averaged, config.export_to, config.export_dtype)
 
 
-def stop_on_signal() -> threading.Event:
-  """Set by SIGTERM or SIGINT: the loop then saves and ends."""
-  stopping = threading.Event()
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+  """What SIGTERM or SIGINT sets, while it is entered: the loop then saves and ends."""
+  stopping, before = threading.Event(), {}
   if threading.current_thread() is threading.main_thread():
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda *_: stopping.set())
-  return stopping
+      before[number] = signal.signal(number, lambda *_: stopping.set())
+  try:
+    yield stopping
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler or signal.SIG_DFL)
 
 
 def export(network: Network, params, target: str, dtype: str) -> None:

@@ -108,9 +108,11 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   print_start(config, network, state, workdir, first)
   log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
-  compiling, stopping = runs.CompileTimer(), runs.stop_on_signal()
   remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}
-  with sharding.activate(network.mesh), compiling:
+  with (
+    sharding.activate(network.mesh), runs.CompileTimer() as compiling,
+    runs.stop_on_signal() as stopping,
+  ):
     if not resumed and evaluate is not None:
       log.write(0, evaluate(state, 0)[0])
     for number in range(first + 1, config.steps + 1):
@@ -154,7 +156,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       if stopped:
         hosts.say(f"stopped by a signal at step {number}; the same command goes on")
         break
-  saved.close()
+    saved.close()
   log.close()
   scorer.close()
   if saved_all(state, config):
