@@ -102,6 +102,27 @@ def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
   assert "nothing was scored" in said and "plain: 2 of 2 pictures" in said
 
 
+def broken(samples):
+  raise RuntimeError("no model")
+
+
+def test_rewards_of_the_users_own(golden, tmp_path, capsys):
+  """Any prompt is scored by them; what one cannot score is said, not a 0."""
+  path = tmp_path / "mine.txt"
+  path.write_text("a red kite\ntwo birds\n")
+  evaluate.main([
+    f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
+    "--modes", "plain", "--size", "32", "32", *QUICK,
+    "--rewards", "brightness", "mine=tests.test_evaluate:broken",
+  ])
+  rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+  assert [set(row["rewards"]) for row in rows] == [{"brightness"}, {"brightness"}]
+  assert all(0 < row["rewards"]["brightness"] < 1 for row in rows)
+  said = capsys.readouterr().out
+  assert "reward mine did not score 2 pictures: RuntimeError: no model" in said
+  assert "| brightness |" in said and "nothing was scored" not in said
+
+
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
   evaluate.main([
     f"--checkpoint={golden}", f"--out={tmp_path}", "--prompts=2", "--modes", "plain", "answer",
@@ -129,6 +150,8 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
     (["--out=o", "--prompts_from=p.txt", "--prompts=9"], "--prompts=9: p.txt, split test, has 2"),
     (["--out=o", "--size", "40", "32", "--prompts=1"], "height=40"),
     (["--out=p.txt"], "--out=p.txt is a file"),
+    (["--out=o", "--rewards", "brightnes"], "did you mean brightness?"),
+    (["--out=o", "--reward_options", '{"a": {}}'], "--reward_options needs --rewards"),
     (["--out=o", "--checkpoint=nope"], "nope: no such folder"),
   ],
 )

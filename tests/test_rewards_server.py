@@ -19,7 +19,7 @@ from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.iconworld import prompts, renderer
-from unigrpo_jax.rewards import serve, wire
+from unigrpo_jax.rewards import arguments, serve, wire
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -209,27 +209,37 @@ def test_a_port_that_is_taken(serving):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "words"),
+  ("args", "words"),
   [
     ([], "--rewards"),
     (["--rewards", "iconworld_strikt"], "did you mean iconworld_strict?"),
     (["--rewards", "brightness", "brightness"], "twice"),
+    (["--rewards", "http://127.0.0.1:9"], "write NAME=http://127.0.0.1:9"),
     (["--rewards", "brightness", "--port", "70000"], "--port=70000"),
     (["--rewards", "brightness", "--max_mb", "0"], "--max_mb=0"),
     (["--rewards", "brightness", "--host", "0.0.0.0"], "--token_env"),
     (["--rewards", "brightness", "--token_env", "UNSET_VARIABLE"], "UNSET_VARIABLE"),
-    (["--rewards", "brightness", "--options", "{"], "--options"),
-    (["--rewards", "brightness", "--options", "[]"], "--options"),
-    (["--rewards", "brightness", "--options", '{"jpeg_size": {}}'], "jpeg_size"),
-    (["--rewards", "a=jpeg_size", "--options", '{"a": {"qualty": 1}}'], "qualty"),
+    (["--rewards", "brightness", "--reward_options", "{"], "--reward_options"),
+    (["--rewards", "brightness", "--reward_options", "[]"], "--reward_options"),
+    (["--rewards", "brightness", "--reward_options", '{"jpeg_size": {}}'], "jpeg_size"),
+    (["--rewards", "a=jpeg_size", "--reward_options", '{"a": {"qualty": 1}}'], "qualty"),
   ],
 )
-def test_bad_arguments(arguments, words):
-  assert words in refusal(serve.main, arguments)
+def test_bad_arguments(args, words):
+  assert words in refusal(serve.main, args)
+
+
+def test_a_url_is_a_served_reward(serving):
+  """Of the same name there, unless its options say another."""
+  address = serving({"r": shared.value}).address
+  made = arguments.make([f"r={address}", f"other={address}"], '{"other": {"reward": "r"}}')
+  samples = [rewards.Sample("", np.full((4, 4, 3), v, np.uint8)) for v in (3, 1, 2)]
+  for reward in made.values():
+    np.testing.assert_array_equal(reward(samples), shared.value(samples))
 
 
 def test_names_and_options_of_the_command():
-  made = serve.make_rewards(["small=jpeg_size", "jpeg_size"], '{"small": {"quality": 5}}')
+  made = arguments.make(["small=jpeg_size", "jpeg_size"], '{"small": {"quality": 5}}')
   noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
   samples = [rewards.Sample("", noise)]
   assert made["small"](samples)[0] < made["jpeg_size"](samples)[0] / 2

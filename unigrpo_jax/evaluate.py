@@ -9,6 +9,7 @@ import sys
 import time
 
 from unigrpo_jax import errors, host_flags
+from unigrpo_jax.rewards import arguments
 
 DESCRIPTION = """Scores a checkpoint on held-out prompts.
 
@@ -27,15 +28,17 @@ EPILOG = """modes:
   answer          answers questions about rendered pictures (IconWorld only)
   edit            edits rendered pictures (IconWorld only)
 
-rewards, of prompts whose metadata asks for IconWorld's classes:
+rewards without --rewards, of prompts whose metadata asks for IconWorld's classes:
   strict, soft    IconWorld's verifier of the picture, 0 or 1 and in [0, 1]
   reasoning       whether the plan that the reasoning ends in is correct
-Other prompts are drawn, not scored.
+Other prompts are then drawn, not scored.
 
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=runs/tiny --modes think think+guidance --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/eval
+  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.jsonl \\
+    --rewards red=my_rewards:redness taste=http://127.0.0.1:8901 --out=runs/eval
 """
 DRAWING = ["plain", "plain+guidance", "think", "think+guidance"]
 ICONWORLD = [*DRAWING, "given", "given+guidance", "answer", "edit"]
@@ -72,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help=f"norm that guidance may not exceed {own}")
   add("--temperature", type=float, help=f"of sampled text; 0 is greedy {own}")
   add("--max_tokens", type=int, help=f"most tokens of a reasoning {own}")
+  arguments.add(parser, required=False, default=" (default: IconWorld's, see below)")
   host_flags.add_arguments(parser)
   args = parser.parse_args(argv)
   for name in ("prompts", "batch_size", "max_tokens"):
@@ -124,6 +128,18 @@ def settings_of(args: argparse.Namespace, defaults):
   )
 
 
+def make_scorer(args: argparse.Namespace):
+  """The rewards that `--rewards` asks for; None where it asks for none."""
+  from unigrpo_jax import rewards
+
+  if args.rewards is None:
+    if args.reward_options != "{}":
+      raise errors.InputError("--reward_options needs --rewards")
+    return None
+  made = arguments.make(args.rewards, args.reward_options)
+  return rewards.Scorer(made, dict.fromkeys(made, 1.0))
+
+
 class Progress:
   """A line a batch: the mode, how far all of it is, and the time left at the pace so far."""
 
@@ -161,11 +177,12 @@ def evaluate(args: argparse.Namespace) -> None:
   hosts.compare(vars(args) | {"process": None})
   with hosts.together():
     examples = read_examples(args)
+    scorer = make_scorer(args)
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
   settings = settings_of(args, pipeline.config.generation)
   drawing = modes and evaluation.Evaluation(
-    pipeline, examples, iconworld_evaluation.score, settings=settings, modes=modes,
-    batch_size=args.batch_size, seed=args.seed, keep=args.keep,
+    pipeline, examples, scorer.score if scorer else iconworld_evaluation.score,
+    settings=settings, modes=modes, batch_size=args.batch_size, seed=args.seed, keep=args.keep,
     size=args.size and tuple(args.size),
   )
   hosts.say(
@@ -179,8 +196,14 @@ def evaluate(args: argparse.Namespace) -> None:
     results.rows += run(
       pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
     )
-  if not results.rewards:
-    hosts.say(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored")
+  if scorer:
+    scorer.close()
+    for name, failures in scorer.failures.items():
+      if failures.count:
+        hosts.say(f"note: reward {name} did not score {failures.count} pictures: {failures.last}")
+  elif not results.rewards:
+    hosts.say(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored; "
+              "--rewards names others")
   hosts.say("\n" + "\n".join(map(results.table, results.rewards)))
   with hosts.together():
     if hosts.first():

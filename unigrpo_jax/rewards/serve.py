@@ -19,7 +19,7 @@ from typing import Any
 import urllib.parse
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base, wire
+from unigrpo_jax.rewards import arguments, base, wire
 from unigrpo_jax.rewards import http as client
 
 DESCRIPTION = """Serves rewards over HTTP, for `http` rewards of a training run elsewhere.
@@ -29,7 +29,7 @@ Needs numpy, scipy and Pillow, no accelerator of its own. The protocol is in rew
 EPILOG = """examples:
   python -m unigrpo_jax.rewards.serve --rewards iconworld_strict iconworld_soft
   python -m unigrpo_jax.rewards.serve --rewards taste=my_rewards:Taste \\
-    --options '{"taste": {"device": "cuda"}}' --host 0.0.0.0 --token_env REWARD_TOKEN
+    --reward_options '{"taste": {"device": "cuda"}}' --host 0.0.0.0 --token_env REWARD_TOKEN
   curl http://127.0.0.1:8901/v1/rewards
 
 A reward is a registered name or module:function, after NAME= to serve it under another name. The
@@ -211,11 +211,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     prog="python -m unigrpo_jax.rewards.serve", allow_abbrev=False, description=DESCRIPTION,
     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  arguments.add(parser, required=True)
   add = parser.add_argument
-  add("--rewards", nargs="+", required=True, metavar="[NAME=]REWARD",
-      help=f"{', '.join(base.names())}, or module:function")
-  add("--options", default="{}", metavar="JSON",
-      help="of the rewards: an object of objects, by the names that they are served under")
   add("--host", default="127.0.0.1",
       help="address to listen on; one that others can reach needs --token_env "
       "(default: %(default)s)")
@@ -227,37 +224,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def make_rewards(asked: Sequence[str], options: str) -> dict[str, base.Reward]:
-  """{name: reward} of `--rewards` and `--options`.
-
-  Raises:
-    InputError: a name is given twice or has no reward, or the options are not such an object.
-  """
-  try:
-    given = json.loads(options)
-  except ValueError as error:
-    raise errors.InputError(f"--options is not JSON: {error}") from None
-  if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
-    raise errors.InputError(f"--options={options} must be an object of objects, by reward")
-  rewards: dict[str, base.Reward] = {}
-  for item in asked:
-    name, _, reward = item.rpartition("=")
-    name = name or reward
-    if name in rewards:
-      raise errors.InputError(f"--rewards names {name} twice; write OTHER={reward}")
-    rewards[name] = base.make(reward, **given.pop(name, {}))
-  if given:
-    raise errors.InputError(f"--options has {', '.join(given)}, which --rewards does not name")
-  return rewards
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   errors.require("--port", args.port, low=0, high=65535)
   errors.require("--max_mb", args.max_mb, low=1)
   token = client.read_token(None, args.token_env)
   server = Server(
-    make_rewards(args.rewards, args.options), host=args.host, port=args.port, token=token,
+    arguments.make(args.rewards, args.reward_options), host=args.host, port=args.port, token=token,
     max_bytes=args.max_mb << 20,
   )
   told = threading.Event()

@@ -1,0 +1,60 @@
+"""Rewards of a command line: `--rewards` and `--reward_options`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import json
+
+from unigrpo_jax import errors
+from unigrpo_jax.rewards import base
+
+
+def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
+  """Adds the two; `make` understands them.
+
+  Args:
+    parser: of the command.
+    required: whether it needs a reward.
+    default: what it says of leaving them out.
+  """
+  parser.add_argument(
+    "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
+    help=f"{', '.join(base.names())}, module:function, or the URL of a server that has NAME"
+    + default,
+  )
+  parser.add_argument(
+    "--reward_options", default="{}", metavar="JSON",
+    help="of the rewards: an object of objects, by their names here",
+  )
+
+
+def make(asked: Sequence[str], options: str) -> dict[str, base.Reward]:
+  """{name: reward} of `--rewards` and `--reward_options`.
+
+  Raises:
+    InputError: a name is given twice or has no reward, or the options are not such an object.
+  """
+  try:
+    given = json.loads(options)
+  except ValueError as error:
+    raise errors.InputError(f"--reward_options is not JSON: {error}") from None
+  if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+    raise errors.InputError(f"--reward_options={options} must be an object of objects, by reward")
+  rewards: dict[str, base.Reward] = {}
+  for item in asked:
+    name, _, reward = item.rpartition("=")
+    served = reward.startswith(("http://", "https://"))
+    if served and not name:
+      raise errors.InputError(f"--rewards {item}: write NAME={item}, a reward that is served there")
+    name = name or reward
+    if name in rewards:
+      raise errors.InputError(f"--rewards names {name} twice; write OTHER={reward}")
+    own = given.pop(name, {})
+    if served:
+      own, reward = {"reward": name} | own | {"url": reward}, "http"
+    rewards[name] = base.make(reward, **own)
+  if given:
+    unknown = ", ".join(given)
+    raise errors.InputError(f"--reward_options has {unknown}, which --rewards does not name")
+  return rewards
