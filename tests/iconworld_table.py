@@ -41,7 +41,7 @@ def _collage(rng, example):
   return _packed(rng, [(kind, palette.COLORS[color]) for kind, color in colors.items()])
 
 
-def _full_grid(rng, example):
+def _filled(rng, example):
   """A correct scene and something else in every free cell; None where no cell is free."""
   taken = {thing.cell: thing for thing in example.scene.things}
   if len(taken) == len(scenes.CELLS):
@@ -52,7 +52,30 @@ def _full_grid(rng, example):
     if cell not in taken:
       kind, color = others[rng.integers(len(others))], scenes.COLORS[rng.integers(8)]
       taken[cell] = scenes.Thing(kind, color, cell)
-  return renderer.render(scenes.Scene(tuple(taken.values())), rng)
+  return scenes.Scene(tuple(taken.values()))
+
+
+def _full_grid(rng, example):
+  filled = _filled(rng, example)
+  return filled and renderer.render(filled, rng)
+
+
+def _dithered(rng, example):
+  """A correct scene, and every other pixel of something else in every free cell."""
+  filled = _filled(rng, example)
+  if filled is None:
+    return None
+  every_other = np.indices((renderer.SIZE, renderer.SIZE)).sum(axis=0) % 2 == 0
+  right = scenes.Scene(example.scene.things)
+  return np.where(every_other[..., None], renderer.render(filled), renderer.render(right))
+
+
+def _speckled(rng, example):
+  """A correct scene under pixels of any colour, one in twenty."""
+  image = renderer.render(example.scene, rng).copy()
+  specks = rng.random(image.shape[:2]) < 0.05
+  image[specks] = rng.integers(0, 256, (specks.sum(), 3))
+  return image
 
 
 def _twice(rng, example):
@@ -199,6 +222,8 @@ BAD: dict[str, Callable] = {
   "patches shuffled": _shuffled,
   "collage of everything": _collage,
   "right, other cells filled": _full_grid,
+  "right, other cells dithered": _dithered,
+  "right, under specks": _speckled,
   "twice too many": _twice,
   "one more": _one_more,
   "one less": _one_less,

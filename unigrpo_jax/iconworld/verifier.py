@@ -34,7 +34,7 @@ MISFIT = 0.12  # Most share of the contrast that mask and one colour leave unexp
 SPREAD = 50.0  # Most root mean square difference from one colour, where an icon covers fully.
 BRIGHTNESS = (0.6, 1.25)
 COLOR_ERROR = 60.0  # Most distance from a palette colour at its best brightness.
-LEFTOVER = 8  # Pixels of an unexplained blob that make it an object.
+LEFTOVER = 8  # Pixels of an unexplained blob that make it an object; specks are counted together.
 
 BLURS = (0.0, 0.5, 1.0)  # Pixels: how far a decoder may have blurred the image.
 SHIFTS = (0.0, 0.5)  # Pixels, on each axis: icons need not lie on whole pixels.
@@ -214,8 +214,9 @@ def detect(image: np.ndarray) -> list[geneval.Detection]:
     image: [H, W, 3] of any dtype; see `standardise`.
 
   Returns:
-    Icons, and `geneval.UNKNOWN` for each blob that matches none. Empty for an image that is blank
-    or has no plain background. Boxes are in pixels of a SIZE x SIZE image.
+    Icons, and `geneval.UNKNOWN` for each blob that matches none, and for all specks together one
+    for as many pixels as make a blob. Empty for an image that is blank or has no plain background.
+    Boxes are in pixels of a SIZE x SIZE image.
   """
   pixels = standardise(image)
   background = None if pixels is None else _background(pixels)
@@ -236,7 +237,11 @@ def detect(image: np.ndarray) -> list[geneval.Detection]:
       edges = (columns.start, rows.start, columns.stop, rows.stop)
       box = tuple(float(edge - _PAD) for edge in edges)
       found.append(geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, box, 0.0))
-  return found
+  # Specks are no less there for being apart: so many as make a blob count as one.
+  specks = int(sizes[1:][sizes[1:] < LEFTOVER].sum())
+  everywhere = (0.0, 0.0, float(renderer.SIZE), float(renderer.SIZE))
+  blob = geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, everywhere, 0.0)
+  return found + [blob] * (specks // LEFTOVER)
 
 
 def verify(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
