@@ -166,6 +166,9 @@ def test_prompts_must_be_utf8(golden, tmp_path, capsys):
   path = tmp_path / "prompts.txt"
   path.write_bytes(b"fine\n\xff\xfe\n")
   assert "line 2" in _refused(capsys, f"--checkpoint={golden}", f"--prompts_file={path}")
+  path = path.with_suffix(".jsonl")
+  path.write_text('{"prompt": "fine"}\n{"text": "a kite"}\n')
+  assert "line 2: no key" in _refused(capsys, f"--checkpoint={golden}", f"--prompts_file={path}")
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "narrow"])

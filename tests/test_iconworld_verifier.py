@@ -126,7 +126,8 @@ def test_bad_images_fail(examples, name):
   assert strict <= (0.03 if name == "another prompt's scene" else 0.01)
   worthless = ("blank", "noise", "grey noise", "gradient", "checkerboard", "all classes overlaid",
                "collage of everything", "twice too many", "patches of the right colours",
-               "patches shuffled", "right, other cells dithered", "right, under specks")  # fmt: skip
+               "patches shuffled", "right, other cells dithered",
+               "right, under specks")  # fmt: skip
   if name in worthless:
     assert soft <= 0.02
 

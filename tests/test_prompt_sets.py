@@ -57,7 +57,8 @@ def built(tmp_path_factory):
 def test_text_file(tmp_path):
   path = write(
     tmp_path / "a.TXT",
-    b"\xef\xbb\xbffirst one\r\n\r\n  a kite \xe2\x80\xa8 torn  \n \t\nfirst one\nlast, no newline",
+    b"\xef\xbb\xbffirst one\r\n\r\n  a kite \xe2\x80\xa8 torn  \n \t\n\xef\xbb\xbffirst one\n"
+    b"last, no newline",
   )
   expected = ["first one", "a kite \u2028 torn", "first one", "last, no newline"]
   assert list(prompt_files.read(path)) == [(prompt, "{}") for prompt in expected]
@@ -90,8 +91,21 @@ def test_json_line_without_other_keys_has_no_metadata(tmp_path):
   ('{"prompt": ["a"]}', 'prompt=["a"] is a list; expected text'),
   ('{"prompt": null}', "prompt=null is null; expected text"),
   ('{"prompt": " "}', "the prompt is empty"),
-  ('{"prompt": "a\\ud83d"}', "the prompt holds '\\ud83d'"),
-  ('{"prompt": "a", "tag": "\\udcff"}', "the line holds '\\udcff'"),
+  ('{"prompt": "a\\ud83d"}', "holds '\\ud83d'"),
+  ('{"prompt": "a", "tag": "\\udcff"}', "holds '\\udcff'"),
+  ('{"prompt": "a", "score": 1e999}', "1e999 is too large"),
+  ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+  ('{"prompt": "a", "include": "kite"}', "include='kite' must be a list"),
+  ('{"prompt": "a", "exclude": ["kite"]}', "exclude[0]='kite' must be an object"),
+  ('{"prompt": "a", "include": [{"count": 1}]}', "include[0].class=None must be text"),
+  ('{"prompt": "a", "include": [{"class": "kite"}]}', "include[0].count=None must be an integer"),
+  ('{"prompt": "a", "include": [{"class": "kite", "count": "1"}]}', "include[0].count='1'"),
+  ('{"prompt": "a", "include": [{"class": "kite", "count": 0}]}', "include[0].count=0"),
+  ('{"prompt": "a", "include": [{"class": "kite", "count": 1, "color": 3}]}', "color=3"),
+  ('{"prompt": "a", "include": [{"class": "kite", "count": 1, "position": ["above", 0]}]}',
+   "include[0].position=['above', 0] must be [relation, an earlier entry's number]"),
+  ('{"prompt": "a", "include": [{"class": "kite", "count": 1, "position": null}]}',
+   "include[0].position=None"),
 ])
 def test_bad_json_line_is_named(line, words, tmp_path):
   path = write(tmp_path / "a.jsonl", '{"prompt": "fine"}\n\n' + line + '\n{"prompt": "fine"}\n')
@@ -102,6 +116,8 @@ def test_bad_json_line_is_named(line, words, tmp_path):
 @pytest.mark.parametrize("name, content, words", [
   ("a.txt", b"fine\ncaf\xe9\n", "line 2: byte 4 is not UTF-8"),
   ("a.txt", "fine".encode("utf-16"), "line 1: byte 1 is not UTF-8"),
+  ("a.txt", "fine".encode("utf-16-le"), "line 1: holds the control character '\\x00'"),
+  ("a.txt", b"one\rtwo\rthree", "line 1: holds the control character '\\r'"),
   ("a.jsonl", b'{"prompt": "caf\xe9"}', "line 1: byte 16 is not UTF-8"),
   ("a.txt", b"", "no prompts"),
   ("a.jsonl", b"\n \r\n", "no prompts"),

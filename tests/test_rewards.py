@@ -154,6 +154,7 @@ def test_iconworld_reasoning(world):
     {"include": [{"class": "kite", "count": 0}]},
     {"include": [{"class": "kite", "count": 1, "color": "black"}]},
     {"include": [{"class": "kite", "count": 1, "position": ["behind", 0]}]},
+    {"include": [{"class": "kite", "count": 1, "position": ["above", 0]}]},
     {"include": [{"class": "kite", "count": 1, "position": ["above", 1]}]},
     {"include": [{"class": "kite", "count": 1, "position": "above"}]},
     {"include": [{"class": "kite", "count": 1}], "exclude": [{"class": "cup", "count": 1}]},

@@ -13,6 +13,7 @@ import sys
 import time
 
 from unigrpo_jax import errors, host_flags
+from unigrpo_jax.data import prompt_files
 
 MODES = """modes:
   (none)                     draw the prompt
@@ -46,7 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, or "
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
   add("--prompt", help="what to draw, change or answer")
-  add("--prompts_file", type=pathlib.Path, help="one prompt a line, UTF-8; blank lines are skipped")
+  add("--prompts_file", type=pathlib.Path, help=".txt with one prompt a line, or .jsonl with "
+      'one {"prompt": ...} a line; UTF-8, blank lines are skipped')
   add("--image", type=pathlib.Path, help="image to edit, or to talk about with --understand")
   add("--understand", action="store_true", help="answer in words instead of drawing")
   add("--think", action="store_true", help="write reasoning first")
@@ -108,24 +110,6 @@ def _check_args(args: argparse.Namespace) -> None:
   if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
     low, high = args.cfg_interval
     raise errors.InputError(f"--cfg_interval={low} {high} must have 0 <= LOW < HIGH")
-
-
-def read_prompts(path: pathlib.Path) -> list[str]:
-  """The non-blank lines of a UTF-8 file."""
-  try:
-    lines = path.read_bytes().splitlines()
-  except OSError as error:
-    raise errors.InputError(f"--prompts_file={path}: {error.strerror}") from None
-  prompts = []
-  for number, line in enumerate(lines, 1):
-    try:
-      prompts.append(line.decode("utf-8").strip())
-    except UnicodeDecodeError:
-      raise errors.InputError(f"{path}, line {number}: not UTF-8 text; save it as UTF-8") from None
-  prompts = [prompt for prompt in prompts if prompt]
-  if not prompts:
-    raise errors.InputError(f"{path}: no prompts; expected one a line")
-  return prompts
 
 
 def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
@@ -198,7 +182,9 @@ class Progress:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
-  prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
+  prompts = [args.prompt]
+  if args.prompts_file is not None:
+    prompts = [prompt for prompt, _ in prompt_files.read(args.prompts_file)]
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax import hosts

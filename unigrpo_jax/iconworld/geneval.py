@@ -6,8 +6,9 @@ Source: Ghosh et al., "GenEval: An Object-Focused Framework for Evaluating Text-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import numbers
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,36 @@ class Clause:
 
   about: str
   met: float
+
+
+def problem(metadata: Mapping[str, Any]) -> str | None:
+  """What in `metadata` is not in GenEval's format and what is; None where all is, or is not there.
+
+  Classes, colours and relations may be any text.
+  """
+  for name in ("include", "exclude"):
+    entries = metadata.get(name, [])
+    if not isinstance(entries, (list, tuple)):
+      return f"{name}={entries!r:.60} must be a list of objects, as in GenEval"
+    for number, entry in enumerate(entries):
+      where = f"{name}[{number}]"
+      if not isinstance(entry, Mapping):
+        return f"{where}={entry!r:.60} must be an object with a class and a count"
+      if not isinstance(entry.get("class"), str):
+        return f"{where}.class={entry.get('class')!r:.60} must be text"
+      count = entry.get("count")
+      if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
+        return f"{where}.count={count!r:.60} must be an integer of at least 1"
+      if not isinstance(entry.get("color", ""), str):
+        return f"{where}.color={entry['color']!r:.60} must be text"
+      match entry.get("position"):
+        case None if "position" not in entry:
+          pass
+        case [str(), numbers.Integral() as index] if 0 <= index < number:
+          pass
+        case other:
+          return f"{where}.position={other!r:.60} must be [relation, an earlier entry's number]"
+  return None
 
 
 def relations(box: Sequence[float], target: Sequence[float]) -> set[str]:

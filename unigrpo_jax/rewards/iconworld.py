@@ -7,14 +7,13 @@ prompt set is no picture's fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-import numbers
 import threading
 from typing import Any
 import weakref
 
 import numpy as np
 
-from unigrpo_jax.iconworld import plans, riddles, scenes, verifier
+from unigrpo_jax.iconworld import geneval, plans, riddles, scenes, verifier
 from unigrpo_jax.rewards import base
 
 
@@ -71,21 +70,15 @@ def _scores(
 
 def _asks(metadata: Mapping[str, Any]) -> bool:
   """Whether metadata is GenEval's format, asks for something, and all of it is of this world."""
-  include, exclude = metadata.get("include"), metadata.get("exclude", ())
-  if not isinstance(include, Sequence) or not include or not isinstance(exclude, Sequence):
+  if not metadata.get("include") or geneval.problem(metadata):
     return False
-  return all(_known(entry, len(include)) for entry in (*include, *exclude))
+  return all(map(_known, (*metadata["include"], *metadata.get("exclude", ()))))
 
 
-def _known(entry: Any, entries: int) -> bool:
-  if not isinstance(entry, Mapping):
-    return False
-  count = entry.get("count")
-  if not isinstance(count, numbers.Integral) or count < 1 or entry.get("class") not in scenes.KINDS:
-    return False
-  if "color" in entry and entry["color"] not in scenes.COLORS:
-    return False
-  match entry.get("position", ("above", 0)):
-    case [relation, numbers.Integral() as index]:
-      return relation in riddles.RELATIONS and 0 <= index < entries
-  return False
+def _known(entry: Mapping[str, Any]) -> bool:
+  """Whether an entry in GenEval's format is about things, colours and relations of this world."""
+  return (
+    entry["class"] in scenes.KINDS
+    and entry.get("color", scenes.COLORS[0]) in scenes.COLORS
+    and ("position" not in entry or entry["position"][0] in riddles.RELATIONS)
+  )
