@@ -68,6 +68,8 @@ def test_answers_are_right_where_the_word_is(monkeypatch, examples):
 
   rows = _run_task(monkeypatch, "answer", examples, one)
   assert {row.category for row in rows} == {"count", "color"} and len(rows) == len(examples)
+  for row in rows:
+    assert row.category == ("count" if row.prompt.startswith("how many") else "color")
   right = [row for row in rows if row.rewards["answer"] == 1]
   assert right and all(row.prompt.startswith("how many") for row in right)
 
@@ -77,9 +79,10 @@ def test_an_edit_that_changes_nothing_scores_like_the_untouched_picture(monkeypa
   rows = _run_task(monkeypatch, "edit", examples, untouched)
   assert all(row.rewards == {"edit": 0.0, "untouched": 0.0} for row in rows)
   for example in examples:
-    assert iconworld_evaluation._shows(
-      renderer.render(example.scene, np.random.default_rng(0)), example.scene
-    )
+    picture = renderer.render(example.scene, np.random.default_rng(0))
+    assert iconworld_evaluation._shows(picture, example.scene)
+    larger = picture.repeat(2, axis=0).repeat(3, axis=1)
+    assert iconworld_evaluation._shows(larger, example.scene)
   assert {row.category for row in rows} <= {"make", "remove", "replace", "swap", "add"}
 
 
@@ -99,7 +102,7 @@ def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
     "contact.png", "images", "results.json", "results.md"]
   said = capsys.readouterr().out
-  assert "nothing was scored" in said and "plain: 2 of 2 pictures" in said
+  assert "2 of 2 pictures were not scored" in said and "plain: 2 of 2 pictures" in said
 
 
 def broken(samples):
@@ -120,7 +123,7 @@ def test_rewards_of_the_users_own(golden, tmp_path, capsys):
   assert all(0 < row["rewards"]["brightness"] < 1 for row in rows)
   said = capsys.readouterr().out
   assert "reward mine did not score 2 pictures: RuntimeError: no model" in said
-  assert "| brightness |" in said and "nothing was scored" not in said
+  assert "| brightness |" in said and "not scored" not in said
 
 
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):

@@ -334,6 +334,21 @@ def test_order_favours_no_place():
   assert np.abs(places.mean(axis=0) - 2.5).max() < 5 * error
 
 
+def test_the_fingerprint_is_that_of_all_prompts_and_their_metadata(tmp_path):
+  pairs = [("a kite", {}, 0), ("two birds", {"tag": "counting"}, 1)]
+  of = lambda *records: prompts.PromptSet("any", "train", records).fingerprint()
+  assert of(*pairs) == of(*pairs)
+  changed = [
+    pairs[:1], pairs[::-1], [pairs[0], ("two bird", *pairs[1][1:])],
+    [pairs[0], ("two birds", {"tag": "colors"}, 1)],
+  ]
+  assert len({of(*records) for records in [pairs, *changed]}) == 5
+  path = jsonl(tmp_path / "a.jsonl")
+  folder = builders.build("a", {"train": lambda: prompt_files.read(path)}, tmp_path)
+  opened = prompts.open_set(path, "train"), prompts.open_set(folder, "train")
+  assert opened[0].fingerprint() == opened[1].fingerprint()
+
+
 def ids(taken):
   return [prompt.id for prompt in taken]
 
@@ -407,6 +422,7 @@ def test_command_builds_several_splits(tmp_path, capsys):
   (["--build=iconworld", "--split=tset", "--name=a"], "has no split 'tset'"),
   (["--build=nothing.txt", "--name=a"], "--build=nothing.txt: no such file"),
   (["--build=FILE", "--name=A"], "--name=A"),
+  (["--build=FILE", "--name=iconworld"], "--name=iconworld is the embedded world's own"),
   (["--build=FILE"], "--name"),
   (["--name=a"], "--build"),
 ])
@@ -474,9 +490,8 @@ def test_iconworld_needs_no_building_and_is_the_same_when_built(split, tmp_path,
   unbuilt = list(prompts.open_set("iconworld", split))
   assert len(unbuilt) == 40
   assert all(p.prompt and p.metadata["tag"] and p.metadata["include"] for p in unbuilt)
-  command.main(["--build=iconworld", f"--split={split}", "--name=iconworld"])
-  assert (tmp_path / "iconworld").is_dir()
-  assert list(prompts.open_set("iconworld", split)) == unbuilt
+  command.main(["--build=iconworld", f"--split={split}", "--name=world"])
+  assert list(prompts.open_set("world", split)) == unbuilt
 
 
 def test_iconworld_is_built_with_all_its_splits(tmp_path):

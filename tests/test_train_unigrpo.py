@@ -20,6 +20,7 @@ from unigrpo_jax import (
   runs,
   train,
 )
+from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.sampling import flow
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
@@ -159,6 +160,16 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
   assert rows_of(tmp_path) == rows_of(workdir)
   # It takes up the iteration it was stopped in.
   assert prompts[sampled:] == order[int(stopped.step) // 2 * 2 :]
+
+
+def test_prompts_are_looked_at_before_the_first_step(shallow, whole, tmp_path, monkeypatch):
+  with pytest.raises(errors.InputError, match="rollout.prompt_tokens=6; raise that or leave"):
+    _train(_config(shallow, **{"rollout.prompt_tokens": 6}), tmp_path)
+  assert list(tmp_path.iterdir()) == []
+  workdir, _, _ = whole
+  monkeypatch.setattr(prompts_lib.PromptSet, "fingerprint", lambda self: "0" * 16)
+  with pytest.raises(errors.InputError, match="'iconworld' has other prompts than when the run"):
+    _train(_config(shallow), workdir)
 
 
 def test_what_may_change_and_what_not(shallow, whole):

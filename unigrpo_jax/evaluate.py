@@ -201,9 +201,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for name, failures in scorer.failures.items():
       if failures.count:
         hosts.say(f"note: reward {name} did not score {failures.count} pictures: {failures.last}")
-  elif not results.rewards:
-    hosts.say(f"note: {args.prompts_from}: no metadata of IconWorld, so nothing was scored; "
-              "--rewards names others")
+  elif unscored := sum(not row.rewards for row in results.rows):
+    hosts.say(f"note: {unscored} of {len(results.rows)} pictures were not scored: their prompts "
+              "have no metadata of IconWorld; --rewards names other rewards")
   hosts.say("\n" + "\n".join(map(results.table, results.rewards)))
   with hosts.together():
     if hosts.first():

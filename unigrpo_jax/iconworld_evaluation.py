@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import batches, evaluation, rewards
-from unigrpo_jax.iconworld import renderer, scenes, tasks, verifier
+from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
 
 TASKS = ("answer", "edit")
 
@@ -40,9 +40,10 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
   """
   rng, asked, requests = np.random.default_rng(seed), [], []
   for row, example in enumerate(examples):
-    about = tasks.QUESTIONS[row % len(tasks.QUESTIONS)]
+    # The categories of prompts take turns; every sort of question is asked about each of them.
+    about = tasks.QUESTIONS[row // len(prompts.CATEGORIES) % len(tasks.QUESTIONS)]
     question, right = tasks.question(rng, example.scene, about)
-    asked.append((about, right))
+    asked.append(("color" if right in scenes.COLORS else "count", right))
     image = PIL.Image.fromarray(renderer.render(example.scene, rng))
     requests.append(batches.Request(question, seed=seed + row, image=image))
   settings = dataclasses.replace(
@@ -92,11 +93,11 @@ def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
 
 def _shows(image: np.ndarray, scene: scenes.Scene) -> float:
   """1.0 if a picture shows a scene's things in their cells, and nothing else."""
-  found = {(d.kind, d.color, _cell(d.box, image.shape)) for d in verifier.detect(image)}
+  found = {(d.kind, d.color, _cell(d.box)) for d in verifier.detect(image)}
   return float(found == {(t.kind, t.color, t.cell) for t in scene.things})
 
 
-def _cell(box: tuple[float, float, float, float], shape: tuple[int, ...]) -> str:
-  """The cell in which the middle of a box lies; the cells are named row by row."""
+def _cell(box: tuple[float, float, float, float]) -> str:
+  """The cell in which the middle of a detection's box lies; the cells are named row by row."""
   left, top, right, bottom = box
-  return scenes.CELLS[2 * (top + bottom > shape[0]) + (left + right > shape[1])]
+  return scenes.CELLS[2 * (top + bottom > renderer.SIZE) + (left + right > renderer.SIZE)]

@@ -88,15 +88,23 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     recipe.rollout_settings(config, network.mesh),
   )
   with hosts.together():
+    for prompt in prompt_set:  # Rather than when its turn comes.
+      sampler.encode_prompts([prompt.prompt])
     evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
   saved, state, record = runs.resume_or_start(
     workdir, config, network, optimizer, layout, RESUMABLE
   )
-  plain = json.loads(config.to_json())
+  plain, fingerprint = json.loads(config.to_json()), prompt_set.fingerprint()
+  hosts.compare({f"prompts of {config.prompts.source}": fingerprint})
   resumed, first = bool(record), hosts.broadcast(saved.latest) or 0
   if resumed:
+    if record.get("prompts", fingerprint) != fingerprint:
+      raise errors.InputError(
+        f"config.prompts.source={config.prompts.source!r} has other prompts than when the run "
+        "began; give it back its prompts, or choose a new --workdir"
+      )
     stream.restore(record["prompt_position"])
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
@@ -108,7 +116,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   print_start(config, network, state, workdir, first)
   log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
-  remember = lambda: {"config": plain, "run_id": run_id, "prompt_position": stream.state()}
+  remember = lambda: {
+    "config": plain, "run_id": run_id, "prompts": fingerprint, "prompt_position": stream.state(),
+  }
   with (
     sharding.activate(network.mesh), runs.CompileTimer() as compiling,
     runs.stop_on_signal() as stopping,

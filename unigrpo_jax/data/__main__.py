@@ -21,7 +21,7 @@ EPILOG = f"""prompt files (UTF-8):
 examples:
   python -m unigrpo_jax.data --build=mine.txt --name=mine
   python -m unigrpo_jax.data --build=a.jsonl --split=train --build=b.jsonl --split=test --name=both
-  python -m unigrpo_jax.data --build={prompts.ICONWORLD} --name={prompts.ICONWORLD} --count=2000
+  python -m unigrpo_jax.data --build={prompts.ICONWORLD} --name=small_world --count=2000
 
 The set is the folder OUT/NAME. It is read by its folder, or by its name where OUT is the default.
 Where a set is expected, a prompt file or {prompts.ICONWORLD} may also be given, without building.
@@ -108,13 +108,15 @@ def _source(build: str, split: str, count: int | None) -> Callable:
     )
   path = pathlib.Path(build)
   if not path.is_file():
-    raise errors.InputError(f"--build={build}: no such file")
+    raise errors.InputError(f"--build={build}: no such file; give a .txt or .jsonl file")
   size = path.stat().st_size
   return lambda: prompt_files.read(path, lambda found, nbytes: progress(found, nbytes, size))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
+  if args.name == prompts.ICONWORLD:
+    raise errors.InputError(f"--name={args.name} is the embedded world's own; choose another")
   splits = sources(args)
   out = args.out or prompts.default_folder()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -67,6 +68,13 @@ class PromptSet:
 
   def __iter__(self) -> Iterator[Prompt]:
     return (self[i] for i in range(len(self)))
+
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that other prompts, metadata, or another order would change."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in self:
+      digest.update(json.dumps([prompt.prompt, prompt.metadata]).encode() + b"\n")
+    return digest.hexdigest()
 
   def order(self, seed: int, epoch: int) -> np.ndarray:
     """The permutation of one pass: [len] int64 indices, from `seed` and `epoch` alone (both >= 0).
@@ -141,12 +149,14 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
   Args:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
       version; a .txt or .jsonl file, taken whole whatever `split` says; or "iconworld", which
-      needs no building.
+      needs no building ("./iconworld" is a folder of that name).
     split: which part of the set.
 
   Raises:
     InputError: there is no such set or split, or it cannot be read.
   """
+  if str(source) == ICONWORLD:
+    return _in_memory(ICONWORLD, split, iconworld_pairs(split))
   path = pathlib.Path(source)
   if path.is_file() or path.suffix.lower() in prompt_files.ENDINGS:
     return _in_memory(str(path), split, prompt_files.read(path))
@@ -156,8 +166,6 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
   for folder in (path, path / builders.VERSION, named / builders.VERSION):
     if (folder / "dataset_info.json").is_file():
       return PromptSet(str(source), split, builders.Split(folder, split))
-  if str(source) == ICONWORLD:
-    return _in_memory(ICONWORLD, split, iconworld_pairs(split))
   raise errors.InputError(
     f"{source}: no such prompt set; expected a folder or a name in {default_folder()} that "
     f"python -m unigrpo_jax.data built, a {' or '.join(prompt_files.ENDINGS)} file, or {ICONWORLD}"
