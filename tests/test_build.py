@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from tests.refusals import refusal
 from unigrpo_jax import build, folders, runs
 
 SMALL = [
@@ -76,3 +77,40 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
   )
   assert folders.open_folder(out).config.generation.max_tokens == build.GENERATION["max_tokens"]
   assert sum(leaf.size for leaf in jax.tree.leaves(folders.open_folder(out).load_params())) <= 8e6
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (["--seed=-1"], "--seed=-1 must be at least 0"),
+    (["--vae_steps=0"], "--vae_steps=0 must be at least 1"),
+    (["--set", "stepz=1"], "stepz"),
+    (["--out=there"], "--out=there exists already"),
+    (["--out=file/o"], "file is a file, not a folder"),
+    (["--seed=1"], "--seed=1 but the build in"),
+    (["--vae_rows=8"], "--vae_rows=8 but the build in"),
+    (["--set", "steps=3"], "--set=['steps=3'] but the build in"),
+  ],
+)
+def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch, args, words):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(build, "make_base", lambda *_, **__: (tmp_path / "w/first").mkdir())
+  monkeypatch.setattr(build.finetune, "train", lambda *_: None)
+  build.main(["--workdir=w", "--out=o"])
+  monkeypatch.setattr(build, "make_base", None)
+  (tmp_path / "there").mkdir()
+  (tmp_path / "file").write_text("")
+  before = sorted(tmp_path.rglob("*"))
+  assert words in refusal(build.main, ["--workdir=w", "--out=o", *args])
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_build_goes_on_under_another_spelling_of_its_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  seen = []
+  made = lambda folder, **_: (folder / "first").mkdir(exist_ok=True)
+  monkeypatch.setattr(build, "make_base", made)
+  monkeypatch.setattr(build.finetune, "train", lambda config, *_: seen.append(config.init_from))
+  for workdir in ("w", str(tmp_path / "w"), "../" + tmp_path.name + "/w"):
+    build.main([f"--workdir={workdir}", "--out=o"])
+  assert seen == [str(tmp_path / "w/first")] * 3

@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, evaluate, folders, iconworld_evaluation, pipeline, rewards
+from unigrpo_jax import (
+  errors,
+  evaluate,
+  evaluation,
+  folders,
+  iconworld_evaluation,
+  pipeline,
+  rewards,
+)
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
 
@@ -137,6 +145,18 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
   assert "| plain |" in capsys.readouterr().out and not (tmp_path / "contact.png").exists()
 
 
+def test_no_picture_of_an_older_evaluation_stays(tmp_path):
+  image, row = np.zeros((8, 8, 3), np.uint8), evaluation.Row("plain", "all", "a", None, {}, None)
+  rows = [dataclasses.replace(row, image=f"images/plain_0000{i}.png") for i in range(2)]
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "mine.png").write_bytes(b"")
+  files = lambda: sorted(path.name for path in tmp_path.rglob("*.png"))
+  evaluation.Results(rows, {row.image: image for row in rows}).save(tmp_path, "a title")
+  assert files() == ["contact.png", "mine.png", "plain_00000.png", "plain_00001.png"]
+  evaluation.Results([row], {}).save(tmp_path, "a title")
+  assert files() == ["mine.png"]
+
+
 @pytest.mark.parametrize(
   "args, words",
   [
@@ -153,6 +173,7 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
     (["--out=o", "--prompts_from=p.txt", "--prompts=9"], "--prompts=9: p.txt, split test, has 2"),
     (["--out=o", "--size", "40", "32", "--prompts=1"], "height=40"),
     (["--out=p.txt"], "--out=p.txt is a file"),
+    (["--out=p.txt/o"], "--out=p.txt/o: cannot write there"),
     (["--out=o", "--rewards", "brightnes"], "did you mean brightness?"),
     (["--out=o", "--reward_options", '{"a": {}}'], "--reward_options needs --rewards"),
     (["--out=o", "--checkpoint=nope"], "nope: no such folder"),

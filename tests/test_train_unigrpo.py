@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import (
+  checkpoints,
   config_files,
   errors,
   evaluation,
@@ -119,10 +120,19 @@ def test_a_run_says_what_it_did(whole):
     assert len(json.loads(results.read_text())["rows"]) == 2
 
 
-def test_a_checkpoint_is_exported_on_demand(whole, tmp_path):
-  """From the workdir alone, on other devices than it was trained on."""
+def test_a_checkpoint_is_exported_on_demand(whole, tmp_path, monkeypatch):
+  """From the workdir alone, on other devices than it was trained on; the optimizer is not read."""
   workdir, state, _ = whole
+  read, load = [], checkpoints.TrainCheckpoints.load
+
+  def listening(self, step, abstract, **options):
+    loaded = load(self, step, abstract, **options)
+    read.append(sum(leaf.size for leaf in jax.tree.leaves(loaded)))
+    return loaded
+
+  monkeypatch.setattr(checkpoints.TrainCheckpoints, "load", listening)
   export.main([str(workdir), str(tmp_path / "out"), "--dtype=float32"])
+  assert read == [sum(leaf.size for leaf in jax.tree.leaves(state.params))]
   loaded = folders.open_folder(tmp_path / "out").load_params(parts=("bagel",))["bagel"]
   for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state.params), strict=True):
     np.testing.assert_array_equal(np.asarray(a, np.float32), b)

@@ -12,11 +12,12 @@ Each stage resumes where it was interrupted, and the same seed gives the same by
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from unigrpo_jax import (
   folders,
   metrics,
   optim,
+  replacing,
   sharding,
 )
 from unigrpo_jax.data import bpe
@@ -166,22 +168,46 @@ def build(
     vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
     overrides: KEY=VALUE of both configs of the supervised training.
     devices: of the supervised training; None: all of them.
+
+  Raises:
+    InputError: an argument is impossible, or differs from what the workdir was begun with; before
+      anything is trained.
   """
+  workdir = workdir.resolve()  # As a stage finds it that goes on from elsewhere.
+  first, look = (config_files.load("sft", name, overrides) for name in ("tiny", "tiny_look"))
+  if out.exists() and not (workdir / "look").exists():
+    raise errors.InputError(f"--out={out} exists already; choose another folder")
+  folders.check_target(workdir / "base", out, overwrite=True)
+  _remember(workdir, {
+    "seed": seed, "vae_steps": vae_steps, "vae_rows": vae_rows, "set": list(overrides),
+  })
   make_base(
     workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
     vae_checkpoint_every=vae_checkpoint_every,
   )
   if not (workdir / "first").exists():
-    config = config_files.load("sft", "tiny", overrides)
-    config.seed, config.init_from = seed, str(workdir / "base")
+    first.seed, first.init_from = seed, str(workdir / "base")
     # Whole, since the training goes on from it.
-    config.export_to, config.export_dtype = str(workdir / "first"), "float32"
-    finetune.train(config, workdir / "sft", devices)
+    first.export_to, first.export_dtype = str(workdir / "first"), "float32"
+    finetune.train(first, workdir / "sft", devices)
   if (workdir / "first").exists():  # It is not where a signal stopped the training.
-    config = config_files.load("sft", "tiny_look", overrides)
-    config.seed, config.init_from = seed + 1, str(workdir / "first")
-    config.export_to = str(out)
-    finetune.train(config, workdir / "look", devices)
+    look.seed, look.init_from = seed + 1, str(workdir / "first")
+    look.export_to = str(out)
+    finetune.train(look, workdir / "look", devices)
+
+
+def _remember(workdir: pathlib.Path, asked: Mapping[str, Any]) -> None:
+  """Keeps what a build was asked for; refuses to go on with anything else."""
+  record = workdir / "build.json"
+  before = json.loads(record.read_text()) if record.exists() else asked
+  for name, value in asked.items():
+    if before[name] != value:
+      raise errors.InputError(
+        f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its value, "
+        "or choose a new --workdir"
+      )
+  workdir.mkdir(parents=True, exist_ok=True)
+  replacing.write_text(record, json.dumps(asked, indent=2) + "\n")
 
 
 def make_base(
@@ -225,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
   add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of both configs")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  errors.require("--seed", args.seed, low=0)
+  errors.require("--vae_steps", args.vae_steps, low=1)
+  errors.require("--vae_rows", args.vae_rows, low=1)
   build(
     args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
     overrides=args.set,

@@ -437,10 +437,15 @@ class TrainCheckpoints:
     """The JSON object that was saved with `step`."""
     return dict(self._checkpointer.metadata(step).custom_metadata or {})
 
-  def load(self, step: int, abstract: Any) -> Any:
-    """The state of `step`, each array straight into the sharding that `abstract` gives it."""
+  def load(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
+    """The state of `step`, each array straight into the sharding that `abstract` gives it.
+
+    With `partial`, `abstract` is a mapping from names of the state's fields, and the others are not
+    read.
+    """
     try:
-      return self._checkpointer.load(step, abstract)
+      with _context() if partial else contextlib.nullcontext():
+        return self._checkpointer.load(step, abstract)
     except Exception as error:
       raise errors.InputError(
         f"{self._checkpointer.directory}: checkpoint {step} cannot be loaded "

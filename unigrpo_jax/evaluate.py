@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors, host_flags
+from unigrpo_jax import errors, host_flags, replacing
 from unigrpo_jax.rewards import arguments
 
 DESCRIPTION = """Scores a checkpoint on held-out prompts.
@@ -89,9 +89,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
     low, high = args.cfg_interval
     raise errors.InputError(f"--cfg_interval={low} {high} must have 0 <= LOW < HIGH")
-  if args.out.exists() and not args.out.is_dir():
-    raise errors.InputError(f"--out={args.out} is a file; give a folder")
   return args
+
+
+def check_out(folder: pathlib.Path) -> None:
+  """Refuses a folder that cannot be written to; better now than after the drawing."""
+  if folder.exists() and not folder.is_dir():
+    raise errors.InputError(f"--out={folder} is a file; give a folder")
+  try:
+    replacing.probe(folder / "results.json")
+  except OSError as error:
+    raise errors.InputError(f"--out={folder}: cannot write there ({error.strerror})") from None
 
 
 def read_examples(args: argparse.Namespace):
@@ -176,6 +184,8 @@ def evaluate(args: argparse.Namespace) -> None:
     raise errors.InputError(f"--modes {tasks[0]} needs --prompts_from=iconworld")
   hosts.compare(vars(args) | {"process": None})
   with hosts.together():
+    if hosts.first():
+      check_out(args.out)
     examples = read_examples(args)
     scorer = make_scorer(args)
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint)

@@ -137,7 +137,7 @@ class Results:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
   def save(self, folder: pathlib.Path | str, title: str) -> None:
-    """Writes results.json, results.md, images/*.png and contact.png into `folder`.
+    """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
 
     Raises:
       InputError: the folder cannot be written to.
@@ -155,6 +155,9 @@ class Results:
         json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
       )
       (folder / "results.md").write_text(text, encoding="utf-8")
+      # What an evaluation before this one has left.
+      for old in (folder / "contact.png", *folder.glob("images/*_[0-9][0-9][0-9][0-9][0-9].png")):
+        old.unlink(missing_ok=True)
       for name, image in self.images.items():
         (folder / name).parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(image).save(folder / name)

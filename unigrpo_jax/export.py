@@ -27,7 +27,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
   """
   import ml_collections
 
-  from unigrpo_jax import recipe, runs
+  from unigrpo_jax import folders, runs
 
   if not (workdir / "checkpoints").is_dir():
     raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")
@@ -42,12 +42,12 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
   # The devices that are here, however many the run has.
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 0, 1
   network = runs.open_network(config)
-  reference = config.algorithm != "sft" and recipe.copies_reference(config)
-  abstract, _ = runs.state_layout(
-    network, runs.make_optimizer(config), ema=config.ema_decay > 0, reference=reference
-  )
-  state = saved.load(step, abstract)
-  params = state.averaged
+  folders.check_target(network.folder.path, target, overwrite=True)
+  ema = config.ema_decay > 0
+  abstract, _ = runs.state_layout(network, runs.make_optimizer(config), ema=ema, reference=False)
+  # Only what is written: the whole state is many times that.
+  averaged = {"ema": abstract.ema} if ema else {"params": abstract.params}
+  [params] = saved.load(step, averaged, partial=True).values()
   runs.export(network, params, str(target), dtype or config.export_dtype)
 
 

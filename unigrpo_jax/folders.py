@@ -165,6 +165,40 @@ def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Pat
   return [path for path in others if path.is_file()]
 
 
+def check_target(
+  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0
+) -> list[pathlib.Path]:
+  """Refuses a place where no model folder can be made; arguments as of `staging`.
+
+  Returns:
+    The parents of `target` that are still to be made, the innermost first.
+
+  Raises:
+    InputError: the target exists, overlaps the source, or the disk is too full.
+  """
+  source, target = source.resolve(), pathlib.Path(target).resolve()
+  if target == source or source in target.parents or target in source.parents:
+    raise errors.InputError(
+      f"target {target} overlaps its source {source}; choose a folder outside the source"
+    )
+  if target.exists():
+    _refuse_overwrite(target, overwrite)
+  parent, missing = target.parent, []
+  while not parent.exists():
+    missing.append(parent)
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
+    raise errors.InputError(f"target {target}: {parent} {why}; choose another place")
+  free = shutil.disk_usage(parent).free
+  if free < needed_bytes * 1.01 + 2**24:
+    raise errors.InputError(
+      f"target {target}: needs {needed_bytes / 1e9:.2f} GB on its disk, {free / 1e9:.2f} GB are "
+      "free; free some space or choose another disk"
+    )
+  return missing
+
+
 @contextlib.contextmanager
 def staging(
   source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int
@@ -183,26 +217,8 @@ def staging(
   Raises:
     InputError: the target exists, overlaps the source, or the disk is too full.
   """
-  source, target = source.resolve(), pathlib.Path(target).resolve()
-  if target == source or source in target.parents or target in source.parents:
-    raise errors.InputError(
-      f"--target={target}: overlaps --source={source}; choose a folder outside the source"
-    )
-  if target.exists():
-    _refuse_overwrite(target, overwrite)
-  parent, created = target.parent, []
-  while not parent.exists():
-    created.append(parent)
-    parent = parent.parent
-  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-    why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
-    raise errors.InputError(f"--target={target}: {parent} {why}; choose another place")
-  free = shutil.disk_usage(parent).free
-  if free < needed_bytes * 1.01 + 2**24:
-    raise errors.InputError(
-      f"--target={target}: needs {needed_bytes / 1e9:.2f} GB on its disk, {free / 1e9:.2f} GB are "
-      "free; free some space or choose another disk"
-    )
+  created = check_target(source, target, overwrite=overwrite, needed_bytes=needed_bytes)
+  target = pathlib.Path(target).resolve()
   prefix = f"{target.name}.partial-"
   for other in target.parent.iterdir() if target.parent.is_dir() else ():
     if other.name.startswith(prefix):
@@ -228,13 +244,13 @@ def staging(
 def _refuse_overwrite(target: pathlib.Path, overwrite: bool) -> None:
   if not overwrite:
     raise errors.InputError(
-      f"--target={target}: exists already; choose another folder, or pass --overwrite"
+      f"target {target} exists already; choose another folder, or pass --overwrite"
     )
   empty = target.is_dir() and not any(target.iterdir())
   if not empty and not is_folder(target):
     raise errors.InputError(
-      f"--target={target}: is not a model folder, so --overwrite does not replace it; "
-      "delete it yourself or choose another folder"
+      f"target {target} is not a model folder, so nothing replaces it; delete it yourself or "
+      "choose another folder"
     )
 
 
@@ -299,7 +315,8 @@ def write_official(
   missing = [part for part in weights.PARTS if part not in params]
   kept = folder.load_params(parts=missing) if missing else {}
   others = other_files(folder.files, note=True)
-  needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, kept)))
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+  needed += sum(leaf.size * np.dtype(dtype).itemsize for leaf in jax.tree.leaves(params))
   with staging(folder.path, target, overwrite=True, needed_bytes=needed) as staged:
     for path in others:
       shutil.copyfile(path, staged / path.name)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors, host_flags
+from unigrpo_jax import errors, host_flags, replacing
 from unigrpo_jax.data import prompt_files
 
 MODES = """modes:
@@ -131,22 +129,14 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
 
 
 def _probe(out: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
-  """Writes and removes a file where results will go: better now than after the computation."""
-  made, path = [], paths[0]
+  """Refuses a place where results cannot be written."""
+  for existing in paths:
+    if existing.is_dir():
+      raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
   try:
-    for existing in paths:
-      if existing.is_dir():
-        raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
-    for folder in reversed(path.absolute().parents):
-      if not folder.exists():
-        folder.mkdir()
-        made.append(folder)
-    write_aside(path, lambda aside: aside.write_bytes(b""), rename=False)
+    replacing.probe(paths[0])
   except OSError as error:
     raise errors.InputError(f"--out={out}: cannot write there ({error.strerror})") from None
-  finally:
-    for folder in reversed(made):
-      folder.rmdir()
 
 
 class Progress:
@@ -296,21 +286,9 @@ def _save(path: pathlib.Path, request, result, record, upscale: int) -> None:
 
     record["size"], record["upscale"] = list(result.image.shape[:2]), upscale
     picture = PIL.Image.fromarray(result.image.repeat(upscale, axis=0).repeat(upscale, axis=1))
-    write_aside(path, lambda aside: picture.save(aside, format="PNG"))
+    replacing.write(path, lambda aside: picture.save(aside, format="PNG"))
   text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-  write_aside(path.with_suffix(".json"), lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def write_aside(path: pathlib.Path, write, rename: bool = True) -> None:
-  """Writes beside `path`, then renames: an interrupted run leaves no half-written file."""
-  aside = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    write(aside)
-    if rename:
-      aside.replace(path)
-  finally:
-    with contextlib.suppress(OSError):
-      aside.unlink()
+  replacing.write_text(path.with_suffix(".json"), text)
 
 
 def _show(path: pathlib.Path, request, result, understand: bool) -> None:

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 import pathlib
 import shutil
+from typing import Any
+
+
+def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
+  """Has `fill` write a file beside `path` that then takes its place: it is never half written."""
+  with _beside(path) as partial:
+    fill(partial)
+    partial.replace(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is at no moment half written."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  """Writes a text file that is at no moment half written."""
+  write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def probe(path: pathlib.Path) -> None:
+  """Raises OSError unless a file can be written at `path`; leaves nothing behind.
+
+  Better now than after hours of computing what should go there.
+  """
+  made = []
+  try:
+    for folder in reversed(path.absolute().parents):
+      if not folder.exists():
+        folder.mkdir()
+        made.append(folder)
+    with _beside(path) as partial:
+      partial.write_bytes(b"")
+  finally:
+    for folder in reversed(made):
+      folder.rmdir()
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name in the folder of `path`; what still has it in the end is removed."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    yield partial
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()
 
 
 def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
