@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import time
 
 import numpy as np
@@ -23,6 +24,30 @@ def _blurred(rng, example, sigma=0.5, noise=0.0):
   image = renderer.render(example.scene, rng).astype(float)
   image = scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0))
   return np.clip(image + noise * rng.standard_normal(image.shape), 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def _autoencoder():
+  """The embedded checkpoint's, in float32."""
+  from unigrpo_jax import folders
+  from unigrpo_jax.models import vae
+
+  folder = folders.open_folder(folders.TINY)
+  params = folder.load_params(dtype=np.float32, parts=("vae",))["vae"]
+  return vae.VAE(folder.config.vae), params
+
+
+def _through_autoencoder(rng, example):
+  """Encoded, sampled and decoded by the embedded checkpoint's autoencoder."""
+  from unigrpo_jax import phases
+  from unigrpo_jax.data import images
+
+  vae, params = _autoencoder()
+  pixels = images.to_array(renderer.render(example.scene, rng))[None]
+  side = pixels.shape[1] // vae.config.downsample
+  noise = rng.standard_normal((1, side, side, vae.config.z_channels), np.float32)
+  latents = phases.encode_images(vae, params, pixels, noise)
+  return np.asarray(phases.decode_images(vae, params, latents))[0]
 
 
 def _packed(rng, things):
@@ -207,6 +232,7 @@ GOOD: dict[str, Callable] = {
   "noise 8": lambda rng, example: _blurred(rng, example, 0, 8),
   "blur 0.5 px, noise 8": lambda rng, example: _blurred(rng, example, 0.5, 8),
   "blur 1 px": lambda rng, example: _blurred(rng, example, 1.0),
+  "through the autoencoder": _through_autoencoder,
   "twice the size": lambda rng, example: (
     renderer.render(example.scene, rng).repeat(2, 0).repeat(2, 1)
   ),

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from tests import test_tokenizer
-from unigrpo_jax import errors
+from unigrpo_jax import errors, folders
 from unigrpo_jax.data import bpe, tokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -35,7 +35,13 @@ def tiny(tiny_folder):
   return tokenizer.load(tiny_folder)
 
 
-@pytest.fixture(params=["qwen", "tiny"])
+@pytest.fixture(scope="session")
+def embedded():
+  """IconWorld's own, of the embedded checkpoint."""
+  return tokenizer.load(folders.TINY_FOLDER)
+
+
+@pytest.fixture(params=["qwen", "tiny", "embedded"])
 def either(request):
   return request.getfixturevalue(request.param)
 

@@ -101,6 +101,16 @@ def test_round_trip_of_every_file(golden, tmp_path, capsys, pieces):
   assert sorted(x.name for x in tmp_path.iterdir()) == ["c", "o"]
 
 
+def test_round_trip_of_the_embedded_checkpoint(tmp_path):
+  """It is an official folder like any other."""
+  conversion.convert(folders.TINY_FOLDER, tmp_path / "c")
+  conversion.export(tmp_path / "c", tmp_path / "o")
+  assert digests(tmp_path / "o") == digests(folders.TINY_FOLDER)
+  assert sum(file.stat().st_size for file in folders.TINY_FOLDER.iterdir()) <= 12e6
+  params = folders.open_folder(tmp_path / "c").load_params()
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 8e6
+
+
 def test_round_trip_of_bfloat16_and_an_unusual_header(official, tmp_path, pieces):
   to_bfloat16(official / "ema.safetensors")
   conversion.convert(official, tmp_path / "c")

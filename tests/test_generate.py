@@ -81,12 +81,6 @@ def test_upscaled_pictures_repeat_every_pixel(golden, tmp_path):
   assert json.loads((tmp_path / "3.json").read_text())["size"] == [32, 48]
 
 
-TINY_IS_THERE = pytest.mark.skipif(
-  not folders.TINY_FOLDER.is_dir(), reason=f"{folders.TINY_FOLDER} is not there yet"
-)
-
-
-@TINY_IS_THERE
 def test_the_embedded_checkpoint_reasons_and_draws(tmp_path):
   """By default, with its own settings, with nothing said but the prompt."""
   out = tmp_path / "kites.png"
@@ -101,7 +95,6 @@ def test_the_embedded_checkpoint_reasons_and_draws(tmp_path):
   assert PIL.Image.open(out).size == (32, 32)
 
 
-@TINY_IS_THERE
 def test_the_embedded_checkpoint_has_learnt(tmp_path):
   """Well above a checkpoint that knows nothing, whose strict score is zero; few prompts."""
   evaluate.main([

@@ -11,7 +11,6 @@ import chex
 import pytest
 
 from tests import test_train_unigrpo
-from unigrpo_jax import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = 20
@@ -49,7 +48,6 @@ def _files(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not folders.TINY_FOLDER.is_dir(), reason="the embedded checkpoint is missing")
 def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(tmp_path):
   whole = _start(tmp_path / "whole", tmp_path / "a")
   start = time.monotonic()
