@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests import refusals
 from unigrpo_jax import errors
 from unigrpo_jax.data import images
 from unigrpo_jax.models import config as config_lib
@@ -107,6 +108,33 @@ def test_load_grey_and_rgb(tmp_path):
   source(0).save(tmp_path / "rgb.png")
   loaded = np.asarray(images.load_rgb(str(tmp_path / "rgb.png")))
   np.testing.assert_array_equal(loaded, RECORDED["in_image0"])
+
+
+@pytest.mark.parametrize("mode, kind, ending", [("I;16", "<u2", "png"), ("I;16B", ">u2", "tiff")])
+def test_greys_of_16_bits_keep_their_shades(mode, kind, ending, tmp_path):
+  """257 times the shade of 8 bits is the same shade; between two it is the nearer one."""
+  grey = np.array([[0, 257, 30000, 128 * 257], [65535, 256, 128, 129]])
+  image = PIL.Image.frombytes(mode, (4, 2), grey.astype(kind).tobytes())
+  image.save(tmp_path / f"a.{ending}")
+  loaded = np.asarray(images.load_rgb(tmp_path / f"a.{ending}"))
+  expected = np.array([[0, 1, 117, 128], [255, 1, 0, 1]])
+  np.testing.assert_array_equal(loaded, np.repeat(expected[..., None], 3, axis=-1))
+
+
+def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):
+  image = PIL.Image.fromarray(np.array([[0, 30000]], np.uint16))
+  image.save(tmp_path / "a.png", transparency=0)
+  loaded = np.asarray(images.load_rgb(tmp_path / "a.png"))
+  np.testing.assert_array_equal(loaded[0, :, 0], [255, 117])
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_bounds_are_refused(mode, tmp_path):
+  path = tmp_path / "depth.tiff"
+  PIL.Image.new(mode, (4, 3), 30000).save(path)
+  message = refusals.refusal(images.load_rgb, path)
+  assert message.startswith(f"{path}: ") and f"mode {mode})" in message and "PNG" in message
+
 
 
 def refusal(path):

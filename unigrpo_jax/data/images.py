@@ -27,11 +27,13 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
   """Opens an image as RGB; transparency is composited on white, EXIF rotation is not applied.
 
   Both as the official `pil_img2rgb`, except that grey images with an alpha channel, whose alpha it
-  forgets, are composited like the others.
+  forgets, are composited like the others, and that grey images of 16 bits, of which it makes white
+  ones, keep their greys.
 
   Raises:
     InputError: the file is missing, not an image, truncated, larger than Pillow's decompression
-      limit (about 89 million pixels), or more than `MAX_ASPECT_RATIO` times as long as wide.
+      limit (about 89 million pixels), more than `MAX_ASPECT_RATIO` times as long as wide, or holds
+      numbers of which none is known to be white.
   """
   path = pathlib.Path(path)
   try:
@@ -39,6 +41,11 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
       warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
       with PIL.Image.open(path) as image:
         _check_aspect_ratio(path, *image.size)
+        if image.mode in ("I", "F"):
+          raise errors.InputError(
+            f"{path}: its pixels are numbers without bounds (Pillow's mode {image.mode}); save it "
+            "as a PNG of 8 or 16 bits"
+          )
         image.load()
         return to_rgb(image)
   except FileNotFoundError:
@@ -67,7 +74,13 @@ def _check_aspect_ratio(path: pathlib.Path, width: int, height: int) -> None:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-  """RGB, with transparency composited on white."""
+  """RGB, with transparency composited on white; greys of 16 bits are rounded to 8."""
+  if image.mode.startswith("I;16"):
+    grey = np.asarray(image)
+    white = grey == image.info.get("transparency")
+    # Pillow would make white of whatever is above 255.
+    grey = np.where(white, 255, np.round(grey / 257)).astype(np.uint8)
+    return PIL.Image.fromarray(grey).convert("RGB")
   if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
     image = image.convert("RGBA")
     white = PIL.Image.new("RGB", image.size, (255, 255, 255))
