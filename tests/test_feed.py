@@ -1,5 +1,6 @@
 """From examples to batches: layout, dropped conditions, limits, and the same batch for a step."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import corpus, errors, feed
+from tests import refusals
+from unigrpo_jax import config_files, corpus, errors, feed, finetune, hosts, sharding
 from unigrpo_jax.data import packing
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 
@@ -131,6 +133,61 @@ def test_latents_belong_to_their_own_example(config, tokenizer):
   assert seen and all(min(abs(value - k) for k in known) < 1e-6 for value in seen)
   clean = batch.clean_latents[batch.clean_order < 2**31 - 1]
   np.testing.assert_allclose(clean, brightness(50), atol=1e-6)
+
+
+@pytest.mark.parametrize("owners", [[0, 0, 0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0, 1, 0]], ids=str)
+def test_a_row_sees_its_own_image_on_whichever_host(config, tokenizer, monkeypatch, owners):
+  """Two hosts' batches, put together as `make_array_from_process_local_data` does."""
+  owners = np.array(owners)
+
+  def example(rng):
+    shade = int(rng.integers(1, 256))
+    return corpus.Example("how many?", "one", source=_picture(shade)) if shade % 3 else (
+      corpus.Example("a kite", target=_picture(shade))
+    )
+
+  def seen(batch, rows):
+    """What lies where the ViT's images are written, [microbatches, rows, tokens, features]."""
+    count, _, tokens = batch.und_ids.shape
+    out = np.zeros((count, rows, tokens + 1, batch.vit.pixels.shape[-1]), np.float32)
+    for place, row, slot, pixels in zip(out, batch.vit_row, batch.vit_slot, batch.vit.pixels):
+      place[row[:, None], slot] = pixels
+    return out[:, :, :tokens]
+
+  monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: owners)
+  monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda where, array: array)
+  expected = np.zeros((2, 8, LIMITS.tokens, config.vit.patch_dim), np.float32)
+  mesh, parts = sharding.make_mesh(devices=jax.devices()[:1]), []
+  for host in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    batch = _feed(config, tokenizer, example, rows=4).batch(0)
+    expected[:, owners == host] = seen(batch, 4)
+    parts.append(finetune.spread(batch, mesh, rows=8))
+  whole = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
+  assert whole.vit_row.shape == (2, 2 * LIMITS.images) and whole.vit_row.dtype == np.int32
+  assert 8 < expected.any(axis=(2, 3)).sum() < 16  # some rows have an image, some have none
+  np.testing.assert_array_equal(seen(whole, 8), expected)
+
+
+def test_one_host_has_all_rows(config, tokenizer):
+  """On eight devices; every array is what the feed made."""
+  batch = _feed(config, tokenizer, rows=8, limits=dataclasses.replace(LIMITS, images=8)).batch(0)
+  spread = finetune.spread(batch, sharding.make_mesh(fsdp=4, data=2), rows=8)
+  for made, put in zip(jax.tree.leaves(batch), jax.tree.leaves(spread), strict=True):
+    assert put.addressable_shards[0].data.shape[1] == made.shape[1] // 8
+    np.testing.assert_array_equal(put, made)
+
+
+def test_a_host_has_its_share_of_the_images(monkeypatch):
+  made = config_files.load("sft")
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  assert finetune.padding(made).images == 8
+  monkeypatch.setattr(hosts, "count", lambda: 4)
+  assert finetune.padding(made).images == 2
+  assert finetune.padding(made).tokens == made.limits.tokens
+  made.limits.images = 6
+  message = refusals.refusal(finetune.check_config, made, mesh)
+  assert "config.limits.images=6 does not divide" in message and "4 hosts" in message
 
 
 def test_limits_name_what_is_too_small(config, tokenizer):

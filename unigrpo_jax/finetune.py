@@ -54,7 +54,6 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     tokens = vae.pack_latents(latents, folder.config.latent_patch_size)
     return np.asarray(tokens)[: len(pixels)]
 
-  local_rows = config.microbatch // hosts.count()
   with hosts.together():
     examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
       dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
@@ -63,11 +62,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     examples, folder.config, tokenizer, encode,
     feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
                 config.drop_vae, config.ce_weighting),
-    packing.PadTo(noisy=config.noise_draws, **config.limits),
-    rows=local_rows, microbatches=config.sequences_per_step // config.microbatch,
-    seed=config.seed,
+    padding(config), rows=config.microbatch // hosts.count(),
+    microbatches=config.sequences_per_step // config.microbatch, seed=config.seed,
   )
-  along_rows = sharding.along_batch(mesh, axis=1)
 
   # --- The step.
   step_fn = jax.jit(
@@ -86,10 +83,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   record = {"config": plain, "run_id": run_id}
   with sharding.activate(mesh), runs.stop_on_signal() as stopping:
     for number, host_batch in enumerate(batches.batches(first, config.steps), first + 1):
-      batch = jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(along_rows, a), host_batch
-      )
-      state, values = step_fn(state, batch)
+      state, values = step_fn(state, spread(host_batch, mesh, config.microbatch))
       stopped = hosts.anywhere(stopping.is_set())
       tell = number % config.log_every == 0 or number in (first + 1, config.steps)
       save = number % config.checkpoint_every == 0 or number == config.steps or stopped
@@ -111,6 +105,26 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   return state
 
 
+def padding(config) -> packing.PadTo:
+  """The sizes of a microbatch's arrays on this host, of whose rows it has a share."""
+  sizes = dict(config.limits) | {"images": config.limits.images // hosts.count()}
+  return packing.PadTo(noisy=config.noise_draws, **sizes)
+
+
+def spread(batch: types.PackedBatch, mesh, rows: int) -> types.PackedBatch:
+  """The batch of all hosts, on the devices, from what each of them made.
+
+  Args:
+    batch: this host's, [microbatches, its rows or ViT images, ...]; `vit_row` counts its own rows.
+    mesh: devices.
+    rows: of a microbatch, all hosts together.
+  """
+  own = np.flatnonzero(sharding.row_hosts(mesh, rows) == jax.process_index()).astype(np.int32)
+  batch = batch.replace(vit_row=own[batch.vit_row])
+  where = sharding.along_batch(mesh, axis=1)
+  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
+
+
 def check_config(config, mesh) -> None:
   """Refuses impossible numbers before anything is loaded or compiled."""
   if config.sequences_per_step % config.microbatch:
@@ -119,21 +133,17 @@ def check_config(config, mesh) -> None:
       f"config.microbatch={config.microbatch}; change one of them"
     )
   ways = sharding.batch_multiple(mesh)
-  if config.microbatch % ways or config.microbatch % hosts.count():
-    raise errors.InputError(
-      f"config.microbatch={config.microbatch} does not divide over data x fsdp = {ways} devices "
-      f"and {hosts.count()} hosts; make it a multiple of both"
-    )
+  for key, size in (("microbatch", config.microbatch), ("limits.images", config.limits.images)):
+    if size % ways or size % hosts.count():
+      raise errors.InputError(
+        f"config.{key}={size} does not divide over data x fsdp = {ways} devices and "
+        f"{hosts.count()} hosts; make it a multiple of both"
+      )
   shares = np.bincount(sharding.row_hosts(mesh, config.microbatch), minlength=hosts.count())
   if mesh.is_multi_process and shares.min() < shares.max():
     raise errors.InputError(
       f"config.mesh.tensor={config.mesh.tensor} joins devices of several hosts, which would each "
       "make the same examples; make it a divisor of a host's devices"
-    )
-  if config.limits.images % ways:
-    raise errors.InputError(
-      f"config.limits.images={config.limits.images} does not divide over data x fsdp = {ways} "
-      "devices; make it a multiple"
     )
   runs.choose("config.export_dtype", config.export_dtype, runs.EXPORT_DTYPES)
   runs.choose("config.ce_weighting", config.ce_weighting, feed.CE_WEIGHTINGS)
