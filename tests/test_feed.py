@@ -4,12 +4,23 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
 from tests import refusals
-from unigrpo_jax import config_files, corpus, errors, feed, finetune, hosts, sharding
+from unigrpo_jax import (
+  config_files,
+  corpus,
+  errors,
+  feed,
+  finetune,
+  folders,
+  hosts,
+  phases,
+  sharding,
+)
 from unigrpo_jax.data import packing
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 
@@ -34,6 +45,27 @@ def _encode(config):
     )
 
   return encode
+
+
+@pytest.mark.parametrize(
+  "count, side, rows",
+  [(1, 32, 16), (16, 32, 16), (17, 32, 32), (5, 256, 16), (3, 512, 4), (1, 1024, 1), (1, 1152, 1)],
+)
+def test_encoding_is_filled_up_to_what_a_device_takes(monkeypatch, golden, count, side, rows):
+  """Few images become 16, large ones as many as have the pixels of one of 1024 x 1024."""
+  shapes, folder = [], folders.open_folder(golden)
+  small = side // folder.config.vae.downsample
+
+  def encode_images(vae, params, pixels, noise):
+    shapes.append(pixels.shape)
+    return jnp.asarray(noise)
+
+  monkeypatch.setattr(phases, "encode_images", encode_images)
+  noise = np.random.default_rng(0).normal(
+    size=(count, small, small, folder.config.vae.z_channels)).astype(np.float32)
+  tokens = finetune.make_encoder(folder)(np.zeros((count, side, side, 3), np.float32), noise)
+  assert shapes == [(rows, side, side, 3)] and len(tokens) == count
+  assert len({float(image.mean()) for image in tokens}) == count
 
 
 def _picture(value):
@@ -121,8 +153,15 @@ def test_every_batch_has_the_same_shapes_whatever_it_holds(config, tokenizer):
   assert len(shapes) == 1
 
 
-def test_latents_belong_to_their_own_example(config, tokenizer):
-  """Encoded together by size, given back by row."""
+@pytest.mark.parametrize("at_once", [1, 2, 1024])
+def test_latents_belong_to_their_own_example(config, tokenizer, monkeypatch, at_once):
+  """Encoded together by size, so many at once, given back by row."""
+  monkeypatch.setattr(phases, "VAE_PIXELS", at_once * 32 * 32)
+  made = _feed(config, tokenizer, lambda _: EXAMPLES["edit"], rows=3, microbatches=1)
+  encode, counts = made._encode, []
+  made._encode = lambda pixels, noise: counts.append(len(pixels)) or encode(pixels, noise)
+  made.batch(0)
+  assert counts == {1: [1] * 6, 2: [2] * 3, 1024: [6]}[at_once]
   batch = _feed(config, tokenizer, rows=1, microbatches=8).batch(0)
   brightness = lambda value: np.float32(value / 255 * 2 - 1)
   seen = set()

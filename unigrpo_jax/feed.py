@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from unigrpo_jax import batches, corpus, errors, types
+from unigrpo_jax import batches, corpus, errors, phases, types
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import packing
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import config as config_lib
 
-# Latents of images [M, H, W, 3] in [-1, 1] of one size, with posterior noise: [M, I, C].
+# Latents of images [M, H, W, 3] in [-1, 1] of one size, with posterior noise: [M, I, C]. M images
+# have at most phases.VAE_PIXELS pixels, or M = 1.
 EncodeFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Weight of each of the n labels of a text (official BAGEL's `len2weight`).
@@ -122,7 +123,7 @@ class Feed:
     present = [row for row, image in enumerate(images) if image is not None]
     resized = [images_lib.resize(images[row], c.vae_image) for row in present]
     sizes = [(image.height, image.width) for image in resized]
-    for places, size in batches.by_size(sizes, 2**62):
+    for places, size in batches.by_size(sizes, phases.VAE_PIXELS):
       pixels = np.stack([images_lib.to_array(resized[place]) for place in places])
       shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
       noise = rng.standard_normal((len(places), *shape), np.float32)

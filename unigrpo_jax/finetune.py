@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import corpus, errors, feed, hosts, metrics, phases, runs, sharding, types
+from unigrpo_jax import (
+  corpus,
+  errors,
+  feed,
+  folders,
+  hosts,
+  metrics,
+  phases,
+  runs,
+  sharding,
+  types,
+)
 from unigrpo_jax import step as step_lib
 from unigrpo_jax.data import packing
 from unigrpo_jax.models import vae
@@ -42,24 +53,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
   # --- Data.
-  # On one device: it runs in the feed's thread, and programs over all devices that two threads
-  # launch in different orders wait for each other for ever.
-  encoder = vae.VAE(folder.config.vae)
-  encoder_params = folder.load_params(dtype=jnp.float32, parts=("vae",))["vae"]
-
-  def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    # Few shapes, whatever the number of images: filled up to a multiple of 16.
-    rows = np.arange(len(pixels) + -len(pixels) % 16) % len(pixels)
-    latents = phases.encode_images(encoder, encoder_params, pixels[rows], noise[rows])
-    tokens = vae.pack_latents(latents, folder.config.latent_patch_size)
-    return np.asarray(tokens)[: len(pixels)]
-
   with hosts.together():
     examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
       dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
     )
   batches = feed.Feed(
-    examples, folder.config, tokenizer, encode,
+    examples, folder.config, tokenizer, make_encoder(folder),
     feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
                 config.drop_vae, config.ce_weighting),
     padding(config), rows=config.microbatch // hosts.count(),
@@ -103,6 +102,26 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   if int(state.step) == config.steps:
     runs.finish(network, state, config, workdir)
   return state
+
+
+def make_encoder(folder: folders.ModelFolder) -> feed.EncodeFn:
+  """What encodes the feed's images: the folder's autoencoder, on one device.
+
+  It runs in the feed's thread, and programs over all devices that two threads launch in different
+  orders wait for each other for ever.
+  """
+  encoder = vae.VAE(folder.config.vae)
+  params = folder.load_params(dtype=jnp.float32, parts=("vae",))["vae"]
+
+  def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    count, height, width, _ = pixels.shape
+    # Few shapes, whatever the number of images: filled up to a multiple of 16, or to what fits.
+    fill = min(count + -count % 16, max(phases.VAE_PIXELS // (height * width), 1))
+    rows = np.arange(fill) % count
+    latents = phases.encode_images(encoder, params, pixels[rows], noise[rows])
+    return np.asarray(vae.pack_latents(latents, folder.config.latent_patch_size))[:count]
+
+  return encode
 
 
 def padding(config) -> packing.PadTo:
