@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -253,18 +254,79 @@ def test_iconworld_mixtures_and_wrong_plans():
     corpus.iconworld({"paint": 1.0}, wrong_plan_rate=0.0)
 
 
-def test_shards_and_their_mistakes(tmp_path):
+@pytest.fixture
+def shard(tmp_path):
+  """Writes lines, objects or bytes, as a shard beside two images; gives the folder."""
   _picture(7).save(tmp_path / "a.png")
-  good = {"prompt": "a", "reasoning": "b", "image": "a.png"}
-  (tmp_path / "one.jsonl").write_text(json.dumps(good) + "\n\n")
-  example = corpus.shards(tmp_path)(np.random.default_rng(0))
-  assert (example.prompt, example.text) == ("a", "b") and example.target.size == (32, 32)
-  for line, words in [
-    ("{", "line 1: not JSON"), ("[]", '"prompt"'), ('{"prompt": "a"}', "neither"),
-    ('{"prompt": "a", "image": 3}', "image=3"),
-  ]:
-    (tmp_path / "one.jsonl").write_text(line)
-    with pytest.raises(errors.InputError, match=words):
-      corpus.shards(tmp_path)
-  with pytest.raises(errors.InputError, match="no \\*.jsonl"):
-    corpus.shards(tmp_path / "nowhere")
+  (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+
+  def write(*lines):
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (tmp_path / "one.jsonl").write_bytes(b"\n".join(raw))
+    return tmp_path
+
+  return write
+
+
+DRAWN = {"prompt": "a kite", "image": "a.png"}
+
+
+@pytest.mark.parametrize("row, text, images", [
+  (DRAWN, None, "target"),
+  (DRAWN | {"reasoning": " <think>one </think>\n"}, " <think>one </think>\n", "target"),
+  (DRAWN | {"source": "a.png"}, None, "target source"),
+  (DRAWN | {"source": "a.png", "reasoning": "r"}, "r", "target source"),
+  ({"prompt": "how many?", "answer": "one"}, "one", ""),
+  ({"prompt": "how many?", "answer": "one", "source": "a.png"}, "one", "source"),
+])
+def test_a_line_of_a_shard_is_an_example(shard, row, text, images):
+  """Its texts are those of the file, to the letter."""
+  folder = shard(b"", row, b"  ")
+  example = corpus.shards(folder)(np.random.default_rng(0))
+  assert (example.prompt, example.text) == (row["prompt"], text)
+  for name in ("target", "source"):
+    assert (getattr(example, name) is not None) == (name in images)
+  assert example.where == f"{folder / 'one.jsonl'}, line 2"
+
+
+@pytest.mark.parametrize("line, words", [
+  (b"{", "not JSON"),
+  (b"[" * 100_000, "not JSON"),
+  (b'{"prompt": ' + b"1" * 6000 + b"}", "not JSON"),
+  (b'{"prompt": "a", "prompt": "b", "image": "a.png"}', "'prompt' is there twice"),
+  (b"\xff", "not UTF-8"),
+  ([], "a list; expected an object"),
+  ({"image": "a.png"}, 'no key "prompt"'),
+  ({"prompt": "a"}, 'none of "image" to draw and "answer" to learn'),
+  ({"prompt": "a", "reasoning": "b"}, 'none of "image" to draw'),
+  (DRAWN | {"answer": "one"}, 'both of "image" to draw and "answer" to learn; give one'),
+  ({"prompt": "a", "answer": "b", "reasoning": "c", "source": "a.png"}, '"reasoning" beside'),
+  (DRAWN | {"reasonning": "b"}, "key='reasonning' is none of .* did you mean 'reasoning'"),
+  (DRAWN | {"prompt": " "}, "the prompt is empty"),
+  (DRAWN | {"reasoning": "\n"}, "the reasoning is empty"),
+  ({"prompt": "a", "answer": ""}, "the answer is empty"),
+  (DRAWN | {"reasoning": None}, "reasoning=null is null; expected text"),
+  (DRAWN | {"image": 3}, "image=3 is a number; expected text"),
+  (DRAWN | {"image": "b.png"}, "image='b.png' is no file in "),
+  (DRAWN | {"source": "."}, "source='.' is no file in "),
+  (DRAWN | {"source": "b" * 300}, "source='b+' is no file in "),
+  (DRAWN | {"source": "a\0.png"}, "is no file in "),
+])
+def test_a_bad_line_of_a_shard_is_named_before_training(shard, line, words):
+  folder = shard(DRAWN, line)
+  message = refusals.refusal(corpus.shards, folder)
+  assert message.startswith(f"{folder / 'one.jsonl'}, line 2: ")
+  assert re.search(words, message), message
+
+
+def test_shards_that_are_no_files(shard, tmp_path):
+  assert "no *.jsonl shards" in refusals.refusal(corpus.shards, tmp_path / "nowhere")
+  assert "its shards are empty" in refusals.refusal(corpus.shards, shard(b"", b""))
+  (tmp_path / "x.jsonl").mkdir()
+  assert f"{tmp_path / 'x.jsonl'}: cannot be read" in refusals.refusal(corpus.shards, tmp_path)
+
+
+def test_an_image_that_cannot_be_read_names_its_line(shard):
+  folder = shard(DRAWN | {"image": "broken.png"})
+  message = refusals.refusal(corpus.shards(folder), np.random.default_rng(0))
+  assert message.startswith(f"{folder / 'one.jsonl'}, line 1: {folder / 'broken.png'}: ")

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import json
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, runs
 from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.data import lines
 from unigrpo_jax.iconworld import plans, prompts, renderer, tasks
 
 TASKS = ("draw_think", "draw", "answer", "describe", "edit")
+
+# Of a line of a shard.
+_KEYS = ("prompt", "reasoning", "answer", "image", "source")
+_EXPECTED = 'expected an object like {"prompt": "a red kite", "image": "kite.png"}'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,12 +36,14 @@ class Example:
     text: reasoning before drawing, or the answer to learn; None for neither.
     target: RGB image to draw (PIL), or None.
     source: RGB image to edit or to answer about (PIL), or None.
+    where: it stands, "PATH, line N"; "" for nowhere.
   """
 
   prompt: str
   text: str | None = None
   target: Any = None
   source: Any = None
+  where: str = ""
 
 
 Corpus = Callable[[np.random.Generator], Example]
@@ -95,44 +102,54 @@ def _picture(scene, rng: np.random.Generator) -> PIL.Image.Image:
 def shards(folder: pathlib.Path | str) -> Corpus:
   """Examples of local files: every `*.jsonl` in `folder`, one object a line.
 
-  Keys: "prompt" (text), and of these what the example has: "reasoning" or "answer" (text), "image"
-  (file to draw), "source" (file to edit or to answer about). Files are relative to the folder.
+  An object has a "prompt", and either an "image" (file to draw), with a "reasoning" or without, or
+  an "answer"; and a "source" (file to edit or to answer about) or none. Files are relative to the
+  folder. Texts are learnt to the letter: a reasoning has the tags that it is to be written with,
+  "<think>" and "</think>" for what the system prompt of thinking asks for.
 
   Raises:
-    InputError: no shards, or a line that is not such an object; names file, line and key.
+    InputError: no shards, a line that is not such an object, or a file that it names is not there;
+      names file, line and key. The corpus raises it for an image that cannot be read.
   """
   folder = pathlib.Path(folder)
   paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
   if not paths:
     raise errors.InputError(f"{folder}: no *.jsonl shards; expected a folder of them")
-  rows = []
-  for path in paths:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-      if line.strip():
-        rows.append(_parse(line, f"{path}, line {number}"))
+  rows = [
+    (where, _parse(text, where, folder))
+    for path in paths for where, text, _ in lines.read(path) if text
+  ]
   if not rows:
-    raise errors.InputError(f"{folder}: its shards are empty")
+    raise errors.InputError(f"{folder}: its shards are empty; expected one example a line")
 
   def draw(rng: np.random.Generator) -> Example:
-    row = rows[rng.integers(len(rows))]
+    where, row = rows[rng.integers(len(rows))]
     load = lambda key: images_lib.load_rgb(folder / row[key]) if key in row else None
-    return Example(
-      row["prompt"], row.get("reasoning", row.get("answer")), load("image"), load("source")
-    )
+    with errors.at(where):
+      return Example(
+        row["prompt"], row.get("reasoning", row.get("answer")), load("image"), load("source"), where
+      )
 
   return draw
 
 
-def _parse(line: bytes, where: str) -> dict[str, str]:
-  try:
-    row = json.loads(line)
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise errors.InputError(f"{where}: not JSON ({error})") from None
-  if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-    raise errors.InputError(f'{where}: expected an object with a text "prompt"')
-  for key in ("reasoning", "answer", "image", "source"):
-    if key in row and not isinstance(row[key], str):
-      raise errors.InputError(f"{where}: {key}={row[key]!r} must be text")
-  if "image" not in row and "answer" not in row:
-    raise errors.InputError(f'{where}: neither "image" to draw nor "answer" to learn')
+def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:
+  row = lines.parse_object(text, where, _EXPECTED)
+  for key in row:
+    runs.choose(f"{where}: key", key, _KEYS)
+    lines.check_text(row, key, where)
+  if ("image" in row) == ("answer" in row):
+    found = "both" if "image" in row else "none"
+    raise errors.InputError(
+      f'{where}: has {found} of "image" to draw and "answer" to learn; give one of them'
+    )
+  if "reasoning" in row and "answer" in row:
+    raise errors.InputError(
+      f'{where}: "reasoning" beside "answer"; only what is drawn is reasoned about, leave one out'
+    )
+  for key in ("image", "source"):
+    if key in row and not os.path.isfile(folder / row[key]):
+      raise errors.InputError(
+        f"{where}: {key}={row[key]!r} is no file in {folder}; give the path of an image from there"
+      )
   return row

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import math
 import sys
 from typing import Any
@@ -28,6 +29,17 @@ def require(
   if not math.isfinite(value) or not all(holds for _, _, holds in bounds):
     wanted = " and ".join(words for asked, words, _ in bounds if asked) or "finite"
     raise InputError(f"{name}={value} must be {wanted}")
+
+
+@contextlib.contextmanager
+def at(where: str) -> Iterator[None]:
+  """Puts a place, such as "PATH, line N", before an `InputError` within it; "" is no place."""
+  try:
+    yield
+  except InputError as error:
+    if not where:
+      raise
+    raise InputError(f"{where}: {error}") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):

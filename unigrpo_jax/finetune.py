@@ -35,13 +35,19 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     config: see `configs/sft.py`.
     workdir: holds the run's checkpoints and metrics.
     devices: to train on; None: all of them.
+
+  Raises:
+    InputError: the config or an example is impossible, or the run cannot go on; says why.
   """
-  # --- Model and optimizer.
+  # --- Model, optimizer, examples.
   with hosts.together():
     network = runs.open_network(config, devices)
     check_config(config, network.mesh)
+    optimizer = runs.make_optimizer(config)
+    examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
+      dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
+    )
   folder, tokenizer, mesh = network.folder, network.tokenizer, network.mesh
-  optimizer = runs.make_optimizer(config)
   ema_decay = config.ema_decay or None
   layout = runs.state_layout(network, optimizer, ema=ema_decay is not None, reference=False)
 
@@ -52,11 +58,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   plain = json.loads(config.to_json())
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
-  # --- Data.
-  with hosts.together():
-    examples = corpus.shards(config.data.folder) if config.data.folder else corpus.iconworld(
-      dict(config.data.mixture), wrong_plan_rate=config.data.wrong_plan_rate
-    )
+  # --- Batches.
   batches = feed.Feed(
     examples, folder.config, tokenizer, make_encoder(folder),
     feed.Recipe(config.noise_draws, config.timestep_shift, config.drop_text, config.drop_vit,
