@@ -129,13 +129,14 @@ def test_dropped_conditions(config, tokenizer):
   assert kinds("answer", drop_text=1.0, drop_vit=1.0) == ["PatchImage", "Text", "Text"]
 
 
-def _feed(config, tokenizer, examples=None, limits=LIMITS, **options):
+RECIPE = feed.Recipe(noise_draws=3)
+
+
+def _feed(config, tokenizer, examples=None, limits=LIMITS, recipe=RECIPE, **options):
   names = list(EXAMPLES)
   draw = examples or (lambda rng: EXAMPLES[names[rng.integers(len(names))]])
   options = dict(rows=6, microbatches=2, seed=0) | options
-  return feed.Feed(
-    draw, config, tokenizer, _encode(config), feed.Recipe(noise_draws=3), limits, **options
-  )
+  return feed.Feed(draw, config, tokenizer, _encode(config), recipe, limits, **options)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(config, tokenizer):
@@ -230,10 +231,51 @@ def test_a_host_has_its_share_of_the_images(monkeypatch):
   assert "config.limits.images=6 does not divide" in message and "4 hosts" in message
 
 
-def test_limits_name_what_is_too_small(config, tokenizer):
-  small = packing.PadTo(tokens=32, labels=256, patches=24, images=6, clean=32, latents=32, noisy=3)
-  with pytest.raises(errors.InputError, match=r"limits\.tokens=32 is too small"):
-    _feed(config, tokenizer, limits=small).batch(0)
+LONG = corpus.Example("a kite", "<think>one kite</think>", target=_picture(10), where="a, line 3")
+EDIT = dataclasses.replace(EXAMPLES["edit"], where="a, line 3")
+
+
+@pytest.mark.parametrize("example, limit, words", [
+  (LONG, {"tokens": 64}, r"has (\d+) tokens .*, more than config\.limits\.tokens=64;"),
+  (LONG, {"labels": 4}, r"has (\d+) labels, more than config\.limits\.labels=4;"),
+  (EDIT, {"patches": 2}, r"has (\d+) patches in an image, more than config\.limits\.patches=2;"),
+  (EDIT, {"clean": 1}, r"has (\d+) latent tokens of images to edit, .*config\.limits\.clean=1;"),
+  (EDIT, {"latents": 1}, r"has (\d+) latent tokens in an image to draw, .*\.latents=1;"),
+])
+def test_a_sample_beyond_the_limits_says_so_itself(config, tokenizer, example, limit, words):
+  """Its true size: with a limit of that size it fits."""
+  whole = feed.Recipe(noise_draws=3, **KEEP)
+  feed_of = lambda **limit: _feed(
+    config, tokenizer, lambda _: example, dataclasses.replace(LIMITS, **limit), whole
+  )
+  message = refusals.refusal(feed_of(**limit).batch, 0)
+  found = re.match("a, line 3: a sample " + words, message)
+  assert found, message
+  needed = {name: int(found[1]) for name in limit}
+  feed_of(**needed).batch(0)
+  message = refusals.refusal(feed_of(**{name: size - 1 for name, size in needed.items()}).batch, 0)
+  assert re.match("a, line 3: a sample has ", message)
+
+
+def test_too_many_images_of_a_microbatch(config, tokenizer):
+  small = dataclasses.replace(LIMITS, images=4)
+  message = refusals.refusal(
+    _feed(config, tokenizer, lambda _: EXAMPLES["answer"], small).batch, 0
+  )
+  assert "config.limits.images leaves 4 to the 6 sequences" in message and "have 6;" in message
+
+
+@pytest.mark.parametrize("changes, words", [
+  ({"target": PIL.Image.new("RGB", (1000, 9))}, "image of 1000x9 pixels is too narrow"),
+  ({"source": PIL.Image.new("RGB", (1000, 9))}, "image of 1000x9 pixels is too narrow"),
+  ({"target": None, "source": PIL.Image.new("RGB", (1000, 9))}, "image of 1000x9 pixels is too"),
+  ({"prompt": "\U0001f600"}, "has no id in the toy tokenizer"),
+  ({"text": "\U0001f600"}, "has no id in the toy tokenizer"),
+])
+def test_an_example_that_cannot_be_learnt_is_named(config, tokenizer, changes, words):
+  example = dataclasses.replace(LONG, **changes)
+  message = refusals.refusal(_feed(config, tokenizer, lambda _: example).batch, 0)
+  assert message.startswith("a, line 3: ") and words in message
 
 
 def test_iconworld_mixtures_and_wrong_plans():

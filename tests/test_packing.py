@@ -108,6 +108,27 @@ def test_shapes_are_rounded_up_and_padding_is_unseen():
   assert (batch.vit_slot[~batch.vit.mask] == 8).all()
 
 
+def test_sizes_of_a_sample_are_those_of_its_batch():
+  """Packed alone and tight; what it has none of takes one place all the same."""
+  labelled = text(7, 8, 9, labels=packing.next_token_labels([7, 8, 9]))
+  for sample in (
+    [text(1, 2), labelled, patches(2), patches(3), clean(2), clean(4), noisy(4), noisy(2)],
+    [labelled, labelled, packing.Dropped()],
+    [noisy(5)],
+  ):
+    batch, sizes = pack([sample]), packing.sizes(sample)
+    found = dict(tokens=batch.und_ids.shape[1], labels=batch.label_ids.shape[1])
+    if batch.vit is not None:
+      found |= dict(images=len(batch.vit.ids), patches=batch.vit.ids.shape[1])
+    if batch.clean_ids is not None:
+      found |= dict(clean=batch.clean_ids.shape[1])
+    if batch.t is not None:
+      found |= dict(noisy=batch.t.shape[1], latents=batch.noisy_ids.shape[2])
+    for name, size in vars(sizes).items():
+      assert found.get(name, 1) == max(size, 1), name
+  assert packing.sizes([noisy(5)]) == packing.PadTo(0, 0, 0, 0, 0, latents=5, noisy=1)
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
   first = [text(1, 2), clean(3), noisy(2)]
   second = [patches(5), text(4, 5, 6, labels=packing.next_token_labels([4, 5, 6])), noisy(4)]

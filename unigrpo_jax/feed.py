@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,13 @@ EncodeFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Weight of each of the n labels of a text (official BAGEL's `len2weight`).
 CE_WEIGHTINGS = {
   "token": lambda n: 1.0, "sample": lambda n: 1.0 / n, "square": lambda n: 1.0 / n**0.5,
+}
+
+# What a sample has of each of its limits.
+_UNITS = {
+  "tokens": "tokens (text, ViT patches, markers)", "labels": "labels",
+  "patches": "patches in an image",
+  "clean": "latent tokens of images to edit", "latents": "latent tokens in an image to draw",
 }
 
 
@@ -72,7 +78,11 @@ class Feed:
     self._rows, self._microbatches, self._seed = rows, microbatches, seed
 
   def batch(self, step: int) -> types.PackedBatch:
-    """The microbatches of a step, NumPy, on a leading axis."""
+    """The microbatches of a step, NumPy, on a leading axis.
+
+    Raises:
+      InputError: an example cannot be read or is beyond the limits; says where it stands.
+    """
     rng = np.random.default_rng((self._seed, step, jax.process_index()))
     micro = [self._microbatch(rng) for _ in range(self._microbatches)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)
@@ -92,47 +102,66 @@ class Feed:
 
   def _microbatch(self, rng: np.random.Generator) -> types.PackedBatch:
     examples = [self._examples(rng) for _ in range(self._rows)]
-    # An image that is only asked about is not encoded: the answer sees it through the ViT alone.
-    edited = [None if e.target is None else e.source for e in examples]
-    latents = self._latents([e.target for e in examples] + edited, rng)
-    targets, sources = latents[: self._rows], latents[self._rows :]
-    tokenizer = self._tokenizer
-    samples = [
-      splits_of(example, target, source, self._config, tokenizer, self._recipe, rng)
-      for example, target, source in zip(examples, targets, sources)
-    ]
-    markers = (tokenizer.vision_start, tokenizer.vision_end)
-    widths = packing.Widths(self._config.vit.patch_dim, self._config.latent_dim)
-    batch = packing.pack(samples, image_markers=markers, pad_to=self._limits, widths=widths)
-    sizes = dict(
-      tokens=batch.und_ids.shape[1], labels=batch.label_ids.shape[1],
-      images=batch.vit.ids.shape[0], patches=batch.vit.ids.shape[1],
-      clean=batch.clean_ids.shape[1], noisy=batch.t.shape[1], latents=batch.noisy_ids.shape[2],
-    )
-    for name, size in sizes.items():
-      limit = getattr(self._limits, name)
-      if size > limit:
-        raise errors.InputError(
-          f"limits.{name}={limit} is too small: a batch needs more than that; try {size}"
+    latents = self._latents(examples, rng)
+    samples = []
+    for example, target, source in zip(examples, latents[: self._rows], latents[self._rows :]):
+      with errors.at(example.where):
+        samples.append(
+          splits_of(example, target, source, self._config, self._tokenizer, self._recipe, rng)
         )
-    return batch
+        _check_sample(packing.sizes(samples[-1]), self._limits)
+    images = sum(packing.sizes(sample).images for sample in samples)
+    if images > self._limits.images:
+      raise errors.InputError(
+        f"config.limits.images leaves {self._limits.images} to the {self._rows} sequences of a "
+        f"microbatch on this host, which have {images}; raise it, at most to config.microbatch"
+      )
+    return packing.pack(
+      samples, image_markers=(self._tokenizer.vision_start, self._tokenizer.vision_end),
+      pad_to=self._limits,
+      widths=packing.Widths(self._config.vit.patch_dim, self._config.latent_dim),
+    )
 
-  def _latents(self, images: Sequence[Any], rng: np.random.Generator) -> list[Any]:
-    """(latent tokens, grid ids) of each image, or None; images of one size are encoded together."""
-    c, out = self._config, [None] * len(images)
-    present = [row for row, image in enumerate(images) if image is not None]
-    resized = [images_lib.resize(images[row], c.vae_image) for row in present]
-    sizes = [(image.height, image.width) for image in resized]
-    for places, size in batches.by_size(sizes, phases.VAE_PIXELS):
-      pixels = np.stack([images_lib.to_array(resized[place]) for place in places])
+  def _latents(
+    self, examples: Sequence[corpus.Example], rng: np.random.Generator
+  ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """(latent tokens, grid ids) or None: of all targets, then of all sources that are edited.
+
+    Images of one size are encoded together. One that is only asked about is not encoded: the answer
+    sees it through the ViT alone.
+    """
+    c, out = self._config, [None] * 2 * len(examples)
+    edited = [None if example.target is None else example.source for example in examples]
+    wanted = [example.target for example in examples] + edited
+    images, ids = {}, {}
+    for place, (example, image) in enumerate(zip([*examples, *examples], wanted)):
+      if image is not None:
+        with errors.at(example.where):
+          images[place] = image = images_lib.resize(image, c.vae_image)
+          ids[place] = images_lib.position_ids(
+            image.height, image.width, c.latent_stride, c.max_latent_size, c.interpolate_pos
+          )
+    present = list(images)
+    shapes = [(images[place].height, images[place].width) for place in present]
+    for group, size in batches.by_size(shapes, phases.VAE_PIXELS):
+      places = [present[index] for index in group]
+      pixels = np.stack([images_lib.to_array(images[place]) for place in places])
       shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
       noise = rng.standard_normal((len(places), *shape), np.float32)
-      ids = images_lib.position_ids(
-        *size, c.latent_stride, c.max_latent_size, c.interpolate_pos
-      )
       for place, tokens in zip(places, self._encode(pixels, noise)):
-        out[present[place]] = (tokens, ids)
+        out[place] = (tokens, ids[place])
     return out
+
+
+def _check_sample(sizes: packing.PadTo, limits: packing.PadTo) -> None:
+  """Refuses a sample that is larger than the arrays of a microbatch."""
+  for name, unit in _UNITS.items():
+    size, limit = getattr(sizes, name), getattr(limits, name)
+    if size > limit:
+      raise errors.InputError(
+        f"a sample has {size} {unit}, more than config.limits.{name}={limit}; raise it, or leave "
+        "the sample out"
+      )
 
 
 def splits_of(

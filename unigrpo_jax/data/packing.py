@@ -126,6 +126,20 @@ class PadTo:
   noisy: int = 1
 
 
+def sizes(sample: Sequence[Split]) -> PadTo:
+  """What a sample takes of each of these, before anything is rounded up."""
+  lengths = lambda kind: [len(split.ids) for split in sample if isinstance(split, kind)]
+  texts, patches, clean, noisy = map(lengths, (Text, PatchImage, CleanImage, NoisyImage))
+  labels = [split.labels for split in sample
+            if isinstance(split, Text) and split.labels is not None]
+  return PadTo(
+    tokens=sum(texts) + sum(patches) + 2 * (len(patches) + len(clean)),
+    labels=sum(int((np.asarray(part) != NO_LABEL).sum()) for part in labels),
+    patches=max(patches, default=0), images=len(patches), clean=sum(clean),
+    latents=max(noisy, default=0), noisy=len(noisy),
+  )
+
+
 def next_token_labels(ids: Sequence[int] | np.ndarray) -> np.ndarray:
   """Labels of a text that predicts itself: each token's successor, `NO_LABEL` for the last.
 
