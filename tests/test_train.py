@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, finetune, folders, runs
+from unigrpo_jax import config_files, errors, feed, finetune, folders, runs
 
 SMALL = [
   "steps=4", "sequences_per_step=8", "microbatch=4", "noise_draws=2", "checkpoint_every=2",
@@ -63,7 +63,49 @@ def test_a_diverged_state_is_not_saved(shallow, tmp_path):
   config = _config(shallow, "log_every=9", "learning_rate.gen=1e30", "warmup_steps=0")
   with pytest.raises(errors.InputError, match=r"step 2: .*mse.* not finite; the run starts anew"):
     _train(config, tmp_path)
-  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+  assert _steps(tmp_path) == []
+
+
+def _mistake(patch, step):
+  """Lets what a user's file did wrong come with the batch of a step, counted from 0."""
+  batch = feed.Feed.batch
+
+  def mistaken(made, number):
+    if number == step:
+      raise errors.InputError("shards/a.jsonl, line 3: a sample has 9 labels")
+    return batch(made, number)
+
+  patch.setattr(feed.Feed, "batch", mistaken)
+
+
+def _steps(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_mistake_in_the_data_loses_no_step(shallow, tmp_path, monkeypatch):
+  """The step before it is saved; mended, the run goes on from there as if there had been none."""
+  config = _config(shallow, "steps=2", "checkpoint_every=9", 'schedule="constant"')
+  words = "^shards/a.jsonl, line 3: a sample has 9 labels$"
+  with monkeypatch.context() as patch, pytest.raises(errors.InputError, match=words):
+    _mistake(patch, step=0)
+    _train(config, tmp_path / "parts")
+  assert _steps(tmp_path / "parts") == []  # nothing was learnt
+  with monkeypatch.context() as patch, pytest.raises(errors.InputError, match=words):
+    _mistake(patch, step=1)
+    _train(config, tmp_path / "parts")
+  assert _steps(tmp_path / "parts") == [1]
+  parts, whole = _train(config, tmp_path / "parts"), _train(config, tmp_path / "whole")
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_mistake_in_the_data_does_not_save_what_diverged(shallow, tmp_path, monkeypatch):
+  config = _config(shallow, "log_every=9", "checkpoint_every=9", "learning_rate.gen=1e30",
+                   "warmup_steps=0")
+  _mistake(monkeypatch, step=3)
+  with pytest.raises(errors.InputError, match="a sample has 9 labels"):
+    _train(config, tmp_path)
+  assert _steps(tmp_path) == []
 
 
 def test_another_configuration_does_not_resume(shallow, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 
@@ -81,9 +82,16 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   print_start(config, network, state, workdir, first)
   log = runs.open_log(workdir, plain, run_id, first)
   clock = metrics.Clock(first, config.steps)
-  record = {"config": plain, "run_id": run_id}
-  with sharding.activate(mesh), runs.stop_on_signal() as stopping:
-    for number, host_batch in enumerate(batches.batches(first, config.steps), first + 1):
+  record, values = {"config": plain, "run_id": run_id}, {}
+  # Not where nothing was learnt yet, nor what diverged in a step that nobody looked at.
+  worth = lambda: bool(values) and not runs.not_finite(jax.device_get(values))
+  with (
+    sharding.activate(mesh), runs.stop_on_signal() as stopping,
+    contextlib.closing(batches.batches(first, config.steps)) as made,
+  ):
+    for number in range(first + 1, config.steps + 1):
+      with runs.saving_before(saved, number, state, record, worth), hosts.together():
+        host_batch = next(made)
       state, values = step_fn(state, spread(host_batch, mesh, config.microbatch))
       stopped = hosts.anywhere(stopping.is_set())
       tell = number % config.log_every == 0 or number in (first + 1, config.steps)

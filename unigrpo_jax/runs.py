@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import datetime
@@ -325,11 +325,44 @@ def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:
     number: of the step.
     where: what the user can go on from.
   """
-  bad = sorted(name for name, value in values.items() if not np.isfinite(value))
-  if bad:
+  if bad := not_finite(values):
     raise errors.InputError(
       f"step {number}: {', '.join(bad)} not finite; {where}; lower the learning rate and resume"
     )
+
+
+def not_finite(values: Mapping[str, Any]) -> list[str]:
+  """The names of the values that are not finite."""
+  return sorted(name for name, value in values.items() if not np.isfinite(value))
+
+
+def keep(
+  saved: checkpoints.TrainCheckpoints, number: int, state: types.TrainState,
+  record: Mapping[str, Any],
+) -> None:
+  """Saves the state of a step that may have been saved already."""
+  if hosts.broadcast(saved.latest) != number:
+    saved.save(number, state, record)
+
+
+@contextlib.contextmanager
+def saving_before(
+  saved: checkpoints.TrainCheckpoints, number: int, state: types.TrainState,
+  record: Mapping[str, Any], worth: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+  """Saves the state before step `number` where what it encloses stops the run.
+
+  Args:
+    saved, number, state, record: see `keep`.
+    worth: asked then, whether that state is worth it; the same on all hosts.
+  """
+  try:
+    yield
+  except errors.InputError:
+    if worth():
+      keep(saved, number - 1, state, record)
+    saved.close()
+    raise
 
 
 def group_sizes(params) -> dict[str, int]:

@@ -8,12 +8,10 @@ rewards become advantages within their group, and one update moves both experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import contextlib
 import functools
 import json
 import pathlib
 import time
-from typing import Any
 
 from absl import app, flags
 import jax
@@ -129,11 +127,11 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       before = remember()
       timer.take()
       # Think and draw; score what is drawn while the next chunk is.
-      with saving_before(saved, number, state, before):
+      with runs.saving_before(saved, number, state, before):
         gathered = collect(config, sampler, state.params, stream.next(), number, scorer, timer,
                            stopping)
       if gathered is None:
-        keep(saved, number - 1, state, before)
+        runs.keep(saved, number - 1, state, before)
         hosts.say(f"stopped by a signal in step {number}; the same command goes on")
         break
       experience, values = gathered
@@ -141,7 +139,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       with timer("update"), jax.transfer_guard("disallow"):
         state, found = jax.block_until_ready(update_fn(state, experience))
       values |= summarise(jax.device_get(found))
-      with saving_before(saved, number, state, before):
+      with runs.saving_before(saved, number, state, before):
         runs.check_finite(values, number, f"the state before it is saved in {workdir}")
         check_drift(values, limits, number)
       values |= timer.take() | {"seconds/compile": compiling.take()}
@@ -152,7 +150,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       score = None
       try:
         if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
-          with saving_before(saved, number + 1, state, remember()):
+          with runs.saving_before(saved, number + 1, state, remember()):
             results, score = evaluate(state, number)
           values |= results
       finally:
@@ -342,23 +340,6 @@ def make_evaluation(
     return values | {"seconds/evaluate": seconds}, results.mean(modes[0], "reward")
 
   return run
-
-
-def keep(saved, number: int, state: types.TrainState, record: dict[str, Any]) -> None:
-  """Saves the state of an iteration that may have been saved already."""
-  if hosts.broadcast(saved.latest) != number:
-    saved.save(number, state, record)
-
-
-@contextlib.contextmanager
-def saving_before(saved, number: int, state: types.TrainState, record: dict[str, Any]):
-  """Saves the state before iteration `number` where what it encloses stops the run."""
-  try:
-    yield
-  except errors.InputError:
-    keep(saved, number - 1, state, record)
-    saved.close()
-    raise
 
 
 def shown(values: dict[str, float]) -> dict[str, float]:
