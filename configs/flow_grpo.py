@@ -21,9 +21,8 @@ def get_config(variants: str = "") -> ConfigDict:
   unigrpo = config_files.module(_UNIGRPO)
   unigrpo.VARIANTS["no_think"] = no_think
   config = unigrpo.get_config(variants)
-  config.text.train = False
-  # Without a gradient, weight decay would still move it.
-  config.learning_rate.und = 0.0
+  config.text.train = False  # its words are only sampled
+  config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
   return config
 
 

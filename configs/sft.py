@@ -13,27 +13,27 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
   """The configuration for BAGEL-7B-MoT, or with a variant for IconWorld."""
   config = ConfigDict()
-  config.algorithm = "sft"
-  config.seed = 0
+  config.algorithm = "sft"  # which training this is; "unigrpo" is that of configs/unigrpo.py
+  config.seed = 0  # of examples, noise and random weights
   config.steps = 10_000  # optimizer steps
   config.init_from = ""  # official or converted folder
   config.random_init = False  # keep the folder's sizes, tokenizer and VAE, not its network
   config.export_to = ""  # official folder to write at the end; "" for none
-  config.export_dtype = "bfloat16"
+  config.export_dtype = "bfloat16"  # of its weights
 
   # Data
   config.data = ConfigDict()
-  config.data.folder = ""  # of *.jsonl shards; "" is IconWorld
-  config.data.mixture = ConfigDict(
+  config.data.folder = ""  # of *.jsonl shards, which leave the two below unread; "" is IconWorld
+  config.data.mixture = ConfigDict(  # IconWorld: relative frequency of each task
     dict(draw_think=0.55, draw=0.1, answer=0.2, describe=0.0, edit=0.15))
   config.data.wrong_plan_rate = 0.0  # IconWorld: part of the reasonings that go wrong
-  config.sequences_per_step = 64
+  config.sequences_per_step = 64  # of all hosts together; a multiple of microbatch
   config.microbatch = 8  # sequences at once, all hosts together
   config.noise_draws = 1  # noisy copies of each target image, which share its context
-  config.timestep_shift = 4.0
-  config.drop_text = 0.1  # probability of leaving a condition out
-  config.drop_vit = 0.3
-  config.drop_vae = 0.3
+  config.timestep_shift = 4.0  # of the training times towards noise; 1 for none
+  config.drop_text = 0.1  # probability of drawing without prompt and reasoning, for guidance
+  config.drop_vit = 0.3  # of editing without what the ViT sees of the source
+  config.drop_vae = 0.3  # of editing without the latents of the source
   config.limits = ConfigDict()  # sizes of every batch; a sample beyond them stops the run
   config.limits.tokens = 8192  # understanding tokens a sequence, ViT patches included
   config.limits.labels = 1536  # a sequence
@@ -43,40 +43,40 @@ def get_config(variant: str = "") -> ConfigDict:
   config.limits.latents = 4096  # latent tokens an image to draw
 
   # Loss
-  config.ce_weight = 0.25
+  config.ce_weight = 0.25  # of the cross entropy of words
   config.ce_weighting = "token"  # what counts alike: "token", "sample", or between them "square"
-  config.mse_weight = 1.0
+  config.mse_weight = 1.0  # of the error of velocities
   config.label_chunk = 256  # labels a sequence whose logits exist at once
 
   # Optimizer: AdamW
   config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
-  config.learning_rate.und = 2e-5
-  config.learning_rate.gen = 2e-5
-  config.learning_rate.text = 2e-5
-  config.learning_rate.latent = 2e-5
-  config.learning_rate.vit = 2e-5
-  config.learning_rate.tables = 0.0
+  config.learning_rate.und = 2e-5  # understanding expert
+  config.learning_rate.gen = 2e-5  # generation expert
+  config.learning_rate.text = 2e-5  # embeddings and head
+  config.learning_rate.latent = 2e-5  # time embedder, vae2llm, llm2vae
+  config.learning_rate.vit = 2e-5  # ViT and its connector
+  config.learning_rate.tables = 0.0  # position tables
   config.schedule = "constant"  # or "cosine", to zero at `steps`
-  config.warmup_steps = 500
-  config.b1, config.b2, config.eps = 0.9, 0.95, 1e-15
-  config.weight_decay = 0.0
+  config.warmup_steps = 500  # optimizer steps
+  config.b1, config.b2, config.eps = 0.9, 0.95, 1e-15  # of AdamW
+  config.weight_decay = 0.0  # times the learning rate, a step
   config.clip_norm = 1.0  # of each group's gradient
-  config.ema_decay = 0.9999  # 0 for none
+  config.ema_decay = 0.9999  # of the moving average, which is exported; 0 for none
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
-  config.remat = True
+  config.remat = True  # layers are computed again in the backward pass, not kept
   config.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "plain"; auto: splash on a TPU
   config.mesh = ConfigDict()
-  config.mesh.data = 1
+  config.mesh.data = 1  # ways that hold whole copies of the parameters
   config.mesh.fsdp = 0  # 0: all devices that data and tensor leave
-  config.mesh.tensor = 1
+  config.mesh.tensor = 1  # ways that each layer is cut into
 
   # Log
   config.writers = ("jsonl",)  # and "tensorboard", "wandb"
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
-  config.keep_checkpoints = 3
+  config.keep_checkpoints = 3  # the last so many
   if variant not in ("", "tiny", "tiny_look"):
     raise ValueError(f"variant {variant!r} is none of tiny, tiny_look")
   if variant:

@@ -18,7 +18,6 @@ _UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its flow objective."""
   config = config_files.module(_UNIGRPO).get_config(variants)
-  config.flow.train = False
-  # Without a gradient, weight decay would still move it.
-  config.learning_rate.gen = 0.0
+  config.flow.train = False  # its images are only sampled
+  config.learning_rate.gen = 0.0  # without a gradient, weight decay would still move it
   return config

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, recipe, rewards, runs, sharding
+from unigrpo_jax import config_files, errors, finetune, recipe, rewards, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
-UNIGRPO, TEXT, FLOW = "unigrpo", "text_grpo", "flow_grpo"
+UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"
 
 
 def _load(name):
@@ -51,18 +51,19 @@ def test_table_3():
   _check(config)
 
 
-def test_every_key_has_a_comment():
+@pytest.mark.parametrize("name, least", [(UNIGRPO, 90), (TEXT, 2), (FLOW, 2), (SFT, 45)])
+def test_every_key_has_a_comment(name, least):
   """A section has one above it, or beside it."""
-  lines = (ROOT / "configs" / "unigrpo.py").read_text().split("def tiny")[0].splitlines()
-  start = next(i for i, line in enumerate(lines) if line.startswith("def get_config"))
+  source = (ROOT / "configs" / f"{name}.py").read_text()
+  lines = source[source.index("def get_config") :].split("\ndef ")[0].splitlines()
   keys = 0
-  for above, line in zip(lines[start:], lines[start + 1 :]):
+  for above, line in zip(lines, lines[1:]):
     if re.match(r"  config\.[\w.]+(, config\.\w+)* = ", line):
       section = line.rstrip().endswith("= ConfigDict()")
       commented = "  # " in line or (section and ("  # " in above or above.startswith("  config.")))
       keys += not section
       assert commented, line
-  assert keys > 90
+  assert keys >= least
 
 
 @pytest.mark.parametrize("name", [UNIGRPO, TEXT, FLOW])
@@ -99,7 +100,6 @@ REFUSED = [
   ("rollout.cfg_renorm", "x", "config.rollout.cfg_renorm='x'"),
   ("advantage.std", "x", "config.advantage.std='x'"),
   ("old_values", "x", "config.old_values='x'"),
-  ("dtype", "float16", "config.dtype='float16'"),
   ("export_dtype", "float23", "config.export_dtype='float23'"),
   ("eval.cfg_renorm", "globl", "config.eval.cfg_renorm='globl' .* did you mean 'global'"),
   ("eval.cfg_interval", (1.0, 0.4), r"config.eval.cfg_interval=\(1.0, 0.4\) holds no time"),
@@ -149,6 +149,22 @@ def told(samples, *, value):
   return np.full(len(samples), value)
 
 
+@pytest.mark.parametrize("name", [UNIGRPO, SFT])
+@pytest.mark.parametrize("key, value, words", [
+  ("dtype", "float16", "config.dtype='float16' is none of float32, bfloat16"),
+  ("dtype", "floaty", "config.dtype='floaty' .* did you mean 'float32'"),
+  ("mesh.data", 0, "config.mesh.data=0 must be at least 1"),
+  ("mesh.tensor", -1, "config.mesh.tensor=-1 must be"),
+  ("mesh.fsdp", -1, "config.mesh.fsdp=-1 must be at least 0"),
+])
+def test_a_network_that_cannot_be_is_refused(name, key, value, words):
+  config = _load(name).get_config("tiny")
+  config.init_from = "tiny"
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.InputError, match=words):
+    runs.open_network(config)
+
+
 def test_attention_is_checked_against_names_and_devices():
   for value, words in (
     ("flash", "config.attention='flash' .* did you mean 'splash'"),
@@ -169,6 +185,41 @@ def test_what_is_refused_names_its_key_in_a_line(key, value, words):
   (config[section] if section else config)[name] = value
   with pytest.raises(errors.InputError, match=words) as refused:
     _check(config)
+  assert "\n" not in str(refused.value)
+
+
+SFT_REFUSED = [
+  *((key, 0, f"config.{key}=0 must be at least 1") for key in (
+    "steps", "sequences_per_step", "microbatch", "noise_draws", "label_chunk", "log_every",
+    "checkpoint_every", "keep_checkpoints", "limits.tokens", "limits.labels", "limits.images",
+    "limits.patches", "limits.clean", "limits.latents",
+  )),
+  *((key, -1.0, f"config.{key}=-1.0 must be at least 0") for key in (
+    "ce_weight", "mse_weight", "drop_text", "weight_decay", "eps", "learning_rate.vit", "b1",
+  )),
+  *((key, 1.5, f"config.{key}=1.5 must be at least 0 and at most 1") for key in (
+    "drop_text", "drop_vit", "drop_vae", "ema_decay", "b2",
+  )),
+  ("timestep_shift", 0.0, "config.timestep_shift=0.0 must be more than 0"),
+  ("timestep_shift", float("nan"), "config.timestep_shift=nan must be"),
+  ("clip_norm", 0.0, "config.clip_norm=0.0 must be more than 0"),
+  ("warmup_steps", -1, "config.warmup_steps=-1 must be at least 0"),
+  ("export_dtype", "float23", "config.export_dtype='float23'"),
+  ("ce_weighting", "tokens", "config.ce_weighting='tokens' .* did you mean 'token'"),
+  ("sequences_per_step", 12, "config.sequences_per_step=12 is not a multiple of .*microbatch=8"),
+]
+
+
+@pytest.mark.parametrize(
+  "key, value, words", SFT_REFUSED, ids=[f"{k}={v}" for k, v, _ in SFT_REFUSED]
+)
+def test_what_supervised_training_refuses_names_its_key_in_a_line(key, value, words):
+  config = _load(SFT).get_config()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  finetune.check_config(config, mesh)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.InputError, match=words) as refused:
+    finetune.check_config(config, mesh)
   assert "\n" not in str(refused.value)
 
 

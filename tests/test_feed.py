@@ -14,7 +14,6 @@ from tests import refusals
 from unigrpo_jax import (
   config_files,
   corpus,
-  errors,
   feed,
   finetune,
   folders,
@@ -292,8 +291,19 @@ def test_iconworld_mixtures_and_wrong_plans():
   mixed = corpus.iconworld(dict.fromkeys(corpus.TASKS, 1.0), wrong_plan_rate=0.0)
   kinds = {(e.text is None, e.target is None, e.source is None) for e in map(mixed, [rng] * 60)}
   assert len(kinds) == 4
-  with pytest.raises(errors.InputError, match="paint"):
-    corpus.iconworld({"paint": 1.0}, wrong_plan_rate=0.0)
+
+
+@pytest.mark.parametrize("mixture, rate, words", [
+  ({"drawn": 1.0}, 0.0, "config.data.mixture='drawn' is none of .* did you mean 'draw'"),
+  ({"draw": 2.0, "edit": -1.0}, 0.0, "config.data.mixture.edit=-1.0 must be at least 0"),
+  ({"draw": float("nan")}, 0.0, "config.data.mixture.draw=nan"),
+  ({"draw": 0.0}, 0.0, "config.data.mixture={'draw': 0.0} has no task"),
+  ({}, 0.0, "config.data.mixture={} has no task"),
+  ({"draw": 1.0}, 7.0, "config.data.wrong_plan_rate=7.0 must be at least 0 and at most 1"),
+])
+def test_impossible_mixtures_name_their_key(mixture, rate, words):
+  message = refusals.refusal(corpus.iconworld, mixture, wrong_plan_rate=rate)
+  assert re.match(words, message), message
 
 
 @pytest.fixture

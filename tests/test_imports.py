@@ -40,10 +40,11 @@ ROOMS = {
 }
 # Entry points, and what only they use.
 FREE = {
-  "__init__", "batches", "bench", "build", "compare", "config_files", "conversion", "convert",
-  "corpus", "evaluate", "evaluation", "export", "feed", "finetune", "folders", "generate",
-  "iconworld_evaluation", "metrics", "objective", "phases", "pipeline", "plan", "planning",
-  "policy", "recipe", "report", "rollout", "runs", "step", "train", "update", "workloads",
+  "__init__", "batches", "bench", "build", "checks", "compare", "config_files", "conversion",
+  "convert", "corpus", "evaluate", "evaluation", "export", "feed", "finetune", "folders",
+  "generate", "iconworld_evaluation", "metrics", "objective", "phases", "pipeline", "plan",
+  "planning", "policy", "recipe", "report", "rollout", "runs", "step", "train", "update",
+  "workloads",
 }
 STANDARD = {
   "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",

@@ -123,11 +123,15 @@ def test_another_configuration_does_not_resume(shallow, tmp_path):
     ("microbatch=3", "sequences_per_step=8 is not a multiple"),
     ('schedule="linear"', "schedule='linear'"),
     ("mesh.data=3", "mesh data=3"),
+    ("data.wrong_plan_rate=7.0", "config.data.wrong_plan_rate=7.0"),
+    ('data.folder="nowhere"', "nowhere: no .*jsonl shards"),
+    ("log_every=0", "config.log_every=0"),
   ],
 )
 def test_impossible_configurations_are_refused(shallow, tmp_path, override, words):
   with pytest.raises(errors.InputError, match=words):
     _train(_config(shallow, override), tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_overrides_of_unknown_keys_are_refused():

@@ -59,10 +59,19 @@ def iconworld(
     wrong_plan_rate: part of the reasonings that go wrong somewhere; the image then follows the
       wrong plan, so that drawing stays honest while reasoning has something to unlearn.
     split: whose combinations to draw from.
+
+  Raises:
+    InputError: a task is unknown, a weight is negative, or none is positive, or the rate is no
+      part; names the key of the config.
   """
-  unknown = sorted(set(mixture) - set(TASKS))
-  if unknown or not sum(mixture.values()) > 0:
-    raise errors.InputError(f"mixture={dict(mixture)}: expected positive weights of {TASKS}")
+  for name, weight in mixture.items():
+    runs.choose("config.data.mixture", name, TASKS)
+    errors.require(f"config.data.mixture.{name}", weight, low=0)
+  if not sum(mixture.values()) > 0:
+    raise errors.InputError(
+      f"config.data.mixture={dict(mixture)} has no task; give one of them a positive weight"
+    )
+  errors.require("config.data.wrong_plan_rate", wrong_plan_rate, low=0, high=1)
   names = list(mixture)
   weights = np.array([mixture[name] for name in names], float)
   weights /= weights.sum()

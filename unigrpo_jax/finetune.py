@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import (
+  checks,
   corpus,
   errors,
   feed,
@@ -27,6 +28,17 @@ from unigrpo_jax.data import packing
 from unigrpo_jax.models import vae
 
 RESUMABLE = runs.RESUMABLE | {"steps", "limits"}
+
+# Bounds of numbers; see `checks`.
+NUMBERS: checks.Numbers = (
+  ({"low": 0}, ("ce_weight", "mse_weight")),
+  ({"low": 1}, (
+    "sequences_per_step", "noise_draws", "label_chunk", "log_every", "limits.tokens",
+    "limits.labels", "limits.images", "limits.patches", "limits.clean", "limits.latents",
+  )),
+  ({"above": 0}, ("timestep_shift",)),
+  ({"low": 0, "high": 1}, ("drop_text", "drop_vit", "drop_vae")),
+)
 
 
 def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
@@ -155,7 +167,12 @@ def spread(batch: types.PackedBatch, mesh, rows: int) -> types.PackedBatch:
 
 
 def check_config(config, mesh) -> None:
-  """Refuses impossible numbers before anything is loaded or compiled."""
+  """Refuses what cannot run, before anything is loaded or compiled.
+
+  Raises:
+    InputError: names the key, its value, and what to do.
+  """
+  checks.check(config, {"ce_weighting": feed.CE_WEIGHTINGS}, NUMBERS)
   if config.sequences_per_step % config.microbatch:
     raise errors.InputError(
       f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "
@@ -174,8 +191,6 @@ def check_config(config, mesh) -> None:
       f"config.mesh.tensor={config.mesh.tensor} joins devices of several hosts, which would each "
       "make the same examples; make it a divisor of a host's devices"
     )
-  runs.choose("config.export_dtype", config.export_dtype, runs.EXPORT_DTYPES)
-  runs.choose("config.ce_weighting", config.ce_weighting, feed.CE_WEIGHTINGS)
 
 
 def print_start(config, network: runs.Network, state, workdir, first: int) -> None:

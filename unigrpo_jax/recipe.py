@@ -12,6 +12,7 @@ import numpy as np
 
 from unigrpo_jax import (
   batches,
+  checks,
   errors,
   objective,
   policy,
@@ -27,18 +28,22 @@ from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.sampling import flow, sde, windows
 
-# The least value of numbers.
-LEAST = {
-  0: ("eval.every", "eval.keep", "lora.rank", "warmup_steps", "keep_every", "flow.weight",
-      "flow.clip", "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low",
-      "text.clip_high", "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip",
-      "drift.text", "drift.flow", "weight_decay", "eps"),
-  1: ("steps", "prompts_per_step", "epochs", "minibatches", "microbatch", "eval.prompts",
-      "eval.batch_size", "checkpoint_every", "keep_checkpoints", "rollout.prompts_at_once",
-      "rollout.max_tokens", "text.chunk", "reward.threads"),
-  2: ("group_size", "rollout.num_timesteps", "eval.num_timesteps"),
-  3: ("rollout.prompt_tokens",),
-}
+# Bounds of numbers; see `checks`.
+NUMBERS: checks.Numbers = (
+  ({"low": 0}, (
+    "eval.every", "eval.keep", "lora.rank", "keep_every", "flow.weight", "flow.clip",
+    "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
+    "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
+    "drift.flow",
+  )),
+  ({"low": 1}, (
+    "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",
+    "rollout.prompts_at_once", "rollout.max_tokens", "text.chunk", "reward.threads",
+  )),
+  ({"low": 2}, ("group_size", "rollout.num_timesteps", "eval.num_timesteps")),
+  ({"low": 3}, ("rollout.prompt_tokens",)),
+  ({"above": 0}, ("rollout.temperature", "lora.alpha", "flow.nft_beta", "flow.nft_bound")),
+)
 # Largest drift/text_scaled that rounding explains. float32: summation order. bfloat16: activations
 # carry 2^-8 of relative error; the embedded BAGEL's five layers make 0.07 of it, and logits of size
 # 30 some tenths of a nat.
@@ -63,20 +68,10 @@ def check(config, network: runs.Network) -> None:
     "text.aggregation": text_losses.AGGREGATIONS, "rollout.sde": sde.KINDS,
     "rollout.window": windows.CONVENTIONS, "rollout.cfg_renorm": flow.RENORMS,
     "rollout.layout": tuple(sharding.LAYOUTS),
-    "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES, "dtype": tuple(TEXT_DRIFT),
-    "eval.cfg_renorm": flow.RENORMS, "export_dtype": runs.EXPORT_DTYPES,
+    "advantage.std": advantages.STDS, "old_values": update.OLD_VALUES,
+    "eval.cfg_renorm": flow.RENORMS,
   }
-  for key, options in choices.items():
-    runs.choose(f"config.{key}", _value(config, key), options)
-  for low, keys in LEAST.items():
-    for key in keys:
-      errors.require(f"config.{key}", _value(config, key), low=low)
-  for key in ("rollout.temperature", "lora.alpha", "flow.nft_beta", "flow.nft_bound", "clip_norm"):
-    errors.require(f"config.{key}", _value(config, key), above=0)
-  for group, rate in config.learning_rate.items():
-    errors.require(f"config.learning_rate.{group}", rate, low=0)
-  for key in ("ema_decay", "b1", "b2"):
-    errors.require(f"config.{key}", config[key], low=0, high=1)
+  checks.check(config, choices, NUMBERS)
   for section in ("rollout", "eval"):
     low, high = interval = tuple(config[section].cfg_interval)
     if not 0 <= low < high <= 1:
@@ -119,11 +114,6 @@ def check(config, network: runs.Network) -> None:
         f"config.{key}.train=True but config.learning_rate.{group}=0; give it one"
       )
   _check_window(config)
-
-
-def _value(config, key: str):
-  section, _, name = key.rpartition(".")
-  return (config[section] if section else config)[name]
 
 
 def _check_window(config) -> None:

@@ -41,6 +41,7 @@ RESUMABLE = frozenset({
   "attention",
 })
 
+DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
 
@@ -66,7 +67,8 @@ def open_network(config, devices=None) -> Network:
   """Devices, tokenizer and network of a run, without weights.
 
   Raises:
-    InputError: the mesh or the attention does not fit the devices, or the folder cannot be used.
+    InputError: the mesh or the attention does not fit the devices, the dtype is unknown, or the
+      folder cannot be used.
   """
   if not config.init_from:
     raise errors.InputError("config.init_from is empty; give an official or converted folder")
@@ -78,8 +80,11 @@ def open_network(config, devices=None) -> Network:
 
 def build_network(config, folder: folders.ModelFolder, tokenizer, devices=None) -> Network:
   """The network of a run on its mesh, from its sizes; see `open_network`."""
+  choose("config.dtype", config.dtype, DTYPES)
   devices = jax.devices() if devices is None else devices
   sizes = dict(config.mesh)
+  for axis, size in sizes.items():
+    errors.require(f"config.mesh.{axis}", size, low=0 if axis == "fsdp" else 1)
   others = sizes["data"] * sizes["tensor"]
   sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
   mesh = sharding.make_mesh(**sizes, devices=devices)
