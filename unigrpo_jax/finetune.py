@@ -27,7 +27,7 @@ from unigrpo_jax import step as step_lib
 from unigrpo_jax.data import packing
 from unigrpo_jax.models import vae
 
-RESUMABLE = runs.RESUMABLE | {"steps", "limits"}
+RESUMABLE = runs.RESUMABLE | {"limits"}
 
 # Bounds of numbers; see `checks`.
 NUMBERS: checks.Numbers = (

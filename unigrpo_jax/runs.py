@@ -37,8 +37,8 @@ from unigrpo_jax.models import attention, bagel, layers
 
 # What may differ between any run and its resumption; each kind of run adds its own.
 RESUMABLE = frozenset({
-  "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "export_to", "mesh",
-  "attention",
+  "steps", "writers", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
+  "export_to", "export_dtype", "mesh", "attention",
 })
 
 DTYPES = ("float32", "bfloat16")
