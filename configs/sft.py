@@ -4,7 +4,8 @@
     --config.data.folder=shards --workdir=runs/sft                    # BAGEL-7B-MoT on a pod
   python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
 
-`:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`: it makes the embedded BAGEL.
+`:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`, which makes the embedded BAGEL
+from random weights; by themselves they go on from it.
 """
 
 from ml_collections import ConfigDict
@@ -89,7 +90,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def tiny(config: ConfigDict) -> None:
   """The numbers for IconWorld on two cores."""
   config.steps = 2400
-  config.random_init = True
+  config.init_from = "tiny"
   config.data.wrong_plan_rate = 0.3
   config.data.mixture = ConfigDict(dict(draw_think=0.5, draw=0.1, answer=0.25, edit=0.15))
   config.sequences_per_step = config.microbatch = 48
@@ -115,7 +116,6 @@ def tiny(config: ConfigDict) -> None:
 
 def look(config: ConfigDict) -> None:
   """What comes after `tiny`: descriptions of whole images teach the ViT to see."""
-  config.init_from, config.random_init = "", False
   config.seed = 1
   config.steps = 2000
   config.data.mixture = ConfigDict(

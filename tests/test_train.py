@@ -108,6 +108,21 @@ def test_a_mistake_in_the_data_does_not_save_what_diverged(shallow, tmp_path, mo
   assert _steps(tmp_path) == []
 
 
+def test_a_place_for_the_export_is_looked_at_first(shallow, tmp_path):
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  (mine / "notes.txt").write_text("")
+  with pytest.raises(errors.InputError, match="config.export_to: target .*mine is not a model fol"):
+    _train(_config(shallow, f'export_to="{mine}"'), tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_tiny_variants_go_on_from_the_embedded_checkpoint():
+  for name in ("tiny", "tiny_look"):
+    config = config_files.load("sft", name)
+    assert (config.init_from, config.random_init) == ("tiny", False)
+
+
 def test_another_configuration_does_not_resume(shallow, tmp_path):
   _train(_config(shallow, "steps=1"), tmp_path)
   with pytest.raises(errors.InputError, match="config.ce_weight=2.0 but the run"):

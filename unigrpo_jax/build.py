@@ -186,7 +186,7 @@ def build(
     vae_checkpoint_every=vae_checkpoint_every,
   )
   if not (workdir / "first").exists():
-    first.seed, first.init_from = seed, str(workdir / "base")
+    first.seed, first.init_from, first.random_init = seed, str(workdir / "base"), True
     # Whole, since the training goes on from it.
     first.export_to, first.export_dtype = str(workdir / "first"), "float32"
     finetune.train(first, workdir / "sft", devices)

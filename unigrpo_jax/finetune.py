@@ -196,7 +196,7 @@ def check_config(config, mesh) -> None:
 def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
   """What will run, before it compiles."""
   hosts.say("\n".join([
-    f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}",
+    runs.start_line(config, network, workdir, first),
     runs.device_line(network.mesh),
     f"a step: {config.sequences_per_step} sequences in "
     f"{config.sequences_per_step // config.microbatch} microbatch(es), "

@@ -198,9 +198,16 @@ def resume_or_start(
     free: see `may_change`.
 
   Raises:
-    InputError: the checkpoint is of another configuration.
+    InputError: the checkpoint is of another configuration, or the run's export could not be written
+      where it is to go, which shows now rather than in the end.
   """
   abstract, where = layout
+  with hosts.together():
+    if config.export_to:
+      with errors.at("config.export_to"):
+        folders.check_target(
+          network.folder.path, pathlib.Path(config.export_to), overwrite=True
+        )
   saved = open_checkpoints(workdir, config)
   newest = hosts.broadcast(saved.latest)
   if newest is None:
@@ -387,6 +394,14 @@ def group_lines(config, params) -> list[str]:
       state = f"learning rate {rate:g}" if rate else "frozen"
       lines.append(f"  {group:7} {count:>15,} parameters, {state}")
   return lines
+
+
+def start_line(config, network: Network, workdir: pathlib.Path, first: int) -> str:
+  """What is trained, where, from which step to which."""
+  weights = ", random weights" if config.random_init and not first else ""
+  return (
+    f"training {network.folder.path}{weights} in {workdir}, steps {first} to {config.steps}"
+  )
 
 
 def device_line(mesh: jax.sharding.Mesh) -> str:

@@ -47,7 +47,7 @@ for _name, _kind, _words in host_flags.FLAGS:
   (flags.DEFINE_string if _kind is str else flags.DEFINE_integer)(_name, None, _words)
 
 RESUMABLE = runs.RESUMABLE | {
-  "steps", "eval", "drift", "writers", "reward.threads", "reward.max_failed_fraction",
+  "eval", "drift", "reward.threads", "reward.max_failed_fraction",
 }
 
 
@@ -362,7 +362,7 @@ def print_start(config, network: runs.Network, state, workdir, first: int) -> No
   )
   schedule = recipe.schedule(config, network.mesh)
   lines = [
-    f"training {network.folder.path} in {workdir}, steps {first} to {config.steps}",
+    runs.start_line(config, network, workdir, first),
     runs.device_line(network.mesh),
     f"a step: {config.prompts_per_step} prompts x {config.group_size} = {count:,} trajectories of "
     f"{r.height} x {r.width} pixels, "
