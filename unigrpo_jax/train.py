@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import functools
 import json
+import logging
 import pathlib
 import time
 
@@ -411,6 +412,8 @@ def main(_) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
       raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
+    # That a laptop has no TPU is no news.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     hosts.from_flags(flags.FLAGS)
     workdir = pathlib.Path(_WORKDIR.value)
     if jax.config.jax_compilation_cache_dir is None:
