@@ -150,7 +150,7 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
 
   Strict is GenEval's verdict and no extra object. Soft is the mean of the clauses about what is
   included, times max(0, 1 - extra objects / objects asked for): twice too many objects score 0. It
-  is 1 exactly where strict is.
+  is 1 exactly where strict is and something is asked for.
 
   Returns:
     (0.0 or 1.0, a number in [0, 1]).

@@ -27,7 +27,7 @@ def strict(samples: Sequence[base.Sample]) -> np.ndarray:
 def soft(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32 in [0, 1]: the share of the demands that the image meets, less for extra objects.
 
-  It is 1 exactly where `iconworld_strict` is; see `geneval.score`.
+  It is 1 exactly where `iconworld_strict` is 1; see `geneval.score`.
   """
   return _scores(samples, lambda sample: _verdict(sample)[1])
 
