@@ -148,13 +148,14 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
 def test_no_picture_of_an_older_evaluation_stays(tmp_path):
   image, row = np.zeros((8, 8, 3), np.uint8), evaluation.Row("plain", "all", "a", None, {}, None)
   rows = [dataclasses.replace(row, image=f"images/plain_0000{i}.png") for i in range(2)]
-  (tmp_path / "images").mkdir()
-  (tmp_path / "images" / "mine.png").write_bytes(b"")
+  mine = tmp_path / "images" / "train_00001.png"
+  mine.parent.mkdir()
+  mine.write_bytes(b"")
   files = lambda: sorted(path.name for path in tmp_path.rglob("*.png"))
   evaluation.Results(rows, {row.image: image for row in rows}).save(tmp_path, "a title")
-  assert files() == ["contact.png", "mine.png", "plain_00000.png", "plain_00001.png"]
+  assert files() == ["contact.png", "plain_00000.png", "plain_00001.png", "train_00001.png"]
   evaluation.Results([row], {}).save(tmp_path, "a title")
-  assert files() == ["mine.png"]
+  assert files() == ["train_00001.png"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,7 @@ def test_no_picture_of_an_older_evaluation_stays(tmp_path):
     (["--out=p.txt"], "--out=p.txt is a file"),
     (["--out=p.txt/o"], "--out=p.txt/o: cannot write there"),
     (["--out=o", "--rewards", "brightnes"], "did you mean brightness?"),
+    (["--out=o", "--modes", "edit", "--rewards", "brightness"], "nothing is drawn for --rewards"),
     (["--out=o", "--reward_options", '{"a": {}}'], "--reward_options needs --rewards"),
     (["--out=o", "--checkpoint=nope"], "nope: no such folder"),
   ],

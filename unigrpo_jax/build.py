@@ -33,6 +33,7 @@ from unigrpo_jax import (
   metrics,
   optim,
   replacing,
+  runs,
   sharding,
 )
 from unigrpo_jax.data import bpe
@@ -175,11 +176,12 @@ def build(
   """
   workdir = workdir.resolve()  # As a stage finds it that goes on from elsewhere.
   first, look = (config_files.load("sft", name, overrides) for name in ("tiny", "tiny_look"))
-  if out.exists() and not (workdir / "look").exists():
-    raise errors.InputError(f"--out={out} exists already; choose another folder")
-  folders.check_target(workdir / "base", out, overwrite=True)
+  with errors.at("--out"):
+    for stage in ("base", "draft", "vae", "sft", "first", "look"):
+      folders.check_target(workdir / stage, out, overwrite=True)
   _remember(workdir, {
     "seed": seed, "vae_steps": vae_steps, "vae_rows": vae_rows, "set": list(overrides),
+    "out": str(out.resolve()),
   })
   make_base(
     workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
@@ -198,16 +200,21 @@ def build(
 
 def _remember(workdir: pathlib.Path, asked: Mapping[str, Any]) -> None:
   """Keeps what a build was asked for; refuses to go on with anything else."""
-  record = workdir / "build.json"
-  before = json.loads(record.read_text()) if record.exists() else asked
+  record, before = workdir / "build.json", asked
+  if record.exists():
+    before = json.loads(record.read_text())
+  elif pathlib.Path(asked["out"]).exists():
+    raise errors.InputError(f"--out={asked['out']} exists already; choose another folder")
   for name, value in asked.items():
     if before[name] != value:
       raise errors.InputError(
         f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its value, "
         "or choose a new --workdir"
       )
+  with errors.at(f"--workdir={workdir}"):
+    replacing.probe(record)
   workdir.mkdir(parents=True, exist_ok=True)
-  replacing.write_text(record, json.dumps(asked, indent=2) + "\n")
+  runs.write_json(record, asked)
 
 
 def make_base(

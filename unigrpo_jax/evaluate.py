@@ -96,10 +96,8 @@ def check_out(folder: pathlib.Path) -> None:
   """Refuses a folder that cannot be written to; better now than after the drawing."""
   if folder.exists() and not folder.is_dir():
     raise errors.InputError(f"--out={folder} is a file; give a folder")
-  try:
+  with errors.at(f"--out={folder}"):
     replacing.probe(folder / "results.json")
-  except OSError as error:
-    raise errors.InputError(f"--out={folder}: cannot write there ({error.strerror})") from None
 
 
 def read_examples(args: argparse.Namespace):
@@ -180,6 +178,8 @@ def evaluate(args: argparse.Namespace) -> None:
   names = args.modes or (ICONWORLD if iconworld else DRAWING)
   tasks = [name for name in iconworld_evaluation.TASKS if name in names]
   modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
+  if args.rewards and not modes:
+    raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
   if tasks and not iconworld:
     raise errors.InputError(f"--modes {tasks[0]} needs --prompts_from=iconworld")
   hosts.compare(vars(args) | {"process": None})
@@ -209,8 +209,9 @@ def evaluate(args: argparse.Namespace) -> None:
   if scorer:
     scorer.close()
     for name, failures in scorer.failures.items():
-      if failures.count:
-        hosts.say(f"note: reward {name} did not score {failures.count} pictures: {failures.last}")
+      reasons = filter(None, hosts.gather_texts(failures.last))
+      if left := sum(name not in row.rewards for row in results.rows if row.mode not in tasks):
+        hosts.say(f"note: reward {name} did not score {left} pictures: {next(reasons, '')}")
   elif unscored := sum(not row.rewards for row in results.rows):
     hosts.say(f"note: {unscored} of {len(results.rows)} pictures were not scored: their prompts "
               "have no metadata of IconWorld; --rewards names other rewards")

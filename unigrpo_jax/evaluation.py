@@ -18,11 +18,14 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
 from unigrpo_jax import batches, contact_sheet, errors, hosts, intervals, rewards, sharding
+
+_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
 
 Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
 Progress = Callable[[str, int, int], None]
@@ -151,13 +154,14 @@ class Results:
     text = "\n".join([f"# {title}\n", *map(self.table, self.rewards)])
     try:
       folder.mkdir(parents=True, exist_ok=True)
+      if (folder / "results.json").exists():  # And so the pictures of another evaluation.
+        for old in [folder / "contact.png", *folder.glob("images/*.png")]:
+          if old.name == "contact.png" or _PICTURE.fullmatch(old.name):
+            old.unlink(missing_ok=True)
       (folder / "results.json").write_text(
         json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
       )
       (folder / "results.md").write_text(text, encoding="utf-8")
-      # What an evaluation before this one has left.
-      for old in (folder / "contact.png", *folder.glob("images/*_[0-9][0-9][0-9][0-9][0-9].png")):
-        old.unlink(missing_ok=True)
       for name, image in self.images.items():
         (folder / name).parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(image).save(folder / name)

@@ -110,7 +110,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       save = number % config.checkpoint_every == 0 or number == config.steps or stopped
       if tell or save:
         values = jax.device_get(values)
-        runs.check_finite(values, number, runs.how_to_go_on(workdir))
+        if runs.not_finite(values):
+          saved.close()  # Whose last save the run goes on from.
+          runs.check_finite(values, number, runs.how_to_go_on(workdir))
       if tell:
         log.write(number, values)
         hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))

@@ -130,13 +130,11 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
 
 def _probe(out: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
   """Refuses a place where results cannot be written."""
+  with errors.at(f"--out={out}"):
+    replacing.probe(paths[0])
   for existing in paths:
     if existing.is_dir():
       raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
-  try:
-    replacing.probe(paths[0])
-  except OSError as error:
-    raise errors.InputError(f"--out={out}: cannot write there ({error.strerror})") from None
 
 
 class Progress:

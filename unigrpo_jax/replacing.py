@@ -9,6 +9,8 @@ import pathlib
 import shutil
 from typing import Any
 
+from unigrpo_jax import errors
+
 
 def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
   """Has `fill` write a file beside `path` that then takes its place: it is never half written."""
@@ -23,7 +25,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def probe(path: pathlib.Path) -> None:
-  """Raises OSError unless a file can be written at `path`; leaves nothing behind.
+  """Raises InputError unless a file can be written at `path`; leaves nothing behind.
 
   Better now than after hours of computing what should go there.
   """
@@ -31,13 +33,16 @@ def probe(path: pathlib.Path) -> None:
   try:
     for folder in reversed(path.absolute().parents):
       if not folder.exists():
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         made.append(folder)
     with _beside(path) as partial:
       partial.write_bytes(b"")
+  except OSError as error:
+    raise errors.InputError(f"cannot write there ({error.strerror}); give another place") from None
   finally:
     for folder in reversed(made):
-      folder.rmdir()
+      with contextlib.suppress(OSError):  # Another process uses it by now.
+        folder.rmdir()
 
 
 @contextlib.contextmanager

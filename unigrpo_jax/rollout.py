@@ -168,7 +168,7 @@ class Sampler:
       if len(tokens) > room or not prompt.strip():
         raise errors.InputError(
           f"prompt {prompt[:60]!r} has {len(tokens)} tokens with its markers, expected 3 to "
-          f"rollout.prompt_tokens={room}; raise that or leave the prompt out"
+          f"config.rollout.prompt_tokens={room}; raise that or leave the prompt out"
         )
       ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
     return ids, mask

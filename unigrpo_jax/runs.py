@@ -202,12 +202,9 @@ def resume_or_start(
       where it is to go, which shows now rather than in the end.
   """
   abstract, where = layout
-  with hosts.together():
-    if config.export_to:
-      with errors.at("config.export_to"):
-        folders.check_target(
-          network.folder.path, pathlib.Path(config.export_to), overwrite=True
-        )
+  if config.export_to and hosts.count() == 1:
+    with errors.at("config.export_to"):
+      folders.check_target(network.folder.path, pathlib.Path(config.export_to), overwrite=True)
   saved = open_checkpoints(workdir, config)
   newest = hosts.broadcast(saved.latest)
   if newest is None:

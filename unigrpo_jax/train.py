@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
+import importlib.util
 import json
 import logging
 import pathlib
@@ -77,6 +78,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     prompt_set = prompts_lib.open_set(config.prompts.source, config.prompts.split)
     stream = prompts_lib.PromptStream(prompt_set, config.seed, config.prompts_per_step)
     scorer = recipe.make_scorer(config)
+    fingerprint = prompt_set.fingerprint()
+  hosts.compare({f"prompts of {config.prompts.source}": fingerprint})
   vae = vae_lib.VAE(network.folder.config.vae)
   vae_params = network.folder.load_params(
     dtype=jnp.float32, parts=("vae",),
@@ -87,16 +90,13 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     recipe.rollout_settings(config, network.mesh),
   )
   with hosts.together():
-    for prompt in prompt_set:  # Rather than when its turn comes.
-      sampler.encode_prompts([prompt.prompt])
     evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
   saved, state, record = runs.resume_or_start(
     workdir, config, network, optimizer, layout, RESUMABLE
   )
-  plain, fingerprint = json.loads(config.to_json()), prompt_set.fingerprint()
-  hosts.compare({f"prompts of {config.prompts.source}": fingerprint})
+  plain = json.loads(config.to_json())
   resumed, first = bool(record), hosts.broadcast(saved.latest) or 0
   if resumed:
     if record.get("prompts", fingerprint) != fingerprint:
@@ -105,6 +105,10 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         "began; give it back its prompts, or choose a new --workdir"
       )
     stream.restore(record["prompt_position"])
+  else:
+    with hosts.together():
+      for prompt in prompt_set:  # Rather than when its turn comes.
+        sampler.encode_prompts([prompt.prompt])
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
 
   # --- The update.
@@ -412,8 +416,8 @@ def main(_) -> None:
     config = _CONFIG.value
     if config is None or not _WORKDIR.value:
       raise errors.InputError("give --config, for example configs/unigrpo.py:tiny, and --workdir")
-    # That a laptop has no TPU is no news.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    if importlib.util.find_spec("libtpu") is None:  # That a laptop has no TPU is no news.
+      logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     hosts.from_flags(flags.FLAGS)
     workdir = pathlib.Path(_WORKDIR.value)
     if jax.config.jax_compilation_cache_dir is None:

@@ -32,8 +32,9 @@ EPILOG = """examples:
     --reward_options '{"taste": {"device": "cuda"}}' --host 0.0.0.0 --token_env REWARD_TOKEN
   curl http://127.0.0.1:8901/v1/rewards
 
-A reward is a registered name or module:function, after NAME= to serve it under another name. The
-connection is not encrypted: a token protects a private network, not a public one.
+A reward is a registered name, module:function or another server's URL, after NAME= to serve it
+under that name. The connection is not encrypted: a token protects a private network, not a public
+one.
 """
 
 AT_ONCE = 4  # Bodies that are in memory at once; further requests wait.
