@@ -39,6 +39,22 @@ def test_a_finished_run_is_only_read(tmp_path):
   assert "| TextGRPO | think | 0.500 |" in (tmp_path / "results.md").read_text()
 
 
+def test_a_run_of_another_configuration_is_not_read(tmp_path):
+  folder = tmp_path / "text_grpo_5"
+  folder.mkdir()
+  rows = [{"step": 0} | _row(0.4, 0.1, 0.6), {"step": 3} | _row(0.5, 0.1, 0.7)]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = config_files.load("text_grpo", "tiny", ["steps=3"])
+  config.seed = 5
+  (folder / "config.json").write_text(config.to_json())
+  asked = [f"--workdir={tmp_path}", "--methods", "TextGRPO", "--seeds", "5", "--set", "steps=3"]
+  compare.main(asked)
+  with pytest.raises(errors.InputError, match="text_grpo_5: config.text.clip_low=0.1 but the run"):
+    compare.main([*asked, "text.clip_low=0.1"])
+  with pytest.raises(errors.InputError, match="TextGRPO is compared by its evaluations"):
+    compare.main([*asked, "eval.every=0"])
+
+
 @pytest.mark.parametrize("name,variant,override,message", [
   ("unigrop", "", "", "no such config; expected one of flow_grpo, sft, text_grpo, unigrpo"),
   ("unigrpo", "tinny", "", "'tinny' is none of"),

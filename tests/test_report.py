@@ -1,6 +1,7 @@
 """The page about a run: whole, self-contained, small, and there even when pieces are missing."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import math
@@ -10,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import errors, report
+from unigrpo_jax import errors, metrics, report
 from unigrpo_jax.reporting import page, samples, workdir
 
 SCRIPT = "<script>alert('x')</script> & a \"kite\""
@@ -139,6 +140,9 @@ def test_nothing_is_fetched(folder):
 
 def test_secrets_are_hidden(folder):
   assert "hush" not in _text(folder) and "(hidden)" in _text(folder)
+  shown = {"token_env": "NAME", "password": "", "max_tokens": 5}
+  hidden = metrics.without_secrets({"a": {"hf_token": "x"}, "openai_api_key": "y"} | shown)
+  assert hidden == {"a": {"hf_token": "(hidden)"}, "openai_api_key": "(hidden)"} | shown
   assert page.flatten({"max_tokens": 5, "a": {"password": ""}}) == {
     "max_tokens": "5", "a.password": ""
   }
@@ -160,6 +164,15 @@ def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder):
     "strict (think): 0.300 [0.108, 0.603] → 0.800 [0.490, 0.943], iterations 0 to 50."
   )
   assert "51 rows of metrics, iterations 0 to 50, 3.3 minutes." in plain
+
+
+def test_the_summary_is_about_the_mode_that_chooses_the_best(folder):
+  run = workdir.read(folder)
+  for modes, first in ((["plain", "think"], "plain"), (["think+guidance", "think"], "think")):
+    chosen = dataclasses.replace(run, config={"eval": {"modes": modes}})
+    assert f"strict ({first})" in page.summary(chosen, "iteration")
+  for config in (None, [], {"eval": None}):
+    assert "strict (think)" in page.summary(dataclasses.replace(run, config=config), "iteration")
 
 
 def test_the_table_has_every_category_and_all(folder):
@@ -226,7 +239,7 @@ def test_no_metrics_is_one_line_and_status_2(tmp_path, capsys, content):
 
 
 def test_what_was_evaluated_joins_files_and_logged_means(tmp_path):
-  rows = [{"step": 0, "eval/think + guidance/soft": 0.25}, {"step": 5, "eval/think/strict": 0.5}]
+  rows = [{"step": 0, "eval/think+guidance/soft": 0.25}, {"step": 5, "eval/think/strict": 0.5}]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   _evaluation(tmp_path, 5, 4)
   run = workdir.read(tmp_path)

@@ -266,3 +266,34 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   want = np.einsum("ldr,lrf->ldf", gate["lora_down"], gate["lora_up"]) * 128.0 / 2
   assert np.abs(want).max() > 1e-4
   np.testing.assert_allclose(change, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "name, broken", [("nft", "rollout"), ("awm", "rollout"), ("fpo", "update")]
+)
+def test_other_objectives_train_and_what_diverged_is_not_saved(
+  shallow, tmp_path, monkeypatch, name, broken
+):
+  """Neither a policy that the rollout finds broken, nor a state that half an update has moved."""
+  changes = {"flow.objective": name, "eval.every": 0, "checkpoint_every": 9, "steps": 2}
+  told, sample = [], rollout.Sampler.sample
+
+  def diverging(self, *args):
+    if told:
+      raise errors.Diverged("the latents are not finite")
+    return sample(self, *args)
+
+  def looked(values, number, where):
+    if broken == "update":
+      raise errors.InputError(f"not finite; {where}")
+    told.append(values)
+
+  monkeypatch.setattr(rollout.Sampler, "sample", diverging)
+  monkeypatch.setattr(runs, "check_finite", looked)
+  words = "latents are not" if broken == "rollout" else "not finite; the run starts anew"
+  with pytest.raises(errors.InputError, match=words):
+    _train(_config(shallow, **changes), tmp_path)
+  assert runs.read_checkpoints(tmp_path).latest is None
+  if told:
+    [values] = told
+    assert np.isfinite(list(values.values())).all() and values["grad_norm/gen"] > 0

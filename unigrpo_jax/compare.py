@@ -36,14 +36,27 @@ def run(
 
   Returns:
     {"before", "after": {"eval/<mode>/<reward>": mean}}.
-  """
-  from unigrpo_jax import config_files, metrics, train
 
-  name, own, _ = METHODS[method]
+  Raises:
+    InputError: the folder's run is of another configuration, or is not evaluated.
+  """
+  from unigrpo_jax import config_files, metrics, recipe, runs, train
+
+  name, own, mode = METHODS[method]
   config = config_files.load(name, ",".join(filter(None, (variants, own))), overrides)
   config.seed = seed
+  if not config.eval.every or mode not in config.eval.modes:
+    raise errors.InputError(
+      f"config.eval.every={config.eval.every}, config.eval.modes={tuple(config.eval.modes)}: "
+      f"{method} is compared by its evaluations with mode {mode}; ask for them"
+    )
   folder = workdir / f"{name}{'_' + own if own else ''}_{seed}"
-  log = folder / "metrics.jsonl"
+  log, before = folder / "metrics.jsonl", folder / "config.json"
+  if before.exists():
+    # What is finished is not trained again, so it must have been trained like this.
+    free = train.RESUMABLE - {"steps", "eval"} | recipe.transport(config)
+    with errors.at(str(folder)):
+      runs.check_resumable(json.loads(before.read_text()), json.loads(config.to_json()), free)
   rows = {row["step"]: row for row in metrics.read(log)[0]} if log.exists() else {}
   if config.steps not in rows:
     print(f"== {method}, seed {seed}", flush=True)

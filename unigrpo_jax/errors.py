@@ -14,6 +14,10 @@ class InputError(Exception):
   """Bad input: the message is one line that names the key or file, the value, and what to do."""
 
 
+class Diverged(InputError):
+  """A policy whose numbers are not finite: its state is not worth saving."""
+
+
 def require(
   name: str, value: float | None, *, low: float | None = None, above: float | None = None,
   high: float | None = None,

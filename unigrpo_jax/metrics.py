@@ -8,12 +8,24 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import time
 from typing import Any, Protocol
 
 from unigrpo_jax import errors, replacing
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
+
+
+# Never passed on: a page, or W&B, is for others to read.
+_SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
+
+
+def without_secrets(tree: Any, name: str = "") -> Any:
+  """A config, nested mappings, in which tokens, passwords and keys are "(hidden)"."""
+  if isinstance(tree, Mapping):
+    return {key: without_secrets(value, str(key)) for key, value in tree.items()}
+  return "(hidden)" if tree and _SECRET.search(name) else tree
 
 
 class Writer(Protocol):
@@ -119,8 +131,8 @@ class WandB:
     library = _optional("wandb", "wandb")
     workdir.mkdir(parents=True, exist_ok=True)
     self._run = library.init(
-      project="unigrpo_jax", id=run_id, name=run_id, dir=str(workdir), config=dict(config),
-      resume="allow",
+      project="unigrpo_jax", id=run_id, name=run_id, dir=str(workdir),
+      config=without_secrets(config), resume="allow",
     )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ NUMBERS: checks.Numbers = (
     "eval.every", "eval.keep", "lora.rank", "keep_every", "flow.weight", "flow.clip",
     "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
     "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
-    "drift.flow",
+    "drift.flow", "flow.awm_clip", "flow.fpo_clip",
   )),
   ({"low": 1}, (
     "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",
@@ -190,11 +190,13 @@ def prompt_copies(config, mesh) -> int:
 def window_steps(config, iteration: int):
   """SDE steps of all trajectories of an iteration, [B, W] int32; W = 0 where none is needed."""
   r = config.rollout
+  # Iterations count from 1; a window that moves begins where it is with 0 of them done.
+  iteration -= r.window == "progressive"
   wanted = config.flow.train and config.flow.objective in objective.SDE_OBJECTIVES
   return windows.draw(
     r.window, low=r.window_range[0], high=r.window_range[1], size=r.window_size if wanted else 0,
-    seed=config.seed, iteration=iteration, prompts=config.prompts_per_step,
-    group_size=config.group_size, num_steps=r.num_timesteps - 1,
+    seed=config.seed, prompts=config.prompts_per_step,
+    iteration=iteration, group_size=config.group_size, num_steps=r.num_timesteps - 1,
     rank=0,  # as every host makes the windows of all trajectories
     moving=windows.Moving(iterations=r.moving_iterations, roll_back=r.moving_roll_back),
   )
@@ -222,18 +224,18 @@ def make_objective(config, network: runs.Network) -> objective.Objective:
   scale = 1.0
   if f.scale_with_size:
     scale = float(flow_losses.scaled_clip(1.0, latent_elements(config, network)))
-  # The latent KL's weight is that of another loss, which does not shrink with the image.
-  weight_scale = scale if f.regulariser == "velocity_mse" else 1.0
+  # The ratios of "awm" and "fpo" are of matching losses, whose size no image changes.
+  clip = {"awm": f.awm_clip, "fpo": f.fpo_clip}.get(f.objective, f.clip * scale)
   second = float(flow.time_grid(r.num_timesteps, r.shift)[1])
   return objective.Objective(
     aggregation=config.text.aggregation, max_tokens=r.max_tokens,
     text_clip_low=config.text.clip_low, text_clip_high=config.text.clip_high,
     dual_clip=config.text.dual_clip or None, text_kl_weight=config.text.kl_weight,
-    flow_weight=f.weight, flow=f.objective, ratio=f.ratio, flow_clip_low=f.clip * scale,
-    flow_clip_high=f.clip * scale, grad_reweight=f.grad_reweight,
+    flow_weight=f.weight, flow=f.objective, ratio=f.ratio, flow_clip_low=clip,
+    flow_clip_high=clip, grad_reweight=f.grad_reweight,
     dppo_threshold=f.dppo_threshold, nft_beta=f.nft_beta, nft_bound=f.nft_bound,
     awm_weighting=f.awm_weighting, regulariser=f.regulariser,
-    regulariser_weight=f.regulariser_weight * weight_scale, kind=r.sde,
+    regulariser_weight=f.regulariser_weight * scale, kind=r.sde,
     noise_level=r.noise_level, t_second=second,
   )
 
@@ -323,6 +325,18 @@ def drift_limits(config, network: runs.Network) -> dict[str, float]:
   return {
     "drift/text_scaled": config.drift.text or TEXT_DRIFT[config.dtype],
     "drift/flow": config.drift.flow or limit,
+  }
+
+
+def transport(config) -> set[str]:
+  """The keys of served rewards that say where they are and how they are asked, not what is asked.
+
+  A run may go on with others.
+  """
+  asked = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
+  return {
+    f"reward_options.{name}.{key}" for name, own in config.reward_options.items()
+    if own.get("kind", name) == "http" for key in asked
   }
 
 

@@ -22,7 +22,10 @@ from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.sampling import flow, text
 
-DIVERGED = "the {} are not finite; the policy has diverged: lower the learning rates and resume"
+DIVERGED = (
+  "the {} are not finite; the policy has diverged: lower the learning rates and resume from a "
+  "checkpoint before (remove those after it)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +218,7 @@ class Sampler:
         self.explore(params, contexts, keys["image"], over_rows(steps), grid)
       )
       if not bool(jnp.isfinite(drawn.latents).all()):
-        raise errors.InputError(DIVERGED.format("latents of some images"))
+        raise errors.Diverged(DIVERGED.format("latents of some images"))
     with timer("vae"):
       own, images = self._decode(drawn.latents)
     written = ()
@@ -260,7 +263,7 @@ class Sampler:
   def _words(self, host: types.TextRollout) -> tuple[list[str], np.ndarray, np.ndarray]:
     bad = np.flatnonzero(~np.isfinite(host.logp).all(axis=1))
     if bad.size:
-      raise errors.InputError(
+      raise errors.Diverged(
         DIVERGED.format(f"log-probabilities of {bad.size} of {len(host.logp)} reasonings")
       )
     words = []

@@ -120,9 +120,14 @@ def make_optimizer(config) -> optax.GradientTransformation:
   )
 
 
+def steps_an_iteration(config) -> int:
+  """Optimizer steps of an iteration; supervised training takes one."""
+  return config.get("epochs", 1) * config.get("minibatches", 1)
+
+
 def optimizer_steps(config) -> int:
-  """Optimizer steps of a whole run; an iteration of UniGRPO takes several."""
-  return config.steps * config.get("epochs", 1) * config.get("minibatches", 1)
+  """Optimizer steps of a whole run."""
+  return config.steps * steps_an_iteration(config)
 
 
 def state_layout(
@@ -367,8 +372,8 @@ def saving_before(
   """
   try:
     yield
-  except errors.InputError:
-    if worth():
+  except errors.InputError as error:
+    if worth() and not isinstance(error, errors.Diverged):
       keep(saved, number - 1, state, record)
     saved.close()
     raise

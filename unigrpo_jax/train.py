@@ -50,6 +50,8 @@ for _name, _kind, _words in host_flags.FLAGS:
 
 RESUMABLE = runs.RESUMABLE | {
   "eval", "drift", "reward.threads", "reward.max_failed_fraction",
+  # These change memory and speed.
+  "rollout.prompts_at_once", "rollout.layout", "text.chunk", "microbatch", "remat",
 }
 
 
@@ -94,7 +96,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
   saved, state, record = runs.resume_or_start(
-    workdir, config, network, optimizer, layout, RESUMABLE
+    workdir, config, network, optimizer, layout, RESUMABLE | recipe.transport(config)
   )
   plain = json.loads(config.to_json())
   resumed, first = bool(record), hosts.broadcast(saved.latest) or 0
@@ -144,8 +146,13 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       with timer("update"), jax.transfer_guard("disallow"):
         state, found = jax.block_until_ready(update_fn(state, experience))
       values |= summarise(jax.device_get(found))
-      with runs.saving_before(saved, number, state, before):
-        runs.check_finite(values, number, f"the state before it is saved in {workdir}")
+      # Nothing moved where the first optimizer step was refused; then it is the state before.
+      unmoved = int(state.step) == (number - 1) * runs.steps_an_iteration(config)
+      with runs.saving_before(saved, number, state, before, functools.partial(bool, unmoved)):
+        runs.check_finite(
+          values, number, f"the state before it is saved in {workdir}" if unmoved
+          else runs.how_to_go_on(workdir),
+        )
         check_drift(values, limits, number)
       values |= timer.take() | {"seconds/compile": compiling.take()}
       values["trajectories_per_second"] = (
@@ -229,10 +236,11 @@ def collect(
       f"step {number}: each of the {len(prompts)} groups has a sample without a reward, and is "
       "dropped; repair the reward"
     )
+  raw = scorer.total(scores)[valid]
   values = {f"reward/{name}": np.nanmean(value) for name, value in scores.items()
             if np.isfinite(value).any()}
   values |= {
-    "reward/mean": told["reward_mean"], "reward/std": told["reward_std"],
+    "reward/mean": raw.mean(), "reward/std": raw.std(ddof=min(config.advantage.ddof, raw.size - 1)),
     "groups/std": told["group_std_mean"], "groups/zero_std": told["zero_std_fraction"],
     "groups/dropped": told["dropped_groups"],
   }
@@ -247,7 +255,8 @@ def collect(
     over_rows(adv), over_rows(valid),
   )
   if config.flow.train and config.flow.objective in objective.FORWARD_OBJECTIVES:
-    experience = noise_again(jax.random.fold_in(key, -1), experience, config.rollout.window_size)
+    again = jax.random.fold_in(key, 2**32 - 1)  # No trajectory has that number.
+    experience = noise_again(again, experience, config.rollout.window_size)
   return experience, values
 
 
@@ -351,7 +360,8 @@ def shown(values: dict[str, float]) -> dict[str, float]:
   """What the terminal shows of a step."""
   names = ("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
            "drift/text")
-  return {name: values[name] for name in names if name in values}
+  dropped = ("groups/dropped",) if values["groups/dropped"] else ()
+  return {name: values[name] for name in names + dropped if name in values}
 
 
 def saved_all(state: types.TrainState, config) -> bool:

@@ -78,7 +78,8 @@ def group_advantages(
 
   adv = deviation
   if std != "none":
-    adv = deviation / ((group_std[group] if std == "group" else batch_std) + eps)
+    scale = (group_std[group] if std == "group" else batch_std) + eps
+    adv = deviation / jnp.where(scale > 0, scale, 1.0)  # eps may be 0, and rewards equal.
   if singletons == "reward":
     alone = rewards if std == "none" else rewards / (1 + eps)
     adv = jnp.where((members == 1)[group], alone, adv)

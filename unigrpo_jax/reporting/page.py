@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import html
 import math
 import re
 import statistics
 from typing import Any
 
-from unigrpo_jax import intervals
+from unigrpo_jax import intervals, metrics
 from unigrpo_jax.reporting import charts, samples, style, workdir
 
 # Points of a large and of a small chart; more steps than that are averaged.
@@ -31,8 +31,6 @@ HEALTH = (
 )
 # Sections of their own.
 ELSEWHERE = re.compile(r"^(reward|eval|seconds|share)/")
-# Never shown: a page is made to be passed on.
-SECRET = {"token", "password", "secret", "api_key"}
 TOTAL = "reward"  # What evaluations call the weighted sum.
 MISSING = '<p class="missing">{}</p>'
 
@@ -76,7 +74,7 @@ def summary(run: workdir.Run, unit: str) -> str:
   sentences = []
   for reward in _reward_names(run):
     modes = workdir.evaluated(run, reward)
-    mode = next((m for m in modes if "think" in m), next(iter(modes), None))
+    mode = _headline(run, list(modes))
     if mode is None or len(modes[mode]) < 2:
       continue
     (start, before), (end, after) = modes[mode][0], modes[mode][-1]
@@ -97,6 +95,16 @@ def summary(run: workdir.Run, unit: str) -> str:
   took = f", {_duration(total)}" if total else ""
   sentences.append(f"{len(run.rows):,} rows of metrics, {unit}s {first} to {last}{took}.")
   return " ".join(sentences)
+
+
+def _headline(run: workdir.Run, modes: Sequence[str]) -> str | None:
+  """The mode that says which checkpoint is the best, the config's first; else one that thinks."""
+  try:
+    asked = [workdir.mode_name(mode) for mode in run.config["eval"]["modes"]]
+  except (KeyError, TypeError):
+    asked = []
+  thinks = [mode for mode in modes if "think" in mode]
+  return next((mode for mode in (*asked, *thinks, *modes) if mode in modes), None)
 
 
 def _duration(seconds: float) -> str:
@@ -289,7 +297,7 @@ def _finite(value: float | None) -> float:
 def _config(run: workdir.Run) -> str:
   if run.config is None:
     return MISSING.format("No configuration was found.")
-  flat = flatten(run.config)
+  flat = flatten(metrics.without_secrets(run.config))
   return f"<details><summary>{len(flat)} keys</summary>{_table(flat)}</details>"
 
 
@@ -298,14 +306,13 @@ def _versions(run: workdir.Run) -> str:
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, str]:
-  """Dotted names of the leaves of nested mappings, and their values as text; no secrets."""
+  """Dotted names of the leaves of nested mappings, and their values as text."""
   if isinstance(tree, Mapping) and tree:
     leaves: dict[str, str] = {}
     for name, value in tree.items():
       leaves |= flatten(value, f"{path}.{name}" if path else str(name))
     return leaves
-  hidden = path.rpartition(".")[2].lower() in SECRET and tree
-  return {path: "(hidden)" if hidden else str(tree)}
+  return {path: str(tree)}
 
 
 def _table(flat: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from unigrpo_jax import errors, metrics
@@ -162,6 +163,11 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path | None:
   return path if path.is_relative_to(folder.resolve()) else None
 
 
+def mode_name(text: str) -> str:
+  """The name of a mode that a config or a key of the metrics has without its spaces."""
+  return re.sub(r"\s*\+\s*", " + ", text)
+
+
 def evaluated(run: Run, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
   """Mode -> [(iteration, scores)] of a reward.
 
@@ -171,7 +177,7 @@ def evaluated(run: Run, reward: str) -> dict[str, list[tuple[int, Sequence[float
   modes: dict[str, dict[int, Sequence[float]]] = {}
   for key in run.keys:
     if key.startswith("eval/") and key.rpartition("/")[2] == reward:
-      mode = key.rpartition("/")[0].partition("/")[2] or "all"
+      mode = mode_name(key.rpartition("/")[0].partition("/")[2]) or "all"
       known = {step: [value] for step, value in run.series(key) if math.isfinite(value)}
       modes.setdefault(mode, {}).update(known)
   for evaluation in run.evaluations:
