@@ -43,14 +43,19 @@ install_gcsfuse() {
   local deb=gcsfuse_3.2.0_amd64.deb
   do_ curl -fsSL -o "/tmp/$deb" \
     "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v3.2.0/$deb"
-  do_ sudo apt-get install -y -q fuse "/tmp/$deb"
+  apt fuse "/tmp/$deb"
+}
+
+# A fresh machine has old lists, and may still be updating itself.
+apt() {
+  do_ sudo apt-get update -q -o DPkg::Lock::Timeout=600
+  do_ sudo apt-get install -y -q -o DPkg::Lock::Timeout=600 "$@"
 }
 
 install() {
   local python=${PYTHON:-python3}
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    do_ sudo apt-get update -q
-    do_ sudo apt-get install -y -q python3.11 python3.11-venv
+    apt python3.11 python3.11-venv
     export PYTHON=python3.11
   fi
   export REQUIREMENTS=requirements-$backend.txt

@@ -193,7 +193,8 @@ def test_infinite_rewards_are_refused(pipe):
 @pytest.mark.parametrize("asked, count, rows", [(100, 600, 100), (3, 5, 4), (100, 5, 6), (1, 1, 2)])
 def test_batches_are_no_larger_than_needed_and_share_the_devices_evenly(asked, count, rows):
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
-  assert evaluation.batch_rows(types.SimpleNamespace(mesh=mesh), asked, count) == rows
+  of_mesh = types.SimpleNamespace(mesh=mesh)
+  assert pipeline.Pipeline.batch_rows(of_mesh, asked, count) == rows
 
 
 def test_parts_of_a_batch_are_its_rows(pipe):

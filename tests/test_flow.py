@@ -20,6 +20,16 @@ def test_time_grid_by_hand():
   np.testing.assert_allclose(flow.time_grid(3, 3.0), [1, 0.75, 0])
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.16, 3.0])
+def test_time_begins_at_one_and_ends_at_zero_also_compiled(shift):
+  """The noise of the first step is singular there, and known to be by t >= 1."""
+  for count in (2, 25, 42, 48, 50, 56, 62, 98):
+    grid = flow.time_grid(count, shift)
+    compiled = jax.jit(lambda count=count: flow.time_grid(count, shift))()
+    np.testing.assert_array_equal(grid, compiled)
+    assert grid[0] == 1 and grid[-1] == 0 and (np.diff(grid) < 0).all()
+
+
 def test_n_points_make_n_minus_one_evaluations():
   times = []
   velocity = lambda x, t: (jax.debug.callback(lambda t: times.append(float(t)), t), x)[1]

@@ -138,6 +138,11 @@ def prepare(
   real = len(requests)
   if not real:
     raise errors.InputError("a batch needs at least one request")
+  if settings.guidance.pack_coupled and real % multiple:
+    raise errors.InputError(
+      f"cfg_pack_coupled takes a norm over all rows of a batch: {real} prompt(s) do not fill "
+      f"batches of {multiple}; give another number of them, or another batch_size"
+    )
   requests = [*requests, *[requests[0]] * (-real % multiple)]
   wrap = lambda ids: [tokenizer.im_start, *ids, tokenizer.im_end]
   prompts = []
@@ -162,7 +167,11 @@ def prepare(
     given_ids, given_mask = pad_rows(given, TEXT_BUCKET)
   images, patches = None, None
   if _all_or_none(requests, "image"):
-    images = tuple(images_lib.resize(request.image, config.vae_image) for request in requests)
+    if any(request.size is not None for request in requests):
+      raise errors.InputError("a size is given beside an image, which keeps its own; leave it out")
+    images = tuple(
+      images_lib.resize(images_lib.to_rgb(request.image), config.vae_image) for request in requests
+    )
     sizes = [(image.height, image.width) for image in images]
     patches = image_patches(config, images)
   else:

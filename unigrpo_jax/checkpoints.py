@@ -205,9 +205,19 @@ def load_tree(path: pathlib.Path | str, abstract: Mapping[str, Any]) -> dict[str
         batch, size = {}, 0
     return _cut(abstract, loaded)
   except Exception as error:
+    if is_full(error):
+      raise errors.InputError(f"{path}: {TOO_SMALL}") from None
     raise errors.InputError(
       f"{path}: cannot be loaded ({_first_line(error)}); convert or save it again"
     ) from error
+
+
+TOO_SMALL = "its weights do not fit in device memory; take more devices, or bfloat16"
+
+
+def is_full(error: BaseException) -> bool:
+  """Whether an error of JAX says that a device has no memory left."""
+  return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def save_streaming(
@@ -285,12 +295,12 @@ def _grow(
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns a failed write, of whatever kind the libraries raise, into one line."""
+def _writing(path: pathlib.Path, kind: type = errors.InputError) -> Iterator[None]:
+  """Turns a failed write, of whatever sort the libraries raise, into one line."""
   try:
     yield
   except Exception as error:
-    raise errors.InputError(
+    raise kind(
       f"{path}: cannot be written ({_first_line(error)}); check free disk space and permissions"
     ) from None
 
@@ -423,9 +433,9 @@ class TrainCheckpoints:
       numbers: by which the best checkpoint is found.
 
     Raises:
-      InputError: the previous save failed, or this one cannot start.
+      Storage: the previous save failed, or this one cannot start.
     """
-    with _writing(self._checkpointer.directory):
+    with _writing(self._checkpointer.directory, errors.Storage):
       # A failed save must not go unnoticed until the run needs it.
       self._checkpointer.wait()
       self._checkpointer.save_async(
@@ -453,7 +463,7 @@ class TrainCheckpoints:
       ) from error
 
   def close(self) -> None:
-    """Waits for the save under way; raises InputError if it fails."""
-    with _writing(self._checkpointer.directory):
+    """Waits for the save under way; raises Storage if it fails."""
+    with _writing(self._checkpointer.directory, errors.Storage):
       self._checkpointer.wait()
       self._checkpointer.close()

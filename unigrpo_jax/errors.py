@@ -18,6 +18,13 @@ class Diverged(InputError):
   """A policy whose numbers are not finite: its state is not worth saving."""
 
 
+class Storage(InputError):
+  """A checkpoint that could not be written or read: the same command may do better next time."""
+
+
+KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage)}
+
+
 def require(
   name: str, value: float | None, *, low: float | None = None, above: float | None = None,
   high: float | None = None,
@@ -54,7 +61,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def report(main: Callable[[], Any]) -> Any:
-  """Runs an entry point; an `InputError` becomes one line on stderr and exit status 2.
+  """Runs an entry point; an `InputError` becomes one line on stderr and exit status 2, or 1 where
+  trying again may help.
 
   Returns what it returns.
   """
@@ -63,7 +71,7 @@ def report(main: Callable[[], Any]) -> Any:
   except InputError as error:
     sys.stdout.flush()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, Storage) else 2)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

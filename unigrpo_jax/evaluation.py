@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax import batches, contact_sheet, errors, hosts, intervals, rewards, sharding
+from unigrpo_jax import batches, contact_sheet, errors, hosts, intervals, rewards
 
 _PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
 
@@ -171,12 +171,6 @@ class Results:
       raise errors.InputError(f"{folder}: cannot be written to ({error.strerror})") from None
 
 
-def batch_rows(pipeline, batch_size: int, count: int) -> int:
-  """`batch_size`, at most `count`, rounded up to what the pipeline's devices share evenly."""
-  ways = sharding.batch_multiple(pipeline.mesh)
-  return -(-min(batch_size, count) // ways) * ways
-
-
 class Evaluation:
   """Prompts prepared once; see the module's docstring."""
 
@@ -211,7 +205,7 @@ class Evaluation:
     errors.require("keep", keep, low=0)
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
     self._seed, self._keep, self._size = seed, keep, size
-    self._batch_size = batch_rows(pipeline, batch_size, len(examples))
+    self._batch_size = pipeline.batch_rows(batch_size, len(examples))
     self._batches = {mode: self._prepare(mode, settings) for mode in modes}
 
   def _prepare(self, mode: Mode, settings: batches.Settings) -> list[batches.Batch]:

@@ -13,7 +13,10 @@ import sys
 from unigrpo_jax import errors
 
 
-def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype: str | None):
+def export(
+  workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype: str | None,
+  overwrite: bool = False,
+):
   """Exports the policy of a run, or its moving average where it keeps one.
 
   Args:
@@ -21,6 +24,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
     target: official folder to write.
     step: of the checkpoint; None: the newest.
     dtype: of the weights; None: what the run's config says.
+    overwrite: whether a model folder that is there is replaced.
 
   Raises:
     InputError: there is no such checkpoint, or it cannot be read or written.
@@ -41,8 +45,9 @@ def export(workdir: pathlib.Path, target: pathlib.Path, step: int | None, dtype:
   config = ml_collections.ConfigDict(saved.record(step)["config"])
   # The devices that are here, however many the run has.
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 0, 1
+  config.attention = "plain"
   network = runs.open_network(config)
-  folders.check_target(network.folder.path, target, overwrite=True)
+  folders.check_target(network.folder.path, target, overwrite=overwrite)
   ema = config.ema_decay > 0
   abstract, _ = runs.state_layout(network, runs.make_optimizer(config), ema=ema, reference=False)
   # Only what is written: the whole state is many times that.
@@ -60,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("out", type=pathlib.Path, help="official folder to write")
   parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
   parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+  parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-  export(args.workdir, args.out, args.step, args.dtype)
+  import jax
+
+  # A host of a pod would wait for the others, and the chips may be the run's.
+  jax.config.update("jax_platforms", "cpu")
+  export(args.workdir, args.out, args.step, args.dtype, args.overwrite)
 
 
 if __name__ == "__main__":

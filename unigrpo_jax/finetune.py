@@ -92,7 +92,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   # --- The loop.
   first = int(state.step)
   print_start(config, network, state, workdir, first)
-  log = runs.open_log(workdir, plain, run_id, first)
+  with hosts.together():
+    log = runs.open_log(workdir, plain, run_id, first)
   clock = metrics.Clock(first, config.steps)
   record, values = {"config": plain, "run_id": run_id}, {}
   # Not where nothing was learnt yet, nor what diverged in a step that nobody looked at.
@@ -112,7 +113,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         values = jax.device_get(values)
         if runs.not_finite(values):
           saved.close()  # Whose last save the run goes on from.
-          runs.check_finite(values, number, runs.how_to_go_on(workdir))
+          runs.check_finite(values, number, workdir, kept=False)
       if tell:
         log.write(number, values)
         hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import sys
@@ -223,7 +224,8 @@ def staging(
   for other in target.parent.iterdir() if target.parent.is_dir() else ():
     if other.name.startswith(prefix):
       print(f"note: {other} belongs to a run that still runs or was killed", file=sys.stderr)
-  staged = target.parent / f"{prefix}{os.getpid()}"
+  # No number of a process: those of containers repeat.
+  staged = target.parent / f"{prefix}{secrets.token_hex(4)}"
   with _interruptible() as ignore:
     try:
       staged.mkdir(parents=True)

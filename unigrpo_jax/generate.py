@@ -185,10 +185,11 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
   """Draws on all hosts; the first of them writes."""
   import jax
 
-  from unigrpo_jax import batches, hosts, sharding
+  from unigrpo_jax import batches, checkpoints, hosts, sharding
   from unigrpo_jax import pipeline as pipeline_lib
   from unigrpo_jax.data import images
 
+  hosts.compare(vars(args) | {"process": None, "prompts": list(prompts)})
   with hosts.together():
     paths = output_paths(args, len(prompts)) if hosts.first() else []
     image = images.load_rgb(args.image) if args.image else None
@@ -200,9 +201,9 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
   with hosts.together():
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
   settings = _settings(args, pipeline.config.generation)
-  step = args.batch_size or len(requests)
-  starts = range(0, len(requests), step)
-  ready = [pipeline.prepare(requests[first : first + step], settings, step) for first in starts]
+  # Prepared together, they have one shape, which compiles once.
+  step = pipeline.batch_rows(args.batch_size or len(requests), len(requests))
+  ready = batches.split(pipeline.prepare(requests, settings, step), step)
 
   tell = lambda text: hosts.first() and print(text, file=sys.stderr, flush=True)
   tell(f"loading {args.checkpoint}")
@@ -215,15 +216,16 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     f"prompt(s) in {len(ready)} batch(es), of which the first compiles"
   )
   progress = Progress()
-  for first, batch in zip(starts, ready):
+  for first, batch in zip(range(0, len(requests), step), ready):
     try:
       results = pipeline.run(batch, progress)
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not checkpoints.is_full(error):
         raise
-      raise errors.InputError(
-        f"{len(batch.seeds)} rows do not fit in device memory; give a smaller --batch_size"
-      ) from None
+      advice = "take more devices, or smaller images or --max_tokens"
+      if step > pipeline.batch_rows(1, 1):
+        advice = f"give a --batch_size below {step}"
+      raise errors.InputError(f"{step} rows do not fit in device memory; {advice}") from None
     record = {
       "checkpoint": args.checkpoint,
       "image": str(args.image) if args.image else None,

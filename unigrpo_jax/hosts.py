@@ -264,12 +264,13 @@ def together() -> Iterator[None]:
   except errors.InputError as error:
     if count() == 1:
       raise
-    own = str(error)
+    own = f"{type(error).__name__}:{error}"
   if count() == 1:
     return
-  for index, text in enumerate(gather_texts(own)):
-    if text:
-      raise errors.InputError(text if text == own else f"{name(index)}: {text}")
+  for index, told in enumerate(gather_texts(own)):
+    if told:
+      kind, _, text = told.partition(":")
+      raise errors.KINDS[kind](text if told == own else f"{name(index)}: {text}")
 
 
 def compare(config: Mapping[str, Any]) -> None:
@@ -337,9 +338,12 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
   with _last_words(killed):
     try:
       return main()
-    except errors.InputError:
-      raise
     except Exception as error:
+      # A save that failed because a host is lost comes as an InputError.
+      if isinstance(error, errors.InputError) and not (
+        isinstance(error, errors.Storage) and _is_loss(error)
+      ):
+        raise
       if not _is_loss(error):
         traceback.print_exc()
       else:

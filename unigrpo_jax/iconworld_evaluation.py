@@ -86,7 +86,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
 
 
 def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
-  rows = evaluation.batch_rows(pipeline, batch_size, len(requests))
+  rows = pipeline.batch_rows(batch_size, len(requests))
   batch = pipeline.prepare(requests, settings, rows)
   return [result for part in batches.split(batch, rows) for result in pipeline.run(part)]
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import batches, errors, folders, phases, sharding, types, weights
+from unigrpo_jax import batches, checkpoints, errors, folders, phases, sharding, types, weights
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import attention
@@ -97,11 +97,21 @@ class Pipeline:
     Raises:
       InputError: the weights are missing, broken, or do not agree with the config.
     """
-    self.params = self._folder.load_params(
-      dtype={"bagel": self.model.dtype, "vae": jnp.float32},
-      shardings=param_shardings(self.model, self.mesh, parts), parts=parts,
-    )
+    try:
+      self.params = self._folder.load_params(
+        dtype={"bagel": self.model.dtype, "vae": jnp.float32},
+        shardings=param_shardings(self.model, self.mesh, parts), parts=parts,
+      )
+    except jax.errors.JaxRuntimeError as error:
+      if not checkpoints.is_full(error):
+        raise
+      raise errors.InputError(f"{self._folder.path}: {checkpoints.TOO_SMALL}") from None
     return self
+
+  def batch_rows(self, batch_size: int, count: int) -> int:
+    """`batch_size`, at most `count`, rounded up to what the devices share evenly."""
+    ways = sharding.batch_multiple(self.mesh)
+    return -(-min(batch_size, count) // ways) * ways
 
   def prepare(
     self, requests: Sequence[batches.Request], settings: batches.Settings, rows: int = 1

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
+import sys
 from typing import Any
 
 from unigrpo_jax import errors
@@ -61,11 +63,13 @@ def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
   if not target.exists():
     staged.rename(target)
     return
-  old = target.with_name(f"{target.name}.old-{os.getpid()}")
+  old = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
   target.rename(old)
   try:
     staged.rename(target)
   except BaseException:
     old.rename(target)
     raise
-  shutil.rmtree(old)
+  shutil.rmtree(old, ignore_errors=True)  # The new one stands.
+  if old.exists():
+    print(f"note: {old} could not be removed whole; delete it", file=sys.stderr)

@@ -331,15 +331,19 @@ def open_log(
   return metrics.writers(names, workdir, run_id, config, first_step=first_step)
 
 
-def check_finite(values: Mapping[str, Any], number: int, where: str) -> None:
+def check_finite(
+  values: Mapping[str, Any], number: int, workdir: pathlib.Path, kept: bool
+) -> None:
   """Stops a run whose numbers are not finite, naming them.
 
   Args:
     values: what was measured.
     number: of the step.
-    where: what the user can go on from.
+    workdir: of the run.
+    kept: whether the state before it will be saved; else there is the last checkpoint.
   """
   if bad := not_finite(values):
+    where = f"the state before it is saved in {workdir}" if kept else how_to_go_on(workdir)
     raise errors.InputError(
       f"step {number}: {', '.join(bad)} not finite; {where}; lower the learning rate and resume"
     )

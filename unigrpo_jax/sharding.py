@@ -50,7 +50,9 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
     )
   # Auto is given explicitly: under the Explicit default, Linen's logical constraints fail.
   kinds = (AxisType.Auto,) * len(MESH_AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # GPUs have a slice_index as well: that of their host.
+  tpus = devices[0].platform == "tpu"
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
   if data % slices:
     raise errors.InputError(
       f"config.mesh.data={data} must be a multiple of the {slices} slices: the slower network "

@@ -119,7 +119,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
-  log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
+  with hosts.together():
+    log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   remember = lambda: {
     "config": plain, "run_id": run_id, "prompts": fingerprint, "prompt_position": stream.state(),
@@ -145,14 +146,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       # Update.
       with timer("update"), jax.transfer_guard("disallow"):
         state, found = jax.block_until_ready(update_fn(state, experience))
+      del gathered, experience  # Before there is the next one.
       values |= summarise(jax.device_get(found))
       # Nothing moved where the first optimizer step was refused; then it is the state before.
       unmoved = int(state.step) == (number - 1) * runs.steps_an_iteration(config)
       with runs.saving_before(saved, number, state, before, functools.partial(bool, unmoved)):
-        runs.check_finite(
-          values, number, f"the state before it is saved in {workdir}" if unmoved
-          else runs.how_to_go_on(workdir),
-        )
+        runs.check_finite(values, number, workdir, unmoved)
         check_drift(values, limits, number)
       values |= timer.take() | {"seconds/compile": compiling.take()}
       values["trajectories_per_second"] = (

@@ -8,6 +8,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 VelocityFn = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -22,9 +23,11 @@ def time_grid(num_timesteps: int, shift: float):
   Returns:
     [num_timesteps] float32 from 1 to 0.
   """
-  # Counted down exactly: linspace is off by 6e-8, which is much beside the smallest t.
-  u = jnp.arange(num_timesteps - 1, -1, -1, dtype=jnp.float32) / (num_timesteps - 1)
-  return shift * u / (1 + (shift - 1) * u)
+  # Counted down exactly: linspace is off by 6e-8, which is much beside the smallest t. And on the
+  # host: compiled, a division by a constant is a product, and 47 * (1 / 47) is not 1.
+  u = np.arange(num_timesteps - 1, -1, -1, dtype=np.float32) / np.float32(num_timesteps - 1)
+  t = np.float32(shift) * u / (1 + np.float32(shift - 1) * u)
+  return jnp.asarray(np.minimum(t, np.float32(1)))
 
 
 @dataclasses.dataclass(frozen=True)
