@@ -144,6 +144,22 @@ def test_rewards_may_be_of_one_kind_under_two_names():
     recipe.make_scorer(config)
 
 
+def test_served_rewards_may_move_and_their_tokens_stay_out_of_the_config():
+  config = _load(UNIGRPO).get_config("tiny")
+  config.rewards = dict(http=0.25, other=0.75, mine=0.0)
+  config.reward_options = {
+    "http": {"url": "http://a", "reward": "r"},
+    "mine": {"kind": "tests.test_configs:told", "value": 1.0},
+    "other": {"kind": "http", "url": "http://b", "reward": "r", "token": "hush"},
+  }
+  free = recipe.transport(config)
+  assert {"reward_options.http.url", "reward_options.other.timeout"} <= free
+  assert not {"reward_options.http.reward", "reward_options.mine.url"} & free
+  with pytest.raises(errors.InputError, match="other.token .*name in token_env") as refused:
+    recipe.make_scorer(config)
+  assert "hush" not in str(refused.value)
+
+
 def told(samples, *, value):
   """A reward that says what it is told."""
   return np.full(len(samples), value)

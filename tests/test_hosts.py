@@ -1,5 +1,6 @@
 """Several hosts: two processes of four devices each, connected by JAX over the loopback."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -51,10 +52,10 @@ def main():
   try:
     with hosts.together():
       if number == 1:
-        raise errors.InputError("no such file")
+        raise errors.Diverged("not: finite")
   except errors.InputError as error:
-    print(error)
-  hosts.compare({"lora": {"rank": 8}, "seed": 5})
+    print(type(error).__name__, error)
+  hosts.compare({"lora": {"rank": 8}, "seed": 5, "prompts": ["a kite"] * 1000})
   hosts.compare({"lora": {"rank": 8 + number}, "seed": 5})
 errors.report(main)
 """
@@ -183,7 +184,28 @@ def test_what_hosts_tell_each_other():
   for number, (status, out, err) in enumerate(ended):
     assert status == 2 and words in err, err
     assert out[1:3] == ["True False ['é', 0]", "[0.0, 1.0, 7.0, 7.0]"]
-    assert out[3] == ("no such file" if number else "host 1 of 2: no such file")
+    assert out[3] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
+
+
+def test_what_may_work_the_next_time_has_another_status(capsys):
+  for kind, status in ((errors.InputError, 2), (errors.Storage, 1)):
+    def main(kind=kind):
+      raise kind("the disk is full")
+
+    with pytest.raises(SystemExit) as stop:
+      errors.report(main)
+    assert stop.value.code == status and capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_hosts_of_gpus_are_no_slices():
+  """JAX numbers them as if they were; those of TPUs are ways of `data`."""
+  fields = ("id", "platform", "slice_index", "process_index", "device_kind")
+  Device = dataclasses.make_dataclass("Device", fields, frozen=True)
+  device = lambda platform, i: Device(i, platform, i // 4, i // 4, "any")
+  mesh = sharding.make_mesh(fsdp=8, devices=[device("gpu", i) for i in range(8)])
+  assert [d.id for d in mesh.devices.ravel()] == list(range(8))
+  with pytest.raises(errors.InputError, match="must be a multiple of the 2 slices"):
+    sharding.make_mesh(fsdp=8, devices=[device("tpu", i) for i in range(8)])
 
 
 def test_one_host_asks_nobody(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from unigrpo_jax import errors, runs
+from unigrpo_jax import errors, metrics, runs
 
 # (bounds, see `errors.require`; the keys that all runs have within them).
 Numbers = Iterable[tuple[Mapping[str, float], Collection[str]]]
@@ -30,6 +30,8 @@ def check(config, choices: Mapping[str, Collection[str]], numbers: Numbers) -> N
   """
   for key, options in ({"export_dtype": runs.EXPORT_DTYPES} | dict(choices)).items():
     runs.choose(f"config.{key}", _value(config, key), options)
+  for name in config.writers:
+    runs.choose("config.writers", name, metrics.WRITERS)
   for bounds, keys in (*NUMBERS, *numbers):
     for key in keys:
       errors.require(f"config.{key}", _value(config, key), **bounds)

@@ -189,6 +189,7 @@ def evaluate(args: argparse.Namespace) -> None:
     examples = read_examples(args)
     scorer = make_scorer(args)
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
+  hosts.compare({"prompts": [[example.prompt, example.metadata] for example in examples]})
   settings = settings_of(args, pipeline.config.generation)
   drawing = modes and evaluation.Evaluation(
     pipeline, examples, scorer.score if scorer else iconworld_evaluation.score,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -284,7 +285,9 @@ def compare(config: Mapping[str, Any]) -> None:
   """
   if count() == 1:
     return
-  own = {"the code": version(), "jax": jax.__version__} | _flat(config)
+  own = {"the code": version(), "jax": jax.__version__} | {
+    key: _short(value) for key, value in _flat(config).items()
+  }
   everyone = [json.loads(text) for text in gather_texts(json.dumps(own, default=str))]
   for index, other in enumerate(everyone):
     for key in [*everyone[0], *other]:
@@ -293,6 +296,12 @@ def compare(config: Mapping[str, Any]) -> None:
         raise errors.InputError(
           f"{name(index)} has {key}={theirs!r}, host 0 has {ours!r}; {AGAIN} and the same code"
         )
+
+
+def _short(value: Any) -> Any:
+  """A value, or where it is long, as many prompts are, a digest of it."""
+  text = json.dumps(value, default=str)
+  return value if len(text) <= 200 else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

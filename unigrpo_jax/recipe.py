@@ -333,7 +333,7 @@ def transport(config) -> set[str]:
 
   A run may go on with others.
   """
-  asked = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
+  asked = ("url", "timeout", "retries", "backoff", "batch_size", "token_env")
   return {
     f"reward_options.{name}.{key}" for name, own in config.reward_options.items()
     if own.get("kind", name) == "http" for key in asked
@@ -353,6 +353,11 @@ def make_scorer(config) -> rewards.Scorer:
   made = {}
   for name in weights:
     own = options.get(name, {})
+    if own.get("token") is not None:
+      raise errors.InputError(
+        f"config.reward_options.{name}.token (not shown) would be kept with the config; put it in "
+        "an environment variable, and that one's name in token_env"
+      )
     made[name] = rewards.make(own.pop("kind", name), **own)
   return rewards.Scorer(
     made, weights, threads=config.reward.threads,
