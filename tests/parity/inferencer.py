@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 
 from tests.parity import cases, network, tables, text, vision
 from tests.parity import flow as flow_cases
-from unigrpo_jax import errors, types
+from unigrpo_jax import errors, phases, types
 from unigrpo_jax.data import images
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.sampling import flow
@@ -36,6 +37,7 @@ class Replay:
     before_text: moment of the text-CFG context.
     size: (H, W) pixels of the image to come.
     thought: ids of the generated text, once there is one.
+    inputs: of `phases.read`, what was read so far.
   """
 
   def __init__(self, folder: network.Folder, rec: cases.Recording):
@@ -50,6 +52,7 @@ class Replay:
     self.picture = 0  # Which of them comes next.
     self.thinks = self.settings["think"]
     self.thought = None
+    self.inputs = {}
 
   def run(self) -> None:
     call = 0
@@ -70,15 +73,20 @@ class Replay:
   def texts(self, call: int) -> int:
     """A text: two calls, for either context; a thought only for the main one."""
     ids = self.rec[f"call{call}_text_ids"]
+    kind = "prompt"
     if self.thought is not None:
-      expected = self.wrapped(self.thought)
+      expected, kind = self.wrapped(self.thought), "given"
     elif self.thinks and call == 0:
       prompt = (tokenizer_lib.SYSTEM_PROMPT_VLM if self.settings["understanding_output"]
                 else tokenizer_lib.SYSTEM_PROMPT_GEN)
-      expected = self.wrapped(self.folder.tokenizer.encode_text(prompt))
+      expected, kind = self.wrapped(self.folder.tokenizer.encode_text(prompt)), "system"
     else:
       expected = ids
       self.before_text = self.context.mark()
+    if kind == "system":
+      self.inputs["system_ids"] = ids
+    else:
+      self.inputs |= {f"{kind}_ids": ids[None], f"{kind}_mask": np.ones((1, len(ids)), bool)}
     where = [MAIN] if self.thought is not None else [MAIN, NO_IMAGE]
     for offset, row in enumerate(where):
       positions = int(self.context.position[row]) + np.arange(len(ids))
@@ -111,6 +119,7 @@ class Replay:
     grid = self.net.latent_grid([picture.shape[-2:]])
     self.check_before(call, "vae_pos", MAIN,
                       np.full(len(tokens) + 2, self.context.position[MAIN]))
+    self.inputs |= {"latents": tokens[None], "grid": grid}
     padded, mask = network.pad([tokens, tokens[:0]], len(tokens))
     grid = types.LatentGrid(np.repeat(grid.ids, 2, axis=0), mask)
     self.context = self.net.apply("append_latents", self.context, padded, grid)
@@ -126,6 +135,7 @@ class Replay:
     self.rec.check("transforms", f"call{call}_vit_position_ids", patches.ids[0], cases.EXACT)
     self.check_before(call, "vit_pos", MAIN,
                       np.full(patches.ids.shape[1] + 2, self.context.position[MAIN]))
+    self.inputs["patches"] = jax.tree.map(lambda rows: rows[: MAIN + 1], patches)
     self.context = self.net.apply("append_patches", self.context, patches)
     self.before_text = self.context.mark()
     self.picture += 1
@@ -199,3 +209,14 @@ def generate_image(calls: Replay, rec: cases.Recording) -> None:
   rec.check("loop", "out_x", pack.packed(xs), cases.LOOP)
   rec.check("loop", "out_v", pack.packed(vs), cases.LOOP)
   rec.check("image", "out_image_uint8", net.picture(xs[-1, 0], *pack.sizes[0]), cases.PIXELS)
+
+  # And by the programs that `generate` and training run.
+  inputs = phases.Inputs(**calls.inputs)
+  capacity = sum(rec[m[0]].size + 2 for m in rec.matches(r"call\d+_(text_ids|\w+_pos)"))
+  params = net.params["bagel"]
+  read = phases.read(net.model, params, inputs, capacity=capacity)
+  x = phases.draw(
+    net.model, params, read, pack.rows(rec["in_init_noise"]), pack.grid,
+    num_timesteps=settings["num_timesteps"], shift=settings["timestep_shift"], guidance=guidance,
+  )
+  rec.check_equal("phases", "the last of out_x", pack.packed(x), rec["out_x"][-1], cases.LOOP)
