@@ -153,7 +153,10 @@ def test_the_best_checkpoint_stays(whole):
   assert kept == {3, best}
 
 
-@pytest.mark.parametrize("looks", [1, 2, 5], ids=["while sampling", "in an update", "later"])
+@pytest.mark.parametrize(
+  "looks", [0, 1, 3, 6],
+  ids=["before the first evaluation", "while sampling", "in an update", "before an evaluation"],
+)
 def test_an_interrupted_run_equals_an_uninterrupted_one(
   shallow, whole, tmp_path, monkeypatch, looks
 ):
@@ -170,6 +173,14 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
   assert rows_of(tmp_path) == rows_of(workdir)
   # It takes up the iteration it was stopped in.
   assert prompts[sampled:] == order[int(stopped.step) // 2 * 2 :]
+
+
+def test_a_signal_ends_an_evaluation_between_two_batches(shallow, tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, "stop_on_signal", lambda: contextlib.nullcontext(_Stop(1)))
+  state = _train(_config(shallow, **{"eval.batch_size": 1}), tmp_path)
+  assert int(state.step) == 0 and not rows_of(tmp_path)
+  assert not (tmp_path / "evaluations").exists()
+  assert runs.read_checkpoints(tmp_path).latest is None
 
 
 def test_prompts_are_looked_at_before_the_first_step(shallow, whole, tmp_path, monkeypatch):
@@ -213,11 +224,11 @@ def test_an_evaluation_that_fails_loses_nothing(shallow, tmp_path, monkeypatch):
   config = _config(shallow, checkpoint_every=100, writers=())
   calls = []
 
-  def run(self, params):
+  def run(self, params, progress):
     calls.append(params)
     if len(calls) == 2:
       raise errors.InputError("nothing to see")
-    return evaluate(self, params)
+    return evaluate(self, params, progress)
 
   evaluate = evaluation.Evaluation.run
   monkeypatch.setattr(evaluation.Evaluation, "run", run)

@@ -99,7 +99,7 @@ class MetricsLog:
     replacing.write_text(path, "".join(kept))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    row = {name: v if math.isfinite(v) else None for name, v in _floats(values).items()}
+    row = {name: v if math.isfinite(v) else None for name, v in floats(values).items()}
     with self._path.open("a", encoding="utf-8") as file:
       file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
 
@@ -116,7 +116,7 @@ class TensorBoard:
     self._writer = library.SummaryWriter(logdir=str(folder), purge_step=first_step + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    for name, value in _floats(values).items():
+    for name, value in floats(values).items():
       self._writer.add_scalar(name, value, step)
     self._writer.flush()
 
@@ -136,7 +136,7 @@ class WandB:
     )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    self._run.log(_floats(values), step=step)
+    self._run.log(floats(values), step=step)
 
   def close(self) -> None:
     self._run.finish()
@@ -167,14 +167,14 @@ def _parse(line: str) -> dict[str, Any] | None:
   }
 
 
-def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+def floats(values: Mapping[str, Any]) -> dict[str, float]:
   """Plain floats of numbers and of arrays without axes."""
-  floats = {}
+  found = {}
   for name, value in values.items():
     if not isinstance(value, (int, float)) and getattr(value, "ndim", None) != 0:
       raise TypeError(f"metric {name} is {value!r}, not one number")
-    floats[name] = float(value)
-  return floats
+    found[name] = float(value)
+  return found
 
 
 def _optional(library: str, extra: str) -> Any:

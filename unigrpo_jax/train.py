@@ -119,8 +119,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
+  untold = record.get("untold", {})  # What there was to tell of the last iteration.
   with hosts.together():
-    log = runs.open_log(workdir, plain, run_id, first if resumed else -1)
+    log = runs.open_log(workdir, plain, run_id, first - bool(untold) if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   remember = lambda: {
     "config": plain, "run_id": run_id, "prompts": fingerprint, "prompt_position": stream.state(),
@@ -129,9 +130,13 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     sharding.activate(network.mesh), runs.CompileTimer() as compiling,
     runs.stop_on_signal() as stopping,
   ):
-    if not resumed and evaluate is not None:
-      log.write(0, evaluate(state, 0)[0])
-    for number in range(first + 1, config.steps + 1):
+    # The state before the first step is evaluated, and one that a signal has left to be.
+    results = evaluate(state, first, stopping) if untold or not resumed else {}
+    if results is None:
+      hosts.say(f"stopped by a signal at step {first}; the same command goes on")
+    elif untold | results:
+      log.write(first, untold | results)
+    for number in () if results is None else range(first + 1, config.steps + 1):
       before = remember()
       timer.take()
       # Think and draw; score what is drawn while the next chunk is.
@@ -158,20 +163,22 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         recipe.trajectories_of(config) / values["seconds/total"]
       )
       # Evaluate, tell, save.
-      score = None
       try:
-        if evaluate is not None and (number % config.eval.every == 0 or number == config.steps):
-          with runs.saving_before(saved, number + 1, state, remember()):
-            results, score = evaluate(state, number)
-          values |= results
-      finally:
+        with runs.saving_before(saved, number + 1, state, remember()):
+          results = evaluate(state, number, stopping)
+      except errors.InputError:
         log.write(number, values)
-      hosts.say(clock.line(number, shown(values)))
-      stopped = hosts.anywhere(stopping.is_set())
-      last = number == config.steps or stopped
-      if number % config.checkpoint_every == 0 or last or score is not None:
-        numbers = None if score is None else {"reward": score}
-        saved.save(number, state, remember(), numbers)
+        raise
+      whole = results is not None
+      if whole:
+        log.write(number, values | results)
+        hosts.say(clock.line(number, shown(values)))
+      stopped = not whole or hosts.anywhere(stopping.is_set())
+      if number % config.checkpoint_every == 0 or number == config.steps or stopped or results:
+        saved.save(
+          number, state, remember() | ({} if whole else {"untold": metrics.floats(values)}),
+          best_by(config, results) if results else None,
+        )
       if stopped:
         hosts.say(f"stopped by a signal at step {number}; the same command goes on")
         break
@@ -313,10 +320,14 @@ def make_evaluation(
   config, network: runs.Network, sampler: rollout.Sampler, vae_params, scorer,
   workdir: pathlib.Path,
 ):
-  """(state, iteration) -> (numbers to log, the reward of the first mode); None for never."""
+  """What evaluates a run: (state, iteration, stopping) -> numbers to log.
+
+  There are none for iterations without an evaluation; None where `stopping` is set before it is
+  done.
+  """
   e = config.eval
   if not e.every:
-    return None
+    return lambda *_: {}
   prompt_set = prompts_lib.open_set(e.source, e.split)
   examples = [prompt_set[i] for i in range(min(e.prompts, len(prompt_set)))]
   pipe = pipeline.Pipeline(network.folder, network.model, network.tokenizer, network.mesh)
@@ -333,9 +344,22 @@ def make_evaluation(
     size=(config.rollout.height, config.rollout.width),
   )
 
-  def run(state: types.TrainState, number: int):
+  class Stopped(Exception):
+    pass
+
+  def run(state: types.TrainState, number: int, stopping):
+    def look(_: str, done: int, total: int) -> None:
+      if done < total and hosts.anywhere(stopping.is_set()):
+        raise Stopped
+
+    if number % e.every and number != config.steps:
+      return {}
     start = time.monotonic()
-    results = evaluate.run(sampler.take(state.averaged))
+    try:
+      look("", 0, len(examples))
+      results = evaluate.run(sampler.take(state.averaged), look)
+    except Stopped:
+      return None
     with hosts.together():
       scorer.check(np.array([row.rewards.get("reward", np.nan) for row in results.rows]))
     folder = workdir / "evaluations" / f"{number:06d}"
@@ -343,16 +367,26 @@ def make_evaluation(
       if hosts.first():
         results.save(folder, f"after {number} steps")
     values = {
-      f"eval/{mode.name.replace(' + ', '+')}/{name}": results.mean(mode, name)
-      for mode in modes for name in results.rewards
+      metric(mode, name): results.mean(mode, name) for mode in modes for name in results.rewards
       if np.isfinite(results.mean(mode, name))
     }
     seconds = time.monotonic() - start
     line = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in modes)
     hosts.say(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}")
-    return values | {"seconds/evaluate": seconds}, results.mean(modes[0], "reward")
+    return values | {"seconds/evaluate": seconds}
 
   return run
+
+
+def metric(mode: evaluation.Mode, reward: str) -> str:
+  """What the log calls the mean of a reward under a mode."""
+  return f"eval/{mode.name.replace(' + ', '+')}/{reward}"
+
+
+def best_by(config, results: dict[str, float]) -> dict[str, float] | None:
+  """The reward of an evaluation's first mode, by which the best checkpoint is known."""
+  name = metric(evaluation.Mode.parse(config.eval.modes[0]), "reward")
+  return {"reward": results[name]} if name in results else None
 
 
 def shown(values: dict[str, float]) -> dict[str, float]:
