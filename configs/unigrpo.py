@@ -200,9 +200,9 @@ def cfg(config: ConfigDict) -> None:
 
 
 def latent_kl(config: ConfigDict) -> None:
-  """The latent KL of Flow-GRPO in place of the velocity error, as its code weighs it."""
+  """The latent KL of Flow-GRPO in place of the velocity error, weighed as by its code."""
   config.flow.regulariser = "latent_kl"
-  config.flow.regulariser_weight = 1.0
+  config.flow.regulariser_weight = 1.0  # scaled like the velocity error's
 
 
 def no_regulariser(config: ConfigDict) -> None:

@@ -48,7 +48,7 @@ install_gcsfuse() {
 
 # A fresh machine has old lists, and may still be updating itself.
 apt() {
-  do_ sudo apt-get update -q -o DPkg::Lock::Timeout=600
+  for _ in {1..40}; do do_ sudo apt-get update -q && break; sleep 15; done
   do_ sudo apt-get install -y -q -o DPkg::Lock::Timeout=600 "$@"
 }
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, finetune, recipe, rewards, runs, sharding
+from unigrpo_jax import config_files, errors, finetune, optim, recipe, rewards, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"
@@ -79,7 +79,7 @@ def test_all_combinations_of_variants_can_run(name):
         assert (config.lora.rank > 0) == ("lora" in order)
         assert (config.rollout.cfg_text_scale > 1) == ("cfg" in order)
         trained = {"und", "gen"} - {{TEXT: "gen", FLOW: "und"}.get(name)}
-        assert runs.trained(config.learning_rate) == trained
+        assert optim.trained(config.learning_rate) == trained
         assert (config.text.train, config.flow.train) == (name != FLOW, name != TEXT)
         assert config.rollout.think == ("no_think" not in order)
   with pytest.raises(ValueError, match="'tyni' is none of tiny"):

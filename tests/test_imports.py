@@ -10,7 +10,8 @@ PACKAGE = ROOT / "unigrpo_jax"
 # Room -> what it may import: rooms of the package, or libraries. Entry points import everything.
 ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
 ROOMS = {
-  "replacing": set(),
+  "replacing": {"errors"},
+  "resumption": {"errors", "optim"},
   "reporting": {"PIL", "errors", "intervals", "metrics"},
   "intervals": {"numpy"},
   "errors": set(),
@@ -50,9 +51,9 @@ STANDARD = {
   "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",
   "dataclasses", "datetime", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
   "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
-  "pathlib", "random", "re", "shutil", "signal", "socket", "statistics", "struct", "subprocess",
-  "sys", "tempfile", "textwrap", "threading", "time", "traceback", "typing", "unicodedata",
-  "urllib", "warnings", "weakref", "zipfile",
+  "pathlib", "random", "re", "secrets", "shutil", "signal", "socket", "statistics", "struct",
+  "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "traceback", "typing",
+  "unicodedata", "urllib", "warnings", "weakref", "zipfile",
 }
 
 

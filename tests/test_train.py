@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, feed, finetune, folders, runs, train
+from unigrpo_jax import config_files, errors, feed, finetune, folders, resumption, runs, train
 
 SMALL = [
   "steps=4", "sequences_per_step=8", "microbatch=4", "noise_draws=2", "checkpoint_every=2",
@@ -138,10 +138,10 @@ def test_what_every_run_may_change_when_it_goes_on(free):
   before = {"learning_rate": {"und": 1.0}, "schedule": "constant", "seed": 0}
   for key in ("writers", "export_to", "export_dtype", "checkpoint_every", "mesh", "steps"):
     old, new = before | {key: 1}, before | {key: 2}
-    runs.check_resumable(old, new, runs.may_change(old, new, free))
+    resumption.check(old, new, resumption.may_change(old, new, free))
   other = before | {"seed": 1}
   with pytest.raises(errors.InputError, match="config.seed=1 but the run"):
-    runs.check_resumable(before, other, runs.may_change(before, other, free))
+    resumption.check(before, other, resumption.may_change(before, other, free))
 
 
 @pytest.mark.parametrize(

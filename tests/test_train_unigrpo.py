@@ -17,6 +17,7 @@ from unigrpo_jax import (
   export,
   folders,
   recipe,
+  resumption,
   rollout,
   runs,
   train,
@@ -206,7 +207,7 @@ def test_what_may_change_and_what_not(shallow, whole):
   # Advice that a diverged run is given, and a run that is already over.
   before = json.loads(_config(shallow).to_json())
   now = json.loads(_config(shallow, steps=9, **{"learning_rate.und": 1e-7}).to_json())
-  runs.check_resumable(before, now, runs.may_change(before, now, train.RESUMABLE))
+  resumption.check(before, now, resumption.may_change(before, now, train.RESUMABLE))
 
 
 def test_a_sampler_that_drifts_moves_nothing(shallow, whole, tmp_path):
@@ -238,7 +239,10 @@ def test_an_evaluation_that_fails_loses_nothing(shallow, tmp_path, monkeypatch):
   saved = runs.read_checkpoints(tmp_path)
   assert saved.latest == 2 and saved.record(2)["prompt_position"] == 4
   # The log as JSON is there whatever `writers` says.
-  assert [row["step"] for row in rows_of(tmp_path)] == [0, 1, 2]
+  assert [row["step"] for row in rows_of(tmp_path)] == [0, 1]
+  # And the run that goes on makes it up.
+  _train(config, tmp_path)
+  assert [("eval/think/reward" in row) for row in rows_of(tmp_path)] == [True, False, True, True]
 
 
 def test_drift_limits_stop_with_the_key(shallow):
@@ -294,17 +298,16 @@ def test_other_objectives_train_and_what_diverged_is_not_saved(
       raise errors.Diverged("the latents are not finite")
     return sample(self, *args)
 
-  def looked(values, number, workdir, kept):
+  def looked(values, number, saved, kept):
+    told.append(values)
     if broken == "update":
       assert not kept
       raise errors.InputError("not finite")
-    told.append(values)
 
   monkeypatch.setattr(rollout.Sampler, "sample", diverging)
   monkeypatch.setattr(runs, "check_finite", looked)
   with pytest.raises(errors.InputError, match="not finite"):
     _train(_config(shallow, **changes), tmp_path)
   assert runs.read_checkpoints(tmp_path).latest is None
-  if told:
-    [values] = told
-    assert np.isfinite(list(values.values())).all() and values["grad_norm/gen"] > 0
+  [values] = told
+  assert np.isfinite(list(values.values())).all() and values["grad_norm/gen"] > 0

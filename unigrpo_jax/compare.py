@@ -40,7 +40,7 @@ def run(
   Raises:
     InputError: the folder's run is of another configuration, or is not evaluated.
   """
-  from unigrpo_jax import config_files, metrics, recipe, runs, train
+  from unigrpo_jax import config_files, metrics, recipe, resumption, train
 
   name, own, mode = METHODS[method]
   config = config_files.load(name, ",".join(filter(None, (variants, own))), overrides)
@@ -54,9 +54,10 @@ def run(
   log, before = folder / "metrics.jsonl", folder / "config.json"
   if before.exists():
     # What is finished is not trained again, so it must have been trained like this.
-    free = train.RESUMABLE - {"steps", "eval"} | recipe.transport(config)
+    old, new = json.loads(before.read_text()), json.loads(config.to_json())
+    free = train.RESUMABLE - {"eval"} | recipe.transport(config)
     with errors.at(str(folder)):
-      runs.check_resumable(json.loads(before.read_text()), json.loads(config.to_json()), free)
+      resumption.check(old, new, resumption.may_change(old, new, free) - {"learning_rate"})
   rows = {row["step"]: row for row in metrics.read(log)[0]} if log.exists() else {}
   if config.steps not in rows:
     print(f"== {method}, seed {seed}", flush=True)

@@ -1,4 +1,4 @@
-"""The one error that a user can cause, and how an entry point reports it."""
+"""The error that a user can cause, its kinds, and how an entry point reports it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Diverged(InputError):
 
 
 class Storage(InputError):
-  """A checkpoint that could not be written or read: the same command may do better next time."""
+  """A checkpoint that could not be written: the same command may do better next time."""
 
 
 KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage)}

@@ -19,6 +19,7 @@ from unigrpo_jax import (
   hosts,
   metrics,
   phases,
+  resumption,
   runs,
   sharding,
   types,
@@ -27,7 +28,7 @@ from unigrpo_jax import step as step_lib
 from unigrpo_jax.data import packing
 from unigrpo_jax.models import vae
 
-RESUMABLE = runs.RESUMABLE | {"limits"}
+RESUMABLE = resumption.RESUMABLE | {"limits"}
 
 # Bounds of numbers; see `checks`.
 NUMBERS: checks.Numbers = (
@@ -111,9 +112,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       save = number % config.checkpoint_every == 0 or number == config.steps or stopped
       if tell or save:
         values = jax.device_get(values)
-        if runs.not_finite(values):
-          saved.close()  # Whose last save the run goes on from.
-          runs.check_finite(values, number, workdir, kept=False)
+        runs.check_finite(values, number, saved, kept=False)
       if tell:
         log.write(number, values)
         hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))

@@ -22,6 +22,11 @@ GROUPS = {
 _ADAPTERS = ("lora_down", "lora_up")
 
 
+def trained(learning_rate: Mapping[str, float]) -> set[str]:
+  """The groups of parameters that have a learning rate."""
+  return {group for group, rate in learning_rate.items() if rate}
+
+
 def group_of(path: tuple[str, ...]) -> str:
   """The group of a parameter of the network, by its path."""
   if path[0] in ("layers", "norm"):

@@ -264,7 +264,7 @@ def param_shardings(
 def _check_finite(what: str, values: np.ndarray) -> None:
   bad = [row for row, value in enumerate(values) if not np.isfinite(value).all()]
   if bad:
-    raise errors.Diverged(
+    raise errors.InputError(
       f"the {what} of prompt {bad[0] + 1} is not finite ({len(bad)} of {len(values)} rows): the "
       "weights hold non-finite values, or the guidance is too strong for the dtype"
     )

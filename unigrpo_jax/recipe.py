@@ -15,6 +15,7 @@ from unigrpo_jax import (
   checks,
   errors,
   objective,
+  optim,
   policy,
   rewards,
   rollout,
@@ -105,7 +106,7 @@ def check(config, network: runs.Network) -> None:
       f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which "
       f"config.flow.objective={config.flow.objective} has not; set velocity_mse"
     )
-  trained = runs.trained(config.learning_rate)
+  trained = optim.trained(config.learning_rate)
   for key, group, shared in (("text", "und", "text"), ("flow", "gen", "latent")):
     if config[key].train and not trained & {group, shared} and (
       key != "text" or config.rollout.think
@@ -248,7 +249,7 @@ def needs_reference(config) -> bool:
 
 def copies_reference(config) -> bool:
   """Whether the reference has parameters of its own: adapters leave the experts as they were."""
-  untouched = config.lora.rank > 0 and runs.trained(config.learning_rate) <= {"und", "gen"}
+  untouched = config.lora.rank > 0 and optim.trained(config.learning_rate) <= {"und", "gen"}
   return needs_reference(config) and not untouched
 
 
@@ -293,7 +294,7 @@ def make_update(
   made = update.make_update(
     network.model, optimizer, sampler.grid, reading(config, network, sampler),
     make_objective(config, network), schedule(config, network.mesh),
-    trained=runs.trained(config.learning_rate), ema_decay=config.ema_decay or None,
+    trained=optim.trained(config.learning_rate), ema_decay=config.ema_decay or None,
     reference_model=network.model.clone(lora=None) if needs_reference(config) else None,
     reference_context=config.flow.reference_context == "reference",
     drift_limits=drift_limits(config, network),
@@ -333,7 +334,7 @@ def transport(config) -> set[str]:
 
   A run may go on with others.
   """
-  asked = ("url", "timeout", "retries", "backoff", "batch_size", "token_env")
+  asked = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
   return {
     f"reward_options.{name}.{key}" for name, own in config.reward_options.items()
     if own.get("kind", name) == "http" for key in asked

@@ -29,17 +29,12 @@ from unigrpo_jax import (
   metrics,
   optim,
   replacing,
+  resumption,
   sharding,
   types,
 )
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import attention, bagel, layers
-
-# What may differ between any run and its resumption; each kind of run adds its own.
-RESUMABLE = frozenset({
-  "steps", "writers", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
-  "export_to", "export_dtype", "mesh", "attention",
-})
 
 DTYPES = ("float32", "bfloat16")
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
@@ -200,7 +195,7 @@ def resume_or_start(
   Args:
     workdir, config, network, optimizer: of the run.
     layout: see `state_layout`.
-    free: see `may_change`.
+    free: see `resumption.may_change`.
 
   Raises:
     InputError: the checkpoint is of another configuration, or the run's export could not be written
@@ -218,7 +213,7 @@ def resume_or_start(
     )
     return saved, state, {}
   record, now = saved.record(newest), json.loads(config.to_json())
-  check_resumable(record["config"], now, may_change(record["config"], now, free))
+  resumption.check(record["config"], now, resumption.may_change(record["config"], now, free))
   state = saved.load(newest, abstract)
   hosts.say(f"resumed {workdir} at step {newest}")
   return saved, state, record
@@ -238,47 +233,6 @@ def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     else values.get(name, value)
     for name, value in tree.items()
   }
-
-
-def trained(learning_rate: Mapping[str, float]) -> set[str]:
-  """The groups of parameters that have a learning rate."""
-  return {group for group, rate in learning_rate.items() if rate}
-
-
-def may_change(
-  before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
-) -> set[str]:
-  """The keys of `free`, and learning rates unless another group is trained; see `check_resumable`.
-
-  A cosine depends on the number of steps, which is then no longer free.
-  """
-  same = trained(before["learning_rate"]) == trained(now["learning_rate"])
-  cosine = now["schedule"] == "cosine"
-  return set(free) - ({"steps"} if cosine else set()) | ({"learning_rate"} if same else set())
-
-
-def check_resumable(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]):
-  """Refuses to go on with another configuration; names the first key that differs.
-
-  Args:
-    before, now: the configurations, nested dicts.
-    free: keys that may differ, dotted; a section frees all in it.
-  """
-  def walk(before, now, path=()):
-    for key in sorted(before.keys() | now.keys()):
-      name = ".".join((*path, key))
-      old, new = before.get(key), now.get(key)
-      if name in free or old == new:
-        continue
-      if isinstance(old, Mapping) and isinstance(new, Mapping):
-        walk(old, new, (*path, key))
-        continue
-      raise errors.InputError(
-        f"config.{name}={new!r} but the run in the workdir has {old!r}; "
-        "give it back its value, or choose a new --workdir"
-      )
-
-  walk(before, now)
 
 
 def introduce(
@@ -331,19 +285,25 @@ def open_log(
   return metrics.writers(names, workdir, run_id, config, first_step=first_step)
 
 
+def told(workdir: pathlib.Path, step: int) -> bool:
+  """Whether the log has a row of a step; asked on the first host, which has the log."""
+  log = workdir / "metrics.jsonl"
+  return log.exists() and any(row["step"] == step for row in metrics.read(log)[0])
+
+
 def check_finite(
-  values: Mapping[str, Any], number: int, workdir: pathlib.Path, kept: bool
+  values: Mapping[str, Any], number: int, saved: checkpoints.TrainCheckpoints, kept: bool
 ) -> None:
   """Stops a run whose numbers are not finite, naming them.
 
   Args:
     values: what was measured.
     number: of the step.
-    workdir: of the run.
-    kept: whether the state before it will be saved; else there is the last checkpoint.
+    saved: checkpoints of the run.
+    kept: whether the state before it will be saved; else there is the newest of those.
   """
   if bad := not_finite(values):
-    where = f"the state before it is saved in {workdir}" if kept else how_to_go_on(workdir)
+    where = "the state before it is saved" if kept else go_on_from(saved.latest)
     raise errors.InputError(
       f"step {number}: {', '.join(bad)} not finite; {where}; lower the learning rate and resume"
     )
@@ -369,6 +329,8 @@ def saving_before(
   record: Mapping[str, Any], worth: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
   """Saves the state before step `number` where what it encloses stops the run.
+
+  Not where the policy is found to have diverged.
 
   Args:
     saved, number, state, record: see `keep`.
@@ -418,7 +380,11 @@ def device_line(mesh: jax.sharding.Mesh) -> str:
 def how_to_go_on(workdir: pathlib.Path) -> str:
   """What a run that ended goes on from; asks nobody, as other hosts may be dead."""
   steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-  return f"the run goes on from step {max(steps)}" if steps else "the run starts anew"
+  return go_on_from(max(steps, default=None))
+
+
+def go_on_from(step: int | None) -> str:
+  return "the run starts anew" if step is None else f"the run goes on from step {step}"
 
 
 class CompileTimer:

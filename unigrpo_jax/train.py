@@ -31,6 +31,7 @@ from unigrpo_jax import (
   objective,
   pipeline,
   recipe,
+  resumption,
   rewards,
   rollout,
   runs,
@@ -48,7 +49,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metr
 for _name, _kind, _words in host_flags.FLAGS:
   (flags.DEFINE_string if _kind is str else flags.DEFINE_integer)(_name, None, _words)
 
-RESUMABLE = runs.RESUMABLE | {
+RESUMABLE = resumption.RESUMABLE | {
   "eval", "drift", "reward.threads", "reward.max_failed_fraction",
   # These change memory and speed.
   "rollout.prompts_at_once", "rollout.layout", "text.chunk", "microbatch", "remat",
@@ -119,7 +120,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- The loop.
   print_start(config, network, state, workdir, first)
-  untold = record.get("untold", {})  # What there was to tell of the last iteration.
+  # What there is to tell of the last iteration, unless an earlier resumption has told it.
+  untold = {} if hosts.broadcast(runs.told(workdir, first)) else record.get("untold", {})
   with hosts.together():
     log = runs.open_log(workdir, plain, run_id, first - bool(untold) if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
@@ -155,20 +157,17 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       values |= summarise(jax.device_get(found))
       # Nothing moved where the first optimizer step was refused; then it is the state before.
       unmoved = int(state.step) == (number - 1) * runs.steps_an_iteration(config)
-      with runs.saving_before(saved, number, state, before, functools.partial(bool, unmoved)):
-        runs.check_finite(values, number, workdir, unmoved)
+      with runs.saving_before(saved, number, state, before, lambda unmoved=unmoved: unmoved):
+        runs.check_finite(values, number, saved, unmoved)
         check_drift(values, limits, number)
       values |= timer.take() | {"seconds/compile": compiling.take()}
       values["trajectories_per_second"] = (
         recipe.trajectories_of(config) / values["seconds/total"]
       )
       # Evaluate, tell, save.
-      try:
-        with runs.saving_before(saved, number + 1, state, remember()):
-          results = evaluate(state, number, stopping)
-      except errors.InputError:
-        log.write(number, values)
-        raise
+      unevaluated = remember() | {"untold": metrics.floats(values)}
+      with runs.saving_before(saved, number + 1, state, unevaluated):
+        results = evaluate(state, number, stopping)
       whole = results is not None
       if whole:
         log.write(number, values | results)
@@ -176,7 +175,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       stopped = not whole or hosts.anywhere(stopping.is_set())
       if number % config.checkpoint_every == 0 or number == config.steps or stopped or results:
         saved.save(
-          number, state, remember() | ({} if whole else {"untold": metrics.floats(values)}),
+          number, state, remember() if whole else unevaluated,
           best_by(config, results) if results else None,
         )
       if stopped:
@@ -185,7 +184,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     saved.close()
   log.close()
   scorer.close()
-  if saved_all(state, config):
+  if results is not None and saved_all(state, config):
     runs.finish(network, state, config, workdir)
   return state
 

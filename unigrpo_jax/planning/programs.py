@@ -14,7 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unigrpo_jax import flops, hlo, phases, pipeline, recipe, rollout, runs, sharding, train
+from unigrpo_jax import (
+  flops,
+  hlo,
+  optim,
+  phases,
+  pipeline,
+  recipe,
+  rollout,
+  runs,
+  sharding,
+  train,
+)
 from unigrpo_jax.models import vae as vae_lib
 
 PHASES = ("layout", "read", "decode", "denoise", "vae", "update")
@@ -300,7 +311,7 @@ class Planner:
     count = recipe.trajectories_of(c)
     drawn = flops.velocity(sizes, latents, context=before + tokens)
     # Under adapters, whose own products are not counted, the weights have no gradient.
-    trained = set() if c.lora.rank else runs.trained(c.learning_rate) & set(flops.PARTS)
+    trained = set() if c.lora.rank else optim.trained(c.learning_rate) & set(flops.PARTS)
     parts = recipe.schedule(c, network.mesh).group_parts * self.sampler.settings.prompt_copies
     read = flops.text(sizes, before) * (parts * c.prompts_per_step)
     write = flops.text(sizes, tokens, context=before, scored=tokens) * count
