@@ -8,19 +8,18 @@ it draws, by the network that training started from; with the variant `no_think`
 """
 
 import pathlib
+import runpy
 
 from ml_collections import ConfigDict
-
-from unigrpo_jax import config_files
 
 _UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 
 
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its text objective."""
-  unigrpo = config_files.module(_UNIGRPO)
-  unigrpo.VARIANTS["no_think"] = no_think
-  config = unigrpo.get_config(variants)
+  unigrpo = runpy.run_path(_UNIGRPO)
+  unigrpo["VARIANTS"]["no_think"] = no_think
+  config = unigrpo["get_config"](variants)
   config.text.train = False  # its words are only sampled
   config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
   return config

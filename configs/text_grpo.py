@@ -7,17 +7,16 @@ expert stays as it is, and draws over what the trained understanding expert has 
 """
 
 import pathlib
+import runpy
 
 from ml_collections import ConfigDict
-
-from unigrpo_jax import config_files
 
 _UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 
 
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its flow objective."""
-  config = config_files.module(_UNIGRPO).get_config(variants)
+  config = runpy.run_path(_UNIGRPO)["get_config"](variants)
   config.flow.train = False  # its images are only sampled
   config.learning_rate.gen = 0.0  # without a gradient, weight decay would still move it
   return config

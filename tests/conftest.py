@@ -29,9 +29,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from unigrpo_jax import folders, weights  # noqa: E402
-from unigrpo_jax.models import bagel  # noqa: E402
+from unigrpo_jax.models import bagel, weights  # noqa: E402
 from unigrpo_jax.models import config as config_lib  # noqa: E402
+from unigrpo_jax.runtime import folders  # noqa: E402
 
 
 @pytest.fixture(scope="session")

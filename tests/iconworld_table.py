@@ -29,8 +29,8 @@ def _blurred(rng, example, sigma=0.5, noise=0.0):
 @functools.cache
 def _autoencoder():
   """The embedded checkpoint's, in float32."""
-  from unigrpo_jax import folders
   from unigrpo_jax.models import vae
+  from unigrpo_jax.runtime import folders
 
   folder = folders.open_folder(folders.TINY)
   params = folder.load_params(dtype=np.float32, parts=("vae",))["vae"]
@@ -39,8 +39,8 @@ def _autoencoder():
 
 def _through_autoencoder(rng, example):
   """Encoded, sampled and decoded by the embedded checkpoint's autoencoder."""
-  from unigrpo_jax import phases
   from unigrpo_jax.data import images
+  from unigrpo_jax.episodes import phases
 
   vae, params = _autoencoder()
   pixels = images.to_array(renderer.render(example.scene, rng))[None]

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import batches, objective, optim, phases, policy, types, update
+from unigrpo_jax import types
+from unigrpo_jax.algorithms import objective, update
+from unigrpo_jax.episodes import batches, phases, policy
+from unigrpo_jax.runtime import optim
 from unigrpo_jax.sampling import flow
 
 PROMPTS = ([280, 40, 41, 42, 281], [280, 50, 281], [280, 60, 61, 281], [280, 70, 71, 72, 73, 281])

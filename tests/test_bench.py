@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from unigrpo_jax import bench, errors, flops, workloads
+from unigrpo_jax import errors
+from unigrpo_jax.tools import bench, flops, workloads
 
 SMALL = workloads.Workload(
   layers=2, width=32, heads=4, kv_heads=2, ffn=48, vocab=64, system=5, prompt=3, tokens=4,

@@ -10,8 +10,9 @@ import unicodedata
 import pytest
 
 from tests import test_tokenizer
-from unigrpo_jax import errors, folders
+from unigrpo_jax import errors
 from unigrpo_jax.data import bpe, tokenizer
+from unigrpo_jax.runtime import folders
 
 HERE = pathlib.Path(__file__).parent
 FILES = ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax import build, folders, runs
+from unigrpo_jax.runtime import folders, runs
+from unigrpo_jax.tools import build
 
 SMALL = [
   "steps=3", "sequences_per_step=4", "microbatch=4", "noise_draws=1", "checkpoint_every=1",

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from unigrpo_jax.reporting import charts
+from unigrpo_jax.tools.report import charts
 
 NAN = math.nan
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from unigrpo_jax import compare, config_files, errors
+from unigrpo_jax import errors
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.tools import compare
 
 
 def _row(think, plain, reasoning):

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, finetune, optim, recipe, rewards, runs, sharding
+from unigrpo_jax import errors, finetune, rewards
+from unigrpo_jax.recipe import config_files, recipe
+from unigrpo_jax.runtime import optim, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"

@@ -18,7 +18,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
 
-from unigrpo_jax import checkpoints, conversion, convert, errors, folders, weights
+from unigrpo_jax import convert, errors
+from unigrpo_jax.models import weights
+from unigrpo_jax.runtime import checkpoints, conversion, folders
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:

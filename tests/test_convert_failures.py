@@ -13,7 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from unigrpo_jax import checkpoints, conversion, errors, folders, safetensors_io
+from unigrpo_jax import errors
+from unigrpo_jax.models import safetensors_io
+from unigrpo_jax.runtime import checkpoints, conversion, folders
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from unigrpo_jax import (
-  errors,
-  evaluate,
-  evaluation,
-  folders,
-  iconworld_evaluation,
-  pipeline,
-  rewards,
-)
+from unigrpo_jax import errors, evaluate, rewards
+from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
+from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.runtime import folders
 
 
 @pytest.fixture(scope="module")

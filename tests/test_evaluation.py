@@ -10,7 +10,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import batches, errors, evaluation, pipeline, sharding
+from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.episodes import batches, pipeline
+from unigrpo_jax.runtime import sharding
 from unigrpo_jax.sampling import flow
 
 SETTINGS = batches.Settings(

@@ -11,18 +11,12 @@ import PIL.Image
 import pytest
 
 from tests import refusals
-from unigrpo_jax import (
-  config_files,
-  corpus,
-  feed,
-  finetune,
-  folders,
-  hosts,
-  phases,
-  sharding,
-)
-from unigrpo_jax.data import packing
+from unigrpo_jax import finetune
 from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.episodes import packing, phases
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import folders, hosts, sharding
+from unigrpo_jax.supervised import corpus, feed
 
 LIMITS = packing.PadTo(
   tokens=640, labels=256, patches=24, images=6, clean=32, latents=32, noisy=3

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from unigrpo_jax import flops, optim, types
+from unigrpo_jax import types
 from unigrpo_jax.models import bagel
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.runtime import optim
+from unigrpo_jax.tools import flops
 
 # Small enough to work by hand: one expert has 2 * (2*4*(2+1)*2 + 3*4*5) = 2 * 108 weights.
 SIZES = flops.Sizes(

@@ -12,8 +12,9 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
-from unigrpo_jax import errors, evaluate, folders, generate
+from unigrpo_jax import errors, evaluate, generate
 from unigrpo_jax.iconworld import plans
+from unigrpo_jax.runtime import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--steps=3", "--max_tokens=4", "--temperature=1"]

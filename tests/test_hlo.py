@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import hlo, hlo_text, sharding
+from unigrpo_jax.runtime import sharding
+from unigrpo_jax.tools.plan import hlo, hlo_text
 
 B, D, F, L = 4, 8, 16, 5
 

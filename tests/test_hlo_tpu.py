@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from unigrpo_jax import hlo
+from unigrpo_jax.tools.plan import hlo
 
 PROGRAMS = pathlib.Path(__file__).parent / "tpu_programs"
 

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
-from unigrpo_jax import errors, hosts, recipe, runs, sharding
+from unigrpo_jax import errors
+from unigrpo_jax.recipe import recipe
+from unigrpo_jax.runtime import hosts, runs, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
@@ -48,10 +50,10 @@ import sys
 def main():
   number = int(sys.argv[3].partition("=")[2])
   hosts.start(sys.argv[1].partition("=")[2], 2, number)
-  print(hosts.anywhere(number == 1), hosts.anywhere(False), hosts.broadcast(["é", number]))
+  print(hosts.any_host(number == 1), hosts.any_host(False), hosts.broadcast(["é", number]))
   print(hosts.gather_rows([number, 2 + number], {"score": [number, 7]}, 4)["score"].tolist())
   try:
-    with hosts.together():
+    with hosts.raise_on_all_hosts():
       if number == 1:
         raise errors.Diverged("not: finite")
   except errors.InputError as error:
@@ -214,12 +216,12 @@ def test_hosts_of_gpus_are_no_slices():
 
 def test_one_host_asks_nobody(monkeypatch):
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", None)
-  assert hosts.anywhere(True) and not hosts.anywhere(False) and hosts.first()
+  assert hosts.any_host(True) and not hosts.any_host(False) and hosts.first()
   assert hosts.broadcast({"a": 1}) == {"a": 1} and hosts.gather_texts("x") == ["x"]
   rows = hosts.gather_rows([2, 0, 1], {"score": np.array([3.0, 1.0, 2.0])}, 3)
   np.testing.assert_array_equal(rows["score"], [1, 2, 3])
   assert list(hosts.share(3)) == [0, 1, 2]
-  with pytest.raises(errors.InputError, match="^as it was$"), hosts.together():
+  with pytest.raises(errors.InputError, match="^as it was$"), hosts.raise_on_all_hosts():
     raise errors.InputError("as it was")
   hosts.compare({"a": 1})
   assert hosts.run(lambda: 5, lambda: "") == 5

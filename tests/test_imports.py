@@ -1,64 +1,68 @@
-"""Who may import whom, read from the source."""
+"""Who may import whom, read from every file of the package; no file is exempt.
+
+A room is a folder or a file at the package's top; it imports only rooms to its left in ORDER, and
+only the libraries of LIBRARIES. Entry points are the files with a `__main__` block at the top:
+nothing imports one, and they may import every room.
+"""
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "unigrpo_jax"
-# Room -> what it may import: rooms of the package, or libraries. Entry points import everything.
-ARRAYS = {"jax", "chex", "flax.struct", "numpy"}
-ROOMS = {
-  "replacing": {"errors"},
-  "resumption": {"errors", "optim"},
-  "reporting": {"PIL", "errors", "intervals", "metrics"},
-  "intervals": {"numpy"},
+# Rooms from left to right; those of one line do not import each other.
+ORDER = (
+  ("errors", "types"),
+  ("iconworld", "losses"),
+  ("sampling",),
+  ("models",),
+  ("data",),
+  ("runtime",),
+  ("episodes",),
+  ("algorithms", "rewards"),
+  ("supervised", "benchmarks"),
+  ("recipe",),
+  ("finetune",),
+  ("tools",),
+)
+ENTRY_POINTS = {
+  "train", "generate", "evaluate", "convert", "export", "build", "report", "compare", "bench", "plan",
+}
+LIBRARIES = {
   "errors": set(),
-  "types": ARRAYS,
-  "losses": ARRAYS | {"types"},
-  "sampling": ARRAYS | {"types", "errors"},
-  "models": ARRAYS | {"flax", "types", "errors"},
-  "data": {
-    "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "types", "errors",
-    "models.config", "iconworld", "replacing",
+  "types": {"jax", "chex", "flax.struct"},
+  "iconworld": {"numpy", "scipy", "PIL"},
+  "losses": {"jax", "chex"},
+  "sampling": {"jax", "chex", "flax.struct", "numpy"},
+  "models": {"jax", "chex", "flax", "numpy", "ml_dtypes"},
+  "data": {"numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets"},
+  "runtime": {
+    "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",
   },
-  "iconworld": {"numpy", "scipy", "PIL", "errors"},
-  "contact_sheet": {"numpy", "PIL"},
-  "rewards": {"numpy", "PIL", "errors", "iconworld"},
-  "flops": set(),
-  "hlo": {"hlo_flops", "hlo_loops", "hlo_text"},
-  "hlo_flops": {"hlo_text"},
-  "hlo_loops": {"hlo_text"},
-  "hlo_text": set(),
-  "host_flags": set(),
-  "hosts": {"jax", "numpy", "errors", "host_flags"},
-  "optim": {"jax", "optax"},
-  "sharding": {"jax", "numpy", "flax", "errors"},
-  "checkpoints": {"jax", "numpy", "orbax", "tensorstore", "errors"},
-  "safetensors_io": {"numpy", "ml_dtypes", "errors"},
-  "weights": {"jax", "numpy", "ml_dtypes", "errors", "safetensors_io"},
+  "episodes": {"jax", "numpy", "flax.struct"},
+  "algorithms": {"jax", "numpy", "flax.struct", "optax"},
+  "rewards": {"numpy", "PIL"},
+  "supervised": {"jax", "numpy", "PIL", "optax"},
+  "benchmarks": {"numpy", "PIL", "scipy", "tqdm"},
+  "recipe": {"jax", "numpy", "ml_collections"},
+  "finetune": {"jax", "numpy"},
+  "tools": {"jax", "numpy", "optax", "PIL", "matplotlib", "jinja2", "ml_collections", "tqdm"},
+  "entry point": {"jax", "numpy", "absl", "ml_collections", "tqdm", "PIL"},
 }
-# Entry points, and what only they use.
-FREE = {
-  "__init__", "batches", "bench", "build", "checks", "compare", "config_files", "conversion",
-  "convert", "corpus", "evaluate", "evaluation", "export", "feed", "finetune", "folders",
-  "generate", "iconworld_evaluation", "metrics", "objective", "phases", "pipeline", "plan",
-  "planning", "policy", "recipe", "report", "rollout", "runs", "step", "train", "update",
-  "workloads",
+# Of a room, what may be imported of a library or of another room only there.
+ONLY_IN = {
+  "ml_collections": {"recipe", "tools", "entry point"},
+  "unigrpo_jax.runtime.hosts": {"runtime", "benchmarks", "finetune", "entry point", "episodes"},
 }
-STANDARD = {
-  "__future__", "argparse", "ast", "asyncio", "base64", "collections", "concurrent", "contextlib",
-  "dataclasses", "datetime", "difflib", "functools", "hashlib", "hmac", "html", "http", "importlib",
-  "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mmap", "numbers", "os",
-  "pathlib", "random", "re", "secrets", "shutil", "signal", "socket", "statistics", "struct",
-  "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "traceback", "typing",
-  "unicodedata", "urllib", "warnings", "weakref", "zipfile",
-}
+FORBIDDEN = {"torch", "tensorflow", "clu", "pickle"}
 
-
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize(
-  "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+  "path", FILES, ids=lambda path: str(path.relative_to(ROOT))
 )
 
 
@@ -76,22 +80,55 @@ def _room(path):
   return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+def _rooms_of(path):
+  """The rooms of the package that a file imports, its own left out."""
+  names = [name.split(".") for name in _imports(path)]
+  return {parts[1] for parts in names if parts[0] == "unigrpo_jax"} - {_room(path)}
+
+
 @every_file
-def test_a_room_imports_only_what_it_may(path):
+def test_a_room_imports_only_rooms_to_its_left_and_its_libraries(path):
   room = _room(path)
-  assert room in ROOMS or room in FREE, f"say in this test what {room} may import"
-  if room in FREE:
+  if path == PACKAGE / "__init__.py":
+    assert not list(_imports(path))
     return
+  entry = room in ENTRY_POINTS
+  assert entry or room in RANK, f"say in this test where {room} stands"
+  for other in _rooms_of(path):
+    assert other not in ENTRY_POINTS, f"{room} imports the entry point {other}"
+    assert entry or RANK[other] < RANK[room], f"{room} imports {other}, which is not to its left"
+  kind = "entry point" if entry else room
+  allowed = LIBRARIES[kind] | {"unigrpo_jax"}
   for name in _imports(path):
-    own = name.removeprefix("unigrpo_jax.")
-    allowed = {room} | ROOMS[room]
-    known = name.split(".")[0] in STANDARD
-    assert known or any(own == a or own.startswith(a + ".") for a in allowed), f"imports {name}"
+    top = name.split(".")[0]
+    assert top in sys.stdlib_module_names or top == "__future__" or any(
+      name == library or name.startswith(library + ".") for library in allowed
+    ), f"{room} imports {name}"
+    for restricted, rooms in ONLY_IN.items():
+      assert not name.startswith(restricted) or kind in rooms, f"{room} imports {name}"
 
 
 @every_file
 def test_nothing_forbidden_is_imported_and_no_file_is_long(path):
   for name in _imports(path):
-    assert name.split(".")[0] not in {"torch", "tensorflow", "clu", "pickle"}, name
+    assert name.split(".")[0] not in FORBIDDEN, name
     assert not name.startswith("jax.experimental.pjit"), name
   assert len(path.read_text().splitlines()) <= 500, "split it by noun"
+
+
+def test_entry_points_are_what_runs():
+  runs = {
+    path.stem for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()
+  }
+  assert runs == ENTRY_POINTS
+
+
+def test_there_are_few_rooms_and_arrows(capsys):
+  arrows = {(_room(path), other) for path in FILES for other in _rooms_of(path)}
+  rooms = {_room(path) for path in FILES if path.name != "__init__.py"}
+  with capsys.disabled():
+    print(f"\n{len(rooms)} rooms, {len(arrows)} arrows")
+    for room in sorted(rooms):
+      print(f"  {room:12} -> {' '.join(sorted(b for a, b in arrows if a == room))}")
+  assert len(rooms) <= 30
+  assert len(arrows) <= 130

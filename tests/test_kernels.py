@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests import refusals
-from unigrpo_jax import sharding, types
+from unigrpo_jax import types
 from unigrpo_jax.models import attention, bagel, kernels
+from unigrpo_jax.runtime import sharding
 
 splash = functools.partial(kernels.splash, interpret=True)
 # cuDNN runs on GPUs only; what stands around it is the same around jax's own attention.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, metrics
+from unigrpo_jax import errors
+from unigrpo_jax.runtime import metrics
 
 
 def test_a_resumed_run_drops_rows_after_its_checkpoint_and_half_a_line(tmp_path):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tests import packed_reference
-from unigrpo_jax import phases, sharding, types
+from unigrpo_jax import types
+from unigrpo_jax.episodes import phases
 from unigrpo_jax.models import bagel
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.runtime import sharding
 
 ATOL = 2e-5
 

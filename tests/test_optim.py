@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import optim, sharding
 from unigrpo_jax.models import bagel
+from unigrpo_jax.runtime import optim, sharding
 
 OPTIONS = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import types
-from unigrpo_jax.data import packing
+from unigrpo_jax.episodes import packing
 
 START, END = 90, 91
 NONE = packing.NO_LABEL

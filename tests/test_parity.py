@@ -7,8 +7,9 @@ import pytest
 
 from tests.parity import __main__ as runner
 from tests.parity import cases, network, training
-from unigrpo_jax import errors, safetensors_io
-from unigrpo_jax.data import packing
+from unigrpo_jax import errors
+from unigrpo_jax.episodes import packing
+from unigrpo_jax.models import safetensors_io
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:

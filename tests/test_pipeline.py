@@ -8,8 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import batches, errors, folders, pipeline, sharding
+from unigrpo_jax import errors
 from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.episodes import batches, pipeline
+from unigrpo_jax.runtime import folders, sharding
 from unigrpo_jax.sampling import flow
 
 SETTINGS = batches.Settings(

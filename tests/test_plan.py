@@ -6,8 +6,10 @@ import json
 import jax
 import pytest
 
-from unigrpo_jax import config_files, errors, hlo, plan, runs
-from unigrpo_jax.planning import advice, chips, page, programs, topology
+from unigrpo_jax import errors, plan
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import runs
+from unigrpo_jax.tools.plan import advice, chips, hlo, page, programs, topology
 
 GIB = chips.GIB
 CHIP = chips.CHIPS["v6e"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax import policy
+from unigrpo_jax.episodes import policy
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.sampling import sde
 

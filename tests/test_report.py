@@ -11,8 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import errors, metrics, report
-from unigrpo_jax.reporting import page, samples, workdir
+from unigrpo_jax import errors, report
+from unigrpo_jax.runtime import metrics
+from unigrpo_jax.tools.report import page, samples, workdir
 
 SCRIPT = "<script>alert('x')</script> & a \"kite\""
 VOID = {"meta", "img"}

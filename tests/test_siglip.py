@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import siglip
+from unigrpo_jax.models import siglip, weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = config_lib.read_config(GOLDEN).vit

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import optim, sharding, step, types
-from unigrpo_jax.data import packing
+from unigrpo_jax import types
+from unigrpo_jax.algorithms import step
+from unigrpo_jax.episodes import packing
 from unigrpo_jax.models import bagel
+from unigrpo_jax.runtime import optim, sharding
 
 WEIGHTS = dict(ce_weight=0.5, mse_weight=2.0, label_chunk=3)
 PAD_TO = packing.PadTo(

@@ -23,8 +23,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unigrpo_jax import checkpoints, folders, weights
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import weights
+from unigrpo_jax.runtime import checkpoints, folders
 
 LIMIT_BYTES = 8 * 2**30
 _BLOCK = 2**24  # elements written at once

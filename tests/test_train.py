@@ -8,7 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import config_files, errors, feed, finetune, folders, resumption, runs, train
+from unigrpo_jax import errors, finetune, train
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import folders, resumption, runs
+from unigrpo_jax.supervised import feed
 
 SMALL = [
   "steps=4", "sequences_per_step=8", "microbatch=4", "noise_draws=2", "checkpoint_every=2",

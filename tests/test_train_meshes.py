@@ -6,7 +6,9 @@ import chex
 import jax
 import pytest
 
-from unigrpo_jax import config_files, runs, train
+from unigrpo_jax import train
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import runs
 
 MESHES = {"1x8x1": (1, 8, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 STEPS = 5

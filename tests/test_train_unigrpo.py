@@ -9,20 +9,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from unigrpo_jax import (
-  checkpoints,
-  config_files,
-  errors,
-  evaluation,
-  export,
-  folders,
-  recipe,
-  resumption,
-  rollout,
-  runs,
-  train,
-)
+from unigrpo_jax import errors, export, train
+from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.episodes import rollout
+from unigrpo_jax.recipe import config_files, recipe
+from unigrpo_jax.runtime import checkpoints, folders, resumption, runs
 from unigrpo_jax.sampling import flow
 
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")

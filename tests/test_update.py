@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax import objective, optim, policy, step
+from unigrpo_jax.algorithms import objective, step
+from unigrpo_jax.episodes import policy
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
+from unigrpo_jax.runtime import optim
 
 ATOL = 3e-6  # Of parameters that a step moves by up to 1e-2: float32 sums in another order.
 

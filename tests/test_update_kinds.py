@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax import objective, optim, policy, sharding, train
+from unigrpo_jax import train
+from unigrpo_jax.algorithms import objective
+from unigrpo_jax.episodes import policy
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel, layers
+from unigrpo_jax.runtime import optim, sharding
 
 BOTH = dict(und=1e-2, gen=1e-2)
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax import sharding, types, update
+from unigrpo_jax import types
+from unigrpo_jax.algorithms import update
 from unigrpo_jax.models import bagel, layers
+from unigrpo_jax.runtime import sharding
 
 # Whole runs on many devices are in test_train_meshes.py, which is slow too.
 pytestmark = pytest.mark.slow

@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, folders, safetensors_io, weights
-from unigrpo_jax.models import bagel, vae
+from unigrpo_jax import errors
+from unigrpo_jax.models import bagel, safetensors_io, vae, weights
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.runtime import folders
 
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   source = find_source(args.source)
 
   # After the arguments are known to be good: importing jax takes seconds.
-  from unigrpo_jax import conversion
+  from unigrpo_jax.runtime import conversion
 
   try:
     if args.check:

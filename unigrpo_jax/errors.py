@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import contextlib
+import difflib
 import math
 import sys
 from typing import Any
@@ -40,6 +41,14 @@ def require(
   if not math.isfinite(value) or not all(holds for _, _, holds in bounds):
     wanted = " and ".join(words for asked, words, _ in bounds if asked) or "finite"
     raise InputError(f"{name}={value} must be {wanted}")
+
+
+def choose(name: str, value: str, options: Collection[str]) -> None:
+  """Refuses a value that is none of `options`, with the nearest one."""
+  if value not in options:
+    near = difflib.get_close_matches(str(value), options, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"{name}={value!r} is none of {', '.join(options)}{hint}")
 
 
 @contextlib.contextmanager

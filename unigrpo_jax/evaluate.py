@@ -8,8 +8,10 @@ import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors, host_flags, replacing
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 from unigrpo_jax.rewards import arguments
+from unigrpo_jax.runtime import host_flags
 
 DESCRIPTION = """Scores a checkpoint on held-out prompts.
 
@@ -97,7 +99,7 @@ def check_out(folder: pathlib.Path) -> None:
   if folder.exists() and not folder.is_dir():
     raise errors.InputError(f"--out={folder} is a file; give a folder")
   with errors.at(f"--out={folder}"):
-    replacing.probe(folder / "results.json")
+    atomic.probe(folder / "results.json")
 
 
 def read_examples(args: argparse.Namespace):
@@ -117,7 +119,7 @@ def read_examples(args: argparse.Namespace):
 
 def settings_of(args: argparse.Namespace, defaults):
   """The settings: what was given, else the checkpoint's own."""
-  from unigrpo_jax import batches
+  from unigrpo_jax.episodes import batches
   from unigrpo_jax.sampling import flow
 
   given = lambda value, default: default if value is None else value
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
 
   # After the arguments are known to be good: importing jax takes seconds.
-  from unigrpo_jax import hosts
+  from unigrpo_jax.runtime import hosts
 
   hosts.from_flags(args)
   hosts.run(lambda: evaluate(args), lambda: "nothing was written")
@@ -170,9 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
   """Draws and scores on all hosts; the first of them tells and writes."""
-  from unigrpo_jax import evaluation, hosts, iconworld_evaluation
-  from unigrpo_jax import pipeline as pipeline_lib
+  from unigrpo_jax.benchmarks import evaluation
+  from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
   from unigrpo_jax.data import prompts as prompt_sets
+  from unigrpo_jax.episodes import pipeline as pipeline_lib
+  from unigrpo_jax.runtime import hosts
 
   iconworld = args.prompts_from == prompt_sets.ICONWORLD
   names = args.modes or (ICONWORLD if iconworld else DRAWING)
@@ -183,7 +187,7 @@ def evaluate(args: argparse.Namespace) -> None:
   if tasks and not iconworld:
     raise errors.InputError(f"--modes {tasks[0]} needs --prompts_from=iconworld")
   hosts.compare(vars(args) | {"process": None})
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     if hosts.first():
       check_out(args.out)
     examples = read_examples(args)
@@ -196,13 +200,14 @@ def evaluate(args: argparse.Namespace) -> None:
     settings=settings, modes=modes, batch_size=args.batch_size, seed=args.seed, keep=args.keep,
     size=args.size and tuple(args.size),
   )
-  hosts.say(
+  hosts.print_first(
     f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
   )
   pipeline.load()
-  results = drawing.run(progress=Progress(hosts.say)) if modes else evaluation.Results([], {})
+  progress = Progress(hosts.print_first)
+  results = drawing.run(progress=progress) if modes else evaluation.Results([], {})
   for task in tasks:
-    hosts.say(f"{task}: {len(examples)} pictures")
+    hosts.print_first(f"{task}: {len(examples)} pictures")
     run = getattr(iconworld_evaluation, task)
     results.rows += run(
       pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
@@ -212,15 +217,18 @@ def evaluate(args: argparse.Namespace) -> None:
     for name, failures in scorer.failures.items():
       reasons = filter(None, hosts.gather_texts(failures.last))
       if left := sum(name not in row.rewards for row in results.rows if row.mode not in tasks):
-        hosts.say(f"note: reward {name} did not score {left} pictures: {next(reasons, '')}")
+        reason = next(reasons, "")
+        hosts.print_first(f"note: reward {name} did not score {left} pictures: {reason}")
   elif unscored := sum(not row.rewards for row in results.rows):
-    hosts.say(f"note: {unscored} of {len(results.rows)} pictures were not scored: their prompts "
-              "have no metadata of IconWorld; --rewards names other rewards")
-  hosts.say("\n" + "\n".join(map(results.table, results.rewards)))
-  with hosts.together():
+    hosts.print_first(
+      f"note: {unscored} of {len(results.rows)} pictures were not scored: their prompts have no "
+      "metadata of IconWorld; --rewards names other rewards"
+    )
+  hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
+  with hosts.raise_on_all_hosts():
     if hosts.first():
       results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
-  hosts.say(f"wrote {args.out}")
+  hosts.print_first(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def export(
   """
   import ml_collections
 
-  from unigrpo_jax import folders, runs
+  from unigrpo_jax.runtime import folders, runs
 
   if not (workdir / "checkpoints").is_dir():
     raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")

@@ -10,23 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import (
-  checks,
-  corpus,
-  errors,
-  feed,
-  folders,
-  hosts,
-  metrics,
-  phases,
-  resumption,
-  runs,
-  sharding,
-  types,
-)
-from unigrpo_jax import step as step_lib
-from unigrpo_jax.data import packing
+from unigrpo_jax import errors, types
+from unigrpo_jax.algorithms import step as step_lib
+from unigrpo_jax.episodes import packing, phases
 from unigrpo_jax.models import vae
+from unigrpo_jax.recipe import checks
+from unigrpo_jax.runtime import folders, hosts, metrics, resumption, runs, sharding
+from unigrpo_jax.supervised import corpus, feed
 
 RESUMABLE = resumption.RESUMABLE | {"limits"}
 
@@ -54,7 +44,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     InputError: the config or an example is impossible, or the run cannot go on; says why.
   """
   # --- Model, optimizer, examples.
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     network = runs.open_network(config, devices)
     check_config(config, network.mesh)
     optimizer = runs.make_optimizer(config)
@@ -93,7 +83,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   # --- The loop.
   first = int(state.step)
   print_start(config, network, state, workdir, first)
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     log = runs.open_log(workdir, plain, run_id, first)
   clock = metrics.Clock(first, config.steps)
   record, values = {"config": plain, "run_id": run_id}, {}
@@ -104,10 +94,10 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     contextlib.closing(batches.batches(first, config.steps)) as made,
   ):
     for number in range(first + 1, config.steps + 1):
-      with runs.saving_before(saved, number, state, record, worth), hosts.together():
+      with runs.saving_before(saved, number, state, record, worth), hosts.raise_on_all_hosts():
         host_batch = next(made)
       state, values = step_fn(state, spread(host_batch, mesh, config.microbatch))
-      stopped = hosts.anywhere(stopping.is_set())
+      stopped = hosts.any_host(stopping.is_set())
       tell = number % config.log_every == 0 or number in (first + 1, config.steps)
       save = number % config.checkpoint_every == 0 or number == config.steps or stopped
       if tell or save:
@@ -115,11 +105,11 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         runs.check_finite(values, number, saved, kept=False)
       if tell:
         log.write(number, values)
-        hosts.say(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))
+        hosts.print_first(clock.line(number, {"ce": values["ce"], "mse": values["mse"]}))
       if save:
         saved.save(number, state, record)
       if stopped:
-        hosts.say(f"stopped by a signal at step {number}; the same command goes on")
+        hosts.print_first(f"stopped by a signal at step {number}; the same command goes on")
         break
     saved.close()
   log.close()
@@ -197,7 +187,7 @@ def check_config(config, mesh) -> None:
 
 def print_start(config, network: runs.Network, state, workdir, first: int) -> None:
   """What will run, before it compiles."""
-  hosts.say("\n".join([
+  hosts.print_first("\n".join([
     runs.start_line(config, network, workdir, first),
     runs.device_line(network.mesh),
     f"a step: {config.sequences_per_step} sequences in "

@@ -10,8 +10,9 @@ import pathlib
 import sys
 import time
 
-from unigrpo_jax import errors, host_flags, replacing
-from unigrpo_jax.data import prompt_files
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic, prompt_files
+from unigrpo_jax.runtime import host_flags
 
 MODES = """modes:
   (none)                     draw the prompt
@@ -131,7 +132,7 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
 def _probe(out: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
   """Refuses a place where results cannot be written."""
   with errors.at(f"--out={out}"):
-    replacing.probe(paths[0])
+    atomic.probe(paths[0])
   for existing in paths:
     if existing.is_dir():
       raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [prompt for prompt, _ in prompt_files.read(args.prompts_file)]
 
   # After the arguments are known to be good: importing jax takes seconds.
-  from unigrpo_jax import hosts
+  from unigrpo_jax.runtime import hosts
 
   hosts.from_flags(args)
   hosts.run(lambda: generate(args, prompts), lambda: "what was drawn is written")
@@ -185,12 +186,13 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
   """Draws on all hosts; the first of them writes."""
   import jax
 
-  from unigrpo_jax import batches, checkpoints, hosts, sharding
-  from unigrpo_jax import pipeline as pipeline_lib
   from unigrpo_jax.data import images
+  from unigrpo_jax.episodes import batches
+  from unigrpo_jax.episodes import pipeline as pipeline_lib
+  from unigrpo_jax.runtime import checkpoints, hosts, sharding
 
   hosts.compare(vars(args) | {"process": None, "prompts": list(prompts)})
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     paths = output_paths(args, len(prompts)) if hosts.first() else []
     image = images.load_rgb(args.image) if args.image else None
   size = (args.height or args.width, args.width or args.height)
@@ -198,7 +200,7 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     batches.Request(prompt, seed=args.seed + row, image=image, size=size if any(size) else None)
     for row, prompt in enumerate(prompts)
   ]
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
   settings = _settings(args, pipeline.config.generation)
   # Prepared together, they have one shape, which compiles once.
@@ -235,7 +237,7 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
       "seconds": {"load": load_seconds} | pipeline.seconds,
     }
     progress.finish()
-    with hosts.together():
+    with hosts.raise_on_all_hosts():
       if hosts.first():
         _write(args, paths[first:], requests[first:], results, record)
 
@@ -251,7 +253,7 @@ def _write(args: argparse.Namespace, paths, requests, results, record) -> None:
 
 def _settings(args: argparse.Namespace, defaults):
   """The settings: what was given, else the checkpoint's own; editing has the release's guidance."""
-  from unigrpo_jax import batches
+  from unigrpo_jax.episodes import batches
   from unigrpo_jax.sampling import flow
 
   editing = args.image is not None and not args.understand
@@ -286,9 +288,9 @@ def _save(path: pathlib.Path, request, result, record, upscale: int) -> None:
 
     record["size"], record["upscale"] = list(result.image.shape[:2]), upscale
     picture = PIL.Image.fromarray(result.image.repeat(upscale, axis=0).repeat(upscale, axis=1))
-    replacing.write(path, lambda aside: picture.save(aside, format="PNG"))
+    atomic.write(path, lambda aside: picture.save(aside, format="PNG"))
   text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-  replacing.write_text(path.with_suffix(".json"), text)
+  atomic.write_text(path.with_suffix(".json"), text)
 
 
 def _show(path: pathlib.Path, request, result, understand: bool) -> None:

@@ -12,8 +12,9 @@ import time
 
 import jax
 
-from unigrpo_jax import config_files, errors
-from unigrpo_jax.planning import advice, page, programs, topology
+from unigrpo_jax import errors
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.tools.plan import advice, page, programs, topology
 
 EPILOG = """\
 --config.KEY=VALUE changes a key of the config, as for training; VALUE is JSON.

@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from unigrpo_jax import errors
-from unigrpo_jax.reporting import page, workdir
+from unigrpo_jax.tools.report import page, workdir
 
 DESCRIPTION = """Makes one HTML page about a run: rewards with intervals, health, the same prompts
 before and after, timings, configuration. It needs nothing beside it and no network."""

@@ -21,26 +21,15 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from unigrpo_jax import (
-  errors,
-  evaluation,
-  finetune,
-  host_flags,
-  hosts,
-  metrics,
-  objective,
-  pipeline,
-  recipe,
-  resumption,
-  rewards,
-  rollout,
-  runs,
-  sharding,
-  types,
-)
+from unigrpo_jax import errors, finetune, rewards, types
+from unigrpo_jax.algorithms import objective
+from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.episodes import pipeline, rollout
 from unigrpo_jax.losses import advantages
 from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.recipe import recipe
+from unigrpo_jax.runtime import host_flags, hosts, metrics, resumption, runs, sharding
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/sft.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics; a run that "
@@ -68,7 +57,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     InputError: the config is impossible, or the run cannot go on; says why.
   """
   # --- Model and optimizer.
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     network = runs.open_network(config, devices)
     recipe.check(config, network)
     optimizer = runs.make_optimizer(config)
@@ -77,7 +66,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   )
 
   # --- Prompts, rewards, evaluation.
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     prompt_set = prompts_lib.open_set(config.prompts.source, config.prompts.split)
     stream = prompts_lib.PromptStream(prompt_set, config.seed, config.prompts_per_step)
     scorer = recipe.make_scorer(config)
@@ -92,7 +81,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network.model, vae, vae_params, network.tokenizer, network.mesh,
     recipe.rollout_settings(config, network.mesh),
   )
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     evaluate = make_evaluation(config, network, sampler, vae_params, scorer, workdir)
 
   # --- State: 1. resume, else 2. the folder's network, else 3. random weights.
@@ -109,7 +98,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       )
     stream.restore(record["prompt_position"])
   else:
-    with hosts.together():
+    with hosts.raise_on_all_hosts():
       for prompt in prompt_set:  # Rather than when its turn comes.
         sampler.encode_prompts([prompt.prompt])
   run_id = runs.introduce(workdir, plain, network, state.params, record.get("run_id"))
@@ -122,7 +111,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   print_start(config, network, state, workdir, first)
   # What there is to tell of the last iteration, unless an earlier resumption has told it.
   untold = {} if hosts.broadcast(runs.told(workdir, first)) else record.get("untold", {})
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     log = runs.open_log(workdir, plain, run_id, first - bool(untold) if resumed else -1)
   clock, timer = metrics.Clock(first, config.steps), metrics.PhaseTimer()
   remember = lambda: {
@@ -135,7 +124,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     # The state before the first step is evaluated, and one that a signal has left to be.
     results = evaluate(state, first, stopping) if untold or not resumed else {}
     if results is None:
-      hosts.say(f"stopped by a signal at step {first}; the same command goes on")
+      hosts.print_first(f"stopped by a signal at step {first}; the same command goes on")
     elif untold | results:
       log.write(first, untold | results)
     for number in () if results is None else range(first + 1, config.steps + 1):
@@ -147,7 +136,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
                            stopping)
       if gathered is None:
         runs.keep(saved, number - 1, state, before)
-        hosts.say(f"stopped by a signal in step {number}; the same command goes on")
+        hosts.print_first(f"stopped by a signal in step {number}; the same command goes on")
         break
       experience, values = gathered
       # Update.
@@ -171,15 +160,15 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       whole = results is not None
       if whole:
         log.write(number, values | results)
-        hosts.say(clock.line(number, shown(values)))
-      stopped = not whole or hosts.anywhere(stopping.is_set())
+        hosts.print_first(clock.line(number, shown(values)))
+      stopped = not whole or hosts.any_host(stopping.is_set())
       if number % config.checkpoint_every == 0 or number == config.steps or stopped or results:
         saved.save(
           number, state, remember() if whole else unevaluated,
           best_by(config, results) if results else None,
         )
       if stopped:
-        hosts.say(f"stopped by a signal at step {number}; the same command goes on")
+        hosts.print_first(f"stopped by a signal at step {number}; the same command goes on")
         break
     saved.close()
   log.close()
@@ -216,9 +205,9 @@ def collect(
     ]))
     chunks.append(chunk)
     own.append(rows.start + chunk.rows)
-    if hosts.anywhere(stopping.is_set()):
+    if hosts.any_host(stopping.is_set()):
       return None
-  with timer("reward"), hosts.together():
+  with timer("reward"), hosts.raise_on_all_hosts():
     scores = [future.result() for future in scores]
   reasonings = [chunk.told() for chunk in chunks]
   scores, reasonings = (
@@ -230,7 +219,7 @@ def collect(
   )
   groups = np.repeat(np.arange(len(prompts)), group)
   total = scorer.total(scores, groups, config.reward.normalise)
-  with hosts.together():
+  with hosts.raise_on_all_hosts():
     scorer.check(total)
   adv, valid, told = jax.device_get(advantages.group_advantages(
     jnp.asarray(total), jnp.asarray(groups), num_groups=len(prompts), std=config.advantage.std,
@@ -348,7 +337,7 @@ def make_evaluation(
 
   def run(state: types.TrainState, number: int, stopping):
     def look(_: str, done: int, total: int) -> None:
-      if done < total and hosts.anywhere(stopping.is_set()):
+      if done < total and hosts.any_host(stopping.is_set()):
         raise Stopped
 
     if number % e.every and number != config.steps:
@@ -359,10 +348,10 @@ def make_evaluation(
       results = evaluate.run(sampler.take(state.averaged), look)
     except Stopped:
       return None
-    with hosts.together():
+    with hosts.raise_on_all_hosts():
       scorer.check(np.array([row.rewards.get("reward", np.nan) for row in results.rows]))
     folder = workdir / "evaluations" / f"{number:06d}"
-    with hosts.together():
+    with hosts.raise_on_all_hosts():
       if hosts.first():
         results.save(folder, f"after {number} steps")
     values = {
@@ -371,7 +360,7 @@ def make_evaluation(
     }
     seconds = time.monotonic() - start
     line = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in modes)
-    hosts.say(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}")
+    hosts.print_first(f"evaluated {len(examples)} prompts in {seconds:.0f} s: reward {line}")
     return values | {"seconds/evaluate": seconds}
 
   return run
@@ -423,7 +412,7 @@ def print_start(config, network: runs.Network, state, workdir, first: int) -> No
     + (", reference)" if state.reference is not None else ")"),
     "compiling",
   ]
-  hosts.say("\n".join(lines))
+  hosts.print_first("\n".join(lines))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -469,7 +458,7 @@ def main(_) -> None:
 
     def of_all_hosts():
       hosts.compare({"--workdir": str(workdir), "config": json.loads(config.to_json())})
-      runs.choose("config.algorithm", config.algorithm, algorithms)
+      errors.choose("config.algorithm", config.algorithm, algorithms)
       algorithms[config.algorithm](config, workdir)
 
     hosts.run(of_all_hosts, lambda: runs.how_to_go_on(workdir))

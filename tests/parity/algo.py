@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.parity import cases
-from unigrpo_jax import optim
+from unigrpo_jax.runtime import optim
 from unigrpo_jax.sampling import flow, windows
 
 NUMBER = r"[\d.]+"

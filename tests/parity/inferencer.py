@@ -14,9 +14,10 @@ import PIL.Image
 
 from tests.parity import cases, network, tables, text, vision
 from tests.parity import flow as flow_cases
-from unigrpo_jax import errors, phases, types
+from unigrpo_jax import errors, types
 from unigrpo_jax.data import images
 from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.episodes import phases
 from unigrpo_jax.sampling import flow
 
 # Arguments that a recording leaves out have the official inferencer's defaults.

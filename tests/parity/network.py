@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity import cases
-from unigrpo_jax import types, weights
+from unigrpo_jax import types
 from unigrpo_jax.data import images, tokenizer
-from unigrpo_jax.models import bagel, vae
+from unigrpo_jax.models import bagel, vae, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.sampling import flow, text
 

@@ -12,7 +12,8 @@ import PIL.Image
 from tests.parity import cases, training
 from tests.parity import flow as flow_cases
 from unigrpo_jax import errors
-from unigrpo_jax.data import images, packing
+from unigrpo_jax.data import images
+from unigrpo_jax.episodes import packing
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import layers
 from unigrpo_jax.sampling import flow

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from tests.parity import cases, network
-from unigrpo_jax.data import packing
+from unigrpo_jax.episodes import packing
 
 # No token has this id: a decode that the recording never let end.
 NEVER = -1

@@ -13,9 +13,10 @@ import numpy as np
 
 from tests.parity import cases, network
 from tests.parity import flow as flow_cases
-from unigrpo_jax import types, weights
-from unigrpo_jax.data import packing
+from unigrpo_jax import types
+from unigrpo_jax.episodes import packing
 from unigrpo_jax.losses import supervised
+from unigrpo_jax.models import weights
 
 # Raw timestep of a clean image: stands for -inf.
 CLEAN = -1e29

@@ -6,7 +6,8 @@ import numpy as np
 
 from tests.parity import cases, network, text
 from unigrpo_jax import types
-from unigrpo_jax.data import images, packing
+from unigrpo_jax.data import images
+from unigrpo_jax.episodes import packing
 
 
 def patches_of(net: network.Network, pictures: list[np.ndarray]) -> types.Patches:

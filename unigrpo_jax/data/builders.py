@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from unigrpo_jax import errors, replacing
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 
 VERSION = "1.0.0"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -117,7 +118,7 @@ def build(
       PromptBuilder(name, splits, staged).download_and_prepare()
     for split in splits:
       Split(staged / name / VERSION, split)  # What cannot be read back is not worth a name.
-    replacing.replace(staged / name, target)
+    atomic.replace(staged / name, target)
     shutil.rmtree(staged, ignore_errors=True)
   except BaseException as error:
     shutil.rmtree(staged, ignore_errors=True)

@@ -1,0 +1,301 @@
+"""Drawing fixed prompts from fixed noise under several modes, and what their rewards say.
+
+  evaluation = Evaluation(pipeline, examples, score, settings=settings,
+                          modes=[Mode.parse("plain"), Mode.parse("think+guidance")],
+                          batch_size=64, seed=0)
+  results = evaluation.run()          # again with other weights: evaluation.run(params)
+  results.mean("plain", "strict"), results.save("runs/eval", "IconWorld")
+
+Row i is drawn with seed `seed` + i by the ODE, whatever its mode and however often it is run, so
+that two results differ by their weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import contact_sheet, intervals
+from unigrpo_jax.episodes import batches
+from unigrpo_jax.runtime import hosts
+
+_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
+
+Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """How a prompt becomes a picture.
+
+  Attributes:
+    think: the prompt is reasoned about first.
+    guided: with classifier-free guidance.
+    given: with the example's own reasoning rather than a sampled one; needs `think`.
+  """
+
+  think: bool
+  guided: bool = False
+  given: bool = False
+
+  def __post_init__(self):
+    if self.given and not self.think:
+      raise errors.InputError("mode given=True, think=False: a given reasoning is a thought")
+
+  @classmethod
+  def parse(cls, text: str) -> Mode:
+    """The mode that "plain", "think" or "given" names, each also with "+guidance".
+
+    Raises:
+      InputError: it names none.
+    """
+    kind, plus, rest = (part.strip() for part in text.partition("+"))
+    if kind not in ("plain", "think", "given") or (plus and rest != "guidance"):
+      raise errors.InputError(
+        f"mode={text!r} is none of plain, think, given, each also with +guidance"
+      )
+    return cls(think=kind != "plain", guided=bool(plus), given=kind == "given")
+
+  @property
+  def name(self) -> str:
+    kind = "given" if self.given else "think" if self.think else "plain"
+    return kind + (" + guidance" if self.guided else "")
+
+
+@dataclasses.dataclass
+class Row:
+  """One prompt under one mode.
+
+  Attributes:
+    mode: its name.
+    category: what the tables tell apart.
+    prompt: what was asked for.
+    text: the reasoning, or None.
+    rewards: by name; without those that could not score it.
+    image: file of the picture, relative to the saved folder; None where it was not kept.
+  """
+
+  mode: str
+  category: str
+  prompt: str
+  text: str | None
+  rewards: dict[str, float]
+  image: str | None
+
+
+class Results:
+  """The rows of an evaluation, mode by mode, and the pictures that were kept.
+
+  Attributes:
+    rows: see `Row`.
+    images: {`Row.image`: [H, W, 3] uint8}.
+  """
+
+  def __init__(self, rows: Sequence[Row], images: dict[str, np.ndarray]):
+    self.rows, self.images = list(rows), dict(images)
+
+  @property
+  def modes(self) -> list[str]:
+    return list(dict.fromkeys(row.mode for row in self.rows))
+
+  @property
+  def rewards(self) -> list[str]:
+    return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
+
+  def mean(self, mode: Mode | str, reward: str) -> float:
+    """Mean over the rows of a mode that have the reward; NaN where there are none."""
+    return self.interval(mode, reward)[0]
+
+  def interval(self, mode: Mode | str, reward: str) -> tuple[float, float, float]:
+    """(mean, low, high) of the rows of a mode that have the reward; see `intervals.interval`."""
+    return intervals.interval(self._scores(mode, reward))
+
+  def _scores(self, mode: Mode | str, reward: str, category: str | None = None) -> list[float]:
+    name = mode.name if isinstance(mode, Mode) else mode
+    return [
+      row.rewards[reward] for row in self.rows
+      if row.mode == name and reward in row.rewards and category in (None, row.category)
+    ]
+
+  def table(self, reward: str) -> str:
+    """Markdown: a line a mode, means by category, and over all with the interval."""
+    rows = [row for row in self.rows if reward in row.rewards]
+    categories = list(dict.fromkeys(row.category for row in rows))
+    categories = [] if len(categories) < 2 else categories
+    lines = [[reward, *categories, "all", "95 %", "rows"], ["---"] * (4 + len(categories))]
+    for mode in dict.fromkeys(row.mode for row in rows):
+      cells = [self._scores(mode, reward, category) for category in categories]
+      mean, low, high = self.interval(mode, reward)
+      lines.append([
+        mode, *[f"{np.mean(scores):.2f}" if scores else "" for scores in cells], f"{mean:.3f}",
+        f"{low:.3f} to {high:.3f}", str(len(self._scores(mode, reward))),
+      ])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+  def save(self, folder: pathlib.Path | str, title: str) -> None:
+    """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
+
+    Raises:
+      InputError: the folder cannot be written to.
+    """
+    import PIL.Image
+
+    folder = pathlib.Path(folder)
+    record = {
+      "title": title, "modes": self.modes, "rows": [dataclasses.asdict(row) for row in self.rows]
+    }
+    text = "\n".join([f"# {title}\n", *map(self.table, self.rewards)])
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      if (folder / "results.json").exists():  # And so the pictures of another evaluation.
+        for old in [folder / "contact.png", *folder.glob("images/*.png")]:
+          if old.name == "contact.png" or _PICTURE.fullmatch(old.name):
+            old.unlink(missing_ok=True)
+      (folder / "results.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+      )
+      (folder / "results.md").write_text(text, encoding="utf-8")
+      for name, image in self.images.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / name)
+      if self.images:
+        contact_sheet.draw(title, self.rows, self.images).save(folder / "contact.png")
+    except OSError as error:
+      raise errors.InputError(f"{folder}: cannot be written to ({error.strerror})") from None
+
+
+class Evaluation:
+  """Prompts prepared once; see the module's docstring."""
+
+  def __init__(
+    self, pipeline, examples: Sequence[Any], score: Score, *, settings: batches.Settings,
+    modes: Sequence[Mode], batch_size: int, seed: int, keep: int = 24,
+    size: tuple[int, int] | None = None,
+  ):
+    """Checks everything that does not need the weights, which may be loaded later.
+
+    Args:
+      pipeline: see `pipeline.Pipeline`.
+      examples: objects with `prompt` and `metadata`, whose "tag" is the category ("all" without
+        one), and with `reasoning` where a mode is given it.
+      score: rewards of samples, {name: [samples] float}; NaN where there is none, as a reward of
+        the reasoning has none for a picture without.
+      settings: what the modes share; with the guidance of the guided ones.
+      modes: each is run over all examples.
+      batch_size: rows run together, rounded up to what the devices share evenly.
+      seed: row i has `seed` + i.
+      keep: of how many prompts the pictures are kept.
+      size: height and width in pixels; None: the largest of the checkpoint.
+
+    Raises:
+      InputError: a prompt, a size, a mode or a number is impossible.
+    """
+    if not examples or not modes:
+      raise errors.InputError("an evaluation needs at least one prompt and one mode")
+    if len({mode.name for mode in modes}) < len(modes):
+      raise errors.InputError(f"modes={[mode.name for mode in modes]}: each may stand there once")
+    errors.require("batch_size", batch_size, low=1)
+    errors.require("keep", keep, low=0)
+    self._pipeline, self._examples, self._score = pipeline, list(examples), score
+    self._seed, self._keep, self._size = seed, keep, size
+    self._batch_size = pipeline.batch_rows(batch_size, len(examples))
+    self._batches = {mode: self._prepare(mode, settings) for mode in modes}
+
+  def _prepare(self, mode: Mode, settings: batches.Settings) -> list[batches.Batch]:
+    """All prompts under a mode, padded alike: every batch has one shape."""
+    guidance = settings.guidance
+    if not mode.guided:
+      guidance = dataclasses.replace(guidance, text_scale=1.0)
+    settings = dataclasses.replace(
+      settings, think=mode.think, understand=False, guidance=guidance
+    )
+    rows = range(len(self._examples) + -len(self._examples) % self._batch_size)
+    # The rows that fill the last batch are prompts again, not fewer rows: decoding has one shape.
+    requests = [self._request(mode, row % len(self._examples)) for row in rows]
+    batch = self._pipeline.prepare(requests, settings, self._batch_size)
+    return batches.split(batch, self._batch_size)
+
+  def _request(self, mode: Mode, row: int) -> batches.Request:
+    example = self._examples[row]
+    reasoning = getattr(example, "reasoning", None) if mode.given else None
+    if mode.given and not reasoning:
+      raise errors.InputError(
+        f"mode {mode.name}: prompt {row + 1} ({example.prompt!r}) has no reasoning; leave out the "
+        "modes that are given one"
+      )
+    return batches.Request(
+      example.prompt, seed=self._seed + row, size=self._size, reasoning=reasoning
+    )
+
+  def run(self, params: Any = None, progress: Progress | None = None) -> Results:
+    """Draws and scores every prompt under every mode; several hosts call it together.
+
+    Each of them scores its share of every batch, and has all results.
+
+    Args:
+      params: of the network, on the pipeline's mesh, in place of its own for this run; None keeps
+        those. They are not donated.
+      progress: called after each batch with the mode's name, and how many rows of how many of all
+        modes are done.
+
+    Raises:
+      InputError: a log-probability, a latent or a reward is not finite.
+    """
+    rows, images = [], {}
+    with self._using(params):
+      for mode, parts in self._batches.items():
+        for first, batch in enumerate(parts):
+          results = self._pipeline.run(batch)
+          self._add(mode, first * self._batch_size, results, rows, images)
+          if progress is not None:
+            progress(mode.name, len(rows), len(self._examples) * len(self._batches))
+    return Results(rows, images)
+
+  def _add(self, mode: Mode, first: int, results, rows: list[Row], images: dict) -> None:
+    """Scores one batch's results, and keeps what is to be kept."""
+    examples = self._examples[first : first + len(results)]
+    samples = [
+      rewards.Sample(
+        example.prompt, result.image, example.reasoning if mode.given else result.text,
+        example.metadata,
+      )
+      for example, result in zip(examples, results)
+    ]
+    own = hosts.share(len(samples))
+    with hosts.raise_on_all_hosts():
+      scores = self._score([samples[row] for row in own])
+    scores = hosts.gather_rows(own, scores, len(samples))
+    for place, (example, sample) in enumerate(zip(examples, samples)):
+      number, name = first + place, None
+      own = {key: float(values[place]) for key, values in scores.items()}
+      bad = [key for key, value in own.items() if math.isinf(value)]
+      if bad:
+        raise errors.InputError(f"reward {bad[0]} of {example.prompt!r} is {own[bad[0]]}")
+      if number < self._keep:
+        name = f"images/{mode.name.replace(' + ', '_')}_{number:05d}.png"
+        images[name] = sample.image
+      rows.append(Row(
+        mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,
+        {key: value for key, value in own.items() if not math.isnan(value)}, name,
+      ))
+
+  @contextlib.contextmanager
+  def _using(self, params: Any) -> Iterator[None]:
+    """The pipeline with other parameters of the network, for as long as this lasts."""
+    own = self._pipeline.params
+    if params is not None:
+      self._pipeline.params = own | {"bagel": params}
+    try:
+      yield
+    finally:
+      self._pipeline.params = own

@@ -1,0 +1,105 @@
+"""What a checkpoint can do in IconWorld: rewards of its pictures, and two tasks besides drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import rewards
+from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.episodes import batches
+from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
+
+TASKS = ("answer", "edit")
+
+
+def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
+  """The rewards "strict", "soft" and "reasoning" of IconWorld, [samples] float32 each.
+
+  NaN where a prompt's metadata does not ask for something of IconWorld; see `rewards.iconworld`.
+  """
+  return {
+    name: rewards.make(f"iconworld_{name}")(samples) for name in ("strict", "soft", "reasoning")
+  }
+
+
+def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):
+  """Asks a question about each example's rendered scene; reward "answer": the word is right.
+
+  Args:
+    pipeline: see `pipeline.Pipeline`.
+    examples: see `iconworld.prompts.Example`.
+    settings: see `batches.Settings`.
+    batch_size: rows run together.
+    seed: of scenes and questions.
+
+  Returns:
+    [rows] `evaluation.Row`, whose category is what was asked about.
+  """
+  rng, asked, requests = np.random.default_rng(seed), [], []
+  for row, example in enumerate(examples):
+    # The categories of prompts take turns; every sort of question is asked about each of them.
+    about = tasks.QUESTIONS[row // len(prompts.CATEGORIES) % len(tasks.QUESTIONS)]
+    question, right = tasks.question(rng, example.scene, about)
+    asked.append(("color" if right in scenes.COLORS else "count", right))
+    image = PIL.Image.fromarray(renderer.render(example.scene, rng))
+    requests.append(batches.Request(question, seed=seed + row, image=image))
+  settings = dataclasses.replace(
+    settings, think=False, understand=True, temperature=0.0, max_tokens=8
+  )
+  results = _run(pipeline, requests, settings, batch_size)
+  return [
+    evaluation.Row(
+      "answer", about, request.prompt, result.text,
+      {"answer": float(result.text.strip() == right)}, None,
+    )
+    for request, (about, right), result in zip(requests, asked, results)
+  ]
+
+
+def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):
+  """Has each example's rendered scene edited; arguments as of `answer`.
+
+  Returns:
+    [rows] `evaluation.Row` with the rewards "edit", whether the picture shows the edited scene and
+    nothing else, and "untouched", the same of the unedited picture: what doing nothing would score.
+  """
+  rng, requests, wanted = np.random.default_rng(seed), [], []
+  for row, example in enumerate(examples):
+    instruction, scene = tasks.edit(rng, example.scene)
+    image = PIL.Image.fromarray(renderer.render(example.scene, rng))
+    requests.append(batches.Request(instruction, seed=seed + row, image=image))
+    wanted.append(scene)
+  off = dataclasses.replace(settings.guidance, text_scale=1.0)
+  settings = dataclasses.replace(settings, think=False, understand=False, guidance=off)
+  results = _run(pipeline, requests, settings, batch_size)
+  return [
+    evaluation.Row(
+      "edit", request.prompt.split()[0], request.prompt, None,
+      {"edit": _shows(result.image, scene), "untouched": _shows(np.array(request.image), scene)},
+      None,
+    )
+    for request, scene, result in zip(requests, wanted, results)
+  ]
+
+
+def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
+  rows = pipeline.batch_rows(batch_size, len(requests))
+  batch = pipeline.prepare(requests, settings, rows)
+  return [result for part in batches.split(batch, rows) for result in pipeline.run(part)]
+
+
+def _shows(image: np.ndarray, scene: scenes.Scene) -> float:
+  """1.0 if a picture shows a scene's things in their cells, and nothing else."""
+  found = {(d.kind, d.color, _cell(d.box)) for d in verifier.detect(image)}
+  return float(found == {(t.kind, t.color, t.cell) for t in scene.things})
+
+
+def _cell(box: tuple[float, float, float, float]) -> str:
+  """The cell in which the middle of a detection's box lies; the cells are named row by row."""
+  left, top, right, bottom = box
+  return scenes.CELLS[2 * (top + bottom > renderer.SIZE) + (left + right > renderer.SIZE)]

@@ -1,0 +1,499 @@
+"""One table between official BAGEL tensors and our parameter tree, both ways.
+
+Official names and shapes: `ema.safetensors` and `ae.safetensors` of ByteDance-Seed/BAGEL-7B-MoT.
+Every transform is one transpose of the official axes and a split of some of them into heads, so a
+row is described by its axes alone, and a slice of a parameter is a slice of its official tensor.
+
+Letters: L layers, D model width, N query heads, K kv heads, H head dim, F ffn width, V vocab,
+C latent features; the same of the vision tower with suffix v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.models import safetensors_io
+
+# The file that holds each top-level part of the parameter tree.
+FILES = {"bagel": "ema.safetensors", "vae": "ae.safetensors"}
+PARTS = tuple(FILES)
+# What decides the shapes of the tensors whose name starts so; longest names first.
+_CONFIG_FILES = (
+  ("language_model.", "llm_config.json"),
+  ("vit_model.", "vit_config.json"),
+  ("connector.fc1.weight", "vit_config.json or llm_config.json"),
+  ("connector.", "llm_config.json"),
+  ("time_embedder.", "llm_config.json"),
+  ("", "bagel_config.json (or, without that file, the released model)"),
+)
+
+Index = tuple[slice, ...]
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One parameter and the official tensors that fill it.
+
+  Attributes:
+    path: keys into the parameter tree; the first is the part.
+    names: official tensors, one a layer when `stacked`, else one.
+    axes: our axes without L, grouped by the official axis that each group is split from.
+    order: `order[i]` is the official axis of group i.
+    stacked: whether the parameter has a leading L axis.
+  """
+
+  path: Path
+  names: tuple[str, ...]
+  axes: tuple[tuple[int, ...], ...]
+  order: tuple[int, ...]
+  stacked: bool
+
+  @property
+  def file(self) -> str:
+    return FILES[self.path[0]]
+
+  @property
+  def layer_shape(self) -> tuple[int, ...]:
+    """Shape of one layer of the parameter."""
+    return tuple(size for group in self.axes for size in group)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the parameter, L first when stacked."""
+    return (len(self.names), *self.layer_shape) if self.stacked else self.layer_shape
+
+  @property
+  def official_shape(self) -> tuple[int, ...]:
+    sizes = dict(zip(self.order, (math.prod(group) for group in self.axes)))
+    return tuple(sizes[axis] for axis in range(len(self.order)))
+
+  def to_official(self, layer: np.ndarray) -> np.ndarray:
+    """One layer of the parameter -> its official tensor; also for a slice of whole heads."""
+    sizes, position = [], 0
+    for group in self.axes:
+      sizes.append(math.prod(layer.shape[position : position + len(group)]))
+      position += len(group)
+    return layer.reshape(sizes).transpose(np.argsort(self.order))
+
+  @property
+  def row_axis(self) -> int:
+    """Our axis, L not counted, along which consecutive slices are consecutive rows of the file."""
+    group = self.order.index(0)
+    return sum(len(axes) for axes in self.axes[:group])
+
+  def read_layer(self, read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+    """One layer of `parameter[index]`; asks `read` for the official slice that holds it.
+
+    Only the first axis of a group narrows the slice that is read (splitting heads over devices);
+    a slice inside a head is taken afterwards.
+    """
+    official = [slice(None)] * len(self.order)
+    sizes: list[int] = []
+    rest: list[slice] = []
+    for group, axis in zip(self.axes, self.order):
+      position = len(sizes)
+      start, stop, _ = index[position].indices(group[0])
+      inner = math.prod(group[1:])
+      official[axis] = slice(start * inner, stop * inner)
+      sizes += [stop - start, *group[1:]]
+      rest += [slice(None), *index[position + 1 : position + len(group)]]
+    tensor = read(tuple(official))
+    turned = safetensors_io.contiguous(tensor.transpose(self.order))
+    return turned.reshape(sizes)[tuple(rest)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """A line of the table: `source` may hold `{layer}`, `target` is a path joined by '/'."""
+
+  source: str
+  target: str
+  axes: tuple[tuple[int, ...], ...]
+  order: tuple[int, ...]
+
+
+def _vector(source: str, target: str, *sizes: int) -> _Row:
+  """A bias or scale, one official axis, split into `sizes`."""
+  return _Row(source, target, (sizes,), (0,))
+
+
+def _matrix(source: str, target: str, rows: int, columns: int) -> _Row:
+  """An embedding table, stored as we keep it."""
+  return _Row(source, target, ((rows,), (columns,)), (0, 1))
+
+
+def _linear(source, target, inputs: Sequence[int], outputs: Sequence[int], *, bias=True):
+  """A torch Linear: weight [out, in] becomes a kernel [*inputs, *outputs]."""
+  yield _Row(f"{source}.weight", f"{target}/kernel", (tuple(inputs), tuple(outputs)), (1, 0))
+  if bias:
+    yield _vector(f"{source}.bias", f"{target}/bias", *outputs)
+
+
+def _norm(source: str, target: str, size: int) -> Iterator[_Row]:
+  """LayerNorm or GroupNorm."""
+  yield _vector(f"{source}.weight", f"{target}/scale", size)
+  yield _vector(f"{source}.bias", f"{target}/bias", size)
+
+
+def _conv(source: str, target: str, inputs: int, outputs: int, kernel: int) -> Iterator[_Row]:
+  """A torch Conv2d: weight [out, in, kh, kw] becomes [kh, kw, in, out]."""
+  axes = ((kernel,), (kernel,), (inputs,), (outputs,))
+  yield _Row(f"{source}.weight", f"{target}/kernel", axes, (2, 3, 1, 0))
+  yield _vector(f"{source}.bias", f"{target}/bias", outputs)
+
+
+def _llm_layers(llm) -> Iterator[_Row]:
+  D, F, H = llm.hidden_size, llm.intermediate_size, llm.head_dim
+  N, K = llm.num_heads, llm.num_kv_heads
+  for expert, suffix in (("und", ""), ("gen", "_moe_gen")):
+    theirs, ours = "language_model.model.layers.{layer}", f"layers/{expert}"
+    yield _vector(f"{theirs}.input_layernorm{suffix}.weight", f"{ours}/input_norm/scale", D)
+    yield _vector(
+      f"{theirs}.post_attention_layernorm{suffix}.weight", f"{ours}/post_attention_norm/scale", D
+    )
+    for name, heads in (("q", N), ("k", K), ("v", K)):
+      yield from _linear(
+        f"{theirs}.self_attn.{name}_proj{suffix}", f"{ours}/attention/{name}", (D,), (heads, H)
+      )
+    yield from _linear(
+      f"{theirs}.self_attn.o_proj{suffix}", f"{ours}/attention/o", (N, H), (D,), bias=False
+    )
+    for name in ("q_norm", "k_norm"):
+      yield _vector(
+        f"{theirs}.self_attn.{name}{suffix}.weight", f"{ours}/attention/{name}/scale", H
+      )
+    for name, inputs, outputs in (("gate", D, F), ("up", D, F), ("down", F, D)):
+      yield from _linear(
+        f"{theirs}.mlp{suffix}.{name}_proj", f"{ours}/mlp/{name}", (inputs,), (outputs,), bias=False
+      )
+
+
+def _vit_layers(vit) -> Iterator[_Row]:
+  Dv, Fv, Nv, Hv = vit.hidden_size, vit.intermediate_size, vit.num_heads, vit.head_dim
+  theirs, ours = "vit_model.vision_model.encoder.layers.{layer}", "vit/layers"
+  yield from _norm(f"{theirs}.layer_norm1", f"{ours}/norm1", Dv)
+  yield from _norm(f"{theirs}.layer_norm2", f"{ours}/norm2", Dv)
+  for name in ("q", "k", "v"):
+    yield from _linear(
+      f"{theirs}.self_attn.{name}_proj", f"{ours}/attention/{name}", (Dv,), (Nv, Hv)
+    )
+  yield from _linear(f"{theirs}.self_attn.out_proj", f"{ours}/attention/out", (Nv, Hv), (Dv,))
+  yield from _linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1", (Dv,), (Fv,))
+  yield from _linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", (Fv,), (Dv,))
+
+
+def _bagel_rest(config) -> Iterator[_Row]:
+  """Everything of `ema.safetensors` outside the two layer stacks."""
+  llm, vit = config.llm, config.vit
+  D, V, Dv, C = llm.hidden_size, llm.vocab_size, vit.hidden_size, config.latent_dim
+  yield _matrix("language_model.model.embed_tokens.weight", "embed_tokens/embedding", V, D)
+  yield from _linear("language_model.lm_head", "lm_head", (D,), (V,), bias=False)
+  yield _vector("language_model.model.norm.weight", "norm/und/scale", D)
+  yield _vector("language_model.model.norm_moe_gen.weight", "norm/gen/scale", D)
+  tower = "vit_model.vision_model"
+  yield from _linear(
+    f"{tower}.embeddings.patch_embedding", "vit/patch_embed", (vit.patch_dim,), (Dv,)
+  )
+  yield _matrix(
+    f"{tower}.embeddings.position_embedding.weight", "vit/position_embed/embedding",
+    vit.num_positions, Dv,
+  )
+  yield from _norm(f"{tower}.post_layernorm", "vit/post_norm", Dv)
+  yield from _linear("connector.fc1", "connector/fc1", (Dv,), (D,))
+  yield from _linear("connector.fc2", "connector/fc2", (D,), (D,))
+  # 256: features of the sinusoidal time embedding, fixed in the official class.
+  yield from _linear("time_embedder.mlp.0", "time_embedder/fc1", (256,), (D,))
+  yield from _linear("time_embedder.mlp.2", "time_embedder/fc2", (D,), (D,))
+  yield from _linear("vae2llm", "vae2llm", (C,), (D,))
+  yield from _linear("llm2vae", "llm2vae", (D,), (C,))
+  for name, side in (
+    ("latent_pos_embed", config.max_latent_size),
+    ("vit_pos_embed", config.vit_max_patches_per_side),
+  ):
+    yield _matrix(f"{name}.pos_embed", f"{name}/embedding", side**2, D)
+
+
+def _res_block(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[_Row]:
+  yield from _norm(f"{theirs}.norm1", f"{ours}/norm1", inputs)
+  yield from _conv(f"{theirs}.conv1", f"{ours}/conv1", inputs, outputs, 3)
+  yield from _norm(f"{theirs}.norm2", f"{ours}/norm2", outputs)
+  yield from _conv(f"{theirs}.conv2", f"{ours}/conv2", outputs, outputs, 3)
+  if inputs != outputs:
+    yield from _conv(f"{theirs}.nin_shortcut", f"{ours}/nin_shortcut", inputs, outputs, 1)
+
+
+def _vae_middle(side: str, width: int) -> Iterator[_Row]:
+  for block in (1, 2):
+    yield from _res_block(f"{side}.mid.block_{block}", f"{side}/mid_block_{block}", width, width)
+  theirs, ours = f"{side}.mid.attn_1", f"{side}/mid_attention"
+  yield from _norm(f"{theirs}.norm", f"{ours}/norm", width)
+  for name in ("q", "k", "v", "proj_out"):
+    yield from _conv(f"{theirs}.{name}", f"{ours}/{name}", width, width, 1)
+
+
+def _vae(vae) -> Iterator[_Row]:
+  widths = [vae.ch * factor for factor in vae.ch_mult]
+  last = len(widths) - 1
+  yield from _conv("encoder.conv_in", "encoder/conv_in", vae.in_channels, vae.ch, 3)
+  width = vae.ch
+  for level, outputs in enumerate(widths):
+    for block in range(vae.num_res_blocks):
+      yield from _res_block(
+        f"encoder.down.{level}.block.{block}", f"encoder/down_{level}_block_{block}", width, outputs
+      )
+      width = outputs
+    if level != last:
+      yield from _conv(
+        f"encoder.down.{level}.downsample.conv", f"encoder/down_{level}_downsample", width, width, 3
+      )
+  yield from _vae_middle("encoder", width)
+  yield from _norm("encoder.norm_out", "encoder/norm_out", width)
+  # Mean and log-variance, one after the other on the channel axis.
+  yield from _conv("encoder.conv_out", "encoder/conv_out", width, 2 * vae.z_channels, 3)
+
+  yield from _conv("decoder.conv_in", "decoder/conv_in", vae.z_channels, width, 3)
+  yield from _vae_middle("decoder", width)
+  for level, outputs in reversed(list(enumerate(widths))):
+    for block in range(vae.num_res_blocks + 1):
+      yield from _res_block(
+        f"decoder.up.{level}.block.{block}", f"decoder/up_{level}_block_{block}", width, outputs
+      )
+      width = outputs
+    if level:
+      yield from _conv(
+        f"decoder.up.{level}.upsample.conv", f"decoder/up_{level}_upsample", width, width, 3
+      )
+  yield from _norm("decoder.norm_out", "decoder/norm_out", width)
+  yield from _conv("decoder.conv_out", "decoder/conv_out", width, vae.out_channels, 3)
+
+
+def table(config, parts: Sequence[str] = PARTS) -> tuple[Leaf, ...]:
+  """Every parameter of `parts` with the official tensors that fill it.
+
+  Args:
+    config: a `BagelConfig`.
+    parts: top-level keys of the parameter tree, of `PARTS`.
+  """
+  leaves: list[Leaf] = []
+
+  def add(part: str, rows: Iterator[_Row], layers: int | None = None) -> None:
+    for row in rows:
+      names = (row.source,)
+      if layers is not None:
+        names = tuple(row.source.replace("{layer}", str(layer)) for layer in range(layers))
+      path = (part, *row.target.split("/"))
+      leaves.append(Leaf(path, names, row.axes, row.order, stacked=layers is not None))
+
+  if "bagel" in parts:
+    add("bagel", _llm_layers(config.llm), config.llm.num_layers)
+    add("bagel", _vit_layers(config.vit), config.vit.num_layers)
+    add("bagel", _bagel_rest(config))
+  if "vae" in parts:
+    add("vae", _vae(config.vae))
+  return tuple(leaves)
+
+
+def tree(values: Mapping[Path, Any]) -> dict[str, Any]:
+  """{path: value} -> nested dicts."""
+  root: dict[str, Any] = {}
+  for path, value in values.items():
+    node = root
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = value
+  return root
+
+
+def lookup(nested: Mapping[str, Any], path: Path) -> Any:
+  """Value at `path` of nested dicts; KeyError when absent."""
+  for key in path:
+    nested = nested[key]
+  return nested
+
+
+def abstract_params(config, dtype=np.float32, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+  """The parameter tree as `jax.ShapeDtypeStruct`s; allocates nothing."""
+  return tree({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in table(config, parts)})
+
+
+def check(leaves: Sequence[Leaf], headers: Mapping[str, safetensors_io.Header]) -> None:
+  """Compares the tensors of some files with those the table asks for.
+
+  Args:
+    leaves: the table.
+    headers: one a file, keyed by the path to show in the error.
+
+  Raises:
+    InputError: a tensor is missing, unused or has another shape; names the first ten of each, with
+      the shapes and the config file that asks for them.
+  """
+  expected = {n: leaf.official_shape for leaf in leaves for n in leaf.names}
+  found = {n: e.shape for header in headers.values() for n, e in header.entries.items()}
+  wrong = [
+    f"{n} is {list(found[n])} in the file but {list(shape)} by {config_file(n)}"
+    for n, shape in expected.items()
+    if n in found and found[n] != shape
+  ]
+  missing = [
+    f"{n} {list(shape)} asked for by {config_file(n)}"
+    for n, shape in expected.items()
+    if n not in found
+  ]
+  unused = [
+    f"{n} {list(shape)} not asked for by {config_file(n)}"
+    for n, shape in found.items()
+    if n not in expected
+  ]
+  problems = [
+    f"{len(lines)} {title}: {'; '.join(lines[:10])}{'; ...' if len(lines) > 10 else ''}"
+    for title, lines in (("wrong shape", wrong), ("missing", missing), ("unused", unused))
+    if lines
+  ]
+  if problems:
+    raise errors.InputError(
+      f"{' and '.join(str(path) for path in headers)}: the tensors do not match the config: "
+      f"{' | '.join(problems)} | correct the config file, or use the weights that belong to it"
+    )
+
+
+def config_file(name: str) -> str:
+  """The file of a BAGEL folder that decides the shape of official tensor `name`."""
+  return next(file for prefix, file in _CONFIG_FILES if name.startswith(prefix))
+
+
+class OfficialReader:
+  """The weight files of an official folder, checked against the table when opened.
+
+  Raises:
+    InputError: a file is missing, broken, or does not match the config.
+  """
+
+  def __init__(
+    self, folder: pathlib.Path | str, config, parts: Sequence[str] = PARTS,
+    *, observe: Callable[[str, np.ndarray], None] = lambda name, rows: None,
+  ):
+    """`observe` gets whatever is read from the files: a tensor's name and a slice of it."""
+    self._observe = observe
+    self.leaves = table(config, parts)
+    self.files: dict[str, safetensors_io.SafetensorsFile] = {}
+    folder = pathlib.Path(folder)
+    try:
+      for part in parts:
+        name = FILES[part]
+        self.files[name] = safetensors_io.SafetensorsFile(folder / name)
+        own = [leaf for leaf in self.leaves if leaf.path[0] == part]
+        check(own, {str(folder / name): self.files[name].header})
+    except BaseException:
+      self.close()
+      raise
+
+  def dtype(self, leaf: Leaf) -> np.dtype:
+    """Dtype of the parameter: its tensors' own, or float32 where layers are stored differently."""
+    entries = self.files[leaf.file].entries
+    dtypes = {entries[name].dtype for name in leaf.names}
+    # float32 holds bfloat16 and float16 exactly, so export still returns the bytes that came in.
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+  def read(self, leaf: Leaf, index: Index | None = None, dtype=None) -> np.ndarray:
+    """`parameter[index]` cast to `dtype`, reading only what it needs, one layer at a time."""
+    file = self.files[leaf.file]
+    index = index if index is not None else (slice(None),) * len(leaf.shape)
+    shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape)]
+    out = np.empty(shape, dtype if dtype is not None else self.dtype(leaf))
+
+    def read(name: str, part: Index) -> np.ndarray:
+      tensor = file.read(name, part)
+      self._observe(name, tensor)
+      return tensor
+
+    names, targets, inner = leaf.names, [out], index
+    if leaf.stacked:
+      names, targets, inner = leaf.names[index[0]], out, index[1:]
+    for name, target in zip(names, targets):
+      layer = leaf.read_layer(functools.partial(read, name), inner)
+      safetensors_io.copy_into(target, layer)
+    return out
+
+  def close(self) -> None:
+    for file in self.files.values():
+      file.close()
+
+  def __enter__(self) -> OfficialReader:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def load_official(
+  folder: pathlib.Path | str,
+  config,
+  *,
+  dtype: Any = None,
+  shardings: Any = None,
+  parts: Sequence[str] = PARTS,
+) -> dict[str, Any]:
+  """Reads an official folder straight into (sharded) arrays; no host ever holds the model.
+
+  Each device's slice of each parameter is read from the file by itself, a layer at a time, and
+  handed over before the next: the largest thing a host holds is one shard of one parameter.
+
+  Args:
+    folder: holds `ema.safetensors` and `ae.safetensors`.
+    config: the `BagelConfig` that the weights must agree with.
+    dtype: one for all, or {part: dtype}; None keeps the file's.
+    shardings: one `jax.sharding.Sharding` for all, or a tree of them like the result; None is the
+      first device.
+    parts: top-level keys to load, of `PARTS`.
+
+  Returns:
+    The parameter tree, a nested dict of `jax.Array`.
+
+  Raises:
+    InputError: a weight file is missing, broken or does not agree with `config`.
+  """
+  if shardings is None:
+    shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  arrays = {}
+  with OfficialReader(folder, config, parts) as reader:
+    for leaf in reader.leaves:
+      one = isinstance(shardings, jax.sharding.Sharding)
+      arrays[leaf.path] = _load_leaf(
+        reader, leaf, part_dtype(dtype, leaf.path[0]),
+        shardings if one else lookup(shardings, leaf.path),
+      )
+  return tree(arrays)
+
+
+def part_dtype(dtype: Any, part: str) -> Any:
+  """The dtype for `part` where `dtype` is None, one dtype, or {part: dtype}."""
+  return dtype.get(part) if isinstance(dtype, Mapping) else dtype
+
+
+def _load_leaf(reader: OfficialReader, leaf: Leaf, dtype: Any, sharding: Any) -> jax.Array:
+  """One parameter, a shard at a time; `jax.make_array_from_callback` would hold all at once."""
+  holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+    key = tuple(part.indices(size) for part, size in zip(index, leaf.shape))
+    holders.setdefault(key, []).append(device)
+  shards = []
+  for key, devices in holders.items():  # replicas hold the same slice: it is read once
+    host = reader.read(leaf, tuple(slice(*part) for part in key), dtype)
+    for device in devices:
+      place = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+      shards.append(jax.device_put(host, place))
+    # A copy still under way would keep the host's slice alive while the next one is read.
+    jax.block_until_ready(shards[-len(devices):])
+    del host
+  dtype = dtype if dtype is not None else reader.dtype(leaf)
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=dtype)

@@ -1,0 +1,178 @@
+"""What supervised training learns from: examples of drawing, editing and answering.
+
+A corpus is a function of a NumPy generator, so that the examples of a step depend on the seed and
+the step alone, and a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.data import lines
+from unigrpo_jax.iconworld import plans, prompts, renderer, tasks
+
+TASKS = ("draw_think", "draw", "answer", "describe", "edit")
+
+# Of a line of a shard.
+_KEYS = ("prompt", "reasoning", "answer", "image", "source")
+_EXPECTED = 'expected an object like {"prompt": "a red kite", "image": "kite.png"}'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+  """One thing to learn.
+
+  Attributes:
+    prompt: instruction or question.
+    text: reasoning before drawing, or the answer to learn; None for neither.
+    target: RGB image to draw (PIL), or None.
+    source: RGB image to edit or to answer about (PIL), or None.
+    where: it stands, "PATH, line N"; "" for nowhere.
+  """
+
+  prompt: str
+  text: str | None = None
+  target: Any = None
+  source: Any = None
+  where: str = ""
+
+
+Corpus = Callable[[np.random.Generator], Example]
+
+
+def iconworld(
+  mixture: Mapping[str, float], *, wrong_plan_rate: float, split: str = "train"
+) -> Corpus:
+  """Scenes of IconWorld without end.
+
+  Args:
+    mixture: relative frequency of each of TASKS.
+    wrong_plan_rate: part of the reasonings that go wrong somewhere; the image then follows the
+      wrong plan, so that drawing stays honest while reasoning has something to unlearn.
+    split: whose combinations to draw from.
+
+  Raises:
+    InputError: a task is unknown, a weight is negative, or none is positive, or the rate is no
+      part; names the key of the config.
+  """
+  for name, weight in mixture.items():
+    errors.choose("config.data.mixture", name, TASKS)
+    errors.require(f"config.data.mixture.{name}", weight, low=0)
+  if not sum(mixture.values()) > 0:
+    raise errors.InputError(
+      f"config.data.mixture={dict(mixture)} has no task; give one of them a positive weight"
+    )
+  errors.require("config.data.wrong_plan_rate", wrong_plan_rate, low=0, high=1)
+  names = list(mixture)
+  weights = np.array([mixture[name] for name in names], float)
+  weights /= weights.sum()
+
+  def draw(rng: np.random.Generator) -> Example:
+    task = names[rng.choice(len(names), p=weights)]
+    example = prompts.sample(rng, split)
+    if task == "answer":
+      question, answer = tasks.question(rng, example.scene)
+      return Example(question, answer, source=_picture(example.scene, rng))
+    if task == "describe":
+      question, answer = tasks.description(example.scene)
+      return Example(question, answer, source=_picture(example.scene, rng))
+    if task == "edit":
+      instruction, edited = tasks.edit(rng, example.scene)
+      # One brightness and jitter for both, so that what is not edited stays as it is.
+      seed = rng.integers(2**63)
+      before, after = (
+        _picture(scene, np.random.default_rng(seed)) for scene in (example.scene, edited)
+      )
+      return Example(instruction, target=after, source=before)
+    text, scene = example.reasoning, example.scene
+    if rng.random() < wrong_plan_rate:
+      text = plans.corrupt(rng, example)
+      scene = dataclasses.replace(plans.plan_of(text), background=scene.background)
+    if task == "draw":
+      return Example(example.prompt, target=_picture(example.scene, rng))
+    return Example(example.prompt, text, target=_picture(scene, rng))
+
+  return draw
+
+
+def _picture(scene, rng: np.random.Generator) -> PIL.Image.Image:
+  return PIL.Image.fromarray(renderer.render(scene, rng))
+
+
+def shards(folder: pathlib.Path | str) -> Corpus:
+  """Examples of local files: every `*.jsonl` in `folder`, one object a line.
+
+  An object has a "prompt", and either an "image" (file to draw), with a "reasoning" or without, or
+  an "answer"; and a "source" (file to edit or to answer about) or none. Files are relative to the
+  folder. Texts are learnt to the letter: a reasoning has the tags that it is to be written with,
+  "<think>" and "</think>" for what the system prompt of thinking asks for.
+
+  Raises:
+    InputError: no shards, a line that is not such an object, or a file that it names is not there;
+      names file, line and key. The corpus raises it for an image that cannot be read.
+  """
+  folder = pathlib.Path(folder)
+  paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+  if not paths:
+    raise errors.InputError(f"{folder}: no *.jsonl shards; expected a folder of them")
+  rows = [
+    (where, _parse(text, where, folder))
+    for path in paths for where, text, _ in lines.read(path) if text
+  ]
+  if not rows:
+    raise errors.InputError(f"{folder}: its shards are empty; expected one example a line")
+
+  def draw(rng: np.random.Generator) -> Example:
+    where, row = rows[rng.integers(len(rows))]
+    load = lambda key: images_lib.load_rgb(folder / row[key]) if key in row else None
+    with errors.at(where):
+      return Example(
+        row["prompt"], row.get("reasoning", row.get("answer")), load("image"), load("source"), where
+      )
+
+  return draw
+
+
+def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:
+  row = lines.parse_object(text, where, _EXPECTED)
+  for key in row:
+    errors.choose(f"{where}: key", key, _KEYS)
+    lines.check_text(row, key, where)
+  if ("image" in row) == ("answer" in row):
+    found = "both" if "image" in row else "none"
+    raise errors.InputError(
+      f'{where}: has {found} of "image" to draw and "answer" to learn; give one of them'
+    )
+  if "reasoning" in row and "answer" in row:
+    raise errors.InputError(
+      f'{where}: "reasoning" beside "answer"; only what is drawn is reasoned about, leave one out'
+    )
+  for key in ("image", "source"):
+    if key in row and not _is_file(folder / row[key]):
+      raise errors.InputError(
+        f"{where}: {key}={row[key]!r} is no file in {folder}; give the path of an image from there"
+      )
+  return row
+
+
+def _is_file(path: pathlib.Path) -> bool:
+  """As `os.path.isfile`, but asks a mounted bucket once a folder, rather than once an image."""
+  return path.name in _files(path.parent) or os.path.isfile(path)
+
+
+@functools.cache
+def _files(folder: pathlib.Path) -> frozenset[str]:
+  try:
+    return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
+  except OSError:
+    return frozenset()

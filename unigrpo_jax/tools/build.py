@@ -1,0 +1,258 @@
+"""Makes the embedded tiny BAGEL from nothing: `python -m unigrpo_jax.build --help`.
+
+  1. a tokenizer of IconWorld's prompts and reasoning, in the Qwen2 file format;
+  2. a small FLUX autoencoder of its pictures;
+  3. supervised training of the network on it: to think and draw (`configs/sft.py:tiny`), then to
+     look as well (`configs/sft.py:tiny_look`);
+  4. the official folder.
+
+Each stage resumes where it was interrupted, and the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unigrpo_jax import errors, finetune
+from unigrpo_jax.data import atomic, bpe
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.iconworld import prompts, renderer, tasks
+from unigrpo_jax.models import bagel, vae
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import checkpoints, folders, metrics, optim, runs, sharding
+
+VOCABULARY = 640
+LLM = {
+  "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+  "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4,
+  "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 1024,
+  "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}
+VIT = {
+  "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+  "num_attention_heads": 4, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8,
+}
+VAE = {
+  "resolution": 32, "in_channels": 3, "downsample": 4, "ch": 32, "out_ch": 3,
+  "ch_mult": [1, 1, 2], "num_res_blocks": 1, "z_channels": 8,
+}
+BAGEL = {
+  "latent_patch_size": 2, "max_latent_size": 4, "vit_max_num_patch_per_side": 4,
+  "connector_act": "gelu_pytorch_tanh", "interpolate_pos": False, "timestep_shift": 1.0,
+}
+IMAGES = {
+  "vae": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
+  "vit": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
+}
+# How the tiny model is meant to be sampled: its reasonings are short, and so is its context.
+GENERATION = {
+  "num_timesteps": 25, "timestep_shift": 1.0, "cfg_text_scale": 2.0, "cfg_interval": [0.0, 1.0],
+  "temperature": 1.0, "max_tokens": 64,
+}
+
+
+def write_base(folder: pathlib.Path, seed: int) -> None:
+  """The tokenizer and the configs of the two transformers."""
+  folder.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng((seed, 1))
+  examples = [prompts.sample(rng, "train") for _ in range(4000)]
+  texts = [text for example in examples for text in (example.prompt, example.reasoning)]
+  for example in examples:
+    texts += [*tasks.question(rng, example.scene), tasks.edit(rng, example.scene)[0]]
+  # Often enough that the system prompts, read before every drawing, become few tokens.
+  texts += [tokenizer_lib.SYSTEM_PROMPT_GEN, tokenizer_lib.SYSTEM_PROMPT_VLM] * 400
+  bpe.train_tokenizer(texts, VOCABULARY, folder)
+  (folder / config_lib.LLM_FILE).write_text(json.dumps(LLM, indent=2) + "\n")
+  (folder / config_lib.VIT_FILE).write_text(json.dumps(VIT, indent=2) + "\n")
+
+
+def pictures(seed: int, step: int, count: int) -> np.ndarray:
+  """`count` scenes of the training split, [count, H, W, 3] float32 in [-1, 1]."""
+  rng = np.random.default_rng((seed, 2, step))
+  scenes = [prompts.sample(rng, "train").scene for _ in range(count)]
+  return np.stack([images_lib.to_array(renderer.render(scene, rng)) for scene in scenes])
+
+
+def train_vae(
+  workdir: pathlib.Path, *, steps: int, rows: int, seed: int, checkpoint_every: int = 200
+):
+  """Trains the autoencoder on scenes; returns its parameters and the latent scale and shift.
+
+  The objective is the evidence bound of pixels with standard deviation 0.017, divided by their
+  number (Kingma and Welling 2014): squared error + 1e-4 KL, both as means. The run saves itself
+  every `checkpoint_every` steps, and goes on from its latest checkpoint.
+  """
+  values = {k: v for k, v in VAE.items() if k not in ("resolution", "downsample", "out_ch")}
+  config = config_lib.VAEConfig(
+    **(values | dict(ch_mult=tuple(VAE["ch_mult"]))), scale_factor=1.0, shift_factor=0.0
+  )
+  model = vae.VAE(config)
+  optimizer = optax.adamw(optim.warmup_cosine(2e-3, 50, steps), weight_decay=0.0)
+
+  def fresh():
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))["params"]
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params)}
+
+  def loss_fn(params, images, noise):
+    run = functools.partial(model.apply, {"params": params})
+    mean, logvar = run(images, method="encode")
+    latents = vae.latents_from_moments(mean, logvar, noise, scale=1.0, shift=0.0)
+    error = jnp.mean((run(latents, method="decode") - images) ** 2)
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+    return error + 1e-4 * kl, {"error": error, "kl": kl}
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step_fn(state, images):
+    key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    side = 32 // config.downsample
+    noise = jax.random.normal(key, (rows, side, side, config.z_channels))
+    grads, values = jax.grad(loss_fn, has_aux=True)(state["params"], images, noise)
+    updates, opt = optimizer.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    return {"step": state["step"] + 1, "params": params, "opt": opt}, values
+
+  saved = checkpoints.TrainCheckpoints(workdir / "checkpoints", keep=1)
+  where = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+  abstract = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), jax.eval_shape(fresh)
+  )
+  state = fresh() if saved.latest is None else saved.load(saved.latest, abstract)
+  clock = metrics.Clock(int(state["step"]), steps)
+  try:
+    for step in range(int(state["step"]), steps):
+      state, values = step_fn(state, pictures(seed, step, rows))
+      if (step + 1) % 50 == 0:
+        print("autoencoder", clock.line(step + 1, jax.device_get(values)), flush=True)
+      if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+        saved.save(step + 1, state, {})
+  finally:
+    # Also when interrupted: the save under way is finished.
+    saved.close()
+  encode = jax.jit(functools.partial(model.apply, {"params": state["params"]}, method="encode"))
+  mean, logvar = encode(pictures(seed, steps, 256))
+  spread = float(jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.exp(logvar))))
+  return state["params"], {"scale_factor": 1.0 / spread, "shift_factor": float(mean.mean())}
+
+
+def build(
+  workdir: pathlib.Path, out: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int,
+  overrides: Sequence[str], vae_checkpoint_every: int = 200, devices=None,
+) -> None:
+  """All stages; see the module's docstring.
+
+  Args:
+    workdir: holds the stages.
+    out: the official folder to make.
+    seed: of everything.
+    vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
+    overrides: KEY=VALUE of both configs of the supervised training.
+    devices: of the supervised training; None: all of them.
+
+  Raises:
+    InputError: an argument is impossible, or differs from what the workdir was begun with; before
+      anything is trained.
+  """
+  workdir = workdir.resolve()  # As a stage finds it that goes on from elsewhere.
+  first, look = (config_files.load("sft", name, overrides) for name in ("tiny", "tiny_look"))
+  with errors.at("--out"):
+    for stage in ("base", "draft", "vae", "sft", "first", "look"):
+      folders.check_target(workdir / stage, out, overwrite=True)
+  _remember(workdir, {
+    "seed": seed, "vae_steps": vae_steps, "vae_rows": vae_rows, "set": list(overrides),
+    "out": str(out.resolve()),
+  })
+  make_base(
+    workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
+    vae_checkpoint_every=vae_checkpoint_every,
+  )
+  if not (workdir / "first").exists():
+    first.seed, first.init_from, first.random_init = seed, str(workdir / "base"), True
+    # Whole, since the training goes on from it.
+    first.export_to, first.export_dtype = str(workdir / "first"), "float32"
+    finetune.train(first, workdir / "sft", devices)
+  if (workdir / "first").exists():  # It is not where a signal stopped the training.
+    look.seed, look.init_from = seed + 1, str(workdir / "first")
+    look.export_to = str(out)
+    finetune.train(look, workdir / "look", devices)
+
+
+def _remember(workdir: pathlib.Path, asked: Mapping[str, Any]) -> None:
+  """Keeps what a build was asked for; refuses to go on with anything else."""
+  record, before = workdir / "build.json", asked
+  if record.exists():
+    before = json.loads(record.read_text())
+  elif pathlib.Path(asked["out"]).exists():
+    raise errors.InputError(f"--out={asked['out']} exists already; choose another folder")
+  for name, value in asked.items():
+    if before[name] != value:
+      raise errors.InputError(
+        f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its value, "
+        "or choose a new --workdir"
+      )
+  with errors.at(f"--workdir={workdir}"):
+    atomic.probe(record)
+  workdir.mkdir(parents=True, exist_ok=True)
+  runs.write_json(record, asked)
+
+
+def make_base(
+  workdir: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int,
+  vae_checkpoint_every: int = 200,
+) -> None:
+  """Makes `workdir/base`: tokenizer, configs, trained autoencoder and a random network."""
+  base = workdir / "base"
+  if not (base / "ae.safetensors").exists():
+    draft = workdir / "draft"
+    write_base(draft, seed)
+    params, scale = train_vae(
+      workdir / "vae", steps=vae_steps, rows=vae_rows, seed=seed,
+      checkpoint_every=vae_checkpoint_every,
+    )
+    rest = {
+      "vae": VAE | scale, "bagel": BAGEL, "image_transforms": IMAGES, "generation": GENERATION
+    }
+    (draft / config_lib.BAGEL_FILE).write_text(json.dumps(rest, indent=2) + "\n")
+    config = config_lib.read_config(draft)
+    network = jax.jit(bagel.Bagel(config, (0, 1)).init)(
+      jax.random.key(seed), bagel.example_batch(config)
+    )
+    folder = folders.ModelFolder(draft, "official", draft, config)
+    folders.write_official(
+      base, folder, {"bagel": sharding.unbox(network["params"]), "vae": params}, dtype=jnp.float32
+    )
+    print(f"wrote {base}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = errors.ArgumentParser(
+    prog="python -m unigrpo_jax.build", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--workdir", type=pathlib.Path, required=True, help="folder of the stages; resumes from it")
+  add("--out", type=pathlib.Path, required=True, help="official folder to make")
+  add("--seed", type=int, default=0)
+  add("--vae_steps", type=int, default=3000, help="default: %(default)s")
+  add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
+  add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of both configs")
+  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  errors.require("--seed", args.seed, low=0)
+  errors.require("--vae_steps", args.vae_steps, low=1)
+  errors.require("--vae_rows", args.vae_rows, low=1)
+  build(
+    args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
+    overrides=args.set,
+  )
