@@ -1,58 +1,70 @@
-"""Config files from code: loaded by path, changed by KEY=VALUE."""
+"""Config files: loaded by path and variant, changed by `--config.KEY=VALUE`, in every command alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
-import importlib.util
-import json
 import pathlib
-import types
+import runpy
+import traceback
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from unigrpo_jax import errors
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 
 
-def module(path: pathlib.Path) -> types.ModuleType:
-  """The config file at `path`, which lies in no package, as a module."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  loaded = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(loaded)
-  return loaded
-
-
-def load(
-  name: str | pathlib.Path, variants: str = "", overrides: Sequence[str] = ()
-) -> ConfigDict:
-  """`configs/NAME.py:VARIANTS` with KEY=VALUE overrides, whose values are JSON.
+def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
+  """The config that `--config=NAME --config.KEY=VALUE ...` describes.
 
   Args:
-    name: of a config in `configs`, or the path of any.
-    variants: joined by commas.
-    overrides: KEY=VALUE; a key of a section is dotted.
+    name: `FILE.py:VARIANTS`, e.g. "configs/unigrpo.py:tiny,lora".
+    overrides: command line arguments, e.g. ["--config.seed=1", "--config.rollout.sde", "cps"].
 
   Raises:
-    InputError: there is no such file, variant or key, or a value is not JSON or of another type.
+    InputError: the file cannot be read or fails, or a variant, key or value does not fit.
   """
-  path = pathlib.Path(name) if str(name).endswith(".py") else FOLDER / f"{name}.py"
-  if not path.is_file():
-    known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.py")))
-    raise errors.InputError(f"{path}: no such config; expected one of {known}")
+  path, _, variants = name.partition(":")
+  _run(pathlib.Path(path), variants)  # so that its own faults are not taken for those of a flag
+  values = flags.FlagValues()
+  arguments = [f"--config={name}", *overrides]
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
   try:
-    config = module(path).get_config(variants)
-  except ValueError as error:
-    raise errors.InputError(f"{path.name}:{variants}: {error}") from None
-  for override in overrides:
-    key, _, value = override.partition("=")
-    *sections, last = key.split(".")
-    try:
-      node = functools.reduce(lambda node, section: node[section], sections, config)
-      if last not in node:
-        raise KeyError(f"no key {key!r} in {path.name}")
-      node[last] = json.loads(value)
-    except (KeyError, TypeError, ValueError) as error:
-      raise errors.InputError(f"--set {override}: {error}; values are JSON") from None
+    rest = values(["", *arguments])
+    config = values["config"].value
+  except flags.Error as error:
+    raise errors.InputError(str(error).strip().splitlines()[-1].strip()) from None
+  except (AttributeError, KeyError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    raise errors.InputError(
+      f"--config has no key {'. '.join(str(error.args[0]).splitlines())}"
+    ) from None
+  except (TypeError, ValueError) as error:
+    raise errors.InputError(f"--config: {' '.join(str(error).split())}") from None
+  if rest[1:]:
+    raise errors.InputError(f"unrecognized arguments: {' '.join(rest[1:])}; --help shows them")
   return config
+
+
+def _run(path: pathlib.Path, variants: str) -> None:
+  """Runs a config file by itself.
+
+  Raises:
+    InputError: it does not exist, or raises; names the file and line.
+  """
+  try:
+    runpy.run_path(str(path))["get_config"](*[variants] * bool(variants))
+  except OSError as error:
+    raise errors.InputError(
+      f"--config={path}: cannot be read ({error.strerror}); give a file such as "
+      "configs/unigrpo.py, with a variant as in configs/unigrpo.py:tiny"
+    ) from None
+  except ValueError as error:
+    raise errors.InputError(f"--config={path}:{variants}: {error}") from None
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(path)]
+    where = f", line {lines[-1]}" if lines else ""
+    raise errors.InputError(f"--config={path}{where}: {type(error).__name__}: {error}") from None
