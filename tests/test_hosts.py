@@ -36,22 +36,28 @@ SMALL = {
   "rollout.temperature": 4.0,
 }
 CONFIG = """
-from unigrpo_jax import config_files
+from unigrpo_jax.recipe import config_files
 
 def get_config():
-  config = config_files.load("unigrpo", "tiny")
+  config = config_files.load("configs/unigrpo.py:tiny")
   config.rewards = {{"rewards_of_hosts:brightness": 1.0}}
   config.update_from_flattened_dict({changes!r})
   return config
 """
 COMPARED = """
-from unigrpo_jax import errors, hosts
+from unigrpo_jax import errors
+from unigrpo_jax.runtime import hosts, sharding
 import sys
 def main():
   number = int(sys.argv[3].partition("=")[2])
   hosts.start(sys.argv[1].partition("=")[2], 2, number)
   print(hosts.any_host(number == 1), hosts.any_host(False), hosts.broadcast(["é", number]))
   print(hosts.gather_rows([number, 2 + number], {"score": [number, 7]}, 4)["score"].tolist())
+  flag, seen = hosts.AgreedFlag(sharding.make_mesh(data=8)), []
+  for step in range(4):
+    flag.post(step == 1 and number == 1)
+    seen.append(flag.read())
+  print(seen)
   try:
     with hosts.raise_on_all_hosts():
       if number == 1:
@@ -190,7 +196,8 @@ def test_what_hosts_tell_each_other():
   for number, (status, out, err) in enumerate(ended):
     assert status == 2 and words in err, err
     assert out[1:3] == ["True False ['é', 0]", "[0.0, 1.0, 7.0, 7.0]"]
-    assert out[3] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
+    assert out[3] == "[False, False, True, False]"
+    assert out[4] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
 
 
 def test_what_may_work_the_next_time_has_another_status(capsys):
@@ -225,6 +232,27 @@ def test_one_host_asks_nobody(monkeypatch):
     raise errors.InputError("as it was")
   hosts.compare({"a": 1})
   assert hosts.run(lambda: 5, lambda: "") == 5
+
+
+def test_a_flag_on_one_host_needs_no_device(monkeypatch):
+  flag = hosts.AgreedFlag(sharding.make_mesh(data=8))
+  monkeypatch.setattr(flag, "_any", None)
+  seen = [flag.read()]
+  for value in (False, True, False):
+    flag.post(value)
+    seen.append(flag.read())
+  assert seen == [False, False, True, False]
+
+
+def test_a_flag_of_several_hosts_is_that_of_the_post_before(monkeypatch):
+  """The reduction itself, on eight devices of this process."""
+  flag = hosts.AgreedFlag(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  monkeypatch.setattr(hosts, "count", lambda: 2)
+  seen = [flag.read()]
+  for value in (False, True, False):
+    flag.post(value)
+    seen.append(flag.read())
+  assert seen == [False, False, False, True]
 
 
 SLURM = {"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1", "JAX_PLATFORMS": "cpu"}

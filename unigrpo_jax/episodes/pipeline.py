@@ -187,7 +187,7 @@ class Pipeline:
       max_tokens=settings.max_tokens, temperature=settings.temperature,
       on_step=_step_reporter(progress, "write", settings.max_tokens),
     )
-    return sharding.fetch(self.mesh, rollout), contexts.replace(main=main)
+    return sharding.fetch(rollout), contexts.replace(main=main)
 
   def _draw(self, contexts: phases.Contexts, batch: batches.Batch, progress) -> np.ndarray:
     settings, counts = batch.settings, batch.grid.mask.sum(axis=1)
@@ -196,7 +196,7 @@ class Pipeline:
       jax.random.normal(batches.row_key(seed, "noise"), (count, self.config.latent_dim))
       for seed, count in zip(batch.seeds, counts)
     ])
-    return sharding.fetch(self.mesh, self._run(
+    return sharding.fetch(self._run(
       phases.draw, contexts, noise, batch.grid, num_timesteps=settings.num_timesteps,
       shift=settings.shift, guidance=settings.guidance,
       on_step=_step_reporter(progress, "draw", settings.num_timesteps - 1),
@@ -239,7 +239,7 @@ class Pipeline:
     rows = np.arange(count + -count % self.mesh.size) % count
     everywhere = sharding.along_all(self.mesh)
     spread = [sharding.put(np.asarray(a)[rows], everywhere) for a in arrays]
-    return sharding.fetch(self.mesh, program(self.vae, self.params["vae"], *spread))[:count]
+    return sharding.fetch(program(self.vae, self.params["vae"], *spread))[:count]
 
   @contextlib.contextmanager
   def _timed(self, phase: str) -> Iterator[None]:

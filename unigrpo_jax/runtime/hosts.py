@@ -1,8 +1,8 @@
-"""Several hosts as one program: when JAX connects them, what they must agree on, what they tell.
+"""Several hosts as one program: connecting them, what they agree on, and what ends them together.
 
 Every host runs the same command. Whatever decides what runs next (a signal, an error, a score) is
-made known to all of them first: a host that went another way would leave the others waiting in a
-collective operation for ever. On one host nothing here costs anything or calls anything.
+made known to all hosts first: one that took another branch would leave the others in a collective
+operation that never completes. On one host nothing here runs a device program.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ import sys
 import threading
 import traceback
 from typing import Any
-import urllib.error
 import urllib.request
 
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.runtime import host_flags
+from unigrpo_jax.runtime import host_flags, sharding
 
-# Machines of a pod may be made one after the other; later than this one of them is missing.
-START_SECONDS = 900
 HINT_SECONDS = 60
-# A host that is silent for so long is taken for dead. Moving a virtual machine takes some tens of
-# seconds, and so may a machine that has too few cores; JAX's own threads send the signs of life, so
-# a busy program is not silent.
+START_SECONDS = 900  # Machines of a pod may be created one after the other.
+# A host that is silent for so long counts as dead. Moving a virtual machine takes some tens of
+# seconds; a busy program is not silent, as JAX sends heartbeats from threads of its own.
 SILENCE_SECONDS = 100
-# The first host to end waits so long for the others.
-END_SECONDS = 60
+END_SECONDS = 60  # The first host to end waits so long for the others.
 AGAIN = "start all hosts again with the same command"
-# Runs beside the program: a runtime that finds a dead host aborts in native code, where no Python
-# gets a word in.
-_LAST_WORDS = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)"
+# A process beside the program: when the runtime finds a dead host it aborts in native code, where
+# no Python handler runs.
+_PRINT_UNLESS_ENDED = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+_LOST_CONNECTION = re.compile(
+  "Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|Connection (closed|reset)|coordination service|[Bb]arrier"
+)
 
 
 def start(
@@ -51,124 +52,107 @@ def start(
   """Connects the hosts where there are several; before anything else that uses a device.
 
   Args:
-    coordinator: HOST:PORT of process 0, which all others reach.
-    processes: how many there are.
-    process: which of them this is, from 0. All three are given, or none: then the hosts of a
-      cluster that JAX knows are connected, and a single machine starts nothing.
+    coordinator, processes, process: HOST:PORT of process 0, how many there are, and which of them
+      this is, from 0. All or none: then the hosts of a cluster that JAX recognises are connected,
+      and a single machine connects nothing.
 
   Raises:
     InputError: the three do not fit together.
   """
   given = (coordinator, processes, process)
-  if all(value is None for value in given):
+  if given == (None, None, None):
     if not in_cluster(os.environ):
       return
   elif None in given:
     raise errors.InputError("give all of --coordinator, --processes and --process, or none")
   else:
-    _check(*given)
-  waiting = _waiting(
-    f"{'all' if processes is None else processes} hosts, the first of them at "
-    f"{coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', 'the address the cluster gives')}"
-  )
+    address, _, port = coordinator.rpartition(":")
+    if not address or not port.isdigit():
+      raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT")
+    errors.require("--processes", processes, low=1)
+    errors.require("--process", process, low=0, high=processes - 1)
   # JAX's own handler would swallow a SIGTERM that comes before the run's.
   jax.config.update("jax_enable_preemption_service", False)
-  # Two programs that a CPU runs at once send each other's messages over the same connection.
+  # Two programs that a CPU runs at once mix up their messages on the same connection.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  with waiting:
+  at = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "the address the cluster gives")
+  with _time_limit(f"{processes or 'all'} hosts, the first of them at {at}"):
     jax.distributed.initialize(
-      *given, initialization_timeout=2 * START_SECONDS,  # `waiting` ends it, with one line
+      *given, initialization_timeout=2 * START_SECONDS,  # _time_limit ends it, with one line
       heartbeat_timeout_seconds=SILENCE_SECONDS, shutdown_timeout_seconds=END_SECONDS,
     )
-    count = jax.local_device_count()
-  print(f"{name()}: {socket.gethostname()}, {count} local device(s)", flush=True)
+    devices = jax.local_device_count()
+  print(f"{name()}: {socket.gethostname()}, {devices} local device(s)", flush=True)
 
 
-def _check(coordinator: str, processes: int, process: int) -> None:
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdigit():
-    raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT")
-  errors.require("--processes", processes, low=1)
-  errors.require("--process", process, low=0, high=processes - 1)
+def from_flags(flags: Any) -> None:
+  """Calls `start` with the flags of `host_flags`, attributes of `flags`."""
+  start(*(getattr(flags, flag) for flag, *_ in host_flags.FLAGS))
 
 
 def in_cluster(environ: Mapping[str, str]) -> bool:
-  """Whether this is one of several hosts that JAX can find out about by itself.
+  """Whether the environment's variables are of one of several hosts that JAX connects by itself.
 
-  Args:
-    environ: variables of the environment.
-
-  Returns:
-    True for a task of a SLURM job step of several, and for one of several workers or slices of TPUs
-    (GKE's variables, or the metadata of a TPU VM).
+  Those are tasks of a SLURM job step, and workers or slices of TPUs (GKE's variables, or the
+  metadata of a TPU VM).
   """
-  number = lambda name: int(environ.get(name) or 1)
-  workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+  number = lambda key: int(environ.get(key) or 1)
   if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ and number("SLURM_NTASKS") > 1:
     return True
+  workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
   if "," in workers or number("MEGASCALE_NUM_SLICES") > 1:
     return True
-  # Nothing else than the metadata server knows of a TPU VM's neighbours. JAX sets this variable
-  # where it sees no TPU.
+  # Only the metadata server knows a TPU VM's neighbours. JAX sets this where there is no TPU.
   if environ.get("TPU_SKIP_MDS_QUERY") or environ.get("JAX_PLATFORMS", "tpu").startswith("cpu"):
     return False
   server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
-  slices = "MEGASCALE_NUM_SLICES: '1'"
+  several_slices = re.compile(r"^MEGASCALE_NUM_SLICES(?!: '1'\s*$)", re.MULTILINE)
   return (
     "," in _metadata(server, "worker-network-endpoints")
-    or any(line.startswith("MEGASCALE_NUM_SLICES") and line.strip() != slices
-           for line in _metadata(server, "tpu-env").splitlines())
+    or several_slices.search(_metadata(server, "tpu-env")) is not None
   )
 
 
 def _metadata(server: str, key: str) -> str:
-  """An attribute of this virtual machine; "" where it has none or is none."""
+  """An attribute of this virtual machine; "" where there is no such attribute or machine."""
   request = urllib.request.Request(
     f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
     headers={"Metadata-Flavor": "Google"},
   )
   try:
-    with urllib.request.urlopen(request, timeout=5) as answer:
-      return answer.read().decode()
-  except (urllib.error.URLError, OSError):
+    with urllib.request.urlopen(request, timeout=5) as response:
+      return response.read().decode()
+  except OSError:
     return ""
 
 
 @contextlib.contextmanager
-def _waiting(what: str) -> Iterator[None]:
-  """Says what may be missing when what it encloses takes long, and ends the program in the end."""
-  def hint():
+def _time_limit(awaited: str) -> Iterator[None]:
+  """Prints a hint when connecting takes HINT_SECONDS; ends the program after START_SECONDS."""
+  connected = threading.Event()
+
+  def watch():
+    if connected.wait(HINT_SECONDS):
+      return
     print(
-      f"still waiting for {what}: is the same command running on every host, and may they reach "
+      f"still waiting for {awaited}: is the same command running on every host, and may they reach "
       "that address and port through the firewall?", file=sys.stderr, flush=True,
     )
+    if not connected.wait(START_SECONDS - HINT_SECONDS):
+      text = f"error: after {START_SECONDS} s some of {awaited}, are missing; {AGAIN}"
+      print(text, file=sys.stderr, flush=True)
+      os._exit(1)
 
-  def give_up():
-    print(
-      f"error: after {START_SECONDS} s some of {what}, are missing; {AGAIN}", file=sys.stderr,
-      flush=True,
-    )
-    os._exit(1)
-
-  timers = [threading.Timer(HINT_SECONDS, hint), threading.Timer(START_SECONDS, give_up)]
-  for timer in timers:
-    timer.daemon = True
-    timer.start()
+  threading.Thread(target=watch, daemon=True).start()
   try:
     yield
   finally:
-    for timer in timers:
-      timer.cancel()
+    connected.set()
 
 
 def count() -> int:
-  """How many hosts there are: processes, to be exact."""
+  """How many hosts there are, to be exact: processes."""
   return jax.process_count()
-
-
-def from_flags(flags: Any) -> None:
-  """Starts as the flags of `host_flags`, attributes of an object, say."""
-  start(*(getattr(flags, name) for name, *_ in host_flags.FLAGS))
 
 
 def first() -> bool:
@@ -177,8 +161,8 @@ def first() -> bool:
 
 
 def name(index: int | None = None) -> str:
-  """What a host is called: "host 1 of 4"; None is this one."""
-  return f"host {jax.process_index() if index is None else index} of {jax.process_count()}"
+  """A host in messages: "host 1 of 4"; None is this one."""
+  return f"host {jax.process_index() if index is None else index} of {count()}"
 
 
 def print_first(text: str) -> None:
@@ -187,26 +171,56 @@ def print_first(text: str) -> None:
     print(text, flush=True)
 
 
-def any_host(flag: bool) -> bool:
-  """Whether a flag is set on any host; all ask together."""
-  return bool(flag) if count() == 1 else bool(gather(np.float32(flag)).any())
-
-
 def gather(values: Any) -> np.ndarray:
-  """What each host has, [hosts, ...]: numbers of one shape and dtype of at most 32 bits."""
-  values = np.asarray(values)
-  return values[None] if count() == 1 else multihost_utils.process_allgather(values)
+  """The values of every host, [hosts, ...]: one shape, and one dtype of at most 32 bits."""
+  return np.asarray(values)[None] if count() == 1 else multihost_utils.process_allgather(values)
+
+
+def any_host(flag: bool) -> bool:
+  """Whether a flag is set on any host. It waits for all; in a loop of steps use `AgreedFlag`."""
+  return bool(gather(np.float32(flag)).any())
+
+
+class AgreedFlag:
+  """A flag that all hosts see alike, one post later, without waiting for each other.
+
+    for batch in batches:
+      flag.post(signalled)            # on every host, in the same order among its programs
+      state = step(state, batch)
+      if flag.read():
+        break
+
+  `any_host` blocks: a host waits until its devices have finished every step dispatched so far, and
+  they then idle until it dispatches the next. Here the reduction is one more tiny program in the
+  devices' queue, and `read` asks for that of the post before, which ran ahead of the previous step.
+  On one host there is no program, and `read` gives the latest post.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh):
+    """`mesh`: devices of all hosts."""
+    self._sharding = sharding.along_all(mesh)
+    self._any = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
+    self._previous, self._latest = False, False
+
+  def post(self, flag: bool) -> None:
+    """Dispatches the reduction over all hosts' flags."""
+    self._previous, self._latest = self._latest, bool(flag)
+    if count() > 1:
+      flags = np.full(self._sharding.mesh.size, flag, np.int32)  # this host's part of it is used
+      self._latest = self._any(sharding.put(flags, self._sharding))
+
+  def read(self) -> bool:
+    """Whether any host set its flag in the post before the latest."""
+    return bool(jax.device_get(self._previous if count() > 1 else self._latest))
 
 
 def gather_texts(text: str) -> list[str]:
-  """The text of each host, in their order."""
-  if count() == 1:
-    return [text]
-  data = np.frombuffer(text.encode(), np.uint8)
-  sizes = gather(np.int32(len(data)))
+  """The text of each host, in their order; of any lengths, which the collective does not allow."""
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  sizes = gather(np.int32(len(encoded)))
   if not sizes.any():
     return [""] * count()
-  padded = gather(np.pad(data, (0, sizes.max() - len(data))))
+  padded = gather(np.pad(encoded, (0, sizes.max() - len(encoded))))
   return [row[:size].tobytes().decode() for row, size in zip(padded, sizes)]
 
 
@@ -220,59 +234,55 @@ def broadcast(value: Any) -> Any:
 def gather_rows(
   rows: Sequence[int], values: Mapping[str, np.ndarray], total: int
 ) -> dict[str, np.ndarray]:
-  """Numbers of rows that lie on several hosts, whole on each.
+  """Values of rows that are spread over several hosts, all of them on each.
 
   Args:
-    rows: the rows whose numbers this host has.
-    values: {name: [len(rows)] float32}; the same names on all.
-    total: how many rows there are; each is some host's, and of several the first one's counts.
+    rows: the rows whose values this host has.
+    values: {name: [len(rows)] float32}; the same names on all hosts.
+    total: how many rows there are; each is on some host, and of several the first one's counts.
 
   Returns:
     {name: [total] float32}.
   """
   if count() == 1:
-    # Where every row is here, only their order may differ.
+    # All rows are here; only their order may differ.
     order = np.argsort(np.asarray(rows))
-    return {name: np.asarray(value)[order] for name, value in values.items()}
-  table = np.zeros((1 + len(values), total), np.float32)
-  table[0, rows] = 1
-  for line, value in zip(table[1:], values.values()):
-    line[rows] = value
+    return {key: np.asarray(value)[order] for key, value in values.items()}
+  table = np.zeros((1 + len(values), total), np.float32)  # the first line: which rows are here
+  table[:, rows] = [np.ones(len(rows)), *values.values()]
   tables = gather(table)
-  owner = tables[:, 0].argmax(axis=0)
-  found = tables[owner, :, np.arange(total)].T
-  if not found[0].all():
-    raise ValueError(f"rows {np.flatnonzero(found[0] == 0)[:5]} are on no host")
-  return dict(zip(values, found[1:]))
+  owners = tables[:, 0].argmax(axis=0)
+  present, *gathered = tables[owners, :, np.arange(total)].T
+  if not present.all():
+    raise ValueError(f"rows {np.flatnonzero(present == 0)[:5]} are on no host")
+  return dict(zip(values, gathered))
 
 
 def share(total: int) -> range:
-  """The rows of `total` that this host takes over; where there are too few, some take the same."""
+  """The rows of `total` that this host works on; with more hosts than rows, some share a row."""
   return range(jax.process_index() % total, total, count())
 
 
 @contextlib.contextmanager
 def raise_on_all_hosts() -> Iterator[None]:
-  """What fails on one host fails on all: an `InputError` within is raised by each of them.
+  """An `InputError` within, on any host, is raised by all of them.
 
-  All hosts enter and leave it; within, each works for itself, without collective operations.
+  All hosts enter and leave it; within, each works on its own, without collective operations.
 
   Raises:
-    InputError: of the first host that has one, whose number the others put before it.
+    InputError: of the first host that has one; the others put that host's number before it.
   """
-  own = ""
+  local = ""
   try:
     yield
   except errors.InputError as error:
     if count() == 1:
       raise
-    own = f"{type(error).__name__}:{error}"
-  if count() == 1:
-    return
-  for index, told in enumerate(gather_texts(own)):
-    if told:
-      kind, _, text = told.partition(":")
-      raise errors.KINDS[kind](text if told == own else f"{name(index)}: {text}")
+    local = f"{type(error).__name__}:{error}"
+  for index, reported in enumerate(gather_texts(local)):
+    if reported:
+      kind, _, message = reported.partition(":")
+      raise errors.KINDS[kind](message if reported == local else f"{name(index)}: {message}")
 
 
 def compare(config: Mapping[str, Any]) -> None:
@@ -286,40 +296,33 @@ def compare(config: Mapping[str, Any]) -> None:
   """
   if count() == 1:
     return
-  own = {"the code": version(), "jax": jax.__version__} | {
-    key: _short(value) for key, value in _flat(config).items()
+  values = traverse_util.flatten_dict(dict(config), sep=".")
+  values = {"the code": code_version(), "jax": jax.__version__} | {
+    key: _digest_if_long(value) for key, value in values.items()
   }
-  everyone = [json.loads(text) for text in gather_texts(json.dumps(own, default=str))]
-  for index, other in enumerate(everyone):
-    for key in [*everyone[0], *other]:
-      ours, theirs = everyone[0].get(key), other.get(key)
-      if ours != theirs:
+  reference, *others = map(json.loads, gather_texts(json.dumps(values, default=str)))
+  for index, other in enumerate(others, 1):
+    for key in [*reference, *other]:
+      if reference.get(key) != other.get(key):
         raise errors.InputError(
-          f"{name(index)} has {key}={theirs!r}, host 0 has {ours!r}; {AGAIN} and the same code"
+          f"{name(index)} has {key}={other.get(key)!r}, host 0 has {reference.get(key)!r}; {AGAIN} "
+          "and the same code"
         )
 
 
-def _short(value: Any) -> Any:
-  """A value, or where it is long, as many prompts are, a digest of it."""
+def _digest_if_long(value: Any) -> Any:
+  """A value, or a digest of it where it is long, such as a list of prompts."""
   text = json.dumps(value, default=str)
   return value if len(text) <= 200 else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    inner = isinstance(value, Mapping)
-    flat |= _flat(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
-  return flat
-
-
-def version() -> str:
+def code_version() -> str:
   """The commit of the code, with "-dirty" where a file differs from it; "unknown" without git."""
+  command = "git describe --always --dirty --abbrev=40 --exclude=*"
+  folder = pathlib.Path(__file__).parent
   try:
     return subprocess.run(
-      ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty",
-       "--abbrev=40", "--exclude=*"],
-      capture_output=True, text=True, check=True, timeout=60,
+      command.split(), cwd=folder, capture_output=True, text=True, check=True, timeout=60
     ).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return "unknown"
@@ -333,54 +336,49 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
 
   Args:
     main: the program, after `start`.
-    advice: what it goes on from.
+    advice: from where a restart continues.
 
   Returns:
-    What it returns.
+    What `main` returns.
   """
   if count() == 1:
     return main()
-  lost = "another host no longer answers" if count() > 2 else (
-    f"{name(1 - jax.process_index())} no longer answers"
-  )
-  words = f"error: {name()}: {lost}; {AGAIN}: {{}}"
-  killed = f"error: {name()} was killed, or ended because {lost}; {AGAIN}: what it saved last stays"
-  with _last_words(killed):
+  other = name(1 - jax.process_index()) if count() == 2 else "another host"
+  lost = f"{other} no longer answers; {AGAIN}"
+  killed = f"error: {name()} was killed, or ended because {lost}: the last checkpoint stays"
+  with _print_if_killed(killed):
     try:
       return main()
     except Exception as error:
-      # A save that failed because a host is lost comes as an InputError.
-      if isinstance(error, errors.InputError) and not (
-        isinstance(error, errors.Storage) and _is_loss(error)
-      ):
+      host_lost = _is_host_loss(error)
+      # A save that failed because a host is lost is a Storage error.
+      saving = isinstance(error, errors.Storage) and host_lost
+      if isinstance(error, errors.InputError) and not saving:
         raise
-      if not _is_loss(error):
-        traceback.print_exc()
+      if host_lost:
+        print(f"error: {name()}: {lost}: {advice()}", file=sys.stderr)
       else:
-        print(words.format(advice()), file=sys.stderr)
+        traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
   # Not sys.exit: this host would wait for the others to end, and they for its next operation.
   os._exit(1)
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_host_loss(error: BaseException | None) -> bool:
   """Whether an error, or one that it comes from, says that a connection to a host broke."""
-  words = ("Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|Connection (closed|reset)|coordination service|"
-           "[Bb]arrier")
   while error is not None:
-    if re.search(words, str(error)):
+    if _LOST_CONNECTION.search(str(error)):
       return True
     error = error.__cause__ or error.__context__
   return False
 
 
 @contextlib.contextmanager
-def _last_words(text: str) -> Iterator[None]:
-  """Has another process say `text` if this one ends within, killed or aborted."""
-  child = subprocess.Popen(
-    [sys.executable, "-S", "-c", _LAST_WORDS, text], stdin=subprocess.PIPE, start_new_session=True
-  )
+def _print_if_killed(text: str) -> Iterator[None]:
+  """Has another process print `text` if this one is killed or aborts within."""
+  command = [sys.executable, "-S", "-c", _PRINT_UNLESS_ENDED, text]
+  child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
   try:
     yield
   finally:

@@ -1,4 +1,4 @@
-"""One mesh of three axes, and which of them each named axis of an array lies along."""
+"""One mesh of three axes, and which of them each named axis of an array is split over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -48,32 +48,30 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
       f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices, "
       f"but there are {len(devices)}; change one of the three"
     )
-  # Auto is given explicitly: under the Explicit default, Linen's logical constraints fail.
-  kinds = (AxisType.Auto,) * len(MESH_AXES)
-  # GPUs have a slice_index as well: that of their host.
-  tpus = devices[0].platform == "tpu"
-  slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
+  slices = 1
+  if devices[0].platform == "tpu":  # GPUs have a slice_index as well: that of their host.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
   if data % slices:
     raise errors.InputError(
       f"config.mesh.data={data} must be a multiple of the {slices} slices: the slower network "
       "between them carries nothing but the sum of gradients"
     )
   # Axes may have to share one of the torus: 64 x 4 devices on 16 x 16.
-  split = dict(devices=devices, allow_split_physical_axes=True)
+  options = dict(devices=devices, allow_split_physical_axes=True)
+  shape = (data // slices, fsdp, tensor)
   if slices == 1:
-    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **split)
+    grid = mesh_utils.create_device_mesh(shape, **options)
   else:
-    grid = mesh_utils.create_hybrid_device_mesh(
-      (data // slices, fsdp, tensor), (slices, 1, 1), **split
-    )
-  return Mesh(grid, MESH_AXES, axis_types=kinds)
+    grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), **options)
+  # Auto is given explicitly: under the Explicit default, Linen's logical constraints fail.
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def needs_straight_programs(mesh: Mesh) -> bool:
   """Whether layers must be compiled one after the other, not as a loop.
 
   XLA's CPU runtime keeps the collectives of a program in order, but not those of a loop and those
-  beside it: each device may meet them in another order, and all wait for each other for ever.
+  beside it: the devices may meet them in different orders, which is a deadlock.
   """
   return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
@@ -81,16 +79,15 @@ def needs_straight_programs(mesh: Mesh) -> bool:
 def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
   """All devices, laid out for sampling: tensor as wide as the key-value heads allow.
 
-  Where what is left of the parameters fits in 0.7 of a device, the other devices are replicas:
+  Where a device's share of the parameters then fits in 0.7 of it, the other devices are replicas:
   sharded further, every layer would be gathered again for every token.
   """
   count = len(jax.devices())
   tensor = math.gcd(count, num_kv_heads)
-  # The CPU backend, say, does not know its limit.
+  # The CPU backend, for one, does not know its limit.
   limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-  if param_bytes / tensor <= 0.7 * limit:
-    return make_mesh(data=count // tensor, tensor=tensor)
-  return make_mesh(fsdp=count // tensor, tensor=tensor)
+  axis = "data" if param_bytes / tensor <= 0.7 * limit else "fsdp"
+  return make_mesh(**{axis: count // tensor}, tensor=tensor)
 
 
 @contextlib.contextmanager
@@ -101,7 +98,7 @@ def activate(mesh: Mesh) -> Iterator[None]:
 
 
 def batch_multiple(mesh: Mesh) -> int:
-  """What the number of batch rows must be a multiple of."""
+  """The number of batch rows must be a multiple of this."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -112,21 +109,21 @@ def shardings(boxed: Any, mesh: Mesh, rules=RULES) -> Any:
   """
   is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
 
-  def place(leaf):
-    axes = leaf.get_partition_spec() if is_box(leaf) else ()
-    spec = nn.logical_to_mesh_axes(tuple(axes), rules)
+  def sharding_of(leaf):
+    logical = leaf.get_partition_spec() if is_box(leaf) else ()
+    axes = nn.logical_to_mesh_axes(tuple(logical), rules)
 
     def fit(array):
-      names = [spec[i] if i < len(spec) else None for i in range(len(array.shape))]
-      ways = [mesh.shape[name] if name else 1 for name in names]
-      kept = [name if size % way == 0 else None
-              for name, size, way in zip(names, array.shape, ways)]
-      return NamedSharding(mesh, PartitionSpec(*kept))
+      spec = [None] * len(array.shape)
+      for i, (axis, size) in enumerate(zip(axes, array.shape)):
+        if axis and size % mesh.shape[axis] == 0:
+          spec[i] = axis
+      return NamedSharding(mesh, PartitionSpec(*spec))
 
     # A box may hold nothing: the optimizer's place for a parameter of another group.
-    return jax.tree.map(fit, nn.meta.unbox(leaf))
+    return jax.tree.map(fit, unbox(leaf))
 
-  return jax.tree.map(place, boxed, is_leaf=is_box)
+  return jax.tree.map(sharding_of, boxed, is_leaf=is_box)
 
 
 def unbox(boxed: Any) -> Any:
@@ -145,7 +142,7 @@ def along_all(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Sharding of an array that every device holds whole."""
+  """Sharding of an array of which every device has a copy."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -160,30 +157,28 @@ def put_rows(mesh: Mesh, array: Any) -> jax.Array:
 
 
 def put(array: Any, where: NamedSharding) -> jax.Array:
-  """Puts an array on the devices, also on those of several hosts, which all hold it whole."""
+  """Puts an array, which every host has, on the devices; of several hosts too."""
   if where.is_fully_addressable:
     return jax.device_put(array, where)
-  # `device_put` would have all hosts compare the whole array first.
+  # `device_put` would first compare the arrays of all hosts.
   array = np.asarray(array)
   return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
-def fetch(mesh: Mesh, tree: Any) -> Any:
-  """A tree of arrays as NumPy arrays, whole on every host; all hosts call it together."""
-  def whole(array):
-    if isinstance(array, jax.Array) and not (
-      array.is_fully_addressable or array.is_fully_replicated
-    ):
-      array = jax.device_put(array, replicated(mesh))
+def fetch(tree: Any) -> Any:
+  """A tree of arrays as NumPy arrays, complete on every host; all hosts call it together."""
+  def read(array):
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return multihost_utils.process_allgather(array, tiled=True)
     return jax.device_get(array)
 
-  return jax.tree.map(whole, tree)
+  return jax.tree.map(read, tree)
 
 
 def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
-  """Which host reads each of `rows` rows spread along the batch: [rows] process indices.
+  """Which host reads each of `rows` rows along the batch: [rows] process indices.
 
-  Of hosts that hold the same rows, their devices being ways of the tensor axis, it is the first.
+  Where the tensor axis spans several hosts, all of which have a row, it is the first of them.
   """
   hosts = np.full(rows, np.iinfo(np.int32).max)
   for device, (index,) in along_batch(mesh).devices_indices_map((rows,)).items():
@@ -204,14 +199,14 @@ def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
   rows = jax.tree.leaves(arrays)[0].shape[0]
   if jax.process_count() == 1:
     return np.arange(rows), jax.device_get(arrays)
-  own = np.flatnonzero(row_hosts(mesh, rows) == jax.process_index())
+  local = np.flatnonzero(row_hosts(mesh, rows) == jax.process_index())
 
   def read(array):
-    # What the compiler chose may be split along other axes.
+    # The compiler may have split it along other axes.
     array = jax.device_put(array, along_batch(mesh))
-    found = np.empty(array.shape, array.dtype)
+    values = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
-      found[shard.index] = shard.data
-    return found[own]
+      values[shard.index] = shard.data
+    return values[local]
 
-  return own, jax.tree.map(read, arrays)
+  return local, jax.tree.map(read, arrays)
