@@ -33,67 +33,69 @@ def npz(save=np.savez, **arrays):
   return file.getvalue()
 
 
-def said(*words):
-  return np.frombuffer(json.dumps(list(words)).encode(), np.uint8)
+def encoded(*records):
+  return np.frombuffer(json.dumps(list(records)).encode(), np.uint8)
 
 
-WORDS = {"prompt": "", "text": None, "metadata": {}}
+RECORD = {"prompt": "", "text": None, "metadata": {}}
 IMAGES = np.zeros((1, 2, 2, 3), np.uint8)
 
 
 def declared(header):
   """A body whose `images` hold 12 bytes, whatever their npy header says."""
   text = header.encode().ljust(117) + b"\n"
-  words, file = io.BytesIO(), io.BytesIO()
-  np.lib.format.write_array(words, said(WORDS))
+  samples, file = io.BytesIO(), io.BytesIO()
+  np.lib.format.write_array(samples, encoded(RECORD))
   with zipfile.ZipFile(file, "w") as archive:
     archive.writestr(
       "images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(12)
     )
-    archive.writestr("samples.npy", words.getvalue())
+    archive.writestr("samples.npy", samples.getvalue())
   return file.getvalue()
 
 
 HUGE = "{'descr': '|u1', 'fortran_order': False, 'shape': (1, 1000000, 1000000, 3)}"
 NEGATIVE = "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -2, 2, 3)}"
 OBJECTS = "{'descr': '|O', 'fortran_order': False, 'shape': (1, 2, 2, 3)}"
-# Name: (words of the refusal, body).
+# Name: (part of the refusal, body).
 MALFORMED = {
   "empty": ("npz", b""),
   "noise": ("npz", bytes(range(256)) * 4),
   "json": ("npz", b'{"samples": []}'),
-  "truncated": ("npz", npz(images=IMAGES, samples=said(WORDS))[:-30]),
-  "no images": ("images is missing", npz(samples=said(WORDS))),
+  "truncated": ("npz", npz(images=IMAGES, samples=encoded(RECORD))[:-30]),
+  "no images": ("images is missing", npz(samples=encoded(RECORD))),
   "no samples": ("samples is missing", npz(images=IMAGES)),
-  "compressed": ("compressed", npz(np.savez_compressed, images=IMAGES, samples=said(WORDS))),
+  "compressed": ("compressed", npz(np.savez_compressed, images=IMAGES, samples=encoded(RECORD))),
   "a bomb": ("compressed", npz(np.savez_compressed, images=np.zeros((1, 2000, 2000, 3), np.uint8))),
-  "objects": ("must be uint8", npz(images=np.array([[[[None]]]], object), samples=said(WORDS))),
+  "objects": ("must be uint8", npz(images=np.array([[[[None]]]], object), samples=encoded(RECORD))),
   "declared objects": ("must be uint8", declared(OBJECTS)),
   "declared huge": ("has 12 bytes", declared(HUGE)),
   "declared negative": ("has 12 bytes", declared(NEGATIVE)),
   "declared nonsense": ("npz", declared("{" * 60)),
   "declared list": ("not a dictionary", declared("[1, 2]")),
-  "floats": ("must be uint8", npz(images=IMAGES.astype(np.float32), samples=said(WORDS))),
+  "floats": ("must be uint8", npz(images=IMAGES.astype(np.float32), samples=encoded(RECORD))),
   "fortran": (
     "must be uint8",
-    npz(images=np.zeros((3, 2, 2, 3), np.uint8, order="F"), samples=said(*[WORDS] * 3)),
+    npz(images=np.zeros((3, 2, 2, 3), np.uint8, order="F"), samples=encoded(*[RECORD] * 3)),
   ),
-  "grey": ("[1, 2, 2, 1]", npz(images=np.zeros((1, 2, 2, 1), np.uint8), samples=said(WORDS))),
-  "no pixels": ("[1, 0, 2, 3]", npz(images=np.zeros((1, 0, 2, 3), np.uint8), samples=said(WORDS))),
-  "one image": ("rank 4", npz(images=IMAGES[0], samples=said(WORDS))),
+  "grey": ("[1, 2, 2, 1]", npz(images=np.zeros((1, 2, 2, 1), np.uint8), samples=encoded(RECORD))),
+  "no pixels": (
+    "[1, 0, 2, 3]", npz(images=np.zeros((1, 0, 2, 3), np.uint8), samples=encoded(RECORD)),
+  ),
+  "one image": ("rank 4", npz(images=IMAGES[0], samples=encoded(RECORD))),
   "too few samples": (
     "list of 2",
-    npz(images=np.zeros((2, 2, 2, 3), np.uint8), samples=said(WORDS)),
+    npz(images=np.zeros((2, 2, 2, 3), np.uint8), samples=encoded(RECORD)),
   ),
   "samples not json": ("utf-8", npz(images=IMAGES, samples=np.full(9, 255, np.uint8))),
   "samples nested": (
     "recursion",
     npz(images=IMAGES, samples=np.frombuffer(b"[" * 100_000, np.uint8)),
   ),
-  "samples text": ("must be uint8", npz(images=IMAGES, samples=np.array(json.dumps([WORDS])))),
-  "key missing": ("keys", npz(images=IMAGES, samples=said({"prompt": "", "text": None}))),
-  "key surplus": ("keys", npz(images=IMAGES, samples=said(WORDS | {"image": 1}))),
-  "prompt number": ("prompt", npz(images=IMAGES, samples=said(WORDS | {"prompt": 3}))),
-  "text number": ("text", npz(images=IMAGES, samples=said(WORDS | {"text": 3}))),
-  "metadata null": ("metadata", npz(images=IMAGES, samples=said(WORDS | {"metadata": None}))),
+  "samples text": ("must be uint8", npz(images=IMAGES, samples=np.array(json.dumps([RECORD])))),
+  "key missing": ("keys", npz(images=IMAGES, samples=encoded({"prompt": "", "text": None}))),
+  "key surplus": ("keys", npz(images=IMAGES, samples=encoded(RECORD | {"image": 1}))),
+  "prompt number": ("prompt", npz(images=IMAGES, samples=encoded(RECORD | {"prompt": 3}))),
+  "text number": ("text", npz(images=IMAGES, samples=encoded(RECORD | {"text": 3}))),
+  "metadata null": ("metadata", npz(images=IMAGES, samples=encoded(RECORD | {"metadata": None}))),
 }

@@ -61,11 +61,24 @@ def shifted(samples, *, by=0.0):
   return value(samples) + by
 
 
+def together(samples, *, by):
+  return value(samples) + by
+
+
+together.concurrent = True
+
+
 def test_a_reward_is_a_function_or_a_class_with_options():
   samples = numbered(3)
   np.testing.assert_array_equal(rewards.make(f"{__name__}:value")(samples), [0, 1, 2])
   np.testing.assert_array_equal(rewards.make(f"{__name__}:shifted", by=5)(samples), [5, 6, 7])
   np.testing.assert_array_equal(rewards.make(f"{__name__}:Scaled", scale=2)(samples), [0, 2, 4])
+
+
+def test_options_leave_the_attributes_of_a_function():
+  together = rewards.make(f"{__name__}:together", by=5)
+  np.testing.assert_array_equal(together(numbered(2)), [5, 6])
+  assert together.concurrent
 
 
 def test_registered_names(monkeypatch):
@@ -83,7 +96,7 @@ def test_registered_names(monkeypatch):
 @pytest.mark.parametrize(
   ("name", "options", "words"),
   [
-    ("iconworld_strikt", {}, "did you mean iconworld_strict?"),
+    ("iconworld_strikt", {}, "did you mean 'iconworld_strict'?"),
     ("zzzz", {}, "brightness, http, iconworld_reasoning"),
     ("jpeg_size", {"qualty": 5}, "qualty"),
     ("http", {"url": "http://a"}, "reward"),
@@ -134,7 +147,8 @@ def world():
 
 
 def test_iconworld_equals_the_verifier(world):
-  strict, soft = verifier.verify_batch([s.image for s in world], [s.metadata for s in world])
+  strict, soft = np.transpose([verifier.verify(s.image, s.metadata) for s in world])
+  strict, soft = strict.astype(np.float32), soft.astype(np.float32)
   assert set(strict) == {0, 1} and ((0 < soft) & (soft < 1)).any()
   np.testing.assert_array_equal(rewards.make("iconworld_strict")(world), strict)
   np.testing.assert_array_equal(rewards.make("iconworld_soft")(world), soft)
@@ -184,9 +198,9 @@ def test_scores_are_raw_and_in_order_whatever_the_threads(scorer):
   samples = numbered(8)
   pending = [one.submit(samples[i : i + 2]) for i in range(0, 8, 2)]
   for i, future in enumerate(pending):
-    found = future.result(10)
-    assert list(found) == ["value", "slow"]
-    for scores in found.values():
+    by_name = future.result(10)
+    assert list(by_name) == ["value", "slow"]
+    for scores in by_name.values():
       assert scores.dtype == np.float32
       np.testing.assert_array_equal(scores, [2 * i, 2 * i + 1])
 
@@ -251,9 +265,9 @@ def test_a_failing_reward_is_nan_counted_and_seen_once(scorer, caplog, reward, w
   one = scorer({"good": value, "bad": reward})
   with caplog.at_level(logging.WARNING):
     for _ in range(2):
-      found = one.score(numbered(3))
-  np.testing.assert_array_equal(found["good"], [0, 1, 2])
-  np.testing.assert_array_equal(found["bad"], [NAN] * 3)
+      scores = one.score(numbered(3))
+  np.testing.assert_array_equal(scores["good"], [0, 1, 2])
+  np.testing.assert_array_equal(scores["bad"], [NAN] * 3)
   assert one.failures["bad"].count == 6 and words in one.failures["bad"].last
   assert one.failures["good"].count == 0
   (record,) = caplog.records
@@ -265,30 +279,38 @@ def test_infinite_and_missing_scores_are_nan_for_their_sample_only(scorer):
     "infinite": lambda samples: [1.0, np.inf, 2.0],
     "too large": lambda samples: [1.0, 2.0, 1e300],
     "missing": lambda samples: np.array([NAN, 1, 2]),
-    "whole": lambda samples: [True, False, True],
+    "bool": lambda samples: [True, False, True],
   }
   one = scorer(given)
-  found = one.score(numbered(3))
-  np.testing.assert_array_equal(found["infinite"], [1, NAN, 2])
-  np.testing.assert_array_equal(found["too large"], [1, 2, NAN])
-  np.testing.assert_array_equal(found["missing"], [NAN, 1, 2])
-  np.testing.assert_array_equal(found["whole"], [1, 0, 1])
+  scores = one.score(numbered(3))
+  np.testing.assert_array_equal(scores["infinite"], [1, NAN, 2])
+  np.testing.assert_array_equal(scores["too large"], [1, 2, NAN])
+  np.testing.assert_array_equal(scores["missing"], [NAN, 1, 2])
+  np.testing.assert_array_equal(scores["bool"], [1, 0, 1])
   counts = {name: failures.count for name, failures in one.failures.items()}
-  assert counts == {"infinite": 1, "too large": 1, "missing": 1, "whole": 0}
+  assert counts == {"infinite": 1, "too large": 1, "missing": 1, "bool": 0}
   assert "prompt 0" in one.failures["missing"].last
   assert "prompt 1" in one.failures["infinite"].last
 
 
-def test_a_reward_says_why_it_has_no_score(scorer):
-  class Silent:
-    last_error = "the server is away"
+def test_a_reward_may_give_the_reason_for_a_missing_score(scorer):
+  def partial(samples):
+    return rewards.Scores([NAN, 1], "the first has\nno face" if samples[0].prompt else None)
 
-    def __call__(self, samples):
-      return [NAN] * len(samples)
+  one = scorer({"partial": partial})
+  np.testing.assert_array_equal(one.score(numbered(2))["partial"], [NAN, 1])
+  assert one.failures["partial"].last == "the first has no face"
+  one.score([sample(prompt=""), sample()])
+  assert one.failures["partial"].last == "no score for 1 of 2 samples, as ''"
+  assert one.failures["partial"].count == 2
 
-  one = scorer({"silent": Silent()})
-  one.score(numbered(2))
-  assert one.failures["silent"].last == "the server is away"
+
+def test_evaluate_checks_what_scores_hold():
+  scores = rewards.evaluate(lambda samples: rewards.Scores([True, False], "unused"), numbered(2))
+  assert scores.values.dtype == np.float32 and scores.values.tolist() == [1, 0]
+  assert scores.reason is None
+  with pytest.raises(ValueError, match=r"got \[1\] float64"):
+    rewards.evaluate(lambda samples: rewards.Scores([1.0]), numbered(2))
 
 
 def test_different_messages_do_not_flood_the_log(scorer, caplog):
@@ -365,9 +387,9 @@ def test_a_reward_of_weight_0_never_stops_a_run(scorer):
     raise RuntimeError("broken")
 
   one = scorer({"good": value, "bad": fails}, {"good": 1.0, "bad": 0.0}, max_failed_fraction=0.0)
-  found = one.score(numbered(2))
-  one.check(one.total(found))
-  assert np.isnan(found["bad"]).all() and one.failures["bad"].count == 2
+  scores = one.score(numbered(2))
+  one.check(one.total(scores))
+  assert np.isnan(scores["bad"]).all() and one.failures["bad"].count == 2
 
 
 @pytest.mark.parametrize(
@@ -384,7 +406,13 @@ def test_a_scorer_refuses(weights, options, words):
   assert words in refusal(rewards.Scorer, {"a": value}, weights, **options)
 
 
-def test_closing_ends_waiting_and_tells_the_rewards():
+@pytest.mark.parametrize("name", rewards.RESERVED)
+def test_names_of_other_metrics_are_refused(name):
+  message = refusal(rewards.Scorer, {name: value}, {name: 1.0})
+  assert name in message and "option kind" in message
+
+
+def test_closing_ends_waiting_and_closes_the_rewards():
   class Waiting:
     def __init__(self):
       self.closed, self.begun = threading.Event(), threading.Event()

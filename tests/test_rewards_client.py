@@ -1,4 +1,4 @@
-"""The client of the reward protocol, against servers that say what they are told to."""
+"""The client of the reward protocol, against servers with scripted answers."""
 
 import contextlib
 import http.server
@@ -17,7 +17,7 @@ from unigrpo_jax.rewards import wire
 
 
 class Script(http.server.BaseHTTPRequestHandler):
-  """Gives `server.answers` one after the other, the last for ever: (status, body), or seconds."""
+  """Gives `server.answers` in turn, then the last again and again: (status, body), or seconds."""
 
   def do_POST(self):
     body = self.rfile.read(int(self.headers["Content-Length"])) if self.server.listens else b""
@@ -67,7 +67,7 @@ FAILED = (500, b'{"error": "out of memory"}')
 
 def test_500_twice_then_success_is_retried(scripted):
   server = scripted(FAILED, FAILED, RIGHT)
-  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(3)), [0, 1, 2])
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(3)).values, [0, 1, 2])
   assert len(server.seen) == 3
   assert len({body for _, _, body in server.seen}) == 1
 
@@ -75,25 +75,27 @@ def test_500_twice_then_success_is_retried(scripted):
 @pytest.mark.parametrize("status", [408, 429, 503])
 def test_temporary_statuses_are_retried(scripted, status):
   server = scripted((status, b""), RIGHT)
-  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)), [0])
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)).values, [0])
 
 
-def test_500_for_ever_is_nan_after_the_retries(scripted):
+def test_500_every_time_is_nan_after_the_retries(scripted):
   server = scripted(FAILED)
   reward = shared.client(server.url, retries=2)
-  np.testing.assert_array_equal(reward(shared.numbered(3)), [shared.NAN] * 3)
+  scores = reward(shared.numbered(3))
+  np.testing.assert_array_equal(scores.values, [shared.NAN] * 3)
   assert len(server.seen) == 3
   for part in ("/v1/rewards/r", "status 500: out of memory", "attempts: 3"):
-    assert part in reward.last_error
+    assert part in scores.reason
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404, 413])
 def test_refusals_are_final_and_say_why(scripted, status):
   server = scripted((status, b'{"error": "because\\nof this"}'))
   reward = shared.client(server.url)
-  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
+  scores = reward(shared.numbered(1))
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
   assert len(server.seen) == 1
-  assert f"status {status}: because of this" in reward.last_error
+  assert f"status {status}: because of this" in scores.reason
 
 
 @pytest.mark.parametrize(
@@ -106,22 +108,24 @@ def test_refusals_are_final_and_say_why(scripted, status):
 )
 def test_answers_that_are_no_scores(scripted, answer):
   reward = shared.client(scripted((200, answer)).url)
-  np.testing.assert_array_equal(reward(shared.numbered(2)), [shared.NAN] * 2)
-  assert "the answer is not" in reward.last_error
+  scores = reward(shared.numbered(2))
+  np.testing.assert_array_equal(scores.values, [shared.NAN] * 2)
+  assert "the answer is not" in scores.reason
 
 
 def test_null_is_nan_and_infinity_stays_for_the_scorer_to_see(scripted):
   reward = shared.client(scripted((200, b'{"scores": [0.5, null, Infinity]}')).url)
   scores = reward(shared.numbered(3))
-  assert scores.dtype == np.float32
-  np.testing.assert_array_equal(scores, [0.5, shared.NAN, np.inf])
+  assert scores.values.dtype == np.float64 and scores.reason is None
+  np.testing.assert_array_equal(scores.values, [0.5, shared.NAN, np.inf])
 
 
 def test_chunks_by_count_and_shape_keep_the_order(scripted):
   server = scripted(RIGHT)
   small, large = shared.numbered(5), shared.numbered(5, side=3)
   samples = [pair[i % 2] for i, pair in enumerate(zip(small, large))]
-  np.testing.assert_array_equal(shared.client(server.url, batch_size=2)(samples), np.arange(5))
+  scores = shared.client(server.url, batch_size=2)(samples)
+  np.testing.assert_array_equal(scores.values, np.arange(5))
   shapes = [[s.image.shape[0] for s in wire.unpack(body)] for _, _, body in server.seen]
   assert shapes == [[2, 2], [2], [3, 3]]
 
@@ -129,23 +133,55 @@ def test_chunks_by_count_and_shape_keep_the_order(scripted):
 def test_one_chunk_that_fails_costs_its_own_samples(scripted):
   server = scripted(RIGHT, (400, b"{}"), RIGHT)
   scores = shared.client(server.url, batch_size=2)(shared.numbered(6))
-  np.testing.assert_array_equal(scores, [0, 1, shared.NAN, shared.NAN, 4, 5])
+  np.testing.assert_array_equal(scores.values, [0, 1, shared.NAN, shared.NAN, 4, 5])
+  assert "status 400" in scores.reason
+
+
+def test_a_reason_is_of_its_own_call_and_not_of_an_earlier_one(scripted):
+  server = scripted(FAILED, (200, b'{"scores": [null]}'))
+  scorer = rewards.Scorer({"r": shared.client(server.url, retries=0)}, {"r": 1.0})
+  scorer.score(shared.numbered(1))
+  assert "out of memory" in scorer.failures["r"].last
+  scorer.score(shared.numbered(1))
+  assert scorer.failures["r"].last == "no score for 1 of 1 samples, as 'prompt 0'"
+  assert scorer.failures["r"].count == 2
+  scorer.close()
+
+
+def test_concurrent_calls_have_their_own_reasons(scripted):
+  both = threading.Barrier(2)
+
+  def prompt_of(body):
+    both.wait(10)
+    return json.dumps({"error": wire.unpack(body)[0].prompt}).encode()
+
+  scorer = rewards.Scorer(
+    {"r": shared.client(scripted((400, prompt_of)).url)}, {"r": 1.0}, threads=2
+  )
+  reasons = []
+  scorer._add_failure = lambda name, reason, count, trace: reasons.append(reason)
+  for pending in [scorer.submit([sample]) for sample in shared.numbered(2)]:
+    pending.result(10)
+  scorer.close()
+  assert sorted(reason[-8:] for reason in reasons) == ["prompt 0", "prompt 1"]
 
 
 def test_what_cannot_be_sent_is_nan(scripted):
   server = scripted(RIGHT)
   samples = [rewards.Sample("", np.zeros((2, 2, 3), np.uint8), None, {"a": {1}})]
   reward = shared.client(server.url)
-  np.testing.assert_array_equal(reward(samples), [shared.NAN])
-  assert "cannot be sent" in reward.last_error and not server.seen
+  scores = reward(samples)
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
+  assert "cannot be sent" in scores.reason and not server.seen
 
 
 def test_a_slow_server_is_a_time_out(scripted):
   server = scripted(10.0)
   reward, start = shared.client(server.url, timeout=0.1, retries=1, batch_size=1), time.monotonic()
-  np.testing.assert_array_equal(reward(shared.numbered(4)), [shared.NAN] * 4)
+  scores = reward(shared.numbered(4))
+  np.testing.assert_array_equal(scores.values, [shared.NAN] * 4)
   assert 0.2 <= time.monotonic() - start < 2
-  assert "no answer within 0.1 s" in reward.last_error
+  assert "no answer within 0.1 s" in scores.reason
   assert len(server.seen) == 2, "the chunks after one that found no server are not tried"
 
 
@@ -157,22 +193,24 @@ def free_port():
 
 def test_no_server_is_nan_in_bounded_time():
   reward, start = shared.client(f"http://127.0.0.1:{free_port()}", batch_size=1), time.monotonic()
-  np.testing.assert_array_equal(reward(shared.numbered(100)), [shared.NAN] * 100)
+  scores = reward(shared.numbered(100))
+  np.testing.assert_array_equal(scores.values, [shared.NAN] * 100)
   assert time.monotonic() - start < 2
-  assert "ConnectionRefusedError" in reward.last_error and "attempts: 4" in reward.last_error
+  assert "ConnectionRefusedError" in scores.reason and "attempts: 4" in scores.reason
 
 
 def test_a_server_that_hangs_up(scripted):
   server = scripted(0.0, RIGHT)  # No status line at all.
-  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)), [0])
+  np.testing.assert_array_equal(shared.client(server.url)(shared.numbered(1)).values, [0])
   assert len(server.seen) == 2
 
 
 def test_a_server_that_refuses_without_listening_is_heard(scripted):
   server = scripted((413, b'{"error": "too much"}'), listens=False)
   reward = shared.client(server.url)
-  np.testing.assert_array_equal(reward(shared.numbered(1, side=2000)), [shared.NAN])
-  assert "status 413: too much" in reward.last_error and len(server.seen) == 1
+  scores = reward(shared.numbered(1, side=2000))
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
+  assert "status 413: too much" in scores.reason and len(server.seen) == 1
 
 
 def test_waits_grow_and_depend_on_the_seed(scripted, monkeypatch):
@@ -194,7 +232,8 @@ def test_closing_ends_the_waiting(scripted):
   reward = shared.client(scripted(FAILED).url, backoff=20, retries=5)
   threading.Timer(0.05, reward.close).start()
   start = time.monotonic()
-  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
+  scores = reward(shared.numbered(1))
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
   assert time.monotonic() - start < 5
 
 
@@ -202,9 +241,9 @@ def test_the_token_is_sent_and_never_shown(scripted, monkeypatch):
   monkeypatch.setenv("MY_TOKEN", "s3cret")
   server = scripted((401, b"{}"))
   reward = shared.client(server.url, token_env="MY_TOKEN")
-  reward(shared.numbered(1))
+  scores = reward(shared.numbered(1))
   assert server.seen[0][1]["Authorization"] == "Bearer s3cret"
-  assert "s3cret" not in reward.last_error + repr(reward)
+  assert "s3cret" not in scores.reason + repr(reward)
   for bad in ("s3cret\n", "s3 cret", "s3cr\u00e9t", ""):
     assert "s3" not in refusal(shared.client, server.url, token=bad)
 

@@ -68,12 +68,12 @@ def test_round_trip_equals_local_scores(serving):
   }
   one = rewards.Scorer(remote, dict.fromkeys(names, 1.0), threads=4)
   samples = world()
-  found = one.score(samples)
+  scores = one.score(samples)
   one.close()
   assert all(failures.count == 0 for failures in one.failures.values())
   for name in names:
-    np.testing.assert_array_equal(found[name], local[name](samples))
-  assert set(found["iconworld_strict"]) == {0, 1}
+    np.testing.assert_array_equal(scores[name], local[name](samples))
+  assert set(scores["iconworld_strict"]) == {0, 1}
 
 
 def test_what_there_is_to_get(serving):
@@ -89,11 +89,12 @@ def test_what_there_is_to_get(serving):
 def test_tokens(serving, capfd):
   server = serving({"r": shared.value}, token="t0ken")
   reward = shared.client(server.address, token="t0ken")
-  np.testing.assert_array_equal(reward(shared.numbered(2)), [0, 1])
+  np.testing.assert_array_equal(reward(shared.numbered(2)).values, [0, 1])
   for token in (None, "t0ke", "t0kenn", "T0KEN"):
     reward = shared.client(server.address, token=token)
-    np.testing.assert_array_equal(reward(shared.numbered(2)), [shared.NAN] * 2)
-    assert "status 401" in reward.last_error
+    scores = reward(shared.numbered(2))
+    np.testing.assert_array_equal(scores.values, [shared.NAN] * 2)
+    assert "status 401" in scores.reason
   assert ask(server, "GET", "/v1/rewards", Authorization="Bearer \xff")[0] == 401
   output = capfd.readouterr()
   assert "401" in output.err and "t0ken" not in (output.out + output.err).lower()
@@ -106,11 +107,11 @@ def test_malformed_bodies_do_not_kill_the_server(serving):
     assert status == 400 and list(answer) == ["error"], name
     assert words in answer["error"] and "\n" not in answer["error"]
     assert len(answer["error"]) <= 500
-  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(2)), [0, 1])
+  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(2)).values, [0, 1])
 
 
 def raw(server, content):
-  """What the server says to bytes, after which the client says no more."""
+  """The server's answer to bytes, after which the client sends nothing more."""
   with socket.create_connection(server.server_address[:2], timeout=10) as connection:
     connection.sendall(content)
     connection.shutdown(socket.SHUT_WR)
@@ -129,7 +130,7 @@ def test_lengths(serving, headers, status):
   server = serving({"r": shared.value})
   answer = raw(server, f"POST /v1/rewards/r HTTP/1.1\r\n{headers}\r\nabc".encode())
   assert answer.split()[1] == str(status)
-  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(1)), [0])
+  np.testing.assert_array_equal(shared.client(server.address)(shared.numbered(1)).values, [0])
 
 
 def test_oversized_is_413_and_heard_by_the_client(serving):
@@ -137,9 +138,10 @@ def test_oversized_is_413_and_heard_by_the_client(serving):
   server = serving({"r": shared.value}, max_bytes=10_000)
   samples = [rewards.Sample("", np.zeros((2000, 2000, 3), np.uint8))]
   reward = shared.client(server.address)
-  np.testing.assert_array_equal(reward(samples), [shared.NAN])
-  assert "status 413" in reward.last_error and "10000" in reward.last_error
-  np.testing.assert_array_equal(reward(shared.numbered(1)), [0])
+  scores = reward(samples)
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
+  assert "status 413" in scores.reason and "10000" in scores.reason
+  np.testing.assert_array_equal(reward(shared.numbered(1)).values, [0])
 
 
 def test_a_client_that_is_refused_may_finish_speaking(serving):
@@ -152,10 +154,11 @@ def test_a_client_that_is_refused_may_finish_speaking(serving):
 def test_unknown_rewards_are_404_with_the_names(serving):
   server = serving({"m:f": shared.value})
   reward = shared.client(server.address, reward="other")
-  np.testing.assert_array_equal(reward(shared.numbered(1)), [shared.NAN])
-  assert "status 404" in reward.last_error and "m:f" in reward.last_error
+  scores = reward(shared.numbered(1))
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
+  assert "status 404" in scores.reason and "m:f" in scores.reason
   reward = shared.client(server.address, reward="m:f")
-  np.testing.assert_array_equal(reward(shared.numbered(1)), [0])
+  np.testing.assert_array_equal(reward(shared.numbered(1)).values, [0])
 
 
 def test_a_reward_that_raises_is_500_and_nan_is_null(serving, capfd):
@@ -212,7 +215,7 @@ def test_a_port_that_is_taken(serving):
   ("args", "words"),
   [
     ([], "--rewards"),
-    (["--rewards", "iconworld_strikt"], "did you mean iconworld_strict?"),
+    (["--rewards", "iconworld_strikt"], "did you mean 'iconworld_strict'?"),
     (["--rewards", "brightness", "brightness"], "twice"),
     (["--rewards", "http://127.0.0.1:9"], "write NAME=http://127.0.0.1:9"),
     (["--rewards", "brightness", "--port", "70000"], "--port=70000"),
@@ -235,7 +238,7 @@ def test_a_url_is_a_served_reward(serving):
   made = arguments.make([f"r={address}", f"other={address}"], '{"other": {"reward": "r"}}')
   samples = [rewards.Sample("", np.full((4, 4, 3), v, np.uint8)) for v in (3, 1, 2)]
   for reward in made.values():
-    np.testing.assert_array_equal(reward(samples), shared.value(samples))
+    np.testing.assert_array_equal(reward(samples).values, shared.value(samples))
 
 
 def test_names_and_options_of_the_command():
@@ -246,7 +249,7 @@ def test_names_and_options_of_the_command():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_told_to_stop(number):
+def test_the_command_serves_until_a_signal_stops_it(number):
   process = subprocess.Popen(
     [sys.executable, "-m", "unigrpo_jax.rewards.serve", "--rewards", "brightness", "--port", "0",
      "--host", "0.0.0.0", "--token_env", "T"],
@@ -258,7 +261,7 @@ def test_the_command_serves_until_told_to_stop(number):
     assert line.startswith("serving brightness on http://0.0.0.0:")
     url = f"http://127.0.0.1:{line.strip().rpartition(':')[2]}"
     reward = rewards.make("http", url=url, reward="brightness", token="t0ken", timeout=10)
-    assert reward([rewards.Sample("", np.full((2, 2, 3), 255, np.uint8))]) == [1]
+    assert reward([rewards.Sample("", np.full((2, 2, 3), 255, np.uint8))]).values == [1]
     process.send_signal(number)
     out, err = process.communicate(timeout=10)
   finally:

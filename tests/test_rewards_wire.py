@@ -1,4 +1,4 @@
-"""The bodies of the reward protocol, sound and malformed."""
+"""The bodies of the reward protocol, valid and malformed."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_malformed_bodies_are_refused_in_a_line(name):
 
 
 def test_declared_bodies_fail_for_what_they_declare():
-  """`shared.declared` itself is sound: with an honest header it is read."""
+  """`shared.declared` itself is valid: with an honest header it is read."""
   honest = "{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2, 2, 3)}"
-  (found,) = wire.unpack(shared.declared(honest))
-  assert found.image.shape == (2, 2, 3)
+  (sample,) = wire.unpack(shared.declared(honest))
+  assert sample.image.shape == (2, 2, 3)

@@ -1,8 +1,10 @@
 """Rewards of finished samples, on the host: what scores an image, and threads that run it."""
 
-# These register what they hold.
+# These register their rewards.
 from unigrpo_jax.rewards import http, iconworld, pixels  # noqa: F401
-from unigrpo_jax.rewards.base import Reward, Sample, evaluate, make, names, register
-from unigrpo_jax.rewards.scorer import Scorer
+from unigrpo_jax.rewards.base import Reward, Sample, Scores, evaluate, make, names, register
+from unigrpo_jax.rewards.scorer import RESERVED, Scorer
 
-__all__ = ["Reward", "Sample", "Scorer", "evaluate", "make", "names", "register"]
+__all__ = [
+  "RESERVED", "Reward", "Sample", "Scorer", "Scores", "evaluate", "make", "names", "register",
+]

@@ -11,13 +11,7 @@ from unigrpo_jax.rewards import base
 
 
 def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
-  """Adds the two; `make` understands them.
-
-  Args:
-    parser: of the command.
-    required: whether it needs a reward.
-    default: what it says of leaving them out.
-  """
+  """Adds the two arguments that `make` reads; `default` ends the help of an optional one."""
   parser.add_argument(
     "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
     help=f"{', '.join(base.names())}, module:function, or the URL of a server that has NAME"
@@ -29,20 +23,20 @@ def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -
   )
 
 
-def make(asked: Sequence[str], options: str) -> dict[str, base.Reward]:
+def make(items: Sequence[str], options: str) -> dict[str, base.Reward]:
   """{name: reward} of `--rewards` and `--reward_options`.
 
   Raises:
     InputError: a name is given twice or has no reward, or the options are not such an object.
   """
   try:
-    given = json.loads(options)
+    by_name = json.loads(options)
   except ValueError as error:
     raise errors.InputError(f"--reward_options is not JSON: {error}") from None
-  if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+  if not isinstance(by_name, dict) or not all(isinstance(o, dict) for o in by_name.values()):
     raise errors.InputError(f"--reward_options={options} must be an object of objects, by reward")
   rewards: dict[str, base.Reward] = {}
-  for item in asked:
+  for item in items:
     name, _, reward = item.rpartition("=")
     served = reward.startswith(("http://", "https://"))
     if served and not name:
@@ -50,11 +44,13 @@ def make(asked: Sequence[str], options: str) -> dict[str, base.Reward]:
     name = name or reward
     if name in rewards:
       raise errors.InputError(f"--rewards names {name} twice; write OTHER={reward}")
-    own = given.pop(name, {})
+    reward_options = by_name.pop(name, {})
     if served:
-      own, reward = {"reward": name} | own | {"url": reward}, "http"
-    rewards[name] = base.make(reward, **own)
-  if given:
-    unknown = ", ".join(given)
-    raise errors.InputError(f"--reward_options has {unknown}, which --rewards does not name")
+      reward_options = {"reward": name} | reward_options | {"url": reward}
+      reward = "http"
+    rewards[name] = base.make(reward, **reward_options)
+  if by_name:
+    raise errors.InputError(
+      f"--reward_options has {', '.join(by_name)}, which --rewards does not name"
+    )
   return rewards

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -28,8 +27,7 @@ class Sample:
     prompt: what the user wrote.
     image: the picture, [H, W, 3] uint8.
     text: the sampled reasoning; None where there was none.
-    metadata: what the prompt set says about the prompt, in GenEval's style (tag, include,
-      exclude); {} where it says nothing.
+    metadata: the prompt set's, in GenEval's format (tag, include, exclude); {} where it has none.
   """
 
   prompt: str
@@ -38,10 +36,23 @@ class Sample:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Samples -> [N], any real dtype, larger is better; NaN where a sample could not be scored. One
-# thread at a time calls it, unless it has a true attribute `concurrent`. It may say in an attribute
-# `last_error` why it gave NaN, and have a method `close()` that makes calls return soon.
-Reward = Callable[[Sequence[Sample]], np.ndarray]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+  """Scores of one call, and why some are missing.
+
+  Attributes:
+    values: [N], any real dtype, larger is better; NaN where a sample could not be scored.
+    reason: one line about the NaN; None for none.
+  """
+
+  values: np.ndarray
+  reason: str | None = None
+
+
+# N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
+# Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
+# called from another thread, makes calls return soon.
+Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
 
@@ -56,22 +67,22 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     ValueError: the name is another reward's, or has a colon, which marks "module:function".
   """
 
-  def keep(target):
+  def add(target):
     other = _registered.get(name, target)
-    if ":" in name or (other.__module__, other.__qualname__) != _home(target):
-      raise ValueError(f"reward name {name!r} is taken by {'.'.join(_home(other))} or has a colon")
+    if ":" in name or _path(other) != _path(target):
+      raise ValueError(f"reward name {name!r} is taken by {_path(other)} or has a colon")
     _registered[name] = target
     return target
 
-  return keep
+  return add
 
 
-def _home(target) -> tuple[str, str]:
-  return target.__module__, target.__qualname__
+def _path(target) -> str:
+  return f"{target.__module__}.{target.__qualname__}"
 
 
 def names() -> list[str]:
-  """The registered names, in order."""
+  """The registered names, sorted."""
   return sorted(_registered)
 
 
@@ -85,21 +96,20 @@ def make(name: str, /, **options: Any) -> Reward:
   Raises:
     InputError: no such reward or option, or an option that the reward refuses.
   """
-  target = _imported(name) if ":" in name else _registered.get(name)
-  if target is None:
-    near = difflib.get_close_matches(name, names(), 1, 0.4)
-    guess = f"; did you mean {near[0]}?" if near else ""
-    raise errors.InputError(
-      f"reward={name!r} is none of {', '.join(names())}, nor module:function{guess}"
-    )
-  arguments = () if inspect.isclass(target) else ((),)
+  if ":" in name:
+    target = _imported(name)
+  else:
+    errors.choose("reward", name, [*names(), "module:function"])
+    target = _registered[name]
+  made_first = inspect.isclass(target)
   try:
-    inspect.signature(target).bind(*arguments, **options)
+    inspect.signature(target).bind(*() if made_first else ((),), **options)
   except TypeError as error:
     raise errors.InputError(f"reward={name!r}: {error} in its options {sorted(options)}") from None
-  if inspect.isclass(target):
+  if made_first:
     return target(**options)
-  return functools.partial(target, **options) if options else target
+  # With the function's attributes, such as `concurrent`.
+  return functools.update_wrapper(functools.partial(target, **options), target)
 
 
 def _imported(name: str) -> Callable[..., Any]:
@@ -116,20 +126,16 @@ def _imported(name: str) -> Callable[..., Any]:
   return target
 
 
-def turn(reward: Reward) -> contextlib.AbstractContextManager:
-  """What whoever calls `reward` from several threads holds meanwhile."""
+def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
+  """What a thread holds while it calls `reward`; it locks nothing for a `concurrent` one."""
   return contextlib.nullcontext() if getattr(reward, "concurrent", False) else threading.Lock()
 
 
-def evaluate(reward: Reward, samples: Sequence[Sample]) -> tuple[np.ndarray, str | None]:
-  """Calls a reward and holds it to its word.
-
-  Args:
-    reward: what to call.
-    samples: N of them; the reward is not called for none.
+def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
+  """Calls a reward, unless there are no samples, and checks its result.
 
   Returns:
-    (scores [N] float32, each finite or NaN; why some are NaN in one line, None if none is).
+    values [N] float32, each finite or NaN; a reason where there is a NaN.
 
   Raises:
     ValueError: the result has a wrong shape or dtype.
@@ -137,21 +143,25 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> tuple[np.ndarray, str
   """
   count = len(samples)
   if not count:
-    return np.zeros(0, np.float32), None
-  given = np.asarray(reward(samples))
+    return Scores(np.zeros(0, np.float32))
+  result = reward(samples)
+  if not isinstance(result, Scores):
+    result = Scores(result)
+  given = np.asarray(result.values)
   if given.shape != (count,) or given.dtype.kind not in "biuf":
     raise ValueError(
       f"a reward must return [{count}] numbers, one a sample; got {list(given.shape)} {given.dtype}"
     )
   with np.errstate(over="ignore"):
-    scores = given.astype(np.float32)
-  infinite, unscored = np.isinf(scores), np.isnan(scores)
-  scores[infinite] = np.nan
+    values = given.astype(np.float32)
+  infinite, missing = np.isinf(values), np.isnan(values)
+  values[infinite] = np.nan
   if infinite.any():
     first = int(infinite.argmax())
-    return scores, f"{given[first]} is not finite in float32, for {samples[first].prompt[:60]!r}"
-  if unscored.any():
-    first = samples[int(unscored.argmax())].prompt[:60]
-    reason = getattr(reward, "last_error", None)
-    return scores, reason or f"no score for {unscored.sum()} of {count} samples, as {first!r}"
-  return scores, None
+    reason = f"{given[first]} is not finite in float32, for {samples[first].prompt[:60]!r}"
+    return Scores(values, reason)
+  if missing.any():
+    prompt = samples[int(missing.argmax())].prompt[:60]
+    reason = f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
+    return Scores(values, result.reason or reason)
+  return Scores(values)

@@ -19,16 +19,20 @@ from unigrpo_jax.rewards import base, wire
 
 LONGEST_WAIT = 30.0  # Seconds between two attempts, at most.
 TEMPORARY = {408, 429}  # Besides 5xx, statuses that may be otherwise the next time.
-# An answer longer than this many bytes, and so many a sample, is no list of scores.
+# A longer answer than this many bytes, and so many a sample, is not a list of scores.
 ANSWER, ANSWER_A_SAMPLE = 65_536, 64
 
 
 class _Failed(Exception):
-  """A chunk is not scored; may pass if tried again (`temporary`); got no answer (`unreachable`)."""
+  """A chunk is not scored."""
 
-  def __init__(self, message: str, *, temporary: bool = False, unreachable: bool = False):
-    super().__init__(message)
-    self.temporary, self.unreachable = temporary, unreachable
+
+class _Temporary(_Failed):
+  """It may be scored if tried again."""
+
+
+class _Unreachable(_Temporary):
+  """No answer came."""
 
 
 def read_token(token: str | None, token_env: str | None) -> str | None:
@@ -53,11 +57,11 @@ def read_token(token: str | None, token_env: str | None) -> str | None:
 class Http:
   """A reward on a server, in chunks of samples whose images have one shape.
 
-  A connection that fails, a time-out, a 5xx, 408 or 429 is tried again; attempt k (from 0) is
-  followed by min(backoff 2^k u, 30) seconds of waiting, u uniform in [0.5, 1.5]. Other refusals are
-  final. What stays unscored is NaN, and `last_error` says why. Once a chunk has found no
-  server in all its attempts, the rest of the call is not tried, so a call to a server that is gone
-  takes one chunk's time. Proxies of the environment and redirects are not followed.
+  A failed connection, a time-out, a 5xx, 408 or 429 is tried again; attempt k (from 0) is followed
+  by min(backoff 2^k u, 30) seconds of waiting, u uniform in [0.5, 1.5]. Other statuses are final.
+  After a chunk that no attempt reached the server with, the call's other chunks are not tried, so
+  a call to a server that is gone takes one chunk's time. Proxies of the environment and redirects
+  are not followed.
   """
 
   concurrent = True
@@ -80,7 +84,7 @@ class Http:
       seed: of the jitter.
 
     Raises:
-      InputError: an argument is out of range or no URL.
+      InputError: an argument is out of range or not a URL.
     """
     parts = urllib.parse.urlsplit(url)
     try:
@@ -95,34 +99,33 @@ class Http:
     errors.require("retries", retries, low=0)
     errors.require("backoff", backoff, low=0)
     errors.require("batch_size", batch_size, low=1)
-    self._connection = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[
-      parts.scheme
-    ]
-    self._host, self._port = host, port
+    https = parts.scheme == "https"
+    connection = http.client.HTTPSConnection if https else http.client.HTTPConnection
+    self._connect = lambda: connection(host, port, timeout=timeout)
     self._path = f"{parts.path.rstrip('/')}{wire.PREFIX}/{urllib.parse.quote(reward, safe='')}"
     self._name = f"{parts.scheme}://{parts.netloc}{self._path}"
     self._timeout, self._retries, self._backoff = timeout, retries, backoff
     self._batch_size = batch_size
-    self._token = read_token(token, token_env)
+    self._headers = {"Content-Type": "application/octet-stream"}
+    if (token := read_token(token, token_env)) is not None:
+      self._headers["Authorization"] = f"Bearer {token}"
     self._jitter = random.Random(seed)
     self._closed = threading.Event()
-    self.last_error: str | None = None
 
-  def __call__(self, samples: Sequence[base.Sample]) -> np.ndarray:
-    """[N] float32, the server's scores; NaN where it had none or did not answer."""
-    scores = np.full(len(samples), np.nan)
+  def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
+    """The server's scores; NaN where it had none or did not answer, with the last failure."""
+    values, reason = np.full(len(samples), np.nan), None
     for chunk in _chunks(samples, self._batch_size):
       try:
-        scores[chunk] = self._score([samples[i] for i in chunk])
+        values[chunk] = self._score([samples[i] for i in chunk])
       except _Failed as error:
-        self.last_error = f"{self._name}: {error}"
-        if error.unreachable:
+        reason = f"{self._name}: {error}"
+        if isinstance(error, _Unreachable):
           break
-    with np.errstate(over="ignore"):
-      return scores.astype(np.float32)
+    return base.Scores(values, reason)
 
   def close(self) -> None:
-    """Ends waiting between attempts, now and later: each chunk has one attempt from now on."""
+    """Ends waiting between attempts: from now on each chunk has one attempt."""
     self._closed.set()
 
   def _score(self, samples: Sequence[base.Sample]) -> list[float]:
@@ -133,24 +136,18 @@ class Http:
     for attempt in range(self._retries + 1):
       try:
         return self._attempt(body, len(samples))
-      except _Failed as error:
-        if not error.temporary:
-          raise
-        last = error
+      except _Temporary as error:
+        failure = error
       wait = min(self._backoff * 2**attempt * self._jitter.uniform(0.5, 1.5), LONGEST_WAIT)
       if attempt == self._retries or self._closed.wait(wait):
         break
-    raise _Failed(f"{last}; attempts: {attempt + 1}", unreachable=last.unreachable)
+    raise type(failure)(f"{failure}; attempts: {attempt + 1}")
 
   def _attempt(self, body: bytes, count: int) -> list[float]:
-    headers = {"Content-Type": "application/octet-stream"}
-    if self._token is not None:
-      headers["Authorization"] = f"Bearer {self._token}"
-    connection = self._connection(self._host, self._port, timeout=self._timeout)
-    limit = ANSWER + ANSWER_A_SAMPLE * count
+    connection, limit = self._connect(), ANSWER + ANSWER_A_SAMPLE * count
     try:
       try:
-        connection.request("POST", self._path, body, headers)
+        connection.request("POST", self._path, body, self._headers)
       except (BrokenPipeError, ConnectionResetError):
         # A server may refuse before it has read everything; its answer says why.
         if connection.sock is None:
@@ -158,26 +155,24 @@ class Http:
       response = connection.getresponse()
       status, answer = response.status, response.read(limit + 1)
     except TimeoutError:
-      message = f"no answer within {self._timeout:g} s"
-      raise _Failed(message, temporary=True, unreachable=True) from None
+      raise _Unreachable(f"no answer within {self._timeout:g} s") from None
     except (OSError, http.client.HTTPException) as error:
-      message = f"no answer ({type(error).__name__}: {error})"
-      raise _Failed(message, temporary=True, unreachable=True) from None
+      raise _Unreachable(f"no answer ({type(error).__name__}: {error})") from None
     finally:
       connection.close()
     if status == 200:
       return _read_scores(answer, count, limit)
-    temporary = status >= 500 or status in TEMPORARY
-    raise _Failed(f"status {status}: {_reason(answer)}", temporary=temporary)
+    failure = _Temporary if status >= 500 or status in TEMPORARY else _Failed
+    raise failure(f"status {status}: {_read_error(answer)}")
 
 
 def _chunks(samples: Sequence[base.Sample], size: int) -> Iterator[list[int]]:
   """Indices of at most `size` samples each, whose images have one shape."""
-  shapes: dict[tuple[int, ...], list[int]] = {}
+  by_shape: dict[tuple[int, ...], list[int]] = {}
   for i, sample in enumerate(samples):
-    shapes.setdefault(np.shape(sample.image), []).append(i)
-  for members in shapes.values():
-    yield from (members[first : first + size] for first in range(0, len(members), size))
+    by_shape.setdefault(np.shape(sample.image), []).append(i)
+  for indices in by_shape.values():
+    yield from (indices[first : first + size] for first in range(0, len(indices), size))
 
 
 def _read_scores(answer: bytes, count: int, limit: int) -> list[float]:
@@ -191,9 +186,9 @@ def _read_scores(answer: bytes, count: int, limit: int) -> list[float]:
   raise _Failed(f'the answer is not {{"scores": [{count} numbers or null]}}')
 
 
-def _reason(answer: bytes) -> str:
+def _read_error(answer: bytes) -> str:
   try:
-    said = json.loads(answer)["error"]
+    error = json.loads(answer)["error"]
   except (ValueError, TypeError, KeyError, RecursionError):
-    said = "no reason given"
-  return " ".join(str(said).split())[:300]
+    error = "no reason given"
+  return " ".join(str(error).split())[:300]

@@ -20,7 +20,7 @@ from unigrpo_jax.rewards import base
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
-  return _scores(samples, lambda sample: _verdict(sample)[0])
+  return _scores(samples, lambda sample: _verify(sample)[0])
 
 
 @base.register("iconworld_soft")
@@ -29,7 +29,7 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
 
   It is 1 exactly where `iconworld_strict` is 1; see `geneval.score`.
   """
-  return _scores(samples, lambda sample: _verdict(sample)[1])
+  return _scores(samples, lambda sample: _verify(sample)[1])
 
 
 @base.register("iconworld_reasoning")
@@ -48,37 +48,30 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
   return _scores(samples, score)
 
 
-# Strict and soft scores come from one look at an image, whichever reward asks first.
-_verdicts: weakref.WeakKeyDictionary[base.Sample, tuple[float, float]]
-_verdicts = weakref.WeakKeyDictionary()
-_looking = threading.Lock()
+# Strict and soft scores are verified together, whichever reward is called first.
+_verified: weakref.WeakKeyDictionary[base.Sample, tuple[float, float]] = weakref.WeakKeyDictionary()
+_verifying = threading.Lock()
 
 
-def _verdict(sample: base.Sample) -> tuple[float, float]:
+def _verify(sample: base.Sample) -> tuple[float, float]:
   """(strict, soft) of a sample."""
-  with _looking:
-    if sample not in _verdicts:
-      _verdicts[sample] = verifier.verify(sample.image, sample.metadata)
-    return _verdicts[sample]
+  with _verifying:
+    if sample not in _verified:
+      _verified[sample] = verifier.verify(sample.image, sample.metadata)
+    return _verified[sample]
 
 
-def _scores(
-  samples: Sequence[base.Sample], score: Callable[[base.Sample], float]
-) -> np.ndarray:
-  return np.array([score(s) if _asks(s.metadata) else np.nan for s in samples], np.float32)
+def _scores(samples: Sequence[base.Sample], score: Callable[[base.Sample], float]) -> np.ndarray:
+  return np.array([score(s) if _applies(s.metadata) else np.nan for s in samples], np.float32)
 
 
-def _asks(metadata: Mapping[str, Any]) -> bool:
-  """Whether metadata is GenEval's format, asks for something, and all of it is of this world."""
+def _applies(metadata: Mapping[str, Any]) -> bool:
+  """Whether metadata is in GenEval's format, asks for something, and all of it is of this world."""
   if not metadata.get("include") or geneval.problem(metadata):
     return False
-  return all(map(_known, (*metadata["include"], *metadata.get("exclude", ()))))
-
-
-def _known(entry: Mapping[str, Any]) -> bool:
-  """Whether an entry in GenEval's format is about things, colours and relations of this world."""
-  return (
+  return all(
     entry["class"] in scenes.KINDS
     and entry.get("color", scenes.COLORS[0]) in scenes.COLORS
     and ("position" not in entry or entry["position"][0] in riddles.RELATIONS)
+    for entry in (*metadata["include"], *metadata.get("exclude", ()))
   )

@@ -16,18 +16,39 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.rewards import base
 
+# Names of other metrics beside those of rewards: reward/mean, reward/std and eval/MODE/reward.
+RESERVED = ("mean", "std", "reward")
 EPS = 1e-4  # Added to a group's standard deviation.
-WARNINGS = 20  # Different messages of one reward that are logged; more are only counted.
+MAX_WARNINGS = 20  # Different messages of one reward that are logged; more are only counted.
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Failures:
-  """What a reward could not score so far: how many samples, and why the last of them."""
+  """How many samples a reward could not score so far, and the last reason."""
 
   count: int = 0
   last: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """The scores of samples, which threads compute, one part a reward."""
+
+  parts: Mapping[str, futures.Future[np.ndarray]]
+
+  def done(self) -> bool:
+    return all(part.done() for part in self.parts.values())
+
+  def result(self, timeout: float | None = None) -> dict[str, np.ndarray]:
+    """Waits for {name: [N] float32}, what `Scorer.score` gives.
+
+    Raises:
+      TimeoutError: a reward took longer than `timeout` seconds.
+      CancelledError: the scorer was closed before all rewards began.
+    """
+    return {name: part.result(timeout) for name, part in self.parts.items()}
 
 
 class Scorer:
@@ -35,7 +56,7 @@ class Scorer:
 
   A reward that raises, or returns something else than N real numbers, scores NaN for all samples of
   that call; one infinite score is NaN for its sample. Each is counted in `failures` and logged once
-  a message, an exception with its traceback. Nothing that failed ever becomes a 0.
+  a message, an exception with its traceback. A failure never becomes a 0.
   """
 
   def __init__(
@@ -47,13 +68,19 @@ class Scorer:
     Args:
       rewards: by the names that they are logged under.
       weights: for the same names; 0 for a reward that is only logged.
-      threads: calls of rewards that run at once. Each reward is called by one of them at a time,
-        unless it says `concurrent`.
+      threads: calls of rewards that run at once; only calls of a `concurrent` reward overlap.
       max_failed_fraction: of the samples of one `check`, in [0, 1].
 
     Raises:
-      InputError: the names differ, no weight counts, or a number is out of range.
+      InputError: a name is reserved, the names differ, all weights are 0, or a number is out of
+        range.
     """
+    for name in rewards:
+      if name in RESERVED:
+        raise errors.InputError(
+          f"reward {name!r}: {', '.join(RESERVED)} are names of other metrics in the log; give the "
+          f"reward another name (in a config with its option kind, on a command line NAME=REWARD)"
+        )
     if set(rewards) != set(weights):
       raise errors.InputError(
         f"weights={sorted(weights)} must name the same rewards as rewards={sorted(rewards)}"
@@ -65,66 +92,50 @@ class Scorer:
     errors.require("threads", threads, low=1)
     errors.require("max_failed_fraction", max_failed_fraction, low=0, high=1)
     self._rewards, self._weights = dict(rewards), dict(weights)
-    self._limit = max_failed_fraction
+    self._max_failed_fraction = max_failed_fraction
     self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="reward")
-    self._turns = {name: base.turn(reward) for name, reward in rewards.items()}
-    self._notes = threading.Lock()  # Over failures and what was logged.
+    self._reward_locks = {name: base.reward_lock(reward) for name, reward in rewards.items()}
+    self._failures_lock = threading.Lock()  # Over `failures`, `_logged` and `_last_failure`.
     self._logged: dict[str, set[str]] = {name: set() for name in rewards}
-    self._last = ""
+    self._last_failure = "not seen by this scorer"
     self.failures = {name: Failures() for name in rewards}
 
-  def submit(self, samples: Sequence[base.Sample]) -> futures.Future[dict[str, np.ndarray]]:
-    """Scores samples in the threads, each reward by itself; the future holds what `score` gives."""
-    samples, done, lock = tuple(samples), futures.Future(), threading.Lock()
-    parts = {name: self._pool.submit(self._run, name, samples) for name in self._rewards}
-    left = len(parts)
-    done.set_running_or_notify_cancel()  # From here on nobody can cancel it.
-
-    def finish(_):
-      nonlocal left
-      with lock:
-        left -= 1
-        if left:
-          return
-      try:
-        done.set_result({name: part.result() for name, part in parts.items()})
-      except BaseException as error:  # Else whoever waits would wait for ever.
-        done.set_exception(error)
-
-    for part in parts.values():
-      part.add_done_callback(finish)
-    return done
+  def submit(self, samples: Sequence[base.Sample]) -> Pending:
+    """Scores samples in the threads, each reward by itself; `Pending.result` waits for them."""
+    samples = tuple(samples)
+    return Pending({name: self._pool.submit(self._run, name, samples) for name in self._rewards})
 
   def score(self, samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
     """{name: [N] float32, as the reward gave it; NaN where it could not}."""
     return self.submit(samples).result()
 
   def _run(self, name: str, samples: Sequence[base.Sample]) -> np.ndarray:
+    trace = None
     try:
-      with self._turns[name]:
-        scores, problem = base.evaluate(self._rewards[name], samples)
-      trace = None
+      with self._reward_locks[name]:
+        scores = base.evaluate(self._rewards[name], samples)
     except Exception as error:
-      scores = np.full(len(samples), np.nan, np.float32)
-      problem, trace = f"{type(error).__name__}: {error}", error
-    if problem is not None:
-      self._note(name, " ".join(problem.split()), int(np.isnan(scores).sum()), trace)
-    return scores
+      trace, reason = error, f"{type(error).__name__}: {error}"
+      scores = base.Scores(np.full(len(samples), np.nan, np.float32), reason)
+    if scores.reason is not None:
+      count = int(np.isnan(scores.values).sum())
+      self._add_failure(name, " ".join(scores.reason.split()), count, trace)
+    return scores.values
 
-  def _note(self, name: str, problem: str, count: int, trace: Exception | None) -> None:
-    with self._notes:
+  def _add_failure(self, name: str, reason: str, count: int, trace: Exception | None) -> None:
+    with self._failures_lock:
       failures, logged = self.failures[name], self._logged[name]
       failures.count += count
-      failures.last = problem
+      failures.last = reason
       if self._weights[name]:
-        self._last = f"reward {name}: {problem}"
-      new = problem not in logged and len(logged) < WARNINGS
+        self._last_failure = f"reward {name}: {reason}"
+      new = reason not in logged and len(logged) < MAX_WARNINGS
       if new:
-        logged.add(problem)
+        logged.add(reason)
     if new:
-      # A reward that is only logged may not apply: a plan's score where nothing was thought.
+      # A reward that is only logged may not apply: a plan's score where there is no reasoning.
       level = logging.WARNING if self._weights[name] else logging.DEBUG
-      _log.log(level, "reward %s gave %d NaN: %s", name, count, problem, exc_info=trace)
+      _log.log(level, "reward %s gave %d NaN: %s", name, count, reason, exc_info=trace)
 
   def total(
     self, scores: Mapping[str, np.ndarray], group: np.ndarray | None = None,
@@ -151,15 +162,15 @@ class Scorer:
     Raises:
       ValueError: the arrays differ in length.
     """
-    weights = {name: weight for name, weight in self._weights.items() if weight}
-    counting = {name: np.asarray(scores[name], np.float64) for name in weights}
-    total = np.zeros(next(iter(counting.values())).shape)
+    weighted = {name: weight for name, weight in self._weights.items() if weight}
+    values = {name: np.asarray(scores[name], np.float64) for name in weighted}
+    total = np.zeros(next(iter(values.values())).shape)
     group = np.zeros(total.shape, int) if group is None else np.asarray(group)
-    shapes = {name: values.shape for name, values in counting.items()} | {"group": group.shape}
+    shapes = {name: value.shape for name, value in values.items()} | {"group": group.shape}
     if total.ndim != 1 or set(shapes.values()) != {total.shape}:
       raise ValueError(f"shapes differ: {shapes}")
-    for name, values in counting.items():
-      total += weights[name] * (_standardised(values, group) if normalise else values)
+    for name, weight in weighted.items():
+      total += weight * (_standardised(values[name], group) if normalise else values[name])
     return total.astype(np.float32)
 
   def check(self, total: np.ndarray) -> None:
@@ -172,14 +183,14 @@ class Scorer:
       InputError: more than `max_failed_fraction` of it is NaN.
     """
     failed = int(np.isnan(total).sum())
-    if failed > self._limit * len(total):
+    if failed > self._max_failed_fraction * len(total):
       raise errors.InputError(
-        f"{failed} of {len(total)} samples have no reward, max_failed_fraction={self._limit}; the "
-        f"last failure was {self._last or 'not seen by this scorer'}; repair the reward"
+        f"{failed} of {len(total)} samples have no reward, max_failed_fraction="
+        f"{self._max_failed_fraction}; the last failure was {self._last_failure}; repair the reward"
       )
 
   def close(self) -> None:
-    """Tells the rewards to hurry, drops what is not begun, and waits for what is."""
+    """Closes the rewards, drops calls that have not begun, and waits for those that have."""
     for reward in self._rewards.values():
       if hasattr(reward, "close"):
         reward.close()
@@ -190,8 +201,8 @@ def _standardised(values: np.ndarray, group: np.ndarray) -> np.ndarray:
   """(values - mean) / (std + EPS) within each group, both over what is not NaN; [N]."""
   result = np.full_like(values, np.nan)
   scored = ~np.isnan(values)
-  for member in np.unique(group):
-    own = (group == member) & scored
-    if own.any():
-      result[own] = (values[own] - values[own].mean()) / (values[own].std() + EPS)
+  for number in np.unique(group):
+    rows = (group == number) & scored
+    if rows.any():
+      result[rows] = (values[rows] - values[rows].mean()) / (values[rows].std() + EPS)
   return result

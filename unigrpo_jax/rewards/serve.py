@@ -37,14 +37,14 @@ under that name. The connection is not encrypted: a token protects a private net
 one.
 """
 
-AT_ONCE = 4  # Bodies that are in memory at once; further requests wait.
-SILENCE = 60.0  # Seconds that a client may keep silent.
-LINGER = 5.0  # Seconds to listen on to a client whose body is refused, so that it hears why.
-PIECE = 1 << 16
+MAX_BODIES = 4  # Bodies in memory at once; further requests wait.
+IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
+LINGER = 5.0  # Seconds to read on from a client whose body is refused, so that it gets the answer.
+READ_SIZE = 1 << 16
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """A reward server; a thread a request, and each reward called by one of them at a time."""
+  """A reward server: a thread a request, which waits while another calls the same reward."""
 
   daemon_threads = True
 
@@ -58,15 +58,15 @@ class Server(http.server.ThreadingHTTPServer):
       rewards: by the names that they are served under.
       host: address to listen on.
       port: 0 takes a free one; `address` says which.
-      token: what clients must send; None lets everyone in.
+      token: what clients must send; None for no check.
       max_bytes: of a request's body.
 
     Raises:
       InputError: a host that others can reach has no token, or the address cannot be had.
     """
     self.rewards, self.token, self.max_bytes = dict(rewards), token, max_bytes
-    self.slots = threading.BoundedSemaphore(AT_ONCE)
-    self.turns = {name: base.turn(reward) for name, reward in rewards.items()}
+    self.slots = threading.BoundedSemaphore(MAX_BODIES)
+    self.locks = {name: base.reward_lock(reward) for name, reward in rewards.items()}
     if token is None and not _loopback(host):
       raise errors.InputError(
         f"--host={host} can be reached from other machines: give --token_env, or --host=127.0.0.1"
@@ -86,13 +86,13 @@ class Server(http.server.ThreadingHTTPServer):
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
   def handle_error(self, request, client_address) -> None:
-    """A client that went away is no news; anything else is."""
+    """Reports errors other than a client that has gone."""
     if not isinstance(sys.exception(), OSError):
       super().handle_error(request, client_address)
 
 
 class _Refusal(Exception):
-  """A status other than 200, and the line that goes with it."""
+  """An answer of another status than 200, with its line."""
 
   def __init__(self, status: int, message: str):
     super().__init__(message)
@@ -100,10 +100,10 @@ class _Refusal(Exception):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """One request; see `wire` for what there is to ask."""
+  """One request; see `wire` for the protocol."""
 
   server: Server
-  timeout = SILENCE
+  timeout = IDLE_TIMEOUT
 
   def do_GET(self) -> None:
     if self.path == wire.HEALTH:
@@ -136,21 +136,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise _Refusal(400, str(error)) from None
       del body
       try:
-        with self.server.turns[name]:
-          scores, problem = base.evaluate(self.server.rewards[name], samples)
+        with self.server.locks[name]:
+          scores = base.evaluate(self.server.rewards[name], samples)
       except Exception as error:
         traceback.print_exc()
         raise _Refusal(500, f"reward {name} failed: {type(error).__name__}: {error}") from None
-    if problem is not None:
-      self.log_message("reward %s: %s", name, problem)
-    return {"scores": [None if math.isnan(score) else score for score in scores.tolist()]}
+    if scores.reason is not None:
+      self.log_message("reward %s: %s", name, scores.reason)
+    return {"scores": [None if math.isnan(value) else value for value in scores.values.tolist()]}
 
   def _length(self) -> int:
     given = self.headers.get("Content-Length")
     if given is None:
       raise _Refusal(411, "Content-Length is missing")
     if not (given.isascii() and given.isdigit()) or len(given) > 18:
-      raise _Refusal(400, f"Content-Length={given[:40]!r} is no length")
+      raise _Refusal(400, f"Content-Length={given[:40]!r} is not a length")
     self._unread = int(given)
     if self._unread > self.server.max_bytes:
       raise _Refusal(
@@ -186,18 +186,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.flush()
 
   def _linger(self) -> None:
-    """Reads on for a moment: closing on unread bytes would reset the answer away."""
+    """Reads on for a moment: closing with unread bytes would reset the connection and lose the
+    answer."""
     self.connection.shutdown(socket.SHUT_WR)
     self.connection.settimeout(LINGER)
     end = time.monotonic() + LINGER
     while self._unread > 0 and time.monotonic() < end:
-      piece = self.rfile.read1(PIECE)
-      if not piece:
+      data = self.rfile.read1(READ_SIZE)
+      if not data:
         break
-      self._unread -= len(piece)
+      self._unread -= len(data)
 
   def log_request(self, code="-", size="-") -> None:
-    """Nothing: a training run asks thousands of times."""
+    """Logs nothing: a training run sends thousands of requests."""
 
 
 def _loopback(host: str) -> bool:
@@ -234,13 +235,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.make(args.rewards, args.reward_options), host=args.host, port=args.port, token=token,
     max_bytes=args.max_mb << 20,
   )
-  told = threading.Event()
+  stop = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: told.set())
+    signal.signal(number, lambda *_: stop.set())
   thread = threading.Thread(target=server.serve_forever, name="server", daemon=True)
   thread.start()
   print(f"serving {', '.join(server.rewards)} on {server.address}", flush=True)
-  told.wait()
+  stop.wait()
   server.shutdown()
   server.server_close()
   print("stopped", flush=True)

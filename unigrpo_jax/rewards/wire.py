@@ -24,7 +24,6 @@ from unigrpo_jax.rewards import base
 
 PREFIX = "/v1/rewards"
 HEALTH = "/healthz"
-KEYS = {"prompt", "text", "metadata"}
 
 
 def pack(samples: Sequence[base.Sample]) -> bytes:
@@ -37,40 +36,41 @@ def pack(samples: Sequence[base.Sample]) -> bytes:
   images = np.stack([sample.image for sample in samples])
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f"images are {list(images.shape)} {images.dtype}, not [N, H, W, 3] uint8")
-  words = [{"prompt": s.prompt, "text": s.text, "metadata": dict(s.metadata)} for s in samples]
+  records = [{"prompt": s.prompt, "text": s.text, "metadata": dict(s.metadata)} for s in samples]
   # ASCII escapes, so that half a surrogate pair out of a sampled text survives.
-  said = json.dumps(words, allow_nan=False).encode("ascii")
+  text = json.dumps(records, allow_nan=False).encode("ascii")
   file = io.BytesIO()
-  np.savez(file, images=images, samples=np.frombuffer(said, np.uint8))
+  np.savez(file, images=images, samples=np.frombuffer(text, np.uint8))
   return file.getvalue()
 
 
 def unpack(body: bytes) -> list[base.Sample]:
-  """The samples of a request's body, which may be anyone's bytes.
+  """The samples of a request's body, which may be any bytes.
 
-  Memory stays near the size of the body: members are not compressed, and an array's header is
-  believed only where its bytes are there.
+  Memory stays near the size of the body: compressed members are refused, and an array's header is
+  held against the bytes that are there.
 
   Raises:
     ValueError: the body is not what `pack` makes; one line says why.
   """
   try:
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
-      images = _member(archive, "images", 4, len(body))
-      said = json.loads(_member(archive, "samples", 1, len(body)).tobytes())
+      images = _read_array(archive, "images", 4, len(body))
+      records = json.loads(_read_array(archive, "samples", 1, len(body)).tobytes())
   except ValueError:
     raise
-  # Of strange bytes, zipfile and json raise half a dozen kinds of errors.
+  # For strange bytes, zipfile and json raise half a dozen kinds of errors.
   except Exception as error:
     raise ValueError(f"not a readable npz: {' '.join(str(error).split())}") from None
   if images.shape[-1] != 3 or 0 in images.shape:
     raise ValueError(f"images are {list(images.shape)}, not [N, H, W, 3]")
-  if not isinstance(said, list) or len(said) != len(images):
+  if not isinstance(records, list) or len(records) != len(images):
     raise ValueError(f"samples must be a JSON list of {len(images)} objects, one an image")
-  return [_sample(words, image) for words, image in zip(said, images)]
+  return [_sample(record, image) for record, image in zip(records, images)]
 
 
-def _member(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> np.ndarray:
+  """An uncompressed uint8 array of at most `limit` bytes, without trust in its npy header."""
   try:
     info = archive.getinfo(f"{name}.npy")
   except KeyError:
@@ -81,8 +81,8 @@ def _member(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> np.nd
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
       raise ValueError(f"the array {name} has npy version {version}, not 1.0 or 2.0")
-    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-    shape, fortran, dtype = read(file)
+    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, fortran, dtype = read_header(file)
     if dtype != np.uint8 or len(shape) != rank or fortran:
       raise ValueError(f"the array {name} is {list(shape)} {dtype}; it must be uint8, rank {rank}")
     data = file.read()
@@ -91,11 +91,11 @@ def _member(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> np.nd
   return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _sample(words, image: np.ndarray) -> base.Sample:
-  if not isinstance(words, dict) or set(words) != KEYS:
-    raise ValueError(f"each of samples must have the keys {', '.join(sorted(KEYS))}")
-  if not isinstance(words["prompt"], str) or not isinstance(words["text"], str | None):
+def _sample(record, image: np.ndarray) -> base.Sample:
+  if not isinstance(record, dict) or set(record) != {"prompt", "text", "metadata"}:
+    raise ValueError("each of samples must have the keys metadata, prompt, text")
+  if not isinstance(record["prompt"], str) or not isinstance(record["text"], str | None):
     raise ValueError("prompt must be a text, and text a text or null")
-  if not isinstance(words["metadata"], dict):
+  if not isinstance(record["metadata"], dict):
     raise ValueError("metadata must be an object, {} for none")
-  return base.Sample(image=image, **words)
+  return base.Sample(image=image, **record)
