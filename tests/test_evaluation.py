@@ -141,19 +141,27 @@ def test_means_intervals_and_the_table_by_hand():
     ],
     {},
   )
-  # Wilson: n = 3, p = 2/3: center (2/3 + 3.8416/6) / (1 + 3.8416/3) = 0.573082 and half width
-  # 1.96 / 2.280533 sqrt(2/27 + 3.8416/36) = 0.365427.
+  # 0/1 scores, two of three: quantiles of Beta(5/2, 3/2).
   np.testing.assert_allclose(
-    results.interval("plain", "r"), (2 / 3, 0.207655, 0.938509), atol=2e-6)
-  # Normal: standard deviation sqrt(0.125), two scores.
+    results.interval("plain", "r"), (2 / 3, 0.176736, 0.961252), atol=2e-6)
+  # Two scores, and half a one more at each: Beta(3/2, 3/2) on [0.25, 0.75].
   np.testing.assert_allclose(
-    results.interval(evaluation.Mode(think=True), "r"), (0.5, 0.5 - 0.49, 0.5 + 0.49), atol=1e-9)
+    results.interval(evaluation.Mode(think=True), "r"), (0.5, 0.280415, 0.719585), atol=2e-6)
   assert math.isnan(results.mean("given", "r")) and results.mean("think", "r") == 0.5
   assert results.table("r").splitlines() == [
     "| r | a | b | all | 95 % | rows |",
     "| --- | --- | --- | --- | --- | --- |",
-    "| plain | 0.50 | 1.00 | 0.667 | 0.208 to 0.939 | 3 |",
-    "| think | 0.50 |  | 0.500 | 0.010 to 0.990 | 2 |",
+    "| plain | 0.50 | 1.00 | 0.667 | 0.177 to 0.961 | 3 |",
+    "| think | 0.50 |  | 0.500 | 0.280 to 0.720 | 2 |",
+  ]
+
+
+def test_the_table_has_no_negative_zero_and_no_interval_of_one_row():
+  row = lambda mode, value: evaluation.Row(mode, "a", "p", None, {"r": value}, None)
+  rows = [row("plain", 1e-5), row("plain", -3e-5), row("think", -1e-5)]
+  assert evaluation.Results(rows, {}).table("r").splitlines()[2:] == [
+    "| plain | 0.000 | 0.000 to 0.000 | 2 |",
+    "| think | 0.000 |  | 1 |",
   ]
 
 

@@ -160,9 +160,9 @@ def test_five_thousand_steps_stay_small(tmp_path):
 def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder):
   summary = page.summary(workdir.read(folder), "iteration")
   plain = re.sub("<[^>]*>", "", summary)
-  # Wilson's intervals of 3 and of 8 in 10.
+  # Jeffreys's intervals of 3 and of 8 in 10; see `intervals.interval`.
   assert plain.startswith(
-    "strict (think): 0.300 [0.108, 0.603] → 0.800 [0.490, 0.943], iterations 0 to 50."
+    "strict (think): 0.300 [0.093, 0.606] → 0.800 [0.497, 0.956], iterations 0 to 50."
   )
   assert "51 rows of metrics, iterations 0 to 50, 3.3 minutes." in plain
 

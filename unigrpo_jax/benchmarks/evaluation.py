@@ -137,8 +137,9 @@ class Results:
       cells = [self._scores(mode, reward, category) for category in categories]
       mean, low, high = self.interval(mode, reward)
       lines.append([
-        mode, *[f"{np.mean(scores):.2f}" if scores else "" for scores in cells], f"{mean:.3f}",
-        f"{low:.3f} to {high:.3f}", str(len(self._scores(mode, reward))),
+        mode, *[f"{np.mean(scores):z.2f}" if scores else "" for scores in cells], f"{mean:z.3f}",
+        "" if math.isnan(low) else f"{low:z.3f} to {high:z.3f}",
+        str(len(self._scores(mode, reward))),
       ])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -6,27 +6,42 @@ from collections.abc import Sequence
 import math
 
 import numpy as np
+import scipy.stats
+
+LEVEL = 0.95  # Probability of the interval.
 
 
-def interval(scores: Sequence[float]) -> tuple[float, float, float]:
-  """Mean and its 95 % interval: Wilson's (1927) for 0/1 scores, the normal one's for others.
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+  """The mean of independent rows and its 95 % interval, by one method for all data.
 
-  Wilson, with n scores of mean p and z = 1.96:
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+  The n values get half a row more at each end of their range [a, b]. With m the mean and s^2 the
+  variance (ddof 0) of these n + 1 rows, the interval is the central 95 % of the beta distribution
+  on [a, b] with mean m and variance s^2 / (n + 2), stretched to the values' mean if need be.
+
+  For 0/1 values that is Jeffreys's interval, Beta(k + 1/2, n - k + 1/2) for k ones (Brown, Cai and
+  DasGupta 2001, "Interval Estimation for a Binomial Proportion"). For other values it has the first
+  two moments of the Bayesian bootstrap (Rubin 1981) of these rows, and tends to the normal one as n
+  grows. It never leaves [a, b], and so is too narrow for fewer than about 10 values that are not
+  0/1. Equal values do not show a range: they are taken for values in [0, 1] where they lie in it,
+  so that 0 of 100 gives 0.000 to 0.025, and have no interval elsewhere.
 
   Returns:
-    (mean, low, high); NaN for no scores.
+    (mean, low, high), low <= mean <= high. low and high are NaN for fewer than two values and for
+    equal ones outside [0, 1]; all three are NaN for no value or one that is not finite.
   """
-  values = np.asarray(scores, float)
-  count = len(values)
-  if not count:
+  rows = np.asarray(values, float)
+  if not rows.size or not np.isfinite(rows).all():
     return math.nan, math.nan, math.nan
-  mean, z = float(values.mean()), 1.96
-  if np.isin(values, (0.0, 1.0)).all():
-    center = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(
-      mean * (1 - mean) / count + z * z / (4 * count * count)
-    )
-    return mean, center - half, center + half
-  half = z * float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-  return mean, mean - half, mean + half
+  mean, low, high = (float(x) + 0.0 for x in (rows.mean(), rows.min(), rows.max()))  # No -0.0.
+  if low == high:
+    mean = low  # Which a sum may round.
+    low, high = 0.0, 1.0
+  if len(rows) < 2 or not low <= mean <= high:
+    return mean, math.nan, math.nan
+  unit = np.append((rows - low) / (high - low), [0.0, 1.0])
+  weights = np.append(np.ones(len(rows)), [0.5, 0.5])
+  m = np.average(unit, weights=weights)
+  variance = np.average((unit - m) ** 2, weights=weights) / (len(rows) + 2)
+  total = m * (1 - m) / variance - 1
+  ends = scipy.stats.beta.interval(LEVEL, m * total, (1 - m) * total, low, high - low)
+  return mean, min(mean, float(ends[0])), max(mean, float(ends[1]))
