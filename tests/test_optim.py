@@ -71,19 +71,15 @@ def test_schedules_by_hand():
   )
 
 
-def test_periodic_average_by_hand():
-  """The parameter counts the steps; the average moves at steps 1 and 3 only."""
+def test_moving_average_by_hand():
+  """The parameter counts the steps."""
   average = {"w": jnp.zeros(())}
-  run = jax.jit(lambda a, p, s: optim.periodic_ema(a, p, s, decay=0.25, every=2))
+  update = jax.jit(lambda a, p, s: optim.update_average(a, p, s, decay=0.25))
   seen = []
   for step in range(4):
-    average = run(average, {"w": jnp.float32(step + 1)}, jnp.int32(step))
+    average = update(average, {"w": jnp.float32(step + 1)}, jnp.int32(step))
     seen.append(float(average["w"]))
-  # d = 2 / 11 at step 1, then 4 / 13 is cut to 1/4 at step 3.
-  second = 9 / 11 * 2
-  np.testing.assert_allclose(seen, [0, second, second, 0.25 * second + 3], rtol=1e-6)
-
-
-def test_a_diverged_parameter_waits_outside_the_average():
-  average = optim.periodic_ema(jnp.ones(()), jnp.inf, 0, decay=0.9, every=2)
-  assert average == 1
+  # d = 1 / 10, then 2 / 11; then 3 / 12 and 4 / 13, cut to 1 / 4.
+  second = 2 / 11 * 0.9 + 9 / 11 * 2
+  third = 0.25 * second + 0.75 * 3
+  np.testing.assert_allclose(seen, [0.9, second, third, 0.25 * third + 3], rtol=1e-6)

@@ -129,7 +129,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       log.write(first, untold | results)
     for number in () if results is None else range(first + 1, config.steps + 1):
       before = remember()
-      timer.take()
+      timer.read_and_reset()
       # Think and draw; score what is drawn while the next chunk is.
       with runs.saving_before(saved, number, state, before):
         gathered = collect(config, sampler, state.params, stream.next(), number, scorer, timer,
@@ -149,7 +149,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       with runs.saving_before(saved, number, state, before, lambda unmoved=unmoved: unmoved):
         runs.check_finite(values, number, saved, unmoved)
         check_drift(values, limits, number)
-      values |= timer.take() | {"seconds/compile": compiling.take()}
+      values |= timer.read_and_reset() | {"seconds/compile": compiling.take()}
       values["trajectories_per_second"] = (
         recipe.trajectories_of(config) / values["seconds/total"]
       )

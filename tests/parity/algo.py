@@ -92,6 +92,7 @@ def moving_average(folder, rec):
   rec.check("ema/sched", "ema/sched", schedule, cases.FORMULA)
   average, trace = np.zeros(()), []
   for step in range(len(rec.get("ema/trace", ()))):
-    average = optim.periodic_ema(average, step + 1.0, step, decay=decay, every=every)
+    if (step + 1) % every == 0:
+      average = optim.update_average(average, step + 1.0, step, decay=decay)
     trace.append(average)
   rec.check("ema/trace", "ema/trace", trace, cases.FORMULA)

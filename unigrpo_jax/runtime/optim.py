@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each group of parameters, and which group a parameter is in."""
+"""AdamW with a learning rate for each group of parameters; learning rates; the moving average."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Group -> top-level parameters of the network it holds; the layers and norms go by their expert.
+# Group -> its top-level parameters of the network; layers and norms belong to their expert's.
 GROUPS = {
   "und": (),
   "gen": (),
@@ -17,7 +17,7 @@ GROUPS = {
   "latent": ("time_embedder", "vae2llm", "llm2vae"),
   "vit": ("vit", "connector"),
   "tables": ("latent_pos_embed", "vit_pos_embed"),
-  "base": (),  # of the experts, what lies under their LoRA adapters
+  "base": (),  # parameters of the experts, where they have LoRA adapters
 }
 _ADAPTERS = ("lora_down", "lora_up")
 
@@ -44,21 +44,20 @@ def groups(params: Mapping[str, Any]) -> Any:
   """
   # Parameters still boxed with their axis names have a further entry, which is no key.
   keys = lambda path: tuple(entry.key for entry in path if hasattr(entry, "key"))
-  paths = [keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  adapted = any(path[-1] in _ADAPTERS for path in paths)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  adapted = any(keys(path)[-1] in _ADAPTERS for path, _ in leaves)
 
   def label(path, _) -> str:
     path = keys(path)
-    beneath = path[0] in ("layers", "norm") and path[-1] not in _ADAPTERS
-    return "base" if adapted and beneath else group_of(path)
+    base = adapted and path[0] in ("layers", "norm") and path[-1] not in _ADAPTERS
+    return "base" if base else group_of(path)
 
   return jax.tree_util.tree_map_with_path(label, params)
 
 
 def split(params: Mapping[str, Any], trained: Collection[str]) -> tuple[Any, Any]:
-  """Two trees of the same shape, the parameters of the trained groups and the others.
-
-  Each has None where the other has a parameter, so that only the first is differentiated.
+  """Two trees of the same shape: the parameters of the trained groups, to differentiate, and the
+  others. Each has None where the other has a parameter.
   """
   labels = groups(params)
   pick = lambda wanted: jax.tree.map(
@@ -81,28 +80,24 @@ def warmup_constant(learning_rate: float, warmup_steps: int) -> optax.Schedule:
 
 def warmup_cosine(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
   """Rises linearly over `warmup_steps`, then falls to zero at `steps` along a cosine."""
+  rising = warmup_constant(learning_rate, warmup_steps)
+
   def schedule(step):
-    rise = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
     done = jnp.clip((step - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
-    return learning_rate * rise * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return rising(step) * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
   return schedule
 
 
 def adamw_by_group(
-  schedules: Mapping[str, optax.Schedule | None],
-  *,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  clip_norm: float,
+  schedules: Mapping[str, optax.Schedule | None], *, b1: float, b2: float, eps: float,
+  weight_decay: float, clip_norm: float,
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov and Hutter 2019) for each group, its gradient clipped by its own norm.
 
   Args:
-    schedules: learning rate of each group of GROUPS; None, or no entry, freezes it and keeps no
-      state for it.
+    schedules: learning rate of each group of GROUPS; with None, or no entry, it is frozen and has
+      no state.
     b1, b2, eps, weight_decay: of AdamW.
     clip_norm: largest gradient norm of a group.
   """
@@ -130,10 +125,10 @@ def ema_decay(step: jax.Array, decay: float) -> jax.Array:
   return jnp.minimum((1.0 + step) / (10.0 + step), decay)
 
 
-def periodic_ema(average: Any, params: Any, step: jax.Array, *, decay: float, every: int) -> Any:
-  """Moves an average of parameters towards them after every `every`th step.
+def update_average(average: Any, params: Any, step: jax.Array, *, decay: float) -> Any:
+  """Moves a moving average of parameters towards them after a step.
 
-    average <- d average + (1 - d) params,   d = ema_decay(step, decay),   if every divides step + 1
+    average <- d average + (1 - d) params,   d = ema_decay(step, decay)
 
   Source: `EMAModuleWrapper` of Flow-GRPO.
 
@@ -141,9 +136,8 @@ def periodic_ema(average: Any, params: Any, step: jax.Array, *, decay: float, ev
     average, params: trees of the same shape, float32.
     step: of the optimizer, the one just taken, counted from 0, [] int32.
     decay: the largest d.
-    every: steps from one move to the next; 1 for each.
   """
-  d = jnp.where((step + 1) % every == 0, ema_decay(step, decay), 1.0)
-  # Where nothing moves, 0 * inf of a diverged parameter must not enter the average.
+  d = ema_decay(step, decay)
+  # d < 1 always, but without the `where` XLA fuses multiply and add, and rounds differently.
   move = lambda old, new: jnp.where(d < 1, d * old + (1 - d) * new, old)
   return jax.tree.map(move, average, params)

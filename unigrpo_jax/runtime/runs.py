@@ -269,10 +269,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def open_log(
   workdir: pathlib.Path, config: Mapping[str, Any], run_id: str, first_step: int
-) -> metrics.Writer:
-  """What a run tells of its steps, on the first host; see `metrics.writers`."""
+) -> metrics.MetricsLog:
+  """What a run tells of its steps, on the first host; see `metrics.MetricsLog`."""
   names = ("jsonl", *config["writers"]) if hosts.first() else ()
-  return metrics.writers(names, workdir, run_id, config, first_step=first_step)
+  return metrics.MetricsLog(names, workdir, run_id, config, first_step=first_step)
 
 
 def told(workdir: pathlib.Path, step: int) -> bool:

@@ -211,9 +211,9 @@ def measure(
 
     with sharding.activate(bench.mesh):
       for number in range(repeats + 1):
-        timer.take()
+        timer.read_and_reset()
         found.append(bench.iteration(number, timed))
-        rounds.append(timer.take())
+        rounds.append(timer.read_and_reset())
         what = f"round {number} of {repeats}" if number else "compiled"
         print(f"{name}: {what}, {rounds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
   seconds = {
