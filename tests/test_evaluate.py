@@ -13,7 +13,7 @@ from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.runtime import folders
+from unigrpo_jax.runtime import folders, metrics
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_an_edit_that_changes_nothing_scores_like_the_untouched_picture(monkeypa
 QUICK = ["--num_timesteps=2", "--max_tokens=8", "--batch_size=2"]
 
 
-def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
+def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
   path = tmp_path / "mine.txt"
   path.write_text("a red kite\ntwo birds\nthree\n")
   evaluate.main([
@@ -105,8 +106,8 @@ def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys):
   assert all(row["rewards"] == {} for row in record["rows"])
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
     "contact.png", "images", "results.json", "results.md"]
-  said = capsys.readouterr().out
-  assert "2 of 2 pictures were not scored" in said and "plain: 2 of 2 pictures" in said
+  out, err = capsys.readouterr()
+  assert "2 of 2 pictures were not scored" in out and "plain: 2 of 2 pictures" in err
 
 
 def broken(samples):

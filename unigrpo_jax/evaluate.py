@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
-import time
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
@@ -148,16 +147,16 @@ def make_scorer(args: argparse.Namespace):
   return rewards.Scorer(made, dict.fromkeys(made, 1.0))
 
 
-class Progress:
-  """A line a batch: the mode, how far all of it is, and the time left at the pace so far."""
+def draw(drawing, total: int):
+  """The results of an `Evaluation` of `total` pictures, with a bar on the first host."""
+  from unigrpo_jax.runtime import hosts, metrics
 
-  def __init__(self, say):
-    self._say, self._start = say, time.perf_counter()
+  with metrics.progress(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
+    def report(mode: str, done: int, _: int) -> None:
+      bar.set_description_str(mode, refresh=False)
+      bar.update(done - bar.n)
 
-  def __call__(self, mode: str, done: int, total: int) -> None:
-    taken = time.perf_counter() - self._start
-    left = taken / done * (total - done)
-    self._say(f"{mode}: {done} of {total} pictures, {taken:.0f} s, {left:.0f} s left")
+    return drawing.run(progress=report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,8 +203,8 @@ def evaluate(args: argparse.Namespace) -> None:
     f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
   )
   pipeline.load()
-  progress = Progress(hosts.print_first)
-  results = drawing.run(progress=progress) if modes else evaluation.Results([], {})
+  total = len(modes) * len(examples)
+  results = draw(drawing, total) if modes else evaluation.Results([], {})
   for task in tasks:
     hosts.print_first(f"{task}: {len(examples)} pictures")
     run = getattr(iconworld_evaluation, task)
