@@ -66,7 +66,8 @@ def test_any_text_comes_back(either, seed):
 
 
 @pytest.mark.parametrize("text", [
-  *SYSTEM, " leading\n\n  and trailing \n", "\t\r\n", "don 't clean , these . spaces",
+  *SYSTEM, " leading\n\n  and trailing \n", "\t\r\n", "don 't clean , these . spaces", "1234567890",
+  "A red cube, on  a blue plate .", "caf\u00e9 \u6f22\u5b57 \U0001f600",
   "".join(map(chr, range(0x250))),
 ])
 def test_spaces_punctuation_and_controls_come_back(either, text):
@@ -133,15 +134,15 @@ def test_only_the_merges_differ_from_the_real_one(qwen_folder, tiny_folder, tmp_
   real = transformers.Qwen2Tokenizer.from_pretrained(qwen_folder, local_files_only=True)
   real.backend_tokenizer.save(str(tmp_path / "real.json"))
   real = json.loads((tmp_path / "real.json").read_text(encoding="utf-8"))
-  own = json.loads((tiny_folder / "tokenizer.json").read_text(encoding="utf-8"))
-  for key in (*real, *own):
+  trained = json.loads((tiny_folder / "tokenizer.json").read_text(encoding="utf-8"))
+  for key in (*real, *trained):
     if key not in ("model", "added_tokens"):
-      assert own[key] == real[key], key
+      assert trained[key] == real[key], key
   for key in real["model"]:
     if key not in ("vocab", "merges"):
-      assert own["model"][key] == real["model"][key], key
+      assert trained["model"][key] == real["model"][key], key
   without_ids = lambda tokens: [{k: v for k, v in token.items() if k != "id"} for token in tokens]
-  assert without_ids(own["added_tokens"]) == without_ids(real["added_tokens"])
+  assert without_ids(trained["added_tokens"]) == without_ids(real["added_tokens"])
 
 
 def test_added_tokens_are_those_of_the_real_one():
@@ -159,7 +160,7 @@ def test_ids_are_bytes_then_merges_then_added_tokens(tiny_folder, tiny):
   assert tiny.encode("<|endoftext|>") == [256 + len(merges)]
 
 
-def test_vocab_size_is_kept_where_there_is_enough_to_merge(tmp_path):
+def test_vocab_size_is_reached_where_there_is_enough_to_merge(tmp_path):
   assert bpe.train_tokenizer(TEXTS, 300, tmp_path).size == 300
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -11,7 +12,8 @@ import sys
 import time
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, prompt_files
+from unigrpo_jax.data import atomic
+from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.runtime import host_flags
 
 MODES = """modes:
@@ -138,42 +140,36 @@ def _probe(out: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
       raise errors.InputError(f"--out={out}: {existing} is a folder; give a file name")
 
 
-class Progress:
-  """Prints how far a phase is, in place on a terminal and at most every five seconds elsewhere."""
+@contextlib.contextmanager
+def progress_by_phase() -> Iterator[Callable[[str, int, int], None]]:
+  """A function of (phase, done, total) that shows a bar for each phase of a batch."""
+  from unigrpo_jax.runtime import metrics
 
-  def __init__(self):
-    self._start, self._last, self._phase, self._done = 0.0, 0.0, None, 0
+  bars = {}
 
-  def __call__(self, phase: str, done: int, total: int) -> None:
-    now = time.perf_counter()
-    if phase != self._phase:
-      self.finish()
-      self._phase, self._start, self._last, self._done = phase, now, now, 0
-    if done <= self._done:
-      return
-    terminal = sys.stderr.isatty()
-    if done < total and now - self._last < (0.1 if terminal else 5.0):
-      return
-    self._last, self._done = now, done
-    left = (now - self._start) / max(done - 1, 1) * (total - done)
-    line = f"{phase}: {done} of at most {total} tokens" if phase == "write" else (
-      f"{phase}: step {done} of {total}, {left:.0f} s left"
-    )
-    print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
-    sys.stderr.flush()
+  def report(phase: str, done: int, total: int) -> None:
+    if phase not in bars:
+      close()
+      unit = "tokens at most" if phase == "decode" else "steps"
+      bars[phase] = metrics.progress(total, phase, unit=unit)
+    # Calls of the devices may come out of order.
+    bars[phase].update(max(done - bars[phase].n, 0))
 
-  def finish(self) -> None:
-    """Ends the line of the last phase."""
-    if self._phase is not None and sys.stderr.isatty():
-      print(file=sys.stderr)
-    self._phase = None
+  def close() -> None:
+    for bar in bars.values():
+      bar.close()
+
+  try:
+    yield report
+  finally:
+    close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   prompts = [args.prompt]
   if args.prompts_file is not None:
-    prompts = [prompt for prompt, _ in prompt_files.read(args.prompts_file)]
+    prompts = [prompt for prompt, _ in prompts_lib.read_file(args.prompts_file)]
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.runtime import hosts
@@ -217,10 +213,10 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     f"loaded in {load_seconds:.1f} s on {jax.default_backend()} ({shape}); {len(requests)} "
     f"prompt(s) in {len(ready)} batch(es), of which the first compiles"
   )
-  progress = Progress()
   for first, batch in zip(range(0, len(requests), step), ready):
     try:
-      results = pipeline.run(batch, progress)
+      with progress_by_phase() as progress:
+        results = pipeline.run(batch, progress)
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise
@@ -236,7 +232,6 @@ def generate(args: argparse.Namespace, prompts: Sequence[str]) -> None:
       "batch": len(results),
       "seconds": {"load": load_seconds} | pipeline.seconds,
     }
-    progress.finish()
     with hosts.raise_on_all_hosts():
       if hosts.first():
         _write(args, paths[first:], requests[first:], results, record)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import pathlib
 import signal
 import sys
 import time
+from typing import Any
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import prompt_files, prompts
+from unigrpo_jax.data import prompts
 
 EPILOG = f"""prompt files (UTF-8):
   NAME.txt     one prompt a line
   NAME.jsonl   one JSON object a line with the key "prompt"; the object as it is becomes the
                prompt's metadata. GenEval's evaluation_metadata.jsonl is such a file.
-  Blank lines are skipped, prompts that repeat are kept.
+  Blank lines are skipped, repeated prompts are not.
 
 examples:
   python -m unigrpo_jax.data --build=mine.txt --name=mine
@@ -41,8 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help=f"name of the split that --build makes, once for each --build (default: train; of "
       f"{prompts.ICONWORLD}: {', '.join(prompts.ICONWORLD_COUNTS)}, all three)")
   add("--name", required=True, help="of the set: lower-case letters, digits and _")
-  add("--out", type=pathlib.Path,
-      help=f"folder to make the set in (default: {prompts.default_folder()})")
+  add("--out", type=pathlib.Path, default=prompts.default_folder(),
+      help="folder to make the set in (default: %(default)s)")
   counts = ", ".join(f"{split} {count}" for split, count in prompts.ICONWORLD_COUNTS.items())
   add("--count", type=int,
       help=f"prompts in each split of {prompts.ICONWORLD} (default: {counts})")
@@ -50,95 +51,79 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-class Progress:
-  """Prints how far a split is: in place on a terminal, else every five seconds."""
-
-  def __init__(self, split: str):
-    self._split, self._start = split, time.monotonic()
-    self._printed = self._start
-
-  def __call__(self, count: int, done: int, total: int) -> None:
-    """`count` prompts so far; `done` of `total` in whatever unit."""
-    now, terminal = time.monotonic(), sys.stderr.isatty()
-    if now - self._printed < (0.1 if terminal else 5.0):
-      return
-    self._printed = now
-    left = (now - self._start) / max(done, 1) * max(total - done, 0)
-    line = f"{self._split}: {count} prompts, {done / max(total, 1):.0%}, {left:.0f} s left"
-    print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
-    sys.stderr.flush()
-
-
-def sources(args: argparse.Namespace) -> dict[str, Callable]:
-  """{split: function that gives its pairs}, from the arguments.
+def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[str, Any]]]]:
+  """{split: its (prompt, metadata) pairs}; files are read when iterated over.
 
   Raises:
     InputError: the arguments do not go together, or a file is missing.
   """
-  splits = args.split
-  if args.build == [prompts.ICONWORLD]:
-    builds = args.build * max(len(splits), 1)
-    if not splits:
-      builds, splits = args.build * len(prompts.ICONWORLD_COUNTS), list(prompts.ICONWORLD_COUNTS)
-  else:
-    builds = args.build
-    if len(builds) == 1 and not splits:
-      splits = ["train"]
-  if len(builds) != len(splits):
+  builds, names = args.build, args.split
+  if builds == [prompts.ICONWORLD]:
+    names = names or list(prompts.ICONWORLD_COUNTS)
+    builds = builds * len(names)
+  elif len(builds) == 1:
+    names = names or ["train"]
+  if len(builds) != len(names):
     raise errors.InputError(
-      f"{len(builds)} --build and {len(splits)} --split: give each --build its own --split"
+      f"{len(builds)} --build and {len(names)} --split: give each --build its own --split"
     )
   if args.count is not None and prompts.ICONWORLD not in builds:
     raise errors.InputError(
-      f"--count={args.count} is for {prompts.ICONWORLD}; a file is taken whole"
+      f"--count={args.count} is for {prompts.ICONWORLD}; all prompts of a file are used"
     )
-  found = {}
-  for build, split in zip(builds, splits):
-    if split in found:
+  splits = {}
+  for build, split in zip(builds, names):
+    if split in splits:
       raise errors.InputError(f"--split={split} is given twice; a split has one source")
-    found[split] = _source(build, split, args.count)
-  return found
+    if build == prompts.ICONWORLD:
+      pairs = prompts.iconworld_prompts(split, args.count)
+      total = len(pairs)
+    else:
+      path = pathlib.Path(build)
+      if not path.is_file():
+        raise errors.InputError(f"--build={build}: no such file; give a .txt or .jsonl file")
+      pairs = prompts.read_file(path)
+      with path.open("rb") as file:
+        total = sum(1 for _ in file)
+    splits[split] = show_progress(split, pairs, total)
+  return splits
 
 
-def _source(build: str, split: str, count: int | None) -> Callable:
-  progress = Progress(split)
-  if build == prompts.ICONWORLD:
-    return lambda: prompts.iconworld_pairs(
-      split, count, lambda done, total: progress(done, done, total)
-    )
-  path = pathlib.Path(build)
-  if not path.is_file():
-    raise errors.InputError(f"--build={build}: no such file; give a .txt or .jsonl file")
-  size = path.stat().st_size
-  return lambda: prompt_files.read(path, lambda found, nbytes: progress(found, nbytes, size))
+def show_progress(split: str, pairs: Iterable[Any], total: int) -> Iterator[Any]:
+  """Yields `pairs` and prints the progress: in place on a terminal, else every five seconds."""
+  terminal = sys.stderr.isatty()
+  start = printed = time.monotonic()
+  for count, pair in enumerate(pairs, 1):
+    yield pair
+    now = time.monotonic()
+    if now - printed >= (0.1 if terminal else 5.0):
+      printed = now
+      seconds = (now - start) / count * (total - count)
+      line = f"{split}: {count} prompts, {count / total:.0%}, {seconds:.0f} s left"
+      print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n",
+            file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
   if args.name == prompts.ICONWORLD:
-    raise errors.InputError(f"--name={args.name} is the embedded world's own; choose another")
-  splits = sources(args)
-  out = args.out or prompts.default_folder()
+    raise errors.InputError(f"--name={args.name} is the embedded world; choose another name")
+  splits = read_splits(args)
 
   # After the arguments are known to be good: importing TFDS takes a second.
-  from unigrpo_jax.data import builders
+  from unigrpo_jax.data import prompt_folders
 
   try:
-    folder = builders.build(args.name, splits, out, overwrite=args.overwrite)
+    folder = prompt_folders.build(args.name, splits, args.out, overwrite=args.overwrite)
   except OSError as error:
     raise errors.InputError(
-      f"{error.filename or out}: {error.strerror or error}; check permissions and free space"
+      f"{error.filename or args.out}: {error.strerror or error}; check permissions and free space"
     ) from None
   for split in splits:
     opened = prompts.open_set(folder, split)
     print(f"{folder}, split {split}: {len(opened)} prompts, the first {opened[0].prompt[:60]!r}")
 
 
-def _interrupt(number, frame):
-  raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-  # A job that is told to stop takes its half-written folder with it.
-  signal.signal(signal.SIGTERM, _interrupt)
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # Removes the half-written folder.
   errors.report(main)

@@ -1,8 +1,7 @@
 """Trains a small byte-level BPE in the file format of Qwen2.5's, for a small model.
 
-It behaves as the real one does: the same normal form, the same split into words and digits before
-any merge, every byte an id, the same special tokens by name. Only the merges are its own, and the
-ids: bytes, merges, added tokens, in that order. `tokenizer.load` reads both alike.
+It has Qwen2.5's normal form, split into words and digits, byte alphabet and special tokens; only
+the merges differ, and the ids: bytes, merges, added tokens, in that order.
 """
 
 from __future__ import annotations
@@ -16,32 +15,16 @@ import tokenizers
 from unigrpo_jax import errors
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 
-# Names in the order of the ids of Qwen2.5, and whether the token is special: skipped when a text
-# is decoded for people, in other programs.
-ADDED_TOKENS = {
-  "<|endoftext|>": True,
-  "<|im_start|>": True,
-  "<|im_end|>": True,
-  "<|object_ref_start|>": True,
-  "<|object_ref_end|>": True,
-  "<|box_start|>": True,
-  "<|box_end|>": True,
-  "<|quad_start|>": True,
-  "<|quad_end|>": True,
-  "<|vision_start|>": True,
-  "<|vision_end|>": True,
-  "<|vision_pad|>": True,
-  "<|image_pad|>": True,
-  "<|video_pad|>": True,
-  "<tool_call>": False,
-  "</tool_call>": False,
-  "<|fim_prefix|>": False,
-  "<|fim_middle|>": False,
-  "<|fim_suffix|>": False,
-  "<|fim_pad|>": False,
-  "<|repo_name|>": False,
-  "<|file_sep|>": False,
-}
+# Names in the order of their ids in Qwen2.5, and whether the token is special: other programs skip
+# special tokens when they decode text for people.
+ADDED_TOKENS = dict.fromkeys((
+  "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+  "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+  "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+), True) | dict.fromkeys((
+  "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+  "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+), False)
 LEAST_SIZE = 256 + len(ADDED_TOKENS)
 
 
@@ -53,9 +36,9 @@ def train_tokenizer(
   Writes vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
 
   Args:
-    texts: what to compress; a text that comes twice counts twice.
-    vocab_size: ids in all, bytes and added tokens included; fewer where nothing is left to merge.
-    folder: made if it does not exist.
+    texts: training texts; a text that comes twice counts twice.
+    vocab_size: all ids, bytes and added tokens included; fewer where nothing is left to merge.
+    folder: created if it does not exist.
 
   Raises:
     InputError: `vocab_size` is below `LEAST_SIZE`.
@@ -64,11 +47,8 @@ def train_tokenizer(
     raise errors.InputError(
       f"vocab_size={vocab_size}: the bytes and the added tokens alone need {LEAST_SIZE}"
     )
-  with tokenizer_lib.without_torch_notice():
-    import transformers  # Slow to import.
-
+  transformers = tokenizer_lib.import_transformers()
   folder.mkdir(parents=True, exist_ok=True)
-  # Of an untrained Qwen2 tokenizer: the normal form and the split are taken, not written again.
   qwen = transformers.Qwen2Tokenizer().backend_tokenizer
   learner = tokenizers.Tokenizer(tokenizers.models.BPE())
   learner.normalizer, learner.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
@@ -76,7 +56,7 @@ def train_tokenizer(
     vocab_size=vocab_size - len(ADDED_TOKENS), min_frequency=2, show_progress=False,
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
   ))
-  # transformers would read an older one in place of what is written here.
+  # transformers would read an older one instead of the files written here.
   (folder / "tokenizer.json").unlink(missing_ok=True)
   learner.model.save(str(folder))
   _write_config(folder, learner.get_vocab_size())
@@ -85,15 +65,15 @@ def train_tokenizer(
   return tokenizer_lib.load(folder)
 
 
-def _write_config(folder: pathlib.Path, first: int) -> None:
-  """tokenizer_config.json, with the added tokens from id `first`."""
+def _write_config(folder: pathlib.Path, first_id: int) -> None:
+  """tokenizer_config.json, with the added tokens from `first_id` on."""
   plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
   special = [name for name, is_special in ADDED_TOKENS.items() if is_special]
   config = {
     "tokenizer_class": "Qwen2Tokenizer",
     "added_tokens_decoder": {
-      str(i): {"content": name, "special": ADDED_TOKENS[name]} | plain
-      for i, name in enumerate(ADDED_TOKENS, first)
+      str(i): {"content": name, "special": is_special} | plain
+      for i, (name, is_special) in enumerate(ADDED_TOKENS.items(), first_id)
     },
     "additional_special_tokens": special[1:],
     "add_bos_token": False,

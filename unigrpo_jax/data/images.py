@@ -6,7 +6,6 @@ pixel larger, or resized by another bicubic, is another image to the network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import pathlib
 import warnings
 
@@ -16,31 +15,31 @@ import PIL.Image
 from unigrpo_jax import errors
 from unigrpo_jax.models import config as config_lib
 
-# Rounding a side to one patch or latent token stretches an image by up to this; what the resize
-# rule would stretch further no longer shows the picture that was given.
+# Rounding a side to one patch or latent token stretches an image by at most this factor; beyond it
+# the result no longer shows the picture that was given.
 MAX_STRETCH = 2.0
 # The released VAE table is 64 tokens long, so this is where its rule passes MAX_STRETCH.
 MAX_ASPECT_RATIO = 128
 
 
 def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
-  """Opens an image as RGB; transparency is composited on white, EXIF rotation is not applied.
-
-  Both as the official `pil_img2rgb`, except that grey images with an alpha channel, whose alpha it
-  forgets, are composited like the others, and that grey images of 16 bits, of which it makes white
-  ones, keep their greys.
+  """Opens an image as RGB, see `to_rgb`; EXIF rotation is not applied, as in the official code.
 
   Raises:
     InputError: the file is missing, not an image, truncated, larger than Pillow's decompression
-      limit (about 89 million pixels), more than `MAX_ASPECT_RATIO` times as long as wide, or holds
-      numbers of which none is known to be white.
+      limit (about 89 million pixels), has one side more than `MAX_ASPECT_RATIO` times the other, or
+      has pixels without a bound that could be white.
   """
   path = pathlib.Path(path)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
       with PIL.Image.open(path) as image:
-        _check_aspect_ratio(path, *image.size)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+          raise errors.InputError(
+            f"{path}: {image.width}x{image.height} pixels: one side is more than "
+            f"{MAX_ASPECT_RATIO} times the other; crop it first"
+          )
         if image.mode in ("I", "F"):
           raise errors.InputError(
             f"{path}: its pixels are numbers without bounds (Pillow's mode {image.mode}); save it "
@@ -48,37 +47,28 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
           )
         image.load()
         return to_rgb(image)
-  except FileNotFoundError:
-    raise errors.InputError(f"{path}: no such file; give the path of an image") from None
-  except IsADirectoryError:
-    raise errors.InputError(f"{path}: is a folder; give the path of an image") from None
-  except PIL.UnidentifiedImageError:
-    raise errors.InputError(f"{path}: not an image in a format that Pillow reads") from None
   except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError):
     raise errors.InputError(
       f"{path}: more than {PIL.Image.MAX_IMAGE_PIXELS} pixels; give a smaller image"
     ) from None
-  # Decoders report broken data by whichever exception the broken byte leads to.
+  # Decoders report damaged data by whichever exception the damaged byte leads to.
   except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
     raise errors.InputError(
-      f"{path}: not readable as an image ({error}); if it is truncated or damaged, copy it again"
+      f"{path}: not readable as an image ({getattr(error, 'strerror', None) or error}); give the "
+      "path of an image, and copy it again if it is truncated or damaged"
     ) from None
 
 
-def _check_aspect_ratio(path: pathlib.Path, width: int, height: int) -> None:
-  if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-    raise errors.InputError(
-      f"{path}: {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the "
-      "other; crop it first"
-    )
-
-
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-  """RGB, with transparency composited on white; greys of 16 bits are rounded to 8."""
+  """RGB, with transparency composited on white; 16-bit grey is rounded to 8 bits.
+
+  Like the official `pil_img2rgb`, which however ignores the alpha channel of grey images and turns
+  16-bit grey images white.
+  """
   if image.mode.startswith("I;16"):
     grey = np.asarray(image)
     white = grey == image.info.get("transparency")
-    # Pillow would make white of whatever is above 255.
+    # Pillow would turn every value above 255 white.
     grey = np.where(white, 255, np.round(grey / 257)).astype(np.uint8)
     return PIL.Image.fromarray(grey).convert("RGB")
   if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -126,9 +116,7 @@ def resized_size(
   return width, height
 
 
-def resize(
-  image: PIL.Image.Image, rule: config_lib.ImageSizeRule, num_images: int = 1
-) -> PIL.Image.Image:
+def resize(image: PIL.Image.Image, rule: config_lib.ImageSizeRule) -> PIL.Image.Image:
   """Resizes an RGB image to `resized_size`, by Pillow's bicubic on uint8.
 
   `jax.image.resize` does not agree bit for bit: Pillow clamps and rounds to uint8.
@@ -138,7 +126,7 @@ def resize(
       `rule.max_size`, where the position table ends.
   """
   width, height = image.size
-  new_width, new_height = resized_size(width, height, rule, num_images)
+  new_width, new_height = resized_size(width, height, rule)
   stretch = (new_width * height) / (new_height * width)
   if max(stretch, 1 / stretch) > MAX_STRETCH:
     raise errors.InputError(
@@ -157,20 +145,6 @@ def to_array(image: PIL.Image.Image) -> np.ndarray:
   """An RGB image -> [H, W, 3] float32 in [-1, 1], `(x / 255 - 0.5) / 0.5`."""
   pixels = np.asarray(image, dtype=np.float32)
   return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-
-
-def pad_to_canvas(arrays: Sequence[np.ndarray]) -> np.ndarray:
-  """Images [H, W, 3] -> [M, H', W', 3], zero-padded right and below to the largest sides.
-
-  What the official code does to the images of a pack before it encodes them together. The padding
-  changes the latents (convolutions, group norms and attention see it), so images are encoded by
-  size here; this reproduces the official latents of a pack.
-  """
-  height, width = (max(array.shape[axis] for array in arrays) for axis in (0, 1))
-  return np.stack([
-    np.pad(array, ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0)))
-    for array in arrays
-  ])
 
 
 def patchify(array: np.ndarray, patch: int) -> np.ndarray:
@@ -197,7 +171,7 @@ def position_ids(
     patch_pixels: pixels a patch (or latent token) side.
     table_side: the table covers table_side x table_side patches. An id is
       row * table_side + column: the stride is the table's, not the image's.
-    interpolate: spread the image over the whole table, place k of n at floor(k table_side / n),
+    interpolate: spread the image over the whole table, patch k of n at floor(k table_side / n),
       instead of using its corner. The release does not.
 
   Returns:
@@ -213,10 +187,7 @@ def position_ids(
       f"an image of {width}x{height} pixels is beyond the position table of {table_side} x "
       f"{table_side} patches of {patch_pixels} px; at most {table_side * patch_pixels} px a side"
     )
-
-  def places(count: int) -> np.ndarray:
-    place = np.arange(count)
-    return place * table_side // count if interpolate else place
-
-  ids = places(rows)[:, None] * table_side + places(columns)[None, :]
-  return ids.astype(np.int32).reshape(-1)
+  row, column = np.arange(rows), np.arange(columns)
+  if interpolate:
+    row, column = row * table_side // rows, column * table_side // columns
+  return (row[:, None] * table_side + column).astype(np.int32).reshape(-1)

@@ -1,4 +1,4 @@
-"""Users' files of lines, text or one JSON object a line; every complaint names file and line."""
+"""Users' files of lines, text or one JSON object a line; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -13,73 +13,64 @@ from unigrpo_jax import errors
 
 _BYTE_ORDER_MARK = "\ufeff"
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # All but the tab.
-_JSON_KINDS = {
-  dict: "an object", list: "a list", str: "text", int: "a number", float: "a number",
-  bool: "true or false", type(None): "null",
-}
 
 
-def read(path: pathlib.Path) -> Iterator[tuple[str, str, int]]:
-  """Yields (place, text, bytes read so far) of every line, those that are blank included.
+def read(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """Yields (place, text) of every line that is not blank.
 
   The place is "PATH, line N", for messages. The text is without the space around it; a byte order
-  mark and CRLF are taken.
+  mark and CRLF are accepted.
 
   Raises:
     InputError: the file cannot be read, or a line is not UTF-8 text.
   """
-  nbytes = 0
   try:
     with path.open("rb") as file:
       for number, line in enumerate(file, 1):
-        nbytes += len(line)
         where = f"{path}, line {number}"
-        # Files that were put together have a mark in the middle.
-        text = _decode(line, where).removeprefix(_BYTE_ORDER_MARK).strip()
+        # Concatenated files have a byte order mark in the middle.
+        text = line.decode("utf-8").removeprefix(_BYTE_ORDER_MARK).strip()
         if control := _CONTROL.search(text):
           raise errors.InputError(
             f"{where}: holds the control character {control[0]!r}; save the file as UTF-8 text "
             "whose lines end in \\n"
           )
-        yield where, text, nbytes
-  except OSError as error:
-    raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _decode(line: bytes, where: str) -> str:
-  try:
-    return line.decode("utf-8")
+        if text:
+          yield where, text
   except UnicodeDecodeError as error:
     raise errors.InputError(
       f"{where}: byte {error.start + 1} is not UTF-8 text; save the file as UTF-8"
     ) from None
+  except OSError as error:
+    raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def parse_object(text: str, where: str, expected: str) -> dict[str, Any]:
-  """The JSON object of a line, which has a "prompt" that says something.
+  """The JSON object of a line; its "prompt" is text that is not blank.
 
   Args:
     text, where: see `read`.
-    expected: words for messages, such as 'expected an object like {"prompt": "a red kite"}'.
+    expected: ends messages, such as 'expected an object like {"prompt": "a red kite"}'.
 
   Raises:
-    InputError: it is no JSON, no object, names a key twice, holds what JSON or UTF-8 cannot, or has
-      no text as its prompt.
+    InputError: it is not JSON or not an object, has a key twice, holds a value that JSON or UTF-8
+      cannot represent, or its prompt is not text.
   """
   try:
     record = json.loads(
-      text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_once
+      text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique_keys
     )
     json.dumps(record, ensure_ascii=False).encode("utf-8")
   except UnicodeEncodeError as error:
     raise errors.InputError(
-      f"{where}: holds {error.object[error.start]!r}, half of a character; write it whole"
+      f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; write both halves"
     ) from None
-  # RecursionError: brackets without end. ValueError: all else, a number of 5,000 digits included.
+  # RecursionError: thousands of open brackets. ValueError: everything else, such as a number of
+  # 5,000 digits.
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f"{where}: not JSON ({error}); {expected}") from None
   if not isinstance(record, dict):
-    raise errors.InputError(f"{where}: {_JSON_KINDS[type(record)]}; {expected}")
+    raise errors.InputError(f"{where}: {text[:60]} is not an object; {expected}")
   if "prompt" not in record:
     keys = ", ".join(record) or "none"
     raise errors.InputError(f"{where}: no key \"prompt\" (its keys: {keys[:100]}); {expected}")
@@ -91,26 +82,21 @@ def check_text(record: dict[str, Any], key: str, where: str) -> None:
   """Raises InputError unless `record[key]` is text that is not blank."""
   value = record[key]
   if not isinstance(value, str):
-    raise errors.InputError(
-      f"{where}: {key}={json.dumps(value)[:60]} is {_JSON_KINDS[type(value)]}; expected text"
-    )
+    raise errors.InputError(f"{where}: {key}={json.dumps(value)[:60]} must be text")
   if not value.strip():
     raise errors.InputError(f"{where}: the {key} is empty; write it, or delete the line")
 
 
-def _refuse_constant(name: str) -> Any:
-  raise ValueError(f"{name} is not a JSON value")
+def _finite(text: str) -> float:
+  if not math.isfinite(float(text)):
+    raise ValueError(f"{text[:20]} is not a finite number")
+  return float(text)
 
 
-def _finite(digits: str) -> float:
-  if not math.isfinite(float(digits)):
-    raise ValueError(f"{digits[:20]} is too large")
-  return float(digits)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  record = dict(pairs)
-  if len(record) < len(pairs):
-    keys = [key for key, _ in pairs]
-    raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  record = {}
+  for key, value in pairs:
+    if key in record:
+      raise ValueError(f"the key {key!r} is there twice")
+    record[key] = value
   return record

@@ -1,13 +1,13 @@
-"""Prompt sets to train and evaluate on, and the order that a run takes them in.
+"""Prompt sets to train and evaluate on, and the order in which a run reads them.
 
 `open_set` opens a set that `python -m unigrpo_jax.data` built, a prompt file as it is, or the
-embedded "iconworld". `PromptStream` deals a set out step by step, in an order that depends on the
-seed alone and continues from one integer.
+embedded "iconworld". `PromptStream` yields the prompts of each step, in an order that depends on
+the seed alone and continues from one integer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import json
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import prompt_files
+from unigrpo_jax.data import lines
+from unigrpo_jax.iconworld import geneval
 from unigrpo_jax.iconworld import prompts as iconworld
 
+FILE_ENDINGS = (".txt", ".jsonl")
 ICONWORLD = "iconworld"
 # How many prompts of each of IconWorld's splits make the set of that name.
 ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}
@@ -33,24 +35,18 @@ class Prompt:
   Attributes:
     prompt: the text.
     metadata: what a reward may need to know, in GenEval's style; empty where the source has none.
-    id: its place in the set, from 0.
   """
 
   prompt: str
   metadata: dict[str, Any]
-  id: int
 
 
 class PromptSet:
-  """The prompts of one split: `len()`, `[i]` and iteration, in the order of their source.
+  """The prompts of one split: `len()`, `[i]` and iteration, in the order of their source."""
 
-  Attributes:
-    name: where it came from, for messages.
-    split: which part.
-  """
-
-  def __init__(self, name: str, split: str, records: Sequence[tuple[str, dict[str, Any], int]]):
-    self.name, self.split, self._records = name, split, records
+  def __init__(self, records: Sequence[tuple[str, dict[str, Any]]]):
+    """From (prompt, metadata) pairs, which may be read when asked for."""
+    self._records = records
 
   def __len__(self) -> int:
     return len(self._records)
@@ -60,10 +56,10 @@ class PromptSet:
 
     Raises:
       IndexError: there are fewer.
-      InputError: the file is damaged.
+      InputError: the set's file is damaged.
     """
     if not 0 <= i < len(self):
-      raise IndexError(f"prompt {i} of {len(self)} in {self.name}, split {self.split}")
+      raise IndexError(f"prompt {i} of {len(self)}")
     return Prompt(*self._records[int(i)])
 
   def __iter__(self) -> Iterator[Prompt]:
@@ -77,35 +73,29 @@ class PromptSet:
     return digest.hexdigest()
 
   def order(self, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of one pass: [len] int64 indices, from `seed` and `epoch` alone (both >= 0).
+    """The permutation of one epoch: [len] int64 indices, from `seed` and `epoch` alone (both >= 0).
 
     The sort of raw 64-bit draws rather than `Generator.permutation`, whose stream NumPy may change
-    between releases: a checkpoint must find the order it was written in.
+    between releases: a resumed run must continue in the order it began with.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(len(self)), kind="stable")
 
 
 class PromptStream:
-  """Deals a set out, `prompts_per_step` at a time; of several hosts each takes all of them.
+  """Yields the prompts of each step, the same on every host.
 
-  The passes over the set follow each other without a gap, so the last step of one may take the
-  first prompts of the next.
+  Epochs follow each other without a gap, so the last step of one may use the first prompts of the
+  next.
   """
 
   def __init__(self, prompts: PromptSet, seed: int, prompts_per_step: int):
-    """Starts before the first step.
-
-    Args:
-      prompts: the set, the same on every host.
-      seed: of the order, at least 0.
-      prompts_per_step: at least 1.
+    """Starts before the first step; `seed` sets the order.
 
     Raises:
-      InputError: a number is out of range.
+      InputError: `seed` is negative or `prompts_per_step` is not positive.
     """
-    if seed < 0:
-      raise errors.InputError(f"seed={seed} of the prompt order must be at least 0")
+    errors.require("seed", seed, low=0)
     errors.require("prompts_per_step", prompts_per_step, low=1)
     self._prompts, self._seed, self._step_size = prompts, seed, prompts_per_step
     self._position, self._epoch, self._order = 0, None, None
@@ -117,17 +107,17 @@ class PromptStream:
     return [self._prompts[self._index(i)] for i in range(start, self._position)]
 
   def _index(self, position: int) -> int:
-    epoch, place = divmod(position, len(self._prompts))
+    epoch, offset = divmod(position, len(self._prompts))
     if epoch != self._epoch:
       self._epoch, self._order = epoch, self._prompts.order(self._seed, epoch)
-    return int(self._order[place])
+    return int(self._order[offset])
 
   def state(self) -> int:
-    """How many prompts were taken so far."""
+    """The number of prompts used so far."""
     return self._position
 
   def restore(self, state: int) -> None:
-    """Continues after the prompts that `state` counts.
+    """Continues after the first `state` prompts.
 
     Raises:
       InputError: `state` is not a count.
@@ -138,9 +128,8 @@ class PromptStream:
 
 
 def default_folder() -> pathlib.Path:
-  """Where sets are built and looked up by name: $TFDS_DATA_DIR, or as TFDS does."""
-  given = os.environ.get("TFDS_DATA_DIR")
-  return pathlib.Path(given).expanduser() if given else pathlib.Path.home() / "tensorflow_datasets"
+  """Where sets are built and looked up by name: $TFDS_DATA_DIR, or TFDS's own default."""
+  return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
@@ -148,52 +137,69 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
 
   Args:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
-      version; a .txt or .jsonl file, taken whole whatever `split` says; or "iconworld", which
-      needs no building ("./iconworld" is a folder of that name).
+      version; a .txt or .jsonl file, which has all its prompts in every split; or "iconworld",
+      which needs no building ("./iconworld" is a folder of that name).
     split: which part of the set.
 
   Raises:
     InputError: there is no such set or split, or it cannot be read.
   """
   if str(source) == ICONWORLD:
-    return _in_memory(ICONWORLD, split, iconworld_pairs(split))
+    return PromptSet(iconworld_prompts(split))
   path = pathlib.Path(source)
-  if path.is_file() or path.suffix.lower() in prompt_files.ENDINGS:
-    return _in_memory(str(path), split, prompt_files.read(path))
-  from unigrpo_jax.data import builders
+  if path.is_file() or path.suffix.lower() in FILE_ENDINGS:
+    return PromptSet(list(read_file(path)))
+  from unigrpo_jax.data import prompt_folders  # Imports TFDS, which takes a second.
 
   named = default_folder() / path
-  for folder in (path, path / builders.VERSION, named / builders.VERSION):
+  for folder in (path, path / prompt_folders.VERSION, named / prompt_folders.VERSION):
     if (folder / "dataset_info.json").is_file():
-      return PromptSet(str(source), split, builders.Split(folder, split))
+      return PromptSet(prompt_folders.Split(folder, split))
   raise errors.InputError(
     f"{source}: no such prompt set; expected a folder or a name in {default_folder()} that "
-    f"python -m unigrpo_jax.data built, a {' or '.join(prompt_files.ENDINGS)} file, or {ICONWORLD}"
+    f"python -m unigrpo_jax.data built, a {' or '.join(FILE_ENDINGS)} file, or {ICONWORLD}"
   )
 
 
-def _in_memory(name: str, split: str, pairs: Iterable[tuple[str, str]]) -> PromptSet:
-  records = [(prompt, json.loads(metadata), i) for i, (prompt, metadata) in enumerate(pairs)]
-  return PromptSet(name, split, records)
+def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (prompt, metadata) of each line of a file that is not blank, in order.
+
+  A .txt line is the prompt, without the space around it, and has no metadata ({}). A .jsonl line is
+  an object with the key "prompt"; the whole object, prompt included, is its metadata, or {} where
+  it has no other key. Its "include" and "exclude" must be in GenEval's format, with any classes.
+
+  Raises:
+    InputError: the file cannot be read, has no prompts, or a line is malformed; the message has the
+      line's number.
+  """
+  ending = path.suffix.lower()
+  if ending not in FILE_ENDINGS:
+    raise errors.InputError(
+      f"{path}: the ending {path.suffix!r} is not known; expected .txt (one prompt a line) or "
+      ".jsonl (one JSON object a line)"
+    )
+  expected = 'expected an object with a prompt, like {"prompt": "a red kite"}'
+  empty = True
+  for where, text in lines.read(path):
+    empty = False
+    if ending == ".txt":
+      yield text, {}
+      continue
+    record = lines.parse_object(text, where, expected)
+    if problem := geneval.problem(record):
+      raise errors.InputError(f"{where}: {problem}")
+    yield record["prompt"], record if len(record) > 1 else {}
+  if empty:
+    raise errors.InputError(f"{path}: no prompts in it; expected one a line")
 
 
-def iconworld_pairs(
-  split: str,
-  count: int | None = None,
-  progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[str, str]]:
-  """Yields (prompt, metadata as JSON) of one of IconWorld's splits.
+def iconworld_prompts(split: str, count: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+  """(prompt, metadata) of the first `count` prompts of one of IconWorld's splits.
 
   Raises:
     InputError: there is no such split, or `count` is not positive.
   """
-  if split not in ICONWORLD_COUNTS:
-    raise errors.InputError(
-      f"{ICONWORLD} has no split {split!r}; it has {', '.join(ICONWORLD_COUNTS)}"
-    )
-  count = ICONWORLD_COUNTS[split] if count is None else count
-  if count < 1:
-    raise errors.InputError(f"--count={count} must be at least 1")
-  for done, example in enumerate(iconworld.fixed(split, count), 1):
-    yield example.prompt, json.dumps(example.metadata, ensure_ascii=False)
-    progress(done, count)
+  errors.choose(f"{ICONWORLD}: split", split, ICONWORLD_COUNTS)
+  errors.require("--count", count, low=1)
+  examples = iconworld.fixed(split, ICONWORLD_COUNTS[split] if count is None else count)
+  return [(example.prompt, example.metadata) for example in examples]

@@ -127,7 +127,7 @@ def shards(folder: pathlib.Path | str) -> Corpus:
     raise errors.InputError(f"{folder}: no *.jsonl shards; expected a folder of them")
   rows = [
     (where, _parse(text, where, folder))
-    for path in paths for where, text, _ in lines.read(path) if text
+    for path in paths for where, text in lines.read(path)
   ]
   if not rows:
     raise errors.InputError(f"{folder}: its shards are empty; expected one example a line")
