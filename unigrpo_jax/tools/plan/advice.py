@@ -2,81 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from unigrpo_jax.tools.plan import chips, page, programs
+from unigrpo_jax.tools.plan import chips, plans
+from unigrpo_jax.tools.plan import figures as figures_lib
 
 
-def changes(config, plan: programs.Plan, told: Mapping[str, Any], chip: chips.Chip) -> list[str]:
-  """Lines, the change that frees most first; empty where the plan fits.
+def lines(
+  config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip
+) -> list[str]:
+  """The change that frees most first, as an argument of the command line; empty if the plan fits.
 
   Args:
     config: that was planned.
     plan: of it.
-    told: see `page.record`.
+    figures: see `figures.record`.
     chip: of the topology.
   """
-  if told["fits"]:
+  if figures["fits"]:
     return []
-  name = max(told["peak"], key=told["peak"].get)
-  phase, held = plan.phases[name], plan.held
-  own = phase.bytes.get("results", 0) + phase.bytes.get("temporaries", 0)
-  if phase.exceeds is not None:
-    # What the compiler wanted besides the arguments is not told apart.
-    own = phase.exceeds - sum(held.get(cause, 0) for cause in page.held_beside(name))
-  wanted = told["peak"][name] - (1 - page.SPARE) * chip.hbm
-  changes_of = _of_update if name == "update" else _of_rollout
-  found = changes_of(config, plan, own, wanted) + _of_both(config, plan)
-  lines = [f"{wanted / chips.GIB:.2f} GiB too many; first changes, with what each frees on a chip:"]
-  for freed, words in sorted(found, key=lambda pair: -pair[0]):
-    lines.append(f"  {words}: about {freed / chips.GIB:.2f} GiB")
-  return lines
+  name = max(figures["peak"], key=figures["peak"].get)
+  phase = plan.phases[name]
+  if phase.exceeds is None:
+    size = phase.bytes["results"] + phase.bytes["temporaries"]
+  else:  # The compiler does not name what it wanted besides the arguments.
+    size = phase.exceeds - figures_lib.held_beside(name, plan)
+  excess = figures["peak"][name] - (1 - figures_lib.SPARE) * chip.hbm
+  of_phase = _of_update if name == "update" else _of_rollout
+  changes = [*of_phase(config, plan, size, excess), *_of_both(config, plan)]
+  return [
+    f"{excess / chips.GIB:.2f} GiB too many; first changes, with what each frees on a chip:",
+    *(f"  {argument}: about {freed / chips.GIB:.2f} GiB{note}"
+      for freed, argument, note in sorted(changes, key=lambda change: -change[0])),
+  ]
 
 
-def _of_update(config, plan, own: float, wanted: float) -> list[tuple[float, str]]:
-  found = []
+# Changes are (bytes that are freed on a chip, argument, note).
+
+
+def _of_update(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
+  """Changes for an update that needs `size` bytes besides the state, `excess` of them too many."""
   if not config.remat:
-    found.append((own / 2, "--config.remat=true, at least"))
-  size = _halved(config.microbatch, own, wanted, _ways(plan))
-  if size < config.microbatch:
-    freed = own * (1 - size / config.microbatch)
-    found.append((freed, f"--config.microbatch={size}"))
-  return found
+    yield size / 2, "--config.remat=true", " or more"
+  count = _halved(config.microbatch, 1, plan, size, excess)
+  if count < config.microbatch:
+    yield size * (1 - count / config.microbatch), f"--config.microbatch={count}", ""
 
 
-def _of_rollout(config, plan, own: float, wanted: float) -> list[tuple[float, str]]:
-  r, found, held = config.rollout, [], plan.held
-  own += held.get("cache", 0)
-  size = _halved(r.prompts_at_once, own, wanted, 1)
-  if size < r.prompts_at_once:
-    freed = own * (1 - size / r.prompts_at_once)
-    found.append((freed, f"--config.rollout.prompts_at_once={size}"))
-  fsdp = plan.mesh["fsdp"]
-  if r.layout == "stationary" and fsdp > 1:
-    freed = held.get("sampler", 0) * (1 - 1 / fsdp)
-    found.append((freed, "--config.rollout.layout='\"update\"', and gathers for every token"))
-  return found
+def _of_rollout(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
+  """Likewise for a phase of the rollout."""
+  at_once, fsdp = config.rollout.prompts_at_once, plan.mesh["fsdp"]
+  size += plan.held.get("cache", 0)
+  count = _halved(at_once, config.group_size, plan, size, excess)
+  if count < at_once:
+    yield size * (1 - count / at_once), f"--config.rollout.prompts_at_once={count}", ""
+  if config.rollout.layout == "stationary" and fsdp > 1:
+    freed = plan.held.get("sampler", 0) * (1 - 1 / fsdp)
+    yield freed, "--config.rollout.layout=update", "; then every token gathers the parameters"
 
 
-def _halved(size: int, own: float, wanted: float, least: int) -> int:
-  """`size` halved until that frees `wanted` of the `own` bytes, which are in proportion to it."""
-  left = size
-  while own * (1 - left / size) < wanted and left % 2 == 0 and left // 2 >= least:
-    left //= 2
-  return left
-
-
-def _of_both(config, plan) -> list[tuple[float, str]]:
-  held, found = plan.held, []
-  tensor = plan.mesh["tensor"]
+def _of_both(config, plan) -> Iterator[tuple[float, str, str]]:
+  held, tensor = plan.held, plan.mesh["tensor"]
   if tensor < 4:
-    found.append((held.get("sampler", 0) / 2, f"--config.mesh.tensor={2 * tensor}"))
+    yield held.get("sampler", 0) / 2, f"--config.mesh.tensor={2 * tensor}", ""
   if not config.lora.rank:
     freed = held["optimizer"] + held["reference"] + held["parameters"]
-    found.append((freed, "LoRA, the variant lora: optimizer, gradients and reference of adapters"))
-  return found
+    note = "; optimizer and gradients of adapters only, and no copy for the reference"
+    yield freed, "the variant lora, --config=FILE.py:lora", note
 
 
-def _ways(plan) -> int:
-  return plan.mesh["data"] * plan.mesh["fsdp"]
+def _halved(count: int, rows: int, plan, size: float, excess: float) -> int:
+  """`count` halved until that frees `excess` of the `size` bytes, which are in proportion to it.
+
+  `rows` times the result divides over the mesh, as `count` does.
+  """
+  ways, left = plan.mesh["data"] * plan.mesh["fsdp"], count
+  while size * (1 - left / count) < excess and left % 2 == 0 and left // 2 * rows % ways == 0:
+    left //= 2
+  return left

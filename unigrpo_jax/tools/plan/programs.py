@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-import dataclasses
-import functools
+from collections.abc import Callable, Collection, Iterator
 import math
 import pathlib
-import re
-import time
 from typing import Any
 
 import jax
@@ -20,56 +16,7 @@ from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.recipe import recipe
 from unigrpo_jax.runtime import optim, runs, sharding
 from unigrpo_jax.tools import flops
-from unigrpo_jax.tools.plan import hlo
-
-PHASES = ("layout", "read", "decode", "denoise", "vae", "update")
-# What the compiler says of a program that does not fit.
-_EXCEEDED = re.compile(
-  r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM)"
-)
-_UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """A program, and what an iteration asks of it.
-
-  Attributes:
-    name: one of `PHASES`.
-    runs: how often an iteration runs it.
-    model_flops: of all its runs on all chips, by formula; None where there is no formula.
-    program: what one run does on one chip; None where it did not compile.
-    bytes: of one run on one chip: {"arguments", "results", "temporaries"}; results that take their
-      argument's place are not counted again.
-    exceeds: bytes that the compiler wanted where it did not fit; None where it did.
-    seconds: of compiling.
-  """
-
-  name: str
-  runs: int
-  model_flops: float | None
-  program: hlo.Program | None
-  bytes: Mapping[str, int]
-  exceeds: float | None
-  seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """The programs of a run on a topology.
-
-  Attributes:
-    mesh: {axis: size}.
-    held: bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-      reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
-    phases: by name.
-    trajectories: of an iteration.
-  """
-
-  mesh: Mapping[str, int]
-  held: Mapping[str, int]
-  phases: Mapping[str, Phase]
-  trajectories: int
+from unigrpo_jax.tools.plan import plans
 
 
 def on_a_chip(tree: Any) -> int:
@@ -78,52 +25,6 @@ def on_a_chip(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
-
-
-def compile_phase(
-  name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1,
-  texts: pathlib.Path | None = None,
-) -> tuple[Phase, Any]:
-  """Compiles a program; returns it and its results as shapes with shardings, None if it is too big.
-
-  Args:
-    name: of the phase.
-    fn: a jitted function, or a partial of one.
-    *args: its arguments, shapes with shardings.
-    runs, model_flops: see `Phase`.
-    trips: of a loop that ends early.
-    texts: folder for the compiled text, NAME.txt; None keeps none.
-  """
-  bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
-  start = time.monotonic()
-  lowered = bound.func.lower(*bound.args, *args, **bound.keywords)
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    found = _EXCEEDED.search(str(error))
-    if found is None:
-      raise
-    wanted = float(found[1]) * _UNIT[found[2]]
-    seconds = time.monotonic() - start
-    return Phase(name, runs, model_flops, None, {}, wanted, seconds), None
-  memory, text = compiled.memory_analysis(), compiled.as_text()
-  if texts is not None:
-    texts.mkdir(parents=True, exist_ok=True)
-    (texts / f"{name}.txt").write_text(text, encoding="utf-8")
-  phase = Phase(
-    name, runs, model_flops, hlo.read(text, unknown_trips=trips),
-    {
-      "arguments": memory.argument_size_in_bytes,
-      "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-      "temporaries": memory.temp_size_in_bytes,
-    },
-    None, time.monotonic() - start,
-  )
-  results = jax.tree.map(
-    lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-    lowered.out_info, compiled.output_shardings,
-  )
-  return phase, results
 
 
 class Planner:
@@ -178,8 +79,8 @@ class Planner:
 
   def run(
     self, progress: Callable[[str], None] = lambda name: None,
-    only: Collection[str] = PHASES, texts: pathlib.Path | None = None,
-  ) -> Plan:
+    only: Collection[str] = plans.PHASES, texts: pathlib.Path | None = None,
+  ) -> plans.Plan:
     """Compiles phases.
 
     Args:
@@ -195,7 +96,7 @@ class Planner:
           found[phase.name] = phase
         held |= more
     mesh = dict(self.network.mesh.shape)
-    return Plan(mesh, held, found, recipe.trajectories_of(self.config))
+    return plans.Plan(mesh, held, found, recipe.trajectories_of(self.config))
 
   def _state_bytes(self) -> dict[str, int]:
     state = self.state
@@ -205,7 +106,7 @@ class Planner:
     }
     return {name: on_a_chip(tree) for name, tree in held.items()}
 
-  def _phases(self) -> Iterator[tuple[Phase | None, dict[str, int]]]:
+  def _phases(self) -> Iterator[tuple[plans.Phase | None, dict[str, int]]]:
     """Each phase as it is compiled, and the bytes of what it adds to a chip."""
     work, sampler, s = self._work(), self.sampler, self.sampler.settings
     _, phase = self._compile("layout", sampler.lay_out, self.state.params, runs=1)
@@ -263,7 +164,7 @@ class Planner:
     before = ("read", "fork") if {"decode", "denoise"} & set(self.only) else ()
     if name in self.only or name in before:
       self.progress(name)
-      phase, results = compile_phase(
+      phase, results = plans.compile_phase(
         name, fn, *args, runs=runs, model_flops=model_flops, trips=trips, texts=self.texts
       )
     if results is None:
@@ -271,7 +172,7 @@ class Planner:
       results = jax.tree.map(by_rows, jax.eval_shape(fn, *args))
     return results, phase
 
-  def _vae(self) -> Phase | None:
+  def _vae(self) -> plans.Phase | None:
     r, c = self.config.rollout, self.network.folder.config
     at_once = min(self.sampler.images_at_once * self.network.mesh.size, self.rows)
     latents = jax.ShapeDtypeStruct(

@@ -13,7 +13,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import recipe
 from unigrpo_jax.runtime import folders, runs
-from unigrpo_jax.tools.plan import chips, programs
+from unigrpo_jax.tools.plan import chips, plans, programs
 
 INSTALL = "install the TPU compiler, pip install -r requirements-tpu.txt"
 
@@ -67,8 +67,8 @@ def open_network(config, found: list) -> runs.Network:
 
 def plan(
   config, name: str, progress: Callable[[str], None] = lambda phase: None,
-  only: Collection[str] = programs.PHASES, texts: pathlib.Path | None = None,
-) -> tuple[programs.Plan, chips.Chip]:
+  only: Collection[str] = plans.PHASES, texts: pathlib.Path | None = None,
+) -> tuple[plans.Plan, chips.Chip]:
   """Compiles the phases of a config, or some of them, for a topology.
 
   Raises:
