@@ -1,126 +1,156 @@
-"""Charts: binning, ticks, labels, scales, and where a value lands in the picture."""
+"""Charts: binning, and where a value lands in the picture."""
 
+import ast
+import base64
 import math
+import pathlib
 import re
+import xml.etree.ElementTree
 
+import matplotlib
+import numpy as np
 import pytest
 
 from unigrpo_jax.tools.report import charts
 
 NAN = math.nan
+PACKAGE = pathlib.Path(charts.__file__).parents[2]
+BLUE, ORANGE = "#2a78d6", "#eb6834"
 
 
 def test_bins_are_means_with_their_extremes_and_gaps_stay():
   """Worked by hand: five values into three bins of two, two and one; NaN counts nowhere."""
   series = [(1, 2.0), (2, 4.0), (3, NAN), (4, NAN), (5, 7.0)]
-  first, gap, last = charts.binned(series, 3, "step")
-  assert first == (1.5, 3.0, 2.0, 4.0, "steps 1 to 2: mean 3, 2 to 4")
-  assert gap.x == 3 and math.isnan(gap.y) and gap.hover == ""
-  assert last == (5.0, 7.0, 7.0, 7.0, "step 5: 7")
-  assert [p.y for p in charts.binned(series[:2], 2)] == [2.0, 4.0]
-  assert charts.binned([(1, 1.0), (2, NAN)], 1)[0].y == 1.0 and charts.binned([], 3) == []
+  line = charts.binned(series, 3)
+  np.testing.assert_array_equal(line, [[1.5, 3.5, 5], [3, NAN, 7], [2, NAN, 7], [4, NAN, 7]])
+  assert charts.binned(series[:2], 2).y.tolist() == [2.0, 4.0]
+  assert charts.binned([(1, 1.0), (2, NAN)], 1).y.tolist() == [1.0]
+  assert charts.binned([], 3).y.tolist() == []
 
 
 @pytest.mark.parametrize("count", [1, 7, 599, 600, 601, 5000, 100_003])
-def test_bins_never_exceed_the_limit_and_keep_the_mean(count):
-  points = charts.binned([(step, float(step)) for step in range(count)], 600)
-  assert count / 600 <= len(points) <= min(count, 600)
-  assert points[0].low == 0 and points[-1].high == count - 1
+def test_bins_never_exceed_the_limit_and_keep_the_extremes(count):
+  line = charts.binned([(step, float(step)) for step in range(count)], 600)
+  assert count / 600 <= len(line.x) <= min(count, 600)
+  assert line.low[0] == 0 and line.high[-1] == count - 1
 
 
-@pytest.mark.parametrize("low, high, want", [
-  (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-  (0.13, 0.58, [0.2, 0.3, 0.4, 0.5]),
-  (-250, 900, [-200, 0, 200, 400, 600, 800]),
-  (0, 3e-6, [0, 5e-7, 1e-6, 1.5e-6, 2e-6, 2.5e-6, 3e-6]),
-  (2, 2, [2]),
-])
-def test_ticks_are_round_numbers_inside_the_range(low, high, want):
-  assert charts.ticks(low, high) == pytest.approx(want, rel=1e-12)
+def _svg(uri):
+  kind, _, data = uri.partition(",")
+  assert kind == "data:image/svg+xml;base64"
+  text = base64.b64decode(data).decode()
+  xml.etree.ElementTree.fromstring(text)
+  return text
 
 
-def test_logarithmic_ticks_are_powers_of_ten_or_finer_where_there_is_no_room():
-  assert charts.log_ticks(3e-7, 2e-3) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])
-  assert charts.log_ticks(1e-9, 1e3) == pytest.approx([1e-9, 1e-6, 1e-3, 1.0, 1e3])
-  assert charts.log_ticks(1.5, 30) == pytest.approx([2, 5, 10, 20])
+def _draw(lines=None, intervals=None, **options):
+  return _svg(charts.line_chart(lines or {}, intervals or {}, x_range=(0, 10), x_label="step",
+                                **options))
 
 
-def test_labels_count_from_a_base_where_the_values_hardly_differ():
-  assert charts.labels([0.999999, 1, 1.000001]) == (["-1e-06", "0", "+1e-06"], "1")
-  assert charts.labels([0, 5e-7, 1e-6]) == (["0", "5e-07", "1e-06"], "")
-  assert charts.labels([0, 20_000, 40_000]) == (["0", "20k", "40k"], "")
+def _paths(svg, style):
+  """Coordinates of the paths whose style begins so, each a list of pieces of (x, y)."""
+  found = re.findall(rf'<path d="([^"]*)"[^>]*style="{style}', svg)
+  pieces = [re.split("M", path)[1:] for path in found]
+  number = r"(-?[\d.]+) (-?[\d.]+)"
+  return [
+    [[(float(x), float(y)) for x, y in re.findall(number, piece)] for piece in path]
+    for path in pieces
+  ]
 
 
-@pytest.mark.parametrize("value, want", [
-  (0.12345, "0.1235"), (1.0, "1"), (1 + 2e-7, "1 + 2e-07"), (0.9999, "1 − 0.0001"), (NAN, "–"),
-])
-def test_numbers_for_people(value, want):
-  assert charts.shown(value) == want
-
-
-def test_a_scale_maps_its_ends_and_its_middle():
-  linear = charts.Scale(10, 20, 100, 0)
-  assert [linear(v) for v in (10, 15, 20)] == [100, 50, 0]
-  log = charts.Scale(1e-6, 1e-2, 0, 100, log=True)
-  assert [log(v) for v in (1e-6, 1e-4, 1e-2)] == pytest.approx([0, 50, 100])
-  assert charts.Scale(3, 3, 0, 100)(3) == 50
-
-
-def test_an_axis_of_what_is_never_negative_does_not_go_below_zero():
-  assert charts.span([0.0, 1.0]) == pytest.approx((0.0, 1.06))
-  assert charts.span([-1.0, 1.0]) == pytest.approx((-1.12, 1.12))
-  assert charts.span([1.0]) == pytest.approx((0.9, 1.1)) and charts.span([0.0]) == (0.0, 1.0)
-
-
-def _draw(points, **more):
-  lines = [charts.Line("a", points, **more)]
-  return charts.line_chart(lines, x_range=(0, 10), x_label="step", title="t", width=400, height=200)
-
-
-def _coordinates(path):
-  return [tuple(map(float, pair.split())) for pair in re.split("[ML]", path) if pair]
+def _texts(svg):
+  return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
 def test_a_line_lies_where_its_values_say_and_breaks_at_a_gap():
   series = [(0, 0.0), (5, 1.0), (6, NAN), (8, 1.0), (10, 0.0)]
-  svg = _draw(charts.binned(series, 100))
-  first, second = (_coordinates(d) for d in re.findall('class="line" d="([^"]*)"', svg))
-  left, right = charts.LEFT, 400 - charts.RIGHT
-  assert [x for x, _ in first] == [left, (left + right) / 2]
-  assert second[-1][0] == right
-  bottom, top = first[0][1], first[1][1]
-  # 0 lies on the axis; 1 lies 6 % below the top of the plot.
-  assert bottom == 200 - charts.BOTTOM
-  assert top == pytest.approx(bottom - (bottom - charts.TOP) / 1.06, abs=0.1)
-  assert svg.count("<title>step") == 4 and "<title>step 5: 1</title>" in svg
+  svg = _draw({"a": charts.binned(series, 100)})
+  [[first, second]] = _paths(svg, f"fill: none; stroke: {BLUE}")
+  (left, bottom), (middle, top) = first
+  assert [y for _, y in second] == [top, bottom] and top < bottom
+  assert second[1][0] - middle == pytest.approx(middle - left, abs=0.01)
+  assert second[0][0] - left == pytest.approx(0.8 * (second[1][0] - left), abs=0.01)
+  assert "step" in _texts(svg) and "a" not in _texts(svg)
 
 
-def test_marks_have_their_interval_and_text_is_escaped():
-  svg = _draw([charts.Point(5, 0.5, 0.25, 0.75, "<think> & 0.5")], marks=True)
-  assert "<title>&lt;think&gt; &amp; 0.5</title>" in svg and svg.count("<circle") == 1
-  [(low, high)] = re.findall(r'class="thin" d="M[\d.]+ ([\d.]+)V([\d.]+)"', svg)
-  middle = float(re.search(r'cy="([\d.]+)"', svg)[1])
-  assert middle == pytest.approx((float(low) + float(high)) / 2, abs=0.1)
+def test_a_band_is_drawn_only_where_there_is_one():
+  wide = charts.binned([(0, 1.0), (1, 3.0), (2, 2.0), (3, 2.0)], 2)
+  assert "fill-opacity: 0.2" in _draw({"a": wide})
+  assert "fill-opacity: 0.2" not in _draw({"a": charts.binned([(0, 1.0), (1, 3.0)], 2)})
 
 
-def test_nothing_to_draw_is_a_sentence():
-  assert "no finite value" in _draw([charts.Point(1, NAN, NAN, NAN, "")])
-  empty = charts.stacked_chart([], [("a", [])], [], x_range=(0, 1), x_label="", title="")
-  assert "no finite value" in empty
+def test_a_logarithmic_axis_gives_equal_ratios_equal_lengths():
+  svg = _draw({"a": charts.binned([(0, 1e-6), (5, 1e-4), (10, 1e-2)], 9)}, log=True)
+  [[[(_, low), (_, middle), (_, high)]]] = _paths(svg, f"fill: none; stroke: {BLUE}")
+  assert low - middle == pytest.approx(middle - high, abs=0.01) and low > high
+
+
+def test_intervals_reach_from_low_to_high_and_names_are_text():
+  point = [np.array([value]) for value in (5, 0.5, 0.25, 0.75)]
+  svg = _draw({"training": charts.binned([(0, 0.0), (10, 1.0)], 9)},
+              {"<think> & so on": charts.Line(*point)})
+  assert "&lt;think&gt; &amp; so on" in _texts(svg) and "training" in _texts(svg)
+  [[[(_, bottom), (_, top)]]] = _paths(svg, f"fill: none; stroke: {BLUE}")[:1]
+  # The line's legend is shorter; the interval is the one that is half as high as the line.
+  heights = [
+    piece[0][1] - piece[-1][1]
+    for path in _paths(svg, f"fill: none; stroke: {ORANGE}") for piece in path
+  ]
+  assert any(height == pytest.approx((bottom - top) / 2, abs=0.01) for height in heights)
+
+
+def test_an_interval_end_may_miss_the_mean_by_a_rounding_error():
+  point = [np.array([value]) for value in (5, 0.0, 1e-17, 0.3)]
+  assert "<svg" in _draw(intervals={"a": charts.Line(*point)})
+
+
+def test_an_axis_of_what_is_never_negative_does_not_go_below_zero():
+  for values in ((0.0, 1.0), (0.0, 0.0), (3.0, 3.0)):
+    svg = _draw({"a": charts.binned(list(enumerate(values)), 9)})
+    assert not any("−" in text for text in _texts(svg)), values
+  assert any("−" in text for text in _texts(_draw({"a": charts.binned([(0, -1.0), (9, 1.0)], 9)})))
+
+
+def test_nothing_to_draw_is_none():
+  options = {"x_range": (0, 1), "x_label": "step"}
+  assert charts.line_chart({}, {}, **options) is None
+  assert charts.line_chart({"a": charts.binned([(1, NAN)], 9)}, {}, **options) is None
+  # A single value, on an axis of a single step, is one dot.
+  assert charts.line_chart({"a": charts.binned([(1, 2.0)], 9)}, {}, x_range=(1, 1), x_label="s")
 
 
 def test_stacked_bars_stand_on_each_other():
   """Two bars of 1 + 3 and 2 + 2: all of both reach 4, and the first part's tops differ."""
-  svg = charts.stacked_chart(
-    [1, 2], [("a", [1, 2]), ("b", [3, 2])], ["one", "two"], x_range=(1, 2), x_label="step",
-    title="t", width=400, height=200,
+  parts = {"a": charts.binned([(1, 1.0), (2, 2.0)], 9), "b": charts.binned([(1, 3.0), (2, 2.0)], 9)}
+  svg = _svg(charts.stacked_chart(parts, x_label="step", y_label="seconds"))
+  assert {"step", "seconds", "a", "b"} <= set(_texts(svg))
+  (below,), (above,) = (_paths(svg, f"fill: {color}")[0] for color in (BLUE, ORANGE))
+  heights = lambda path: sorted({round(y, 3) for _, y in path}, reverse=True)
+  floor, one, two = heights(below)
+  assert heights(above) == [one, two, heights(above)[-1]]
+  assert [floor - one, floor - two] == pytest.approx(
+    [(floor - heights(above)[-1]) / 4, (floor - heights(above)[-1]) / 2], abs=0.01
   )
-  below, above = (
-    [tuple(map(float, bar)) for bar in re.findall(r"M[\d.]+ ([\d.]+)h[\d.]+V([\d.]+)h", path)]
-    for path in re.findall('class="bar c[01]" d="([^"]*)"', svg)
-  )
-  floor, top = 200 - charts.BOTTOM, above[0][1]
-  assert [b for b, _ in below] == [floor, floor] and [b for b, _ in above] == [t for _, t in below]
-  assert above[1][1] == top
-  assert floor - below[0][1] == pytest.approx((floor - top) / 4, abs=0.11)
-  assert floor - below[1][1] == pytest.approx((floor - top) / 2, abs=0.11)
+
+
+def test_charts_are_the_same_every_time_and_leave_matplotlib_as_it_is():
+  before = dict(matplotlib.rcParams)
+  line = {"a": charts.binned([(0, 1.0), (1, 3.0), (2, 2.0), (3, 2.0)], 2)}
+  assert _draw(line) == _draw(line)
+  assert dict(matplotlib.rcParams) == before
+
+
+def test_matplotlib_is_imported_for_the_report_alone():
+  """It takes a second, which no other command should wait for."""
+  users = {"matplotlib": set(), "unigrpo_jax.tools.report": set()}
+  for path in PACKAGE.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+      for library in users:
+        if any(f"{name}.".startswith(f"{library}.") for name in names):
+          users[library].add(str(path.relative_to(PACKAGE)))
+  assert users["matplotlib"] == {"tools/report/charts.py"}
+  users = users["unigrpo_jax.tools.report"]
+  assert {user for user in users if not user.startswith("tools/report/")} == {"report.py"}

@@ -4,8 +4,9 @@ import base64
 import dataclasses
 import html.parser
 import json
-import math
+import pathlib
 import re
+import tomllib
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,7 @@ import pytest
 
 from unigrpo_jax import errors, report
 from unigrpo_jax.runtime import metrics
-from unigrpo_jax.tools.report import page, samples, workdir
+from unigrpo_jax.tools.report import charts, page, samples, workdir
 
 SCRIPT = "<script>alert('x')</script> & a \"kite\""
 VOID = {"meta", "img"}
@@ -99,16 +100,40 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def whole(folder):
+  """The page of that run."""
+  return _text(folder)
+
+
 def _text(folder):
-  return page.page(workdir.read(folder))
+  return page.render(workdir.read(folder))
 
 
-def test_timings_leave_out_what_is_not_an_iteration(folder):
+def _charts(text):
+  """The charts of a page as SVG texts."""
+  encoded = re.findall('src="data:image/svg\\+xml;base64,([^"]*)"', text)
+  return [base64.b64decode(chart).decode() for chart in encoded]
+
+
+def _log(folder, rows):
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _between(text, start, end):
+  """What a page says from one of its texts to another, in single spaces."""
+  words = " ".join(" ".join(_Reader(text).text).split())
+  return words[words.index(start) : words.index(end)]
+
+
+def test_timings_leave_out_what_is_not_an_iteration(folder, whole):
   """The first evaluation, the iteration that compiles, and what other phases contain."""
-  shown = page._timings(workdir.read(folder), "iteration")
-  assert "first iteration, which compiles, is left out" in shown
-  words = " ".join(_Reader(shown).text)
-  assert "update" in words and "evaluate" not in words and "compile " not in words
+  table = page.timings(workdir.read(folder), "iteration")
+  assert table["first_is_left_out"] and table["median"] == pytest.approx(4.0)
+  assert {name for name, _, _ in table["rows"]} == {"rollout", "update", "outside phases"}
+  assert sum(share for _, _, share in table["rows"]) == pytest.approx(1.0)
+  section = _between(whole, "Wall time", "Configuration")
+  assert "The first iteration, which compiles, is left out. Evaluations took 0:16:40" in section
 
 
 def test_the_command_writes_one_page_that_parses_and_holds_everything(folder, tmp_path, capsys):
@@ -120,83 +145,95 @@ def test_the_command_writes_one_page_that_parses_and_holds_everything(folder, tm
   for piece in ("the <run>", "data.url", "http://host/v1", "8 x TPU", "custom/7", "alone", "kind 1",
                 "outside phases", "<think>two & two</think>", "Reward: strict"):
     assert piece in text, piece
-  assert "not found" not in text and "is missing" not in text and reader.tags.count("img") == 4
+  assert "not found" not in text and "is missing" not in text
+  assert reader.attributes.count(("alt", "drawn picture")) == 4
 
 
-def test_a_prompt_with_markup_is_text(folder):
-  text = _text(folder)
-  reader = _Reader(text)
-  assert "script" not in reader.tags and "<script" not in text
+def test_a_prompt_with_markup_is_text(whole):
+  reader = _Reader(whole)
+  assert "script" not in reader.tags and "<script" not in whole
   assert reader.text.count(SCRIPT) == 3  # A card of either mode, and a value of the config.
 
 
-def test_nothing_is_fetched(folder):
-  text = _text(folder)
-  reader = _Reader(text)
+def test_nothing_is_fetched(whole):
+  reader = _Reader(whole)
   links = [value for name, value in reader.attributes if name in ("src", "href", "xlink:href")]
-  assert links and all(value.startswith("data:image/png;base64,") for value in links)
-  assert re.findall(r"https?://[^<\s]*", text) == ["http://host/v1"]
-  assert "url(" not in text and "@import" not in text and not {"link", "script"} & set(reader.tags)
+  assert links and all(re.match("data:image/(png|svg.xml);base64,", value) for value in links)
+  for chart in _charts(whole):
+    assert all(link.startswith("#") for link in re.findall('href="([^"]*)"', chart))
+  assert re.findall(r"https?://[^<\s]*", whole) == ["http://host/v1"]
+  assert "url(" not in whole and "@import" not in whole
+  assert not {"link", "script"} & set(reader.tags)
 
 
-def test_secrets_are_hidden(folder):
-  assert "hush" not in _text(folder) and "(hidden)" in _text(folder)
+def test_secrets_are_hidden(whole):
+  assert "hush" not in whole and "(hidden)" in whole
   shown = {"token_env": "NAME", "password": "", "max_tokens": 5}
   hidden = metrics.without_secrets({"a": {"hf_token": "x"}, "openai_api_key": "y"} | shown)
   assert hidden == {"a": {"hf_token": "(hidden)"}, "openai_api_key": "(hidden)"} | shown
-  assert page.flatten({"max_tokens": 5, "a": {"password": ""}}) == {
-    "max_tokens": "5", "a.password": ""
-  }
+
+
+def test_a_configuration_is_shown_by_dotted_names(tmp_path):
+  _log(tmp_path, [{"step": 1, "ce": 1.0}])
+  (tmp_path / "config.json").write_text('{"max_tokens": 5, "a": {"b": {"c": "<i>"}, "d": {}}}')
+  section = _between(_text(tmp_path), "All keys", "Versions")
+  assert section.split() == ["All", "keys", "max_tokens", "5", "a.b.c", "<i>", "a.d", "{}"]
 
 
 def test_five_thousand_steps_stay_small(tmp_path):
   _metrics(tmp_path, 5000)
   text = _text(tmp_path)
   assert len(text.encode()) < 800_000
-  longest = max(len(d.split("L")) for d in re.findall('class="line" d="([^"]*)"', text))
-  assert 100 <= longest <= 600
+  paths = [path for chart in _charts(text) for path in re.findall('d="([^"]*)"', chart)]
+  assert 100 <= max(path.count("L") for path in paths) <= 600
 
 
-def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder):
-  summary = page.summary(workdir.read(folder), "iteration")
-  plain = re.sub("<[^>]*>", "", summary)
-  # Jeffreys's intervals of 3 and of 8 in 10; see `intervals.interval`.
-  assert plain.startswith(
-    "strict (think): 0.300 [0.093, 0.606] → 0.800 [0.497, 0.956], iterations 0 to 50."
+def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder, whole):
+  run = workdir.read(folder)
+  before, after = (samples.estimate([1.0] * k + [0.0] * (10 - k)) for k in (3, 8))
+  assert re.fullmatch(r"0\.300 \[0\.\d{3}, 0\.\d{3}\]", before) and after.startswith("0.800 [0.")
+  summary = _between(whole, "strict (", "Rewards")
+  assert summary.startswith(f"strict (think): {before} → {after} , iterations 0 to 50. Training")
+  assert summary.endswith("Metrics of 51 iterations, 0 to 50; 0:03:20 of training. ")
+  # Five is a tenth of the fifty steps.
+  values = run.finite("reward/mean")
+  assert page.training(run) == (
+    pytest.approx(np.mean(values[:5])), pytest.approx(np.mean(values[-5:])), 5
   )
-  assert "51 rows of metrics, iterations 0 to 50, 3.3 minutes." in plain
 
 
 def test_the_summary_is_about_the_mode_that_chooses_the_best(folder):
   run = workdir.read(folder)
   for modes, first in ((["plain", "think"], "plain"), (["think+guidance", "think"], "think")):
-    chosen = dataclasses.replace(run, config={"eval": {"modes": modes}})
-    assert f"strict ({first})" in page.summary(chosen, "iteration")
+    configured = dataclasses.replace(run, config={"eval": {"modes": modes}})
+    assert page.headline(configured)[:2] == ("strict", first)
   for config in (None, [], {"eval": None}):
-    assert "strict (think)" in page.summary(dataclasses.replace(run, config=config), "iteration")
+    assert page.headline(dataclasses.replace(run, config=config))[:2] == ("strict", "think")
 
 
 def test_the_table_has_every_category_and_all(folder):
-  reader = _Reader(samples.by_category(workdir.read(folder)))
-  assert reader.tags.count("tr") == 1 + 2 * 3
+  rows = samples.by_category(workdir.read(folder), ["strict"])
+  assert [row[:3] for row in rows] == [
+    (mode, *row) for mode in ("plain", "think")
+    for row in (("kind 0", 5), ("kind 1", 5), ("all", 10))
+  ]
   # Prompts 0, 2, 4, 6, 8 are of "kind 0": two of the first three are, and four of the first eight.
-  cells = [text.strip() for text in reader.text]
-  row = cells[cells.index("kind 0") :]
-  assert row[1:3] == ["5", "0.400"] and row[4] == "0.800"
+  before, after = rows[0][3]
+  assert before.startswith("0.400 [") and after.startswith("0.800 [")
 
 
 @pytest.mark.parametrize("gone", ["config.json", "run.json", "evaluations"])
-def test_a_missing_piece_is_said(folder, tmp_path, gone):
+def test_a_missing_piece_is_noted(folder, tmp_path, gone):
   for path in folder.iterdir():
     if path.name != gone:
       (tmp_path / path.name).symlink_to(path)
   text = " ".join(_Reader(_text(tmp_path)).text)
-  said = {"config.json": "config.json is missing", "run.json": "run.json was not found",
-          "evaluations": "No evaluation was saved"}
-  assert said[gone] in text
+  notes = {"config.json": "config.json is missing", "run.json": "run.json is missing",
+           "evaluations": "No evaluation was saved"}
+  assert notes[gone] in text
 
 
-def test_broken_pieces_are_said(tmp_path):
+def test_broken_pieces_are_noted(tmp_path):
   lines = ('{"step": 1, "ce": 2.5}', "broken", '{"step": 2, "ce": null}', "")
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
   (tmp_path / "config.json").write_text("[1, ")
@@ -209,16 +246,16 @@ def test_broken_pieces_are_said(tmp_path):
   (tmp_path / "evaluations" / "notes").mkdir()
   text = " ".join(_Reader(_text(tmp_path)).text)
   for piece in ("1 line(s) of metrics.jsonl were unreadable", "config.json is unreadable",
-                "Evaluation 000000: results.json is unreadable", "There is one evaluation so far",
-                "Evaluation 000010: results.json holds no rows", "none.png is missing or"):
+                "evaluations/000000/results.json is unreadable", "There is one evaluation so far",
+                "evaluations/000010/results.json holds no rows", "none.png is missing or"):
     assert piece in text, piece
 
 
 def test_a_supervised_run_shows_its_losses(tmp_path):
   rows = [{"step": s, "ce": 3 / s, "mse": 1.0, "grad_norm_und": 0.5} for s in range(1, 5)]
-  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  _log(tmp_path, rows)
   text = " ".join(_Reader(_text(tmp_path)).text)
-  assert "This run logged no reward" in text and "4 rows of metrics, steps 1 to 4." in text
+  assert "This run logged no reward" in text and "Metrics of 4 steps, 1 to 4" in text
   assert "Losses" in text and "Gradient norms" in text and "last 0.75" in text
   assert "No seconds by phase" in text
 
@@ -241,12 +278,61 @@ def test_no_metrics_is_one_line_and_status_2(tmp_path, capsys, content):
 
 def test_what_was_evaluated_joins_files_and_logged_means(tmp_path):
   rows = [{"step": 0, "eval/think+guidance/soft": 0.25}, {"step": 5, "eval/think/strict": 0.5}]
-  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  _log(tmp_path, rows)
   _evaluation(tmp_path, 5, 4)
   run = workdir.read(tmp_path)
-  assert workdir.evaluated(run, "soft") == {"think + guidance": [(0, [0.25])]}
-  [(iteration, scores)] = workdir.evaluated(run, "strict")["think"]
+  assert run.evaluated("soft") == {"think+guidance": [(0, [0.25])]}
+  [(iteration, scores)] = run.evaluated("strict")["think"]
   assert iteration == 5 and scores == [1.0] * 4 + [0.0] * 6
+
+
+def test_rows_of_the_same_step_are_one(tmp_path):
+  """A log with a row for each evaluation shows what one with joint rows shows."""
+  pages = []
+  for name in ("apart", "joint"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text('{"run_id": "r"}')
+    rows = [{"step": 0, "eval/think/reward": 0.25}]
+    for step in range(1, 4):
+      training = {"step": step, "reward/mean": 0.5, "seconds/a": 1.0}
+      evaluation = {"step": step, "eval/think/reward": 0.5, "seconds/evaluate": 2.0}
+      rows += [training, evaluation] if name == "apart" else [training | evaluation]
+    _log(tmp_path / name, rows)
+    pages.append(_text(tmp_path / name))
+  assert pages[0] == pages[1]
+  run = workdir.read(tmp_path / "apart")
+  assert [row["step"] for row in run.rows] == [0, 1, 2, 3]
+  assert run.rows[3] == {
+    "step": 3, "reward/mean": 0.5, "seconds/a": 1.0, "eval/think/reward": 0.5,
+    "seconds/evaluate": 2.0,
+  }
+
+
+def test_metrics_are_grouped_by_what_their_names_begin_or_end_with(tmp_path):
+  groups = {
+    "Drift": ["drift/text_mean", "drift/text_p99", "drift/ratio_of_something_new"],
+    "Importance ratios": ["flow/log_ratio_p99", "text/ratio_mean"],
+    "KL divergence": ["text/approx_kl", "text/kl_ref"],
+    "Losses": ["loss/total", "flow/mse", "ce"],
+    "Other: unheard_of": ["unheard_of/a", "unheard_of/b"],
+    "Other": ["alone"],
+  }
+  elsewhere = ["reward/mean", "seconds/a", "share/a", "eval/think/reward"]
+  keys = [key for keys in groups.values() for key in keys] + elsewhere
+  _log(tmp_path, [{"step": 1} | dict.fromkeys(keys, 0.5), {"step": 2, "drift/text_p99": None}])
+  health = page.health(workdir.read(tmp_path), "iteration")
+  assert {title: [key for key, _, _ in charts] for title, (_, charts) in health.items()} == groups
+  assert health["Drift"][1][1][2] == "last 0.5; 1 value(s) not finite"
+
+
+def test_the_files_beside_the_code_are_packaged():
+  root = pathlib.Path(page.__file__).parents[3]
+  settings = tomllib.loads((root / "pyproject.toml").read_text())
+  packaged = settings["tool"]["setuptools"]["package-data"]
+  beside = {path.name for path in pathlib.Path(page.__file__).parent.iterdir() if path.is_file()}
+  assert set(packaged["unigrpo_jax.tools.report"]) == {
+    name for name in beside if not name.endswith(".py")
+  }
 
 
 def test_large_pictures_are_scaled_and_small_ones_kept_to_the_byte(tmp_path):
@@ -254,15 +340,34 @@ def test_large_pictures_are_scaled_and_small_ones_kept_to_the_byte(tmp_path):
   small, large = tmp_path / "small.png", tmp_path / "large.png"
   PIL.Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(small)
   PIL.Image.fromarray(rng.integers(0, 255, (1024, 512, 3), np.uint8)).save(large)
-  assert base64.b64encode(small.read_bytes()).decode() in samples.picture(small)
-  assert 'class="pixels"' in samples.picture(small)
-  shown = samples.picture(large)
-  assert "data:image/jpeg" in shown and 'class="photo"' in shown and len(shown) < 150_000
+  assert samples.data_uri(small) == (
+    "data:image/png;base64," + base64.b64encode(small.read_bytes()).decode()
+  )
+  shown = samples.data_uri(large)
+  assert shown.startswith("data:image/jpeg;base64,") and len(shown) < 150_000
 
 
-def test_the_spread_is_the_standard_deviation_around_the_mean(tmp_path):
-  rows = [{"step": s, "reward/mean": 0.5, "reward/std": 0.25} for s in (1, 2)]
-  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  points = page._spread(workdir.read(tmp_path), "iteration")
-  assert [(p.low, p.y, p.high) for p in points] == [(0.25, 0.5, 0.75)] * 2
-  assert all(math.isfinite(p.y) for p in points)
+def test_cards_pair_the_same_prompts_and_prefer_those_with_a_picture(folder, tmp_path):
+  run = workdir.read(folder)
+  cards = samples.cards(run)
+  assert {mode: [[s.step for s in card] for card in cards[mode]] for mode in cards} == {
+    "plain": [[0, 50]], "think": [[0, 50]]
+  }
+  without = [dataclasses.replace(sample, image=None) for sample in run.samples]
+  # Another prompt at the end leaves the other pairs as they are.
+  without[-1] = dataclasses.replace(without[-1], prompt="new")
+  cards = samples.cards(dataclasses.replace(run, samples=without))
+  assert cards["plain"] == [] and [card[0].prompt for card in cards["think"]] == [
+    SCRIPT, *(f"prompt {k}" for k in range(1, 9))
+  ]
+
+
+def test_the_spread_is_the_standard_deviation_around_the_mean(tmp_path, monkeypatch):
+  _log(tmp_path, [{"step": s, "reward/mean": 0.5, "reward/std": 0.25} for s in (1, 2)])
+  drawn = {}
+  monkeypatch.setattr(charts, "line_chart", lambda lines, *_, **__: drawn.update(lines))
+  page.reward_chart(workdir.read(tmp_path), "reward", "iteration")
+  line = drawn["training"]
+  assert [line.low.tolist(), line.y.tolist(), line.high.tolist()] == [
+    [0.25, 0.25], [0.5, 0.5], [0.75, 0.75]
+  ]

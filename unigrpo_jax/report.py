@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   out = args.out or args.workdir / "report.html"
   if out.is_dir():
     raise errors.InputError(f"--out={out} is a folder; name a file in it")
-  text = page.page(workdir.read(args.workdir))
+  text = page.render(workdir.read(args.workdir))
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

@@ -7,19 +7,17 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
 from typing import Any
 
 from unigrpo_jax import errors
 from unigrpo_jax.runtime import metrics
 
-Series = list[tuple[int, float]]
-
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """One prompt under one mode of an evaluation; `text` is the reasoning, `image` a file."""
+class Sample:
+  """One prompt under one mode of the evaluation after `step`: reasoning, rewards, picture file."""
 
+  step: int
   mode: str
   category: str
   prompt: str
@@ -29,51 +27,15 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """All rows of the evaluation after `iteration`."""
-
-  iteration: int
-  rows: list[Row]
-
-  @property
-  def modes(self) -> list[str]:
-    return list(dict.fromkeys(row.mode for row in self.rows))
-
-  @property
-  def rewards(self) -> list[str]:
-    return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
-
-  def categories(self, mode: str) -> list[str]:
-    return sorted({row.category for row in self.rows if row.mode == mode})
-
-  def scores(self, mode: str, reward: str, category: str | None = None) -> list[float]:
-    """Finite rewards of a mode, of one category or of all."""
-    return [
-      row.rewards[reward] for row in self.rows
-      if row.mode == mode and category in (None, row.category)
-      and math.isfinite(row.rewards.get(reward, math.nan))
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that the page shows.
+  """Everything that the page shows."""
 
-  Attributes:
-    name: of the run, else of its folder.
-    rows: of the metrics, in the order of the file.
-    config: as read, or None.
-    info: versions, devices and the like; empty where there is none.
-    evaluations: by iteration.
-    notes: sentences on what is missing or unreadable.
-  """
-
-  name: str
-  rows: list[dict[str, float]]
-  config: Any
-  info: dict[str, Any]
-  evaluations: list[Evaluation]
-  notes: list[str]
+  name: str  # of the run, else of its folder
+  rows: list[dict[str, float]]  # of metrics, one per step
+  config: Any  # as read, or None
+  info: dict[str, Any]  # versions, devices and the like; empty where there is none
+  samples: list[Sample]  # of all saved evaluations, by step
+  notes: list[str]  # sentences on what is missing or unreadable
 
   @property
   def keys(self) -> list[str]:
@@ -83,12 +45,36 @@ class Run:
   @property
   def steps(self) -> tuple[int, int]:
     """First and last step of metrics and evaluations."""
-    steps = [row["step"] for row in self.rows] + [e.iteration for e in self.evaluations]
+    steps = [row["step"] for row in self.rows] + [sample.step for sample in self.samples]
     return min(steps), max(steps)
 
-  def series(self, key: str) -> Series:
+  def series(self, key: str) -> list[tuple[int, float]]:
     """(step, value) of one metric; NaN where it was not finite."""
     return [(row["step"], row[key]) for row in self.rows if key in row]
+
+  def finite(self, key: str) -> list[float]:
+    """The finite values of one metric, by step."""
+    return [value for _, value in self.series(key) if math.isfinite(value)]
+
+  def evaluated(self, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
+    """Mode -> [(step, scores)] of a reward.
+
+    The scores are those of every prompt where the evaluation was saved; its mean alone, from
+    `eval/<mode>/<reward>`, where only that is known.
+    """
+    logged: dict[str, dict[int, Sequence[float]]] = {}
+    saved: dict[str, dict[int, list[float]]] = {}
+    for key in self.keys:
+      path, _, name = key.rpartition("/")
+      section, _, mode = path.partition("/")
+      if section == "eval" and name == reward:
+        means = {step: [value] for step, value in self.series(key) if math.isfinite(value)}
+        logged[mode or "all"] = means
+    for sample in self.samples:
+      if math.isfinite(score := sample.rewards.get(reward, math.nan)):
+        saved.setdefault(sample.mode, {}).setdefault(sample.step, []).append(score)
+    modes = {mode: logged.get(mode, {}) | saved.get(mode, {}) for mode in logged | saved}
+    return {mode: sorted(steps.items()) for mode, steps in modes.items() if steps}
 
 
 def read(folder: pathlib.Path) -> Run:
@@ -103,87 +89,58 @@ def read(folder: pathlib.Path) -> Run:
   rows, skipped = metrics.read(path)
   if not rows:
     raise errors.InputError(f"{path} holds no metrics yet; wait for the first step of the run")
+  # Training and an evaluation may have logged a row each for the same step.
+  steps: dict[int, dict[str, float]] = {}
+  for row in rows:
+    steps.setdefault(row["step"], {}).update(row)
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
-  config = _json(folder / "config.json", notes)
-  info = _json(folder / "run.json", notes)
+  config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
   info = info if isinstance(info, dict) else {}
-  evaluations = [
-    evaluation for place in sorted((folder / "evaluations").glob("*"))
-    if (evaluation := _evaluation(place, notes)) is not None
-  ]
-  return Run(
-    name=str(info.get("run_id") or folder.resolve().name), rows=rows, config=config, info=info,
-    evaluations=sorted(evaluations, key=lambda e: e.iteration), notes=notes,
-  )
+  places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
+  places.sort(key=lambda place: int(place.name))
+  samples = [sample for place in places for sample in _samples(place, notes)]
+  name = str(info.get("run_id") or folder.resolve().name)
+  return Run(name, [steps[step] for step in sorted(steps)], config, info, samples, notes)
 
 
-def _json(path: pathlib.Path, notes: list[str]) -> Any:
-  """The content of a JSON file, or None with a note."""
+def _json(path: pathlib.Path, name: str, notes: list[str]) -> Any:
+  """The content of a JSON file, or None with a note that calls it `name`."""
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    notes.append(f"{path.name} is missing.")
+    notes.append(f"{name} is missing.")
   except (OSError, ValueError, RecursionError) as error:
-    notes.append(f"{path.name} is unreadable: {error}.")
+    notes.append(f"{name} is unreadable: {error}.")
   return None
 
 
-def _evaluation(folder: pathlib.Path, notes: list[str]) -> Evaluation | None:
-  if not (folder.is_dir() and folder.name.isdecimal()):
-    return None
-  problems: list[str] = []
-  results = _json(folder / "results.json", problems)
-  notes += [f"Evaluation {folder.name}: {problem}" for problem in problems]
-  found = results.get("rows") if isinstance(results, dict) else None
-  found = found if isinstance(found, list) else []
-  rows = [_row(row, folder) for row in found if isinstance(row, dict)]
-  if not rows:
-    if not problems:
-      notes.append(f"Evaluation {folder.name}: results.json holds no rows.")
-    return None
-  return Evaluation(int(folder.name), rows)
+def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
+  """What one evaluation saved."""
+  name = f"evaluations/{folder.name}/results.json"
+  results = _json(folder / "results.json", name, notes)
+  rows = results.get("rows") if isinstance(results, dict) else None
+  samples = [
+    Sample(
+      step=int(folder.name),
+      # As configs and metrics name it.
+      mode=str(row.get("mode", "all")).replace(" ", ""),
+      category=str(row.get("category", "all")),
+      prompt=str(row.get("prompt", "")),
+      text=row.get("text"),
+      rewards={
+        reward: score if type(score) in (int, float) else math.nan
+        for reward, score in (row.get("rewards") or {}).items()
+      },
+      image=_inside(folder, row.get("image")),
+    )
+    for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)
+  ]
+  if results is not None and not samples:
+    notes.append(f"{name} holds no rows.")
+  return samples
 
 
-def _row(row: dict[str, Any], folder: pathlib.Path) -> Row:
-  rewards = row.get("rewards")
-  numbers = {
-    str(name): float(value) if type(value) in (int, float) else math.nan
-    for name, value in (rewards if isinstance(rewards, dict) else {}).items()
-  }
-  text, image = row.get("text"), row.get("image")
-  return Row(
-    mode=str(row.get("mode", "all")), category=str(row.get("category", "all")),
-    prompt=str(row.get("prompt", "")), text=None if text is None else str(text), rewards=numbers,
-    image=_inside(folder, image) if isinstance(image, str) else None,
-  )
-
-
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-  """A file of the folder; None for a name that leads out of it."""
-  path = (folder / name).resolve()
+def _inside(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
+  """A file of the folder; None for no name and for one that leads out of it."""
+  path = (folder / (name or "..")).resolve()
   return path if path.is_relative_to(folder.resolve()) else None
-
-
-def mode_name(text: str) -> str:
-  """The name of a mode that a config or a key of the metrics has without its spaces."""
-  return re.sub(r"\s*\+\s*", " + ", text)
-
-
-def evaluated(run: Run, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
-  """Mode -> [(iteration, scores)] of a reward.
-
-  The scores are those of every prompt where the evaluation was saved; its mean alone, from
-  `eval/<mode>/<reward>`, where only that is known.
-  """
-  modes: dict[str, dict[int, Sequence[float]]] = {}
-  for key in run.keys:
-    if key.startswith("eval/") and key.rpartition("/")[2] == reward:
-      mode = mode_name(key.rpartition("/")[0].partition("/")[2]) or "all"
-      known = {step: [value] for step, value in run.series(key) if math.isfinite(value)}
-      modes.setdefault(mode, {}).update(known)
-  for evaluation in run.evaluations:
-    for mode in evaluation.modes:
-      scores = evaluation.scores(mode, reward)
-      if scores:
-        modes.setdefault(mode, {})[evaluation.iteration] = scores
-  return {mode: sorted(points.items()) for mode, points in modes.items() if points}
