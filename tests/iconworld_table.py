@@ -40,14 +40,14 @@ def _autoencoder():
 def _through_autoencoder(rng, example):
   """Encoded, sampled and decoded by the embedded checkpoint's autoencoder."""
   from unigrpo_jax.data import images
-  from unigrpo_jax.episodes import phases
+  from unigrpo_jax.episodes import programs
 
   vae, params = _autoencoder()
   pixels = images.to_array(renderer.render(example.scene, rng))[None]
   side = pixels.shape[1] // vae.config.downsample
   noise = rng.standard_normal((1, side, side, vae.config.z_channels), np.float32)
-  latents = phases.encode_images(vae, params, pixels, noise)
-  return np.asarray(phases.decode_images(vae, params, latents))[0]
+  latents = programs.encode_images(vae, params, pixels, noise)
+  return np.asarray(programs.decode_images(vae, params, latents))[0]
 
 
 def _packed(rng, things):
@@ -266,9 +266,9 @@ def row(draw: Callable, examples: list[prompts.Example]) -> tuple[float, float, 
   """Mean strict, mean soft, and how many of the examples the row applies to."""
   rng = np.random.default_rng(0)
   drawn = [(draw(rng, example), example.metadata) for example in examples]
-  images, metadata = zip(*((image, item) for image, item in drawn if image is not None))
-  strict, soft = verifier.verify_batch(images, metadata)
-  return float(strict.mean()), float(soft.mean()), len(images)
+  scores = [verifier.verify(image, item) for image, item in drawn if image is not None]
+  strict, soft = np.mean(scores, axis=0)
+  return float(strict), float(soft), len(scores)
 
 
 def speed(count: int = 500) -> float:
@@ -276,10 +276,10 @@ def speed(count: int = 500) -> float:
   rng = np.random.default_rng(0)
   examples = prompts.fixed("test", count)
   images = [renderer.render(example.scene, rng) for example in examples]
-  metadata = [example.metadata for example in examples]
-  verifier.verify_batch(images[:10], metadata[:10])  # Loads the icons.
+  verifier.verify(images[0], examples[0].metadata)  # Loads the icons.
   start = time.perf_counter()
-  verifier.verify_batch(images, metadata)
+  for image, example in zip(images, examples):
+    verifier.verify(image, example.metadata)
   return count / (time.perf_counter() - start)
 
 

@@ -89,7 +89,7 @@ def test_metadata_worked_out_by_hand():
 def test_reasoning_is_short_and_ends_in_the_plan(many):
   for example in many:
     assert example.reasoning.startswith("<think>")
-    assert example.reasoning.endswith(f"so: {scenes.words(example.scene)}</think>")
+    assert example.reasoning.endswith(f"so: {scenes.to_text(example.scene)}</think>")
     assert len(example.reasoning.split()) <= 45
     assert example.scene.background is None
 
@@ -99,9 +99,9 @@ def test_the_scene_holds_what_the_goal_wants_and_nothing_else(many):
     things = list(example.scene.things)
     assert len(things) == sum(wanted.count for wanted in example.goal.wanted)
     for wanted in example.goal.wanted:
-      found = [thing for thing in things if thing.kind == wanted.kind]
-      assert len(found) == wanted.count
-      assert wanted.color is None or {thing.color for thing in found} == {wanted.color}
+      matching = [thing for thing in things if thing.kind == wanted.kind]
+      assert len(matching) == wanted.count
+      assert wanted.color is None or {thing.color for thing in matching} == {wanted.color}
 
 
 # A reader that knows the world's words but not how prompts are made: it works the meaning out from
@@ -115,8 +115,8 @@ def _kind_in(text):
   for kind in scenes.KINDS:
     if re.search(rf"\b({kind}|{riddles.PLURALS[kind]})\b", text):
       return kind
-    if any(text.split(" in the colour")[0].split(",")[0].endswith(said)
-           for said in riddles.DESCRIPTIONS[kind]):  # fmt: skip
+    if any(text.split(" in the colour")[0].split(",")[0].endswith(description)
+           for description in riddles.DESCRIPTIONS[kind]):  # fmt: skip
       return kind
   raise AssertionError(text)
 
@@ -138,10 +138,10 @@ def _read_position(text):
     if text.endswith(mirror):
       subject, relation, target = _read_position(text.removesuffix(mirror))
       return subject, riddles.OPPOSITES[relation], target
-  for said, relation in _PLACES.items():
-    if text.endswith(said):
+  for converse, relation in _PLACES.items():
+    if text.endswith(converse):
       # "with" also stands in descriptions; the one that a noun phrase follows parts the two.
-      parts = re.split(r" with (?=an? \w+|the thing)", text.removesuffix(f" {said}"))
+      parts = re.split(r" with (?=an? \w+|the thing)", text.removesuffix(f" {converse}"))
       splits = [(" with ".join(parts[:i]), " with ".join(parts[i:])) for i in range(1, len(parts))]
       for target, subject in splits:
         try:
@@ -200,8 +200,8 @@ def test_an_independent_reader_finds_the_same_meaning(many):
     include = example.metadata["include"]
     assert counts == {(e["class"], e.get("color")): e["count"] for e in include}, example.prompt
     if relation is not None:
-      said = (include[1]["class"], include[1]["position"][0], include[0]["class"])
-      assert _from_the_left_or_above(relation) == _from_the_left_or_above(said), example.prompt
+      meant = (include[1]["class"], include[1]["position"][0], include[0]["class"])
+      assert _from_the_left_or_above(relation) == _from_the_left_or_above(meant), example.prompt
 
 
 def test_every_kind_of_indirection_occurs_and_plain_prompts_too(many):

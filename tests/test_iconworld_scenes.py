@@ -1,4 +1,4 @@
-"""Scenes, plans in words, icons and rendering."""
+"""Scenes, plans as text, icons and rendering."""
 
 import numpy as np
 import pytest
@@ -7,21 +7,21 @@ from unigrpo_jax import errors
 from unigrpo_jax.iconworld import icons, make_icons, palette, renderer, riddles, scenes
 
 
-def _thing(words):
-  return scenes.parse(words).things[0]
+def _thing(text):
+  return scenes.parse(text).things[0]
 
 
-def test_a_plan_comes_back_from_its_words():
+def test_a_plan_comes_back_from_its_text():
   rng = np.random.default_rng(0)
   for _ in range(500):
     drawn = scenes.sample(rng)
     open_scene = scenes.Scene(drawn.things)
-    assert scenes.parse(scenes.words(drawn)) == open_scene
+    assert scenes.parse(scenes.to_text(drawn)) == open_scene
 
 
-def test_words_are_in_reading_order_whatever_the_order_of_things():
+def test_a_text_is_in_reading_order_whatever_the_order_of_things():
   things = (_thing("kite red bottom right"), _thing("wine glass blue top left"))
-  assert scenes.words(scenes.Scene(things)) == "wine glass blue top left, kite red bottom right"
+  assert scenes.to_text(scenes.Scene(things)) == "wine glass blue top left, kite red bottom right"
   assert scenes.parse("kite red bottom right, wine glass blue top left") == scenes.Scene(things)
 
 
@@ -81,15 +81,15 @@ def test_icons_are_small_distinct_and_have_words():
 
 def test_a_description_or_example_stands_for_one_thing_only():
   for table in (riddles.DESCRIPTIONS, riddles.EXAMPLES):
-    said = [text for texts in table.values() for text in texts]
-    assert len(set(said)) == len(said)
+    phrases = [text for texts in table.values() for text in texts]
+    assert len(set(phrases)) == len(phrases)
 
 
 def test_arithmetic_is_right():
   value = {name: number for number, name in enumerate(riddles.NUMBERS)}
   for number in range(1, 5):
-    for said in riddles.arithmetic(number):
-      match said.split():
+    for phrase in riddles.arithmetic(number):
+      match phrase.split():
         case ["half", "of", a]:
           assert value[a] == 2 * number
         case ["twice", a]:
@@ -99,7 +99,7 @@ def test_arithmetic_is_right():
         case [a, "plus", b]:
           assert value[a] + value[b] == number
         case _:
-          pytest.fail(said)
+          pytest.fail(phrase)
   assert riddles.arithmetic(3)[:2] == ("half of six", "four minus one")
   assert "twice two" in riddles.arithmetic(4)
 

@@ -10,17 +10,17 @@ from unigrpo_jax import errors
 from unigrpo_jax.iconworld import palette, renderer, riddles, scenes, tasks, verifier
 
 
-def _answer(question, found):
+def _answer(question, detections):
   """The answer, counted in detections of the rendered image."""
   if match := re.fullmatch(r"what colour is the (.+)\?", question):
-    (color,) = [item.color for item in found if item.kind == match[1]]
+    (color,) = [item.color for item in detections if item.kind == match[1]]
     return color
   noun = re.fullmatch(r"how many (.+) are there\?", question)[1]
   kinds = {plural: kind for kind, plural in riddles.PLURALS.items()}
   if noun in kinds:
-    return riddles.NUMBERS[sum(item.kind == kinds[noun] for item in found)]
+    return riddles.NUMBERS[sum(item.kind == kinds[noun] for item in detections)]
   color = noun.removesuffix("things").strip()
-  return riddles.NUMBERS[sum(color in ("", item.color) for item in found)]
+  return riddles.NUMBERS[sum(color in ("", item.color) for item in detections)]
 
 
 def test_answers_are_what_the_image_shows():
@@ -59,26 +59,26 @@ def test_a_question_can_be_asked_for():
 def test_edits_of_one_thing(kind, instruction, after):
   rng = np.random.default_rng(0)
   before = scenes.parse("bird blue top left")
-  said, edited = tasks.edit(rng, before, kind)
+  instructed, edited = tasks.edit(rng, before, kind)
   first, last = edited.things[0], edited.things[-1]
   names = {
     "color": first.color, "kind": first.kind, "a_kind": riddles.with_article(first.kind),
     "new": f"{last.kind} {last.color}", "cell": last.cell,
     "a_new": riddles.with_article(f"{last.color} {last.kind}"),
   }  # fmt: skip
-  assert said == instruction.format(**names)
+  assert instructed == instruction.format(**names)
   assert edited == scenes.parse(after.format(**names)) != before
 
 
 def test_removing_and_swapping():
   rng = np.random.default_rng(0)
   before = scenes.parse("bird blue top left, kite red bottom right, kite red bottom left")
-  said, edited = tasks.edit(rng, before, "remove")
-  assert said == "remove the bird"
+  instructed, edited = tasks.edit(rng, before, "remove")
+  assert instructed == "remove the bird"
   assert edited == scenes.parse("kite red bottom right, kite red bottom left")
   before = scenes.parse("bird blue top left, kite red bottom right")
-  said, edited = tasks.edit(rng, before, "swap")
-  assert set(said.removeprefix("swap the ").split(" and the ")) == {"bird", "kite"}
+  instructed, edited = tasks.edit(rng, before, "swap")
+  assert set(instructed.removeprefix("swap the ").split(" and the ")) == {"bird", "kite"}
   assert edited == scenes.parse("kite red top left, bird blue bottom right")
 
 
@@ -103,9 +103,9 @@ def test_four_things_without_a_single_one_are_recoloured_together():
   before = scenes.parse(
     "kite red top left, kite red top right, bird blue bottom left, bird blue bottom right"
   )
-  said, edited = tasks.edit(rng, before)
+  instructed, edited = tasks.edit(rng, before)
   (color,) = {thing.color for thing in edited.things}
-  assert said == f"make all things {color}" and color not in ("red", "blue")
+  assert instructed == f"make all things {color}" and color not in ("red", "blue")
 
 
 def test_wrong_edit_is_one_line():

@@ -7,7 +7,7 @@ from tests import iconworld_table
 from unigrpo_jax.iconworld import geneval, palette, prompts, renderer, scenes, verifier
 
 
-def _found(kind, color="red", box=(0, 0, 10, 10), score=1.0):
+def _object(kind, color="red", box=(0, 0, 10, 10), score=1.0):
   return geneval.Detection(kind, color, box, score)
 
 
@@ -47,7 +47,7 @@ def test_diagonal_neighbours_of_13_px_are_at_the_rule_s_edge():
 
 def test_geneval_allows_more_than_included_and_this_world_does_not():
   data = _data({"class": "kite", "count": 1})
-  two = [_found("kite"), _found("kite")]
+  two = [_object("kite"), _object("kite")]
   assert geneval.verify_geneval(two, data) and geneval.extra_objects(two, data) == 1
   assert geneval.score(two, data) == (0.0, 0.0)
   assert geneval.score(two[:1], data) == (1.0, 1.0)
@@ -57,14 +57,14 @@ def test_geneval_allows_more_than_included_and_this_world_does_not():
 
 def test_geneval_looks_at_the_most_confident():
   data = _data({"class": "kite", "count": 1, "color": "red"})
-  blue, red = _found("kite", "blue", score=0.9), _found("kite", "red", score=0.8)
+  blue, red = _object("kite", "blue", score=0.9), _object("kite", "red", score=0.8)
   assert not geneval.verify_geneval([red, blue], data)
-  assert geneval.verify_geneval([red, blue, _found("kite", "red", score=0.95)], data)
+  assert geneval.verify_geneval([red, blue, _object("kite", "red", score=0.95)], data)
 
 
 def test_a_relation_to_something_that_is_not_right_does_not_hold():
   relation = {"class": "bird", "count": 1, "position": ["left of", 0]}
-  kite, bird = _found("kite", box=(20, 0, 30, 10)), _found("bird", box=(0, 0, 10, 10))
+  kite, bird = _object("kite", box=(20, 0, 30, 10)), _object("bird", box=(0, 0, 10, 10))
   assert geneval.verify_geneval([kite, bird], _data({"class": "kite", "count": 1}, relation))
   blue = {"class": "kite", "count": 1, "color": "blue"}
   assert not geneval.verify_geneval([kite, bird], _data(blue, relation))
@@ -75,11 +75,11 @@ def test_a_relation_to_something_that_is_not_right_does_not_hold():
 def test_soft_by_hand():
   three = _data({"class": "kite", "count": 3, "color": "red"})
   # Two of three, one red: (2/3 + 1/3) / 2.
-  assert geneval.score([_found("kite"), _found("kite", "blue")], three)[1] == pytest.approx(0.5)
+  assert geneval.score([_object("kite"), _object("kite", "blue")], three)[1] == pytest.approx(0.5)
   # All, and one extra of three: 1 - 1/3.
-  four = [_found("kite")] * 3 + [_found(geneval.UNKNOWN, geneval.UNKNOWN)]
+  four = [_object("kite")] * 3 + [_object(geneval.UNKNOWN, geneval.UNKNOWN)]
   assert geneval.score(four, three) == (0.0, pytest.approx(2 / 3))
-  assert geneval.score([_found("kite")] * 6, three) == (0.0, 0.0)
+  assert geneval.score([_object("kite")] * 6, three) == (0.0, 0.0)
   assert geneval.score([], three) == (0.0, 0.0)
   assert geneval.score([], _data()) == (1.0, 0.0)
 
@@ -88,22 +88,22 @@ def test_a_render_is_detected_exactly():
   rng = np.random.default_rng(0)
   for _ in range(500):
     scene = scenes.sample(rng)
-    found = verifier.detect(renderer.render(scene, rng))
+    detected = verifier.detect(renderer.render(scene, rng))
     for thing in scene.things:
       top, left = renderer.corner(thing.cell)
-      (match,) = [f for f in found if abs(f.box[0] + f.box[2] - 2 * left - 13) < 8
-                  and abs(f.box[1] + f.box[3] - 2 * top - 13) < 8]  # fmt: skip
+      (match,) = [d for d in detected if abs(d.box[0] + d.box[2] - 2 * left - 13) < 8
+                  and abs(d.box[1] + d.box[3] - 2 * top - 13) < 8]  # fmt: skip
       assert (match.kind, match.color) == (thing.kind, thing.color)
-    assert len(found) == len(scene.things)
+    assert len(detected) == len(scene.things)
 
 
 def test_a_box_is_the_icon_s():
   image = renderer.render(scenes.parse("cell phone red bottom right"))
-  (found,) = verifier.detect(image)
+  (detected,) = verifier.detect(image)
   covered = (np.abs(image.astype(int) - 255).sum(axis=-1) > 100)  # fmt: skip
   rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
-  assert found.box == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-  assert found.score > 0.98
+  assert detected.box == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+  assert detected.score > 0.98
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,11 @@ def test_a_faint_or_broken_icon_is_not_an_icon():
   assert verifier.detect(faint) == []
   half = image.copy()
   half[:8] = 255
-  assert [found.kind for found in verifier.detect(half)] == [geneval.UNKNOWN]
+  assert [item.kind for item in verifier.detect(half)] == [geneval.UNKNOWN]
   two_tone = image.copy()
   right = two_tone[:, 8:]
   right[right[..., 1] < 100] = palette.COLORS["blue"]
-  assert {found.color for found in verifier.detect(two_tone)} == {geneval.UNKNOWN}
+  assert {item.color for item in verifier.detect(two_tone)} == {geneval.UNKNOWN}
 
 
 def test_a_stray_blob_is_an_extra_object():
@@ -195,13 +195,3 @@ def test_floats_and_other_sizes_are_the_same_image():
   np.testing.assert_allclose(verifier.standardise(large), image, atol=1e-3)
   np.testing.assert_allclose(verifier.standardise(image / 255), image, atol=1e-3)
   assert len(verifier.detect(large.astype(np.float32) / 255)) == 2
-
-
-def test_a_batch_is_its_images(examples):
-  rng = np.random.default_rng(0)
-  images = [renderer.render(example.scene, rng) for example in examples[:6]]
-  images[2] = np.zeros_like(images[2])
-  strict, soft = verifier.verify_batch(images, [example.metadata for example in examples[:6]])
-  assert strict.dtype == soft.dtype == np.float32
-  assert strict.tolist() == soft.tolist() == [1, 1, 0, 1, 1, 1]
-  assert verifier.verify_batch([], [])[0].shape == (0,)

@@ -6,6 +6,7 @@ Source: Ghosh et al., "GenEval: An Object-Focused Framework for Evaluating Text-
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import numbers
@@ -19,7 +20,7 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """An object found in an image.
+  """An object in an image.
 
   Attributes:
     kind: its class, or `UNKNOWN` for a blob that matches nothing.
@@ -34,16 +35,9 @@ class Detection:
   score: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Clause:
-  """How far one demand of an `include` entry is met: `met` in [0, 1]."""
-
-  about: str
-  met: float
-
-
 def problem(metadata: Mapping[str, Any]) -> str | None:
-  """What in `metadata` is not in GenEval's format and what is; None where all is, or is not there.
+  """The first thing in `metadata`'s include and exclude that is not in GenEval's format, and what
+  would be; None if there is none.
 
   Classes, colours and relations may be any text.
   """
@@ -89,75 +83,73 @@ def relations(box: Sequence[float], target: Sequence[float]) -> set[str]:
   return {name for name, holds in named.items() if holds}
 
 
-def _by_class(detections: Sequence[Detection]) -> dict[str, list[Detection]]:
-  objects: dict[str, list[Detection]] = {}
-  for item in sorted(detections, key=lambda item: -item.score):
-    objects.setdefault(item.kind, []).append(item)
-  return objects
-
-
-def clauses(detections: Sequence[Detection], metadata: dict[str, Any]) -> list[Clause]:
-  """Every demand of `metadata` and how far it is met; GenEval's verdict is that all are met fully.
+def demands(
+  detections: Sequence[Detection], metadata: Mapping[str, Any]
+) -> tuple[list[float], list[float]]:
+  """How far each demand of `metadata` is met, in [0, 1]: those of include, those of exclude.
 
   An include entry looks at its class's `count` most confident objects: enough of them, all in the
   colour, each in the relation to each of the entry that the position points to, provided that
   that entry is met. An exclude entry is met by fewer objects than its count.
+
+  Args:
+    detections: what is in the image.
+    metadata: in GenEval's format; see `problem`.
   """
-  objects = _by_class(detections)
-  result: list[Clause] = []
+  ranked = sorted(detections, key=lambda item: -item.score)
+  of_class = lambda name: [item for item in ranked if item.kind == name]
+  included: list[float] = []
   matched: list[list[Detection] | None] = []  # By entry; None where the entry is not met.
   for entry in metadata.get("include", ()):
     count = entry["count"]
-    found = objects.get(entry["class"], [])[:count]
-    own = [Clause("count", len(found) / count if count else 1.0)]
+    objects = of_class(entry["class"])[:count]
+    met = [len(objects) / count]
     if "color" in entry:
-      right = sum(item.color == entry["color"] for item in found)
-      own.append(Clause("color", right / count if count else 1.0))
+      met.append(sum(item.color == entry["color"] for item in objects) / count)
     if "position" in entry:
       relation, index = entry["position"]
-      targets = matched[index] if 0 <= index < len(matched) else None
-      holds = (
+      targets = matched[index]
+      met.append(float(
         targets is not None
-        and len(found) == count
-        and all(relation in relations(item.box, target.box) for item in found for target in targets)
-      )
-      own.append(Clause("position", float(holds)))
-    matched.append(found if all(clause.met == 1 for clause in own) else None)
-    result += own
-  for entry in metadata.get("exclude", ()):
-    few = len(objects.get(entry["class"], [])) < entry["count"]
-    result.append(Clause("exclude", float(few)))
-  return result
+        and len(objects) == count
+        and all(relation in relations(a.box, b.box) for a in objects for b in targets)
+      ))
+    matched.append(objects if all(share == 1 for share in met) else None)
+    included += met
+  excluded = [
+    float(len(of_class(entry["class"])) < entry["count"]) for entry in metadata.get("exclude", ())
+  ]
+  return included, excluded
 
 
-def verify_geneval(detections: Sequence[Detection], metadata: dict[str, Any]) -> bool:
-  """GenEval's verdict; it does not mind objects that were not asked for."""
-  return all(clause.met == 1 for clause in clauses(detections, metadata))
+def verify_geneval(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> bool:
+  """GenEval's verdict, every demand met fully; objects that were not asked for do not matter."""
+  included, excluded = demands(detections, metadata)
+  return all(share == 1 for share in included + excluded)
 
 
-def extra_objects(detections: Sequence[Detection], metadata: dict[str, Any]) -> int:
+def extra_objects(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> int:
   """Objects beyond what `metadata` includes, unknown blobs among them."""
-  objects = _by_class(detections)
-  wanted: dict[str, int] = {}
+  wanted = collections.Counter()
   for entry in metadata.get("include", ()):
-    wanted[entry["class"]] = wanted.get(entry["class"], 0) + entry["count"]
-  used = sum(min(len(objects.get(kind, ())), count) for kind, count in wanted.items())
-  return len(detections) - used
+    wanted[entry["class"]] += entry["count"]
+  present = collections.Counter(item.kind for item in detections)
+  return (present - wanted).total()
 
 
-def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[float, float]:
+def score(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> tuple[float, float]:
   """The strict and the soft score of this world.
 
-  Strict is GenEval's verdict and no extra object. Soft is the mean of the clauses about what is
-  included, times max(0, 1 - extra objects / objects asked for): twice too many objects score 0. It
-  is 1 exactly where strict is and something is asked for.
+  Strict is GenEval's verdict and no extra object. Soft is the mean of the demands of include, times
+  max(0, 1 - extra objects / objects asked for): twice too many objects score 0. It is 1 exactly
+  where strict is and something is asked for.
 
   Returns:
     (0.0 or 1.0, a number in [0, 1]).
   """
   extra = extra_objects(detections, metadata)
   strict = verify_geneval(detections, metadata) and extra == 0
-  met = [clause.met for clause in clauses(detections, metadata) if clause.about != "exclude"]
+  included, _ = demands(detections, metadata)
   wanted = sum(entry["count"] for entry in metadata.get("include", ()))
-  soft = np.mean(met) * max(0.0, 1 - extra / wanted) if met and wanted else 0.0
+  soft = np.mean(included) * max(0.0, 1 - extra / wanted) if included else 0.0
   return float(strict), float(soft)

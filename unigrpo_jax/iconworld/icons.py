@@ -17,14 +17,16 @@ class Icons:
   """All masks.
 
   Attributes:
-    names: classes, GenEval's names; the order of the leading axis.
+    names: [n] classes, GenEval's names.
     alpha: [n, SIDE, SIDE] float32 in [0, 1], coverage.
     shade: [n, SIDE, SIDE] float32 in [0, 1], factor on the colour; 0 where nothing is covered.
+    box: [n, 4] float64, left, top, right and bottom edge of what is covered, in pixels.
   """
 
   names: tuple[str, ...]
   alpha: np.ndarray
   shade: np.ndarray
+  box: np.ndarray
 
 
 @functools.cache
@@ -33,5 +35,11 @@ def load() -> Icons:
   with np.load(PATH) as file:
     alpha, shade = (file[name].astype(np.float32) / 255 for name in ("alpha", "shade"))
     names = tuple(str(name) for name in file["names"])
-  alpha.flags.writeable = shade.flags.writeable = False
-  return Icons(names=names, alpha=alpha, shade=shade)
+  boxes = []
+  for mask in alpha > 0.3:
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+  box = np.array(boxes, float)
+  for array in (alpha, shade, box):
+    array.flags.writeable = False
+  return Icons(names, alpha, shade, box)

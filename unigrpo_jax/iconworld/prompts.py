@@ -1,7 +1,7 @@
 """Prompts whose meaning must be worked out, with reasoning, a correct scene and metadata.
 
-A prompt is made from its answer: a `Goal` is drawn first, then said, plainly or by riddles, so what
-is correct is known by construction. Each riddle leaves a `Step`, which the reasoning resolves.
+A prompt is made from its answer: a `Goal` is drawn first, then phrased, plainly or by riddles, so
+what is correct is known by construction. Each riddle leaves a `Step`, which the reasoning resolves.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A riddle to resolve: the words `said` about the "kind", "count", "color" of `wanted[index]`.
-
-  Or about the "relation" or the "colors" of both.
+  """A riddle to resolve: the prompt's `phrase` for the "kind", "count" or "color" of
+  `wanted[index]`, or for the "relation" or the "colors" of both.
   """
 
   about: str
-  said: str
+  phrase: str
   index: int = 0
 
 
@@ -89,173 +88,177 @@ class Example:
 
 @dataclasses.dataclass
 class _Draft:
-  """A prompt in the making: noun phrases said so far, their riddles and steps."""
+  """A prompt in the making.
+
+  Attributes:
+    rng: draws the phrases.
+    slots: which parts are said by a riddle, such as "description 1"; see `_PHRASING`.
+    riddles, steps: so far.
+  """
 
   rng: np.random.Generator
-  chosen: set[str]
+  slots: set[str]
   riddles: list[str] = dataclasses.field(default_factory=list)
   steps: list[Step] = dataclasses.field(default_factory=list)
 
   def pick(self, options: Sequence[str]) -> str:
     return options[self.rng.integers(len(options))]
 
-  def note(self, riddle: str, about: str, said: str, index: int = 0) -> None:
+  def pick_other(self, options: Sequence[str], *taken: str) -> str:
+    return self.pick([option for option in options if option not in taken])
+
+  def add(self, riddle: str, about: str, phrase: str, index: int = 0) -> None:
     self.riddles.append(riddle)
-    self.steps.append(Step(about, said, index))
+    self.steps.append(Step(about, phrase, index))
 
   def noun(self, wanted: Wanted, index: int, color_of: int | None = None) -> str:
-    """A noun phrase for `wanted`; riddles where `chosen` has "description 1" and the like.
+    """A noun phrase for `wanted`, number `index` of the goal.
 
-    `color_of` is the index of the thing that the colour said here belongs to in the goal.
+    `color_of` is the number of the thing whose colour in the goal is wanted's; None for its own.
     """
     color_of = index if color_of is None else color_of
     many = wanted.count > 1
     head, tail = riddles.PLURALS[wanted.kind] if many else wanted.kind, ""
-    if f"description {index}" in self.chosen:
+    if f"description {index}" in self.slots:
       description = self.pick(riddles.DESCRIPTIONS[wanted.kind])
       head, tail = "things" if many else "thing", f" {description}"
     number = riddles.NUMBERS[wanted.count]
-    if "arithmetic" in self.chosen:
+    if "arithmetic" in self.slots:
       number = self.pick(riddles.arithmetic(wanted.count))
-      self.note("arithmetic", "count", number, index)
+      self.add("arithmetic", "count", number, index)
     if tail:
-      self.note("description", "kind", f"the thing{tail}", index)
-    if wanted.color is None:
-      pass
-    elif f"example {index}" in self.chosen:
-      example = f"the colour of {self.pick(riddles.EXAMPLES[wanted.color])}"
-      self.note("example", "color", example, color_of)
-      tail += f" in {example}"
-    elif "color correction" in self.chosen:
-      said = f"not {self.other(scenes.COLORS, wanted.color)} but {wanted.color}"
-      self.note("correction", "color", said, color_of)
-      tail += f", {said}"
-    else:
-      head = f"{wanted.color} {head}"
+      self.add("description", "kind", f"the thing{tail}", index)
+    if wanted.color is not None:
+      if f"example {index}" in self.slots:
+        example = f"the colour of {self.pick(riddles.EXAMPLES[wanted.color])}"
+        self.add("example", "color", example, color_of)
+        tail += f" in {example}"
+      elif "color correction" in self.slots:
+        correction = f"not {self.pick_other(scenes.COLORS, wanted.color)} but {wanted.color}"
+        self.add("correction", "color", correction, color_of)
+        tail += f", {correction}"
+      else:
+        head = f"{wanted.color} {head}"
     if many:
       return f"{number} {head}{tail}"
     return f"the {head}{tail}" if "thing" in head else f"{riddles.with_article(head)}{tail}"
 
-  def other(self, options: Sequence[str], *taken: str) -> str:
-    return self.pick([option for option in options if option not in taken])
-
   def unwanted(self, kind: str) -> str:
     """A noun phrase for something else than `kind`, named or described."""
-    other = self.other(scenes.KINDS, kind)
+    other = self.pick_other(scenes.KINDS, kind)
     if self.rng.random() < 0.5:
       return riddles.with_article(other)
     return f"the thing {self.pick(riddles.DESCRIPTIONS[other])}"
 
 
-def _say_single(draft: _Draft, goal: Goal) -> tuple[str, str]:
-  wanted = goal.wanted[0]
-  noun = draft.noun(wanted, 0)
-  if "correction" in draft.chosen:
+# Each phrases a goal: its text, and the text without an order that does not matter.
+
+
+def _phrase_single(draft: _Draft, goal: Goal) -> tuple[str, str]:
+  [wanted] = goal.wanted
+  text = draft.noun(wanted, 0)
+  if "correction" in draft.slots:
     unwanted = draft.unwanted(wanted.kind)
-    ways = (f"{noun} instead of {unwanted}", f"not {unwanted} but {noun}")
-    noun = draft.pick(ways)
-    draft.note("correction", "kind", noun)
-  return noun, noun
+    text = draft.pick((f"{text} instead of {unwanted}", f"not {unwanted} but {text}"))
+    draft.add("correction", "kind", text)
+  return text, text
 
 
-def _say_two(draft: _Draft, goal: Goal) -> tuple[str, str]:
+def _phrase_two(draft: _Draft, goal: Goal) -> tuple[str, str]:
   first, second = (draft.noun(wanted, i) for i, wanted in enumerate(goal.wanted))
-  if "correction" in draft.chosen:
-    unwanted = draft.other(scenes.KINDS, *(wanted.kind for wanted in goal.wanted))
-    said = f"{second} instead of the {unwanted}"
-    draft.note("correction", "kind", said, 1)
-    text = f"{first} and {riddles.with_article(unwanted)}, but {said}"
+  if "correction" in draft.slots:
+    unwanted = draft.pick_other(scenes.KINDS, *(wanted.kind for wanted in goal.wanted))
+    correction = f"{second} instead of the {unwanted}"
+    draft.add("correction", "kind", correction, 1)
+    text = f"{first} and {riddles.with_article(unwanted)}, but {correction}"
     return text, text
   return f"{first} and {second}", " and ".join(sorted((first, second)))
 
 
-def _say_count(draft: _Draft, goal: Goal) -> tuple[str, str]:
-  noun = draft.noun(goal.wanted[0], 0)
-  if "correction" in draft.chosen:
-    unwanted = draft.other(scenes.KINDS, goal.wanted[0].kind)
-    noun += f" instead of {riddles.PLURALS[unwanted]}"
-    said = f"{riddles.PLURALS[goal.wanted[0].kind]} instead of {riddles.PLURALS[unwanted]}"
-    draft.note("correction", "kind", said)
-  return noun, noun
-
-
-def _say_position(draft: _Draft, goal: Goal) -> tuple[str, str]:
-  target, subject = (draft.noun(wanted, i) for i, wanted in enumerate(goal.wanted))
-  relation, opposite = goal.relation, riddles.OPPOSITES[goal.relation]
-  if "relation" not in draft.chosen:
-    text = f"{subject} {relation} {target}"
-    return text, text
-  sideways = relation in ("left of", "right of")
-  match draft.pick(("mirror", "negation", "converse", "swap")):
-    case "mirror":
-      how = "in a mirror" if sideways else "upside down"
-      draft.note("mirror", "relation", f"{opposite} {how}")
-      text = f"{subject} {opposite} {target}, seen {how}"
-    case "negation":
-      draft.note("negation", "relation", f"not {opposite} but {relation}")
-      text = f"{subject} not {opposite} but {relation} {target}"
-    case "converse":
-      draft.note("converse", "relation", riddles.CONVERSES[relation])
-      text = f"{target} with {subject} {riddles.CONVERSES[relation]}"
-    case "swap":
-      draft.note("swap", "relation", f"{opposite} swapped")
-      text = f"{subject} {opposite} {target}, with the two swapped"
+def _phrase_count(draft: _Draft, goal: Goal) -> tuple[str, str]:
+  [wanted] = goal.wanted
+  text = draft.noun(wanted, 0)
+  if "correction" in draft.slots:
+    unwanted = riddles.PLURALS[draft.pick_other(scenes.KINDS, wanted.kind)]
+    text += f" instead of {unwanted}"
+    draft.add("correction", "kind", f"{riddles.PLURALS[wanted.kind]} instead of {unwanted}")
   return text, text
 
 
-def _say_colors(draft: _Draft, goal: Goal) -> tuple[str, str]:
-  wanted = goal.wanted
-  swap = "swap" in draft.chosen
+def _phrase_position(draft: _Draft, goal: Goal) -> tuple[str, str]:
+  target, subject = (draft.noun(wanted, i) for i, wanted in enumerate(goal.wanted))
+  relation, opposite = goal.relation, riddles.OPPOSITES[goal.relation]
+  converse = riddles.CONVERSES[relation]
+  mirror = "in a mirror" if relation in ("left of", "right of") else "upside down"
+  text = f"{subject} {relation} {target}"
+  if "relation" in draft.slots:
+    # Riddle -> the phrase to resolve, and the text that has it.
+    ways = {
+      "mirror": (f"{opposite} {mirror}", f"{subject} {opposite} {target}, seen {mirror}"),
+      "negation": (
+        f"not {opposite} but {relation}", f"{subject} not {opposite} but {relation} {target}",
+      ),
+      "converse": (converse, f"{target} with {subject} {converse}"),
+      "swap": (f"{opposite} swapped", f"{subject} {opposite} {target}, with the two swapped"),
+    }
+    riddle = draft.pick(tuple(ways))
+    phrase, text = ways[riddle]
+    draft.add(riddle, "relation", phrase)
+  return text, text
+
+
+def _phrase_colors(draft: _Draft, goal: Goal) -> tuple[str, str]:
+  colors = [wanted.color for wanted in goal.wanted]
+  swap = "swap" in draft.slots
   nouns = []
-  for i, item in enumerate(wanted):
+  for i, wanted in enumerate(goal.wanted):
     color_of = 1 - i if swap else i
-    said = dataclasses.replace(item, color=wanted[color_of].color)
-    nouns.append(draft.noun(said, i, color_of))
+    nouns.append(draft.noun(dataclasses.replace(wanted, color=colors[color_of]), i, color_of))
   end = ""
   if swap:
     end = ", with the colours swapped"
-    draft.note("swap", "colors", "swapped")
+    draft.add("swap", "colors", "swapped")
   return " and ".join(nouns) + end, " and ".join(sorted(nouns)) + end
 
 
-def _draw_goal(rng: np.random.Generator, category: str) -> Goal:
-  kinds = [str(kind) for kind in rng.permutation(scenes.KINDS)[:2]]
-  colors = [str(color) for color in rng.permutation(scenes.COLORS)[:2]]
-  match category:
-    case "single_object":
-      return Goal(category, (Wanted(kinds[0]),))
-    case "two_object":
-      return Goal(category, (Wanted(kinds[0]), Wanted(kinds[1])))
-    case "counting":
-      color = colors[0] if rng.random() < COLORED_COUNTS else None
-      return Goal(category, (Wanted(kinds[0], int(rng.integers(2, 5)), color),))
-    case "colors":
-      return Goal(category, (Wanted(kinds[0], color=colors[0]),))
-    case "position":
-      relation = riddles.RELATIONS[rng.integers(len(riddles.RELATIONS))]
-      return Goal(category, (Wanted(kinds[0]), Wanted(kinds[1])), relation)
-    case "color_attr":
-      pair = (Wanted(kinds[0], color=colors[0]), Wanted(kinds[1], color=colors[1]))
-      return Goal(category, pair)
-  raise errors.InputError(f"category={category!r} is none of {', '.join(CATEGORIES)}")
-
-
-# Category -> how it is said, and the slots that can be riddles. At most one slot of a group.
-_SAYING = {
-  "single_object": (_say_single, (("description 0", "correction"),)),
-  "two_object": (_say_two, (("description 0",), ("description 1", "correction"))),
-  "counting": (_say_count, (("arithmetic",), ("description 0", "correction"), ("example 0",))),
-  "colors": (_say_single, (("description 0",), ("example 0", "color correction"))),
-  "position": (_say_position, (("description 0",), ("description 1",), ("relation",))),
+# Category -> how it is phrased, and groups of slots that can be riddles: at most one of a group.
+_PHRASING = {
+  "single_object": (_phrase_single, (("description 0", "correction"),)),
+  "two_object": (_phrase_two, (("description 0",), ("description 1", "correction"))),
+  "counting": (_phrase_count, (("arithmetic",), ("description 0", "correction"), ("example 0",))),
+  "colors": (_phrase_single, (("description 0",), ("example 0", "color correction"))),
+  "position": (_phrase_position, (("description 0",), ("description 1",), ("relation",))),
   "color_attr": (
-    _say_colors,
+    _phrase_colors,
     (("description 0",), ("description 1",), ("example 0",), ("example 1",), ("swap",)),
   ),
 }
 
 
-def _choose(rng: np.random.Generator, goal: Goal) -> set[str]:
-  groups = list(_SAYING[goal.category][1])
+def _draw_goal(rng: np.random.Generator, category: str) -> Goal:
+  kind, other = (str(kind) for kind in rng.permutation(scenes.KINDS)[:2])
+  color, other_color = (str(color) for color in rng.permutation(scenes.COLORS)[:2])
+  relation = None
+  match category:
+    case "single_object":
+      wanted = (Wanted(kind),)
+    case "two_object":
+      wanted = (Wanted(kind), Wanted(other))
+    case "counting":
+      count_color = color if rng.random() < COLORED_COUNTS else None
+      wanted = (Wanted(kind, int(rng.integers(2, 5)), count_color),)
+    case "colors":
+      wanted = (Wanted(kind, color=color),)
+    case "position":
+      relation = riddles.RELATIONS[rng.integers(len(riddles.RELATIONS))]
+      wanted = (Wanted(kind), Wanted(other))
+    case "color_attr":
+      wanted = (Wanted(kind, color=color), Wanted(other, color=other_color))
+  return Goal(category, wanted, relation)
+
+
+def _draw_slots(rng: np.random.Generator, goal: Goal) -> set[str]:
+  groups = list(_PHRASING[goal.category][1])
   if goal.category == "counting" and goal.wanted[0].color is None:
     groups.remove(("example 0",))
   count = min(int(rng.choice(len(RIDDLES), p=RIDDLES)), len(groups))
@@ -274,7 +277,7 @@ def metadata_of(goal: Goal, prompt: str) -> dict[str, Any]:
     include[1]["position"] = [goal.relation, 0]
   metadata = {"tag": goal.category, "include": include}
   if goal.category == "counting":
-    wanted = goal.wanted[0]
+    [wanted] = goal.wanted
     metadata["exclude"] = [{"class": wanted.kind, "count": wanted.count + 1}]
   return metadata | {"prompt": prompt}
 
@@ -282,15 +285,14 @@ def metadata_of(goal: Goal, prompt: str) -> dict[str, Any]:
 def place(rng: np.random.Generator, goal: Goal) -> scenes.Scene:
   """A random correct scene; things in a relation share a row or a column, so that it is clear."""
   cells = [str(cell) for cell in rng.permutation(scenes.CELLS)]
-  if goal.relation is not None:
-    if goal.relation in ("left of", "right of"):
-      lane = ("top", "bottom")[rng.integers(2)]
-      cells = [f"{lane} left", f"{lane} right"]
-    else:
-      lane = ("left", "right")[rng.integers(2)]
-      cells = [f"top {lane}", f"bottom {lane}"]
-    if goal.relation in ("left of", "above"):
-      cells.reverse()  # The relation is seen from wanted[0], which is placed first.
+  if goal.relation in ("left of", "right of"):
+    row = ("top", "bottom")[rng.integers(2)]
+    cells = [f"{row} left", f"{row} right"]
+  elif goal.relation in ("above", "below"):
+    column = ("left", "right")[rng.integers(2)]
+    cells = [f"top {column}", f"bottom {column}"]
+  if goal.relation in ("left of", "above"):
+    cells.reverse()  # The relation is seen from wanted[0], which is placed first.
   things = []
   for wanted in goal.wanted:
     for _ in range(wanted.count):
@@ -301,42 +303,43 @@ def place(rng: np.random.Generator, goal: Goal) -> scenes.Scene:
 
 def reason(goal: Goal, steps: Sequence[Step], scene: scenes.Scene) -> str:
   """The reasoning that resolves `steps` as `goal` has it, sums up and ends in the plan."""
-  said = []
-  for step in steps:
-    wanted = goal.wanted[step.index]
-    match step.about:
-      case "kind" if wanted.count > 1 and "instead of" in step.said:
-        said.append(f"{step.said} are {riddles.PLURALS[wanted.kind]}")
-      case "kind":
-        said.append(f"{step.said} is {riddles.with_article(wanted.kind)}")
-      case "count":
-        said.append(f"{step.said} is {riddles.NUMBERS[wanted.count]}")
-      case "color":
-        said.append(f"{step.said} is {wanted.color}")
-      case "relation":
-        said.append(f"{step.said} is {goal.relation}")
-      case "colors":
-        pair = (f"the {wanted.kind} is {wanted.color}" for wanted in goal.wanted)
-        said.append(f"{step.said}, {' and '.join(pair)}")
+  sentences = [_resolve(goal, step) for step in steps]
   if goal.relation is not None:
     target, subject = (riddles.with_article(wanted.kind) for wanted in goal.wanted)
-    said.append(f"{subject} {goal.relation} {target}")
+    sentences.append(f"{subject} {goal.relation} {target}")
   else:
-    said.append(" and ".join(_sum_up(wanted) for wanted in goal.wanted))
-  return f"<think>{'. '.join(said)}. so: {scenes.words(scene)}</think>"
+    sentences.append(" and ".join(map(_sum_up, goal.wanted)))
+  return f"<think>{'. '.join(sentences)}. so: {scenes.to_text(scene)}</think>"
+
+
+def _resolve(goal: Goal, step: Step) -> str:
+  wanted = goal.wanted[step.index]
+  match step.about:
+    case "kind" if wanted.count > 1 and "instead of" in step.phrase:
+      return f"{step.phrase} are {riddles.PLURALS[wanted.kind]}"
+    case "kind":
+      return f"{step.phrase} is {riddles.with_article(wanted.kind)}"
+    case "count":
+      return f"{step.phrase} is {riddles.NUMBERS[wanted.count]}"
+    case "color":
+      return f"{step.phrase} is {wanted.color}"
+    case "relation":
+      return f"{step.phrase} is {goal.relation}"
+    case "colors":
+      pair = (f"the {wanted.kind} is {wanted.color}" for wanted in goal.wanted)
+      return f"{step.phrase}, {' and '.join(pair)}"
 
 
 def _sum_up(wanted: Wanted) -> str:
   noun = wanted.kind if wanted.count == 1 else riddles.PLURALS[wanted.kind]
-  parts = (riddles.NUMBERS[wanted.count], wanted.color, noun)
-  return " ".join(part for part in parts if part)
+  return " ".join(filter(None, (riddles.NUMBERS[wanted.count], wanted.color, noun)))
 
 
 def split_of(combination: str) -> str:
   """The split that a combination belongs to.
 
   A combination is everything that a prompt asks for together with the words that it is asked in:
-  classes, counts, colours and relation, each with the riddle it is said by, and the riddles' own
+  classes, counts, colours and relation, each with the riddle it is phrased by, and the riddles' own
   distractors. Only the opening ("draw", "a photo of") and, in a plain "a and b", the order do not
   count. So every word and every goal may occur in all splits; how they are put together may not.
   """
@@ -355,13 +358,13 @@ def sample(rng: np.random.Generator, split: str, category: str | None = None) ->
   Raises:
     InputError: no such split or category.
   """
-  if split not in SPLITS:
-    raise errors.InputError(f"split={split!r} is none of {', '.join(SPLITS)}")
+  errors.choose("split", split, list(SPLITS))
   category = category or CATEGORIES[rng.integers(len(CATEGORIES))]
+  errors.choose("category", category, CATEGORIES)
   while True:
     goal = _draw_goal(rng, category)
-    draft = _Draft(rng, _choose(rng, goal))
-    text, key = _SAYING[category][0](draft, goal)
+    draft = _Draft(rng, _draw_slots(rng, goal))
+    text, key = _PHRASING[category][0](draft, goal)
     combination = f"{category}: {key}"
     if split_of(combination) == split:
       break
@@ -390,16 +393,15 @@ def fixed(split: str, count: int) -> list[Example]:
     InputError: no such split, or the split has fewer different prompts.
   """
   rng = np.random.default_rng(list(split.encode()))
-  examples, seen = [], set()
+  examples: dict[str, Example] = {}
   for i in range(count):
     for _ in range(500):
       example = sample(rng, split, CATEGORIES[i % len(CATEGORIES)])
-      if example.prompt not in seen:
+      if example.prompt not in examples:
         break
     else:
       raise errors.InputError(
         f"count={count}: split {split} has hardly more than {i} different prompts; ask for fewer"
       )
-    seen.add(example.prompt)
-    examples.append(example)
-  return examples
+    examples[example.prompt] = example
+  return list(examples.values())

@@ -1,4 +1,4 @@
-"""Scenes, and the drawing plan that says one in words."""
+"""Scenes, and the drawing plan that puts one into words."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """Things in cells; kept in the order of `CELLS`, whatever order they are given in.
+  """Things in cells; sorted by `CELLS`, whatever order they are given in.
 
   Attributes:
     things: none to four, at most one a cell.
-    background: a name of `BACKGROUNDS`, or None where any will do; a plan never says it.
+    background: a name of `BACKGROUNDS`, or None where any will do; no plan has it.
 
   Raises:
     ValueError: a name that the world does not have, or two things in one cell.
@@ -47,14 +47,14 @@ class Scene:
       if thing.kind not in KINDS or thing.color not in COLORS or thing.cell not in CELLS:
         raise ValueError(f"{thing} is not of this world")
     if len({thing.cell for thing in self.things}) < len(self.things):
-      raise ValueError(f"two things in one cell: {words(self)}")
+      raise ValueError(f"two things in one cell: {to_text(self)}")
     if self.background is not None and self.background not in BACKGROUNDS:
       raise ValueError(f"background={self.background!r} is none of {', '.join(BACKGROUNDS)}")
     ordered = tuple(sorted(self.things, key=lambda thing: CELLS.index(thing.cell)))
     object.__setattr__(self, "things", ordered)
 
 
-def words(scene: Scene) -> str:
+def to_text(scene: Scene) -> str:
   """The drawing plan: "umbrella blue top left, kite red bottom right"; "" for an empty scene."""
   return ", ".join(f"{thing.kind} {thing.color} {thing.cell}" for thing in scene.things)
 
@@ -62,7 +62,7 @@ def words(scene: Scene) -> str:
 def parse(text: str) -> Scene | None:
   """The scene of a drawing plan, in any order; None if `text` is not a plan of at least a thing.
 
-  `parse(words(scene)) == scene` for a scene that has things and leaves the background open.
+  `parse(to_text(scene)) == scene` for a scene that has things and leaves the background open.
   """
   items = [_ITEM.fullmatch(item) for item in text.strip().split(", ")]
   if not all(items):

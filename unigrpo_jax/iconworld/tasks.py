@@ -42,31 +42,32 @@ def question(
   Raises:
     InputError: no such sort of question.
   """
-  if about is not None and about not in QUESTIONS:
-    raise errors.InputError(f"about={about!r} is none of {', '.join(QUESTIONS)}")
   about = about or _pick(rng, QUESTIONS)
+  errors.choose("about", about, QUESTIONS)
   single = _single(scene)
   if about == "color" and single:
     thing = _pick(rng, single)
     return f"what colour is the {thing.kind}?", thing.color
-  things = list(scene.things)
+
+  def pick(present: list[str], names: tuple[str, ...]) -> str:
+    return _pick(rng, present if present and rng.random() > ABSENT else names)
+
+  kinds, colors = ([getattr(t, field) for t in scene.things] for field in ("kind", "color"))
   match _pick(rng, ("kind", "kind", "color", "all")):
     case "kind":
-      present = [thing.kind for thing in things]
-      kind = _pick(rng, present if present and rng.random() > ABSENT else scenes.KINDS)
-      noun, count = riddles.PLURALS[kind], present.count(kind)
+      kind = pick(kinds, scenes.KINDS)
+      noun, count = riddles.PLURALS[kind], kinds.count(kind)
     case "color":
-      present = [thing.color for thing in things]
-      color = _pick(rng, present if present and rng.random() > ABSENT else scenes.COLORS)
-      noun, count = f"{color} things", present.count(color)
+      color = pick(colors, scenes.COLORS)
+      noun, count = f"{color} things", colors.count(color)
     case "all":
-      noun, count = "things", len(things)
+      noun, count = "things", len(scene.things)
   return f"how many {noun} are there?", riddles.NUMBERS[count]
 
 
 def description(scene: scenes.Scene) -> tuple[str, str]:
-  """A question that asks for everything an image shows, and its answer, read row by row."""
-  return "what is there?", scenes.words(scene)
+  """A question that asks for everything an image shows, and its answer, row by row."""
+  return "what is there?", scenes.to_text(scene)
 
 
 def edit(
@@ -90,21 +91,22 @@ def edit(
   Raises:
     InputError: no such sort of edit.
   """
-  if kind is not None and kind not in EDITS:
-    raise errors.InputError(f"kind={kind!r} is none of {', '.join(EDITS)}")
+  if kind is not None:
+    errors.choose("kind", kind, EDITS)
+  things = {thing.cell: thing for thing in scene.things}
   single = _single(scene)
-  free = [cell for cell in scenes.CELLS if cell not in {thing.cell for thing in scene.things}]
+  absent = [name for name in scenes.KINDS if name not in {thing.kind for thing in scene.things}]
+  free = [cell for cell in scenes.CELLS if cell not in things]
   possible = {
     "recolor": bool(single),
-    "remove": bool(single) and len(scene.things) > 1,
+    "remove": bool(single) and len(things) > 1,
     "replace": bool(single),
     "swap": len(single) > 1,
     "add": bool(free),
   }
-  # Four things of which no class is there once: all that can be said is about all of them.
+  # Four things of which no class is there once can only be named all together.
   allowed = [name for name in EDITS if possible[name]] or ["recolor all"]
   chosen = kind if kind in allowed else _pick(rng, allowed)
-  things = {thing.cell: thing for thing in scene.things}
   thing = _pick(rng, single) if single else None
   match chosen:
     case "recolor":
@@ -115,7 +117,7 @@ def edit(
       instruction = f"remove the {thing.kind}"
       del things[thing.cell]
     case "replace":
-      other = _pick(rng, _absent(scene))
+      other = _pick(rng, absent)
       instruction = f"replace the {thing.kind} with {riddles.with_article(other)}"
       things[thing.cell] = dataclasses.replace(thing, kind=other)
     case "swap":
@@ -124,7 +126,7 @@ def edit(
       things[first.cell] = dataclasses.replace(second, cell=first.cell)
       things[second.cell] = dataclasses.replace(first, cell=second.cell)
     case "add":
-      new = scenes.Thing(_pick(rng, _absent(scene)), _pick(rng, scenes.COLORS), _pick(rng, free))
+      new = scenes.Thing(_pick(rng, absent), _pick(rng, scenes.COLORS), _pick(rng, free))
       instruction = f"add {riddles.with_article(f'{new.color} {new.kind}')} {new.cell}"
       things[new.cell] = new
     case "recolor all":
@@ -133,8 +135,3 @@ def edit(
       instruction = f"make all things {color}"
       things = {cell: dataclasses.replace(item, color=color) for cell, item in things.items()}
   return instruction, dataclasses.replace(scene, things=tuple(things.values()))
-
-
-def _absent(scene: scenes.Scene) -> list[str]:
-  kinds = {thing.kind for thing in scene.things}
-  return [kind for kind in scenes.KINDS if kind not in kinds]

@@ -7,7 +7,7 @@ the palette under a free brightness; what is left over in connected components i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import dataclasses
 import functools
 import itertools
@@ -20,9 +20,8 @@ from unigrpo_jax.iconworld import geneval, icons, palette, renderer, scenes
 
 # Distances are Euclidean in RGB of 0..255.
 PLAIN = 45.0  # A pixel this near the background's colour belongs to it.
-PLAIN_SHARE = (
-  0.3  # Of the pixels; an image with less has no plain background. Four icons leave 0.4.
-)
+# Share of the pixels; an image with less has no plain background. Four icons leave 0.4.
+PLAIN_SHARE = 0.3
 NOISE = 25.0  # Distances below this say nothing.
 FAINTEST = 70.0  # Distance that counts as full coverage, at least.
 # Least cosine of coverage and mask. Renders blurred by half a pixel and noisy have 0.965 or more;
@@ -54,14 +53,12 @@ class _Templates:
     coverage: [_SIDE * _SIDE, n, v] unit columns.
     alpha, tint: [n, v, _SIDE, _SIDE], coverage and coverage times shade.
     near: [n, _SIDE, _SIDE] bool, on the icon or next to it.
-    box: [n, 4] left, top, right, bottom within a window.
   """
 
   coverage: np.ndarray
   alpha: np.ndarray
   tint: np.ndarray
   near: np.ndarray
-  box: np.ndarray
 
 
 @functools.cache
@@ -69,10 +66,6 @@ def _templates() -> _Templates:
   masks = icons.load()
   edge = ((0, 0), (_EDGE, _EDGE), (_EDGE, _EDGE))
   alpha, tint = (np.pad(values, edge) for values in (masks.alpha, masks.alpha * masks.shade))
-  boxes = []
-  for mask in alpha:
-    rows, columns = (np.flatnonzero((mask > 0.3).any(axis)) for axis in (1, 0))
-    boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
 
   def variants(values: np.ndarray) -> np.ndarray:
     stack = [
@@ -89,7 +82,6 @@ def _templates() -> _Templates:
     alpha=varied,
     tint=variants(tint),
     near=scipy.ndimage.maximum_filter(alpha, (1, 3, 3)) > 0.1,
-    box=np.array(boxes, float),
   )
 
 
@@ -189,22 +181,22 @@ def _icons(
   strength = (windows @ masks.coverage[:, :, BLURS.index(0.5) * len(SHIFTS) ** 2]).max(axis=1)
   strength = strength.reshape(places)
   windows = windows.reshape(*places, -1)
-  found, explained = [], np.zeros(coverage.shape, bool)
+  detections, explained = [], np.zeros(coverage.shape, bool)
   while strength.max() >= CANDIDATE:
     row, column = (int(place) for place in np.unravel_index(strength.argmax(), places))
     top, left = max(row - 1, 0), max(column - 1, 0)
     close = windows[top : row + 2, left : column + 2]
     overlap = np.tensordot(close, masks.coverage, 1)  # [3, 3, n, v], less at the edges.
-    down, across, kind, _ = np.unravel_index(overlap.argmax(), overlap.shape)
-    area = tuple(slice(int(start), int(start) + _SIDE) for start in (top + down, left + across))
-    color, misfit = _unmix(padded[area], background, int(kind))
+    down, across, kind, _ = (int(i) for i in np.unravel_index(overlap.argmax(), overlap.shape))
+    area = (slice(top + down, top + down + _SIDE), slice(left + across, left + across + _SIDE))
+    color, misfit = _unmix(padded[area], background, kind)
     if overlap.max() >= OVERLAP and misfit <= MISFIT:
-      corner = area[1].start - _PAD, area[0].start - _PAD
-      box = tuple((masks.box[kind] + np.tile(corner, 2)).tolist())
-      found.append(geneval.Detection(scenes.KINDS[kind], color, box, float(overlap.max())))
+      x, y = left + across + _EDGE - _PAD, top + down + _EDGE - _PAD
+      box = tuple((icons.load().box[kind] + (x, y, x, y)).tolist())
+      detections.append(geneval.Detection(scenes.KINDS[kind], color, box, float(overlap.max())))
       explained[area] |= masks.near[kind]
-    strength[tuple(slice(max(x - APART + 1, 0), x + APART) for x in (row, column))] = 0
-  return sorted(found, key=lambda item: -item.score), explained
+    strength[tuple(slice(max(i - APART + 1, 0), i + APART) for i in (row, column))] = 0
+  return sorted(detections, key=lambda item: -item.score), explained
 
 
 def detect(image: np.ndarray) -> list[geneval.Detection]:
@@ -229,30 +221,21 @@ def detect(image: np.ndarray) -> list[geneval.Detection]:
   padded = np.empty((*coverage.shape, 3), np.float32)
   padded[:] = background
   padded[_PAD:-_PAD, _PAD:-_PAD] = pixels
-  found, explained = _icons(padded, coverage, background)
+  detections, explained = _icons(padded, coverage, background)
   labels, count = scipy.ndimage.label(np.pad(distance > PLAIN, _PAD) & ~explained)
   sizes = np.bincount(labels.ravel(), minlength=count + 1)
+  boxes = []
   for index, (rows, columns) in enumerate(scipy.ndimage.find_objects(labels), 1):
     if sizes[index] >= LEFTOVER:
       edges = (columns.start, rows.start, columns.stop, rows.stop)
-      box = tuple(float(edge - _PAD) for edge in edges)
-      found.append(geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, box, 0.0))
+      boxes.append(tuple(float(edge - _PAD) for edge in edges))
   # Specks are no less there for being apart: so many as make a blob count as one.
   specks = int(sizes[1:][sizes[1:] < LEFTOVER].sum())
-  everywhere = (0.0, 0.0, float(renderer.SIZE), float(renderer.SIZE))
-  blob = geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, everywhere, 0.0)
-  return found + [blob] * (specks // LEFTOVER)
+  boxes += [(0.0, 0.0, float(renderer.SIZE), float(renderer.SIZE))] * (specks // LEFTOVER)
+  unknown = [geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, box, 0.0) for box in boxes]
+  return detections + unknown
 
 
-def verify(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
+def verify(image: np.ndarray, metadata: Mapping[str, Any]) -> tuple[float, float]:
   """Strict (0.0 or 1.0) and soft (in [0, 1]) score of an image; see `geneval.score`."""
   return geneval.score(detect(image), metadata)
-
-
-def verify_batch(
-  images: Sequence[np.ndarray], metadata: Sequence[dict[str, Any]]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Strict and soft scores of images, [B] float32 each."""
-  scores = [verify(image, item) for image, item in zip(images, metadata, strict=True)]
-  strict, soft = zip(*scores) if scores else ((), ())
-  return np.array(strict, np.float32), np.array(soft, np.float32)

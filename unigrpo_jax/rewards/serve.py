@@ -40,7 +40,6 @@ one.
 MAX_BODIES = 4  # Bodies in memory at once; further requests wait.
 IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
 LINGER = 5.0  # Seconds to read on from a client whose body is refused, so that it gets the answer.
-READ_SIZE = 1 << 16
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -57,7 +56,7 @@ class Server(http.server.ThreadingHTTPServer):
     Args:
       rewards: by the names that they are served under.
       host: address to listen on.
-      port: 0 takes a free one; `address` says which.
+      port: 0 takes a free one, which `address` has.
       token: what clients must send; None for no check.
       max_bytes: of a request's body.
 
@@ -65,7 +64,7 @@ class Server(http.server.ThreadingHTTPServer):
       InputError: a host that others can reach has no token, or the address cannot be had.
     """
     self.rewards, self.token, self.max_bytes = dict(rewards), token, max_bytes
-    self.slots = threading.BoundedSemaphore(MAX_BODIES)
+    self.bodies = threading.BoundedSemaphore(MAX_BODIES)
     self.locks = {name: base.reward_lock(reward) for name, reward in rewards.items()}
     if token is None and not _loopback(host):
       raise errors.InputError(
@@ -114,6 +113,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self) -> None:
     self._reply(self._score, math.inf)
 
+  def log_request(self, code="-", size="-") -> None:
+    """Logs nothing: a training run sends thousands of requests."""
+
+  def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
+    self._unread = unread  # Bytes of the body that the client may still be sending.
+    try:
+      self._authorise()
+      status, answer = 200, work()
+    except _Refusal as refusal:
+      status, answer = refusal.status, {"error": " ".join(str(refusal).split())[:500]}
+      self.log_message("%d %s", status, answer["error"])
+    self._answer(status, answer)
+    if status != 200:
+      self._linger()
+
+  def _authorise(self) -> None:
+    token = self.server.token
+    given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+      raise _Refusal(401, "the bearer token is missing or wrong")
+
   def _list(self) -> dict[str, Any]:
     if self.path != wire.PREFIX:
       raise _Refusal(404, f"no {self.path}; there are {wire.PREFIX} and {wire.HEALTH}")
@@ -125,7 +145,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       names = ", ".join(sorted(self.server.rewards))
       raise _Refusal(404, f"no reward at {self.path}; there are {names}")
     length = self._length()
-    with self.server.slots:
+    with self.server.bodies:
       body = self.rfile.read(length)
       self._unread = 0
       if len(body) < length:
@@ -158,24 +178,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
       )
     return self._unread
 
-  def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
-    self._unread = unread  # Bytes of the body that the client may still be sending.
-    try:
-      self._authorise()
-      status, answer = 200, work()
-    except _Refusal as refusal:
-      status, answer = refusal.status, {"error": " ".join(str(refusal).split())[:500]}
-      self.log_message("%d %s", status, answer["error"])
-    self._answer(status, answer)
-    if status != 200:
-      self._linger()
-
-  def _authorise(self) -> None:
-    token = self.server.token
-    given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-      raise _Refusal(401, "the bearer token is missing or wrong")
-
   def _answer(self, status: int, answer: dict[str, Any]) -> None:
     body = json.dumps(answer).encode()
     self.send_response(status)
@@ -186,19 +188,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.flush()
 
   def _linger(self) -> None:
-    """Reads on for a moment: closing with unread bytes would reset the connection and lose the
-    answer."""
+    """Reads on: closing with unread bytes would reset the connection and lose the answer."""
     self.connection.shutdown(socket.SHUT_WR)
     self.connection.settimeout(LINGER)
     end = time.monotonic() + LINGER
-    while self._unread > 0 and time.monotonic() < end:
-      data = self.rfile.read1(READ_SIZE)
-      if not data:
-        break
+    while self._unread > 0 and time.monotonic() < end and (data := self.rfile.read1(1 << 16)):
       self._unread -= len(data)
-
-  def log_request(self, code="-", size="-") -> None:
-    """Logs nothing: a training run sends thousands of requests."""
 
 
 def _loopback(host: str) -> bool:
@@ -208,7 +203,7 @@ def _loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.rewards.serve", allow_abbrev=False, description=DESCRIPTION,
     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -223,23 +218,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="environment variable with the bearer token that clients must send (default: none)")
   add("--max_mb", type=int, default=256,
       help="megabytes (2^20 bytes) of a request, at most (default: %(default)s)")
-  return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  args = parse_args(argv)
+  args = parser.parse_args(argv)
   errors.require("--port", args.port, low=0, high=65535)
   errors.require("--max_mb", args.max_mb, low=1)
-  token = client.read_token(None, args.token_env)
   server = Server(
-    arguments.make(args.rewards, args.reward_options), host=args.host, port=args.port, token=token,
-    max_bytes=args.max_mb << 20,
+    arguments.make(args.rewards, args.reward_options), host=args.host, port=args.port,
+    token=client.read_token(None, args.token_env), max_bytes=args.max_mb << 20,
   )
   stop = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stop.set())
-  thread = threading.Thread(target=server.serve_forever, name="server", daemon=True)
-  thread.start()
+  threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
   print(f"serving {', '.join(server.rewards)} on {server.address}", flush=True)
   stop.wait()
   server.shutdown()
