@@ -52,7 +52,8 @@ def test_flops_are_those_of_an_iteration():
   counted = workloads.phase_flops(SMALL)
   read, context = flops.text(sizes, 8).forward, flops.text(sizes, 12)
   # The group shares what it reads; otherwise it is the rollout of each trajectory.
-  alone = flops.rollout(sizes, prompt=8, tokens=4, latents=16, evaluations=3).forward
+  decode, drawn = flops.decode(sizes, 4, context=8), flops.velocity(sizes, 16, context=12)
+  alone = read + decode.forward + 3 * drawn.forward
   assert sum(counted[name] for name in workloads.ROLLOUT) == group * alone - (group - 1) * read
   image = flops.image_update(sizes, context=12, latents=16, window=2, trained=("gen",))
   assert counted["image_update"] == group * image
@@ -84,12 +85,11 @@ def test_the_summary_by_hand():
   })
 
 
-def test_a_trainer_that_drifts_is_not_timed():
+@pytest.mark.parametrize("text", [0.1, float("nan")])
+def test_a_trainer_that_drifts_is_not_timed(text):
+  rounds = [{"drift/text": value, "drift/flow": 0.0} for value in (1e-6, text)]
   with pytest.raises(errors.InputError, match="nothing was measured"):
-    bench._drift([{"drift/text": 1e-6, "drift/flow": 0.0}, {"drift/text": 0.1, "drift/flow": 0.0}],
-                 "float32")
-  with pytest.raises(errors.InputError, match="nothing was measured"):
-    bench._drift([{"drift/text": float("nan"), "drift/flow": 0.0}], "float32")
+    bench.largest_drift(rounds, "float32")
 
 
 @pytest.mark.parametrize("arguments, words", [

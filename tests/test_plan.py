@@ -1,16 +1,31 @@
-"""The planner: a config's programs without their weights, what is said of them, what is refused."""
+"""The planner: a config's programs without their weights, its pages, advice and refusals."""
 
 import dataclasses
+import functools
 import json
+import operator
+import re
 
 import jax
 import pytest
 
-from unigrpo_jax import errors, plan
+from unigrpo_jax import errors
 from unigrpo_jax.recipe import config_files
 from unigrpo_jax.runtime import runs
-from unigrpo_jax.tools.plan import advice, chips, hlo, page, programs, topology
+from unigrpo_jax.tools.plan import (
+  advice,
+  chips,
+  command,
+  figures,
+  hlo,
+  hlo_text,
+  page,
+  plans,
+  programs,
+  topology,
+)
 
+UNIGRPO = str(config_files.FOLDER / "unigrpo.py")
 GIB = chips.GIB
 CHIP = chips.CHIPS["v6e"]
 
@@ -20,22 +35,23 @@ def _phase(name, temporaries=0.0, flops=1e12, exceeds=None, collectives=()):
   sizes = {} if exceeds else {
     "arguments": 0, "results": 0, "temporaries": int(temporaries * GIB)
   }
-  return programs.Phase(name, 2, 16 * 1e12, program, sizes, exceeds, 1.0)
+  return plans.Phase(name, 2, 16 * 1e12, program, sizes, exceeds, 1.0)
 
 
 def _plan(**changed):
-  phases = {name: _phase(name) for name in programs.PHASES}
-  phases |= {name: phase for name, phase in changed.items()}
+  phases = {name: _phase(name) for name in plans.PHASES}
+  phases |= changed
   held = {"parameters": 2 * GIB, "optimizer": 4 * GIB, "moving average": 0, "reference": GIB,
           "sampler": 3 * GIB, "cache": 2 * GIB, "recorded": GIB}
-  return programs.Plan({"data": 1, "fsdp": 4, "tensor": 2}, held, phases, 768)
+  return plans.Plan({"data": 1, "fsdp": 4, "tensor": 2}, held, phases, 768)
 
 
 @pytest.fixture(scope="module")
 def tiny():
   """The embedded checkpoint's programs on one device, compiled by the CPU's compiler."""
-  config = config_files.load("unigrpo", "tiny", [
-    "prompts_per_step=2", "rollout.prompts_at_once=1", "group_size=4", "microbatch=4",
+  config = config_files.load(f"{UNIGRPO}:tiny", [
+    "--config.prompts_per_step=2", "--config.rollout.prompts_at_once=1", "--config.group_size=4",
+    "--config.microbatch=4",
   ])
   network = runs.open_network(config, jax.devices()[:1])
   named = []
@@ -45,9 +61,9 @@ def tiny():
 
 def test_every_phase_is_compiled_once_and_named(tiny):
   _, planned, named = tiny
-  assert tuple(planned.phases) == programs.PHASES == tuple(n for n in named if n != "fork")
+  assert tuple(planned.phases) == plans.PHASES == tuple(n for n in named if n != "fork")
   assert planned.trajectories == 8
-  assert [planned.phases[name].runs for name in programs.PHASES] == [1, 2, 2, 2, 2, 1]
+  assert [planned.phases[name].runs for name in plans.PHASES] == [1, 2, 2, 2, 2, 1]
 
 
 def test_held_bytes_are_those_of_a_real_state(tiny):
@@ -82,75 +98,134 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
 def test_record_by_hand():
   gather = hlo.Collective(
     "all-gather", 8e9, tuple((i, i + 2, i + 4, i + 6) for i in (0, 1)), 3, "x", "", "")
-  told = page.record(_plan(denoise=_phase("denoise", 5, collectives=[gather])), CHIP)
+  record = figures.record(_plan(denoise=_phase("denoise", 5, collectives=[gather])), CHIP)
   # state 7 GiB, sampler 3, cache 2, recorded 1, and 5 of its own
-  assert told["peak"]["denoise"] == 18 * GIB == max(told["peak"].values())
-  assert told["peak"]["update"] == 8 * GIB and told["peak"]["read"] == 11 * GIB
-  assert told["fits"] and told["spare"] == pytest.approx(1 - 18 / 31.25)
-  drawn = told["phases"]["denoise"]
-  assert drawn["collectives"] == [
+  assert record["peak"]["denoise"] == 18 * GIB == max(record["peak"].values())
+  assert record["peak"]["update"] == 8 * GIB and record["peak"]["read"] == 11 * GIB
+  assert record["fits"] and record["spare"] == pytest.approx(1 - 18 / 31.25)
+  denoise = record["phases"]["denoise"]
+  assert denoise["collectives"] == [
     {"kind": "all-gather", "axis": "fsdp", "bytes": 2 * 3 * 0.75 * 8e9}]
-  assert drawn["times"]["interconnect"] == pytest.approx(36e9 / 200e9)
-  assert drawn["times"]["compute"] == pytest.approx(2e12 / 918e12)
-  assert drawn["bound"] == "interconnect" and drawn["model_flops"] == 2e12
+  assert denoise["times"]["interconnect"] == pytest.approx(36e9 / 200e9)
+  assert denoise["times"]["compute"] == pytest.approx(2e12 / 918e12)
+  assert denoise["bound"] == "interconnect" and denoise["model_flops"] == 2e12
   rest = 5 * max(2e12 / 918e12, 2e9 / 1638e9)
-  assert told["seconds"] == pytest.approx(0.18 + rest)
-  assert told["images_per_hour"] == pytest.approx(3600 * 768 / told["seconds"])
-  assert json.loads(json.dumps(told)) == told
+  assert record["seconds"] == pytest.approx(0.18 + rest)
+  assert record["images_per_hour"] == pytest.approx(3600 * 768 / record["seconds"])
+  assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.parametrize("phase, verdict, words", [
+def test_flops_of_kernels_by_hand():
+  """Splash attention by its formula, 4 T S H a head; another kernel by its author's estimate."""
+  blocks = hlo_text.Array("s8", (4, 4))
+  queries, keys = (
+    hlo_text.Array("bf16", (2, heads, length, 64)) for heads, length in ((4, 256), (1, 512))
+  )
+  splash = hlo.CustomCall("splash_mha_fwd.3", "", "", (blocks, queries, keys, keys), (), 5)
+  others = [hlo.CustomCall("other", "", "", (), (), 3, flops) for flops in (7.0, None)]
+  phase = _phase("denoise")
+  program = dataclasses.replace(phase.program, flops=0.0, custom_calls=[splash, *others])
+  record = figures.record(_plan(denoise=dataclasses.replace(phase, program=program)), CHIP)
+  wanted = 5 * 4 * (2 * 4) * 256 * 512 * 64 + 3 * 7
+  assert record["phases"]["denoise"]["flops"] == phase.runs * wanted
+
+
+@pytest.mark.parametrize("phase, verdict, changes", [
   (_phase("update", 5), "fits", []),
-  (_phase("update", 21), "too tight", ["config.microbatch=32", "LoRA"]),
+  (_phase("update", 21), "too tight", ["--config.microbatch=32", "variant lora"]),
   # 42 GiB of its own and 21.9 too many: half is not enough, a quarter is.
-  (_phase("update", exceeds=50 * GIB), "does not fit", ["config.microbatch=16", "LoRA"]),
+  (_phase("update", exceeds=50 * GIB), "does not fit", ["--config.microbatch=16", "variant lora"]),
   # With the cache 42 of its own and 24.9 too many.
   (_phase("denoise", 40), "does not fit",
-   ["rollout.prompts_at_once=4", "rollout.layout", "mesh.tensor=4", "LoRA"]),
+   ["--config.rollout.prompts_at_once=4", "--config.rollout.layout=update",
+    "--config.mesh.tensor=4", "variant lora"]),
 ])
-def test_verdict_and_first_changes(phase, verdict, words):
-  config = config_files.load("unigrpo")
-  planned = _plan(**{phase.name: phase})
-  told = page.record(planned, CHIP)
-  lines = advice.changes(config, planned, told, CHIP)
-  assert f"{verdict}" in page.text("v6e:2x4", told, CHIP)
-  assert told["fits"] == (verdict == "fits") == (lines == [])
-  for word in words:
-    assert any(word in line for line in lines[1:]), (word, lines)
+def test_verdict_and_first_changes(phase, verdict, changes):
+  config, plan = config_files.load(UNIGRPO), _plan(**{phase.name: phase})
+  record = figures.record(plan, CHIP)
+  lines = advice.lines(config, plan, record, CHIP)
+  assert verdict in page.render("v6e:2x4", record, CHIP)
+  assert record["fits"] == (verdict == "fits") == (lines == [])
+  for change in changes:
+    assert any(change in line for line in lines[1:]), (change, lines)
   freed = [float(line.split("about ")[1].split()[0]) for line in lines[1:]]
   assert freed == sorted(freed, reverse=True)
 
 
+@pytest.mark.parametrize("name", plans.PHASES)
+def test_advice_is_what_a_command_line_takes(name):
+  """Each `--config.KEY=VALUE` changes that key of the config, to another value of its type."""
+  base = ["--config.remat=false", "--config.mesh.tensor=2"]
+  config = config_files.load(UNIGRPO, base)
+  plan = _plan(**{name: _phase(name, exceeds=60 * GIB)})
+  lines = advice.lines(config, plan, figures.record(plan, CHIP), CHIP)
+  arguments = re.findall(r"^  (--config\.(\S+)=(\S+)): about", "\n".join(lines), re.MULTILINE)
+  assert len(arguments) == sum("--config." in line for line in lines) >= 2
+  for argument, key, value in arguments:
+    before, after = (
+      functools.reduce(operator.getitem, key.split("."), each)
+      for each in (config, config_files.load(UNIGRPO, [*base, argument]))
+    )
+    assert type(after) is type(before) and str(after).lower() == value != str(before).lower()
+
+
+def test_advice_divides_over_the_mesh():
+  """24 rows over 8 ways: a half divides into 12 rows, which do not."""
+  plan = dataclasses.replace(
+    _plan(update=_phase("update", exceeds=80 * GIB)), mesh={"data": 1, "fsdp": 8, "tensor": 4})
+  config = config_files.load(UNIGRPO, ["--config.microbatch=48"])
+  lines = advice.lines(config, plan, figures.record(plan, CHIP), CHIP)
+  assert any("--config.microbatch=24:" in line for line in lines)
+
+
 def test_some_phases_alone_have_no_time_of_an_iteration():
-  planned = _plan()
-  some = dataclasses.replace(planned, phases={"update": _phase("update", 5)})
-  told = page.record(some, CHIP)
-  assert told["fits"] and told["seconds"] is None and set(told["peak"]) == {"update"}
-  assert "at best" not in page.text("v6e:2x4", told, CHIP)
+  some = dataclasses.replace(_plan(), phases={"update": _phase("update", 5)})
+  record = figures.record(some, CHIP)
+  assert record["fits"] and record["seconds"] is None and set(record["peak"]) == {"update"}
+  assert "at best" not in page.render("v6e:2x4", record, CHIP)
 
 
 def test_a_phase_that_does_not_fit_stops_no_page():
-  told = page.record(_plan(update=_phase("update", exceeds=50 * GIB)), CHIP)
-  assert told["seconds"] is None and told["images_per_hour"] is None
-  text = page.text("v6e:2x4", told, CHIP)
+  record = figures.record(_plan(update=_phase("update", exceeds=50 * GIB)), CHIP)
+  assert record["seconds"] is None and record["images_per_hour"] is None
+  text = page.render("v6e:2x4", record, CHIP)
   assert "does not fit: update needs 50.00 GiB, 18.75 more" in text
-  assert " no " in page.comparison({"v6e:2x4": told})
+  assert " no " in page.comparison({"v6e:2x4": record})
 
 
 @pytest.mark.parametrize("arguments, words", [
   (["--topology=v5p:4x4x4"], "--config"),
-  (["--config=configs/unigrpo.py", "--topology=v9:2x2"], "v5p, v6e, v5e"),
-  (["--config=configs/unigrpo.py", "--topology=v6e"], "a colon and a shape"),
-  (["--config=none.py", "--topology=v6e:2x2"], "no such config"),
-  (["--config=configs/sft.py", "--topology=v6e:2x2"], "only unigrpo"),
-  (["--config=configs/unigrpo.py:no", "--topology=v6e:2x2"], "is none of"),
-  (["--config=configs/unigrpo.py", "--topology=v6e:2x2", "--config.no=1"], "no key"),
-  (["--config=configs/unigrpo.py", "--topology=v6e:2x2", "--no=1"], "--no=1"),
+  ([f"--config={UNIGRPO}", "--topology=v9:2x2"], "v5p, v6e, v5e"),
+  ([f"--config={UNIGRPO}", "--topology=v6e"], "a colon and a shape"),
+  (["--config=none.py", "--topology=v6e:2x2"], "none.py: cannot be read"),
+  ([f"--config={config_files.FOLDER / 'sft.py'}", "--topology=v6e:2x2"], "only unigrpo"),
+  ([f"--config={UNIGRPO}:no", "--topology=v6e:2x2"], "is none of"),
+  ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--config.no=1"], "--config has no key 'no'"),
+  ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--config.steps=many"], "--config.steps=many"),
+  ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--no=1"], "'no'"),
+  ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--", "no"], "no"),
 ])
 def test_refusals(arguments, words):
   with pytest.raises(errors.InputError) as caught:
-    plan.main(arguments)
+    command.main(arguments)
   assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides_are_those_of_training(monkeypatch):
+  """With an equals sign or a space, before and after the command's own arguments."""
+  seen = {}
+
+  def stop(config, name, *_):
+    seen[name] = (config.microbatch, config.rollout.layout)
+    raise errors.InputError("far enough")
+
+  monkeypatch.setattr(topology, "plan", stop)
+  with pytest.raises(errors.InputError, match="far enough"):
+    command.main([
+      "--config.microbatch=16", f"--config={UNIGRPO}", "--config.rollout.layout", "update",
+      "--topology", "v6e:2x2",
+    ])
+  assert seen == {"v6e:2x2": (16, "update")}
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
@@ -159,7 +234,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
 
   monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
   with pytest.raises(errors.InputError, match="requirements-tpu.txt"):
-    plan.main(["--config=configs/unigrpo.py", "--topology=v5p:4x4x4"])
+    command.main([f"--config={UNIGRPO}", "--topology=v5p:4x4x4"])
 
 
 @pytest.mark.parametrize("words, wanted", [
@@ -174,7 +249,5 @@ def test_a_program_that_is_too_big_says_what_it_wanted(words, wanted):
 
   function = lambda: None
   function.lower = Lowered
-  phase, results = programs.compile_phase("update", function, runs=1, model_flops=None)
+  phase, results = plans.compile_phase("update", function, runs=1, model_flops=None)
   assert results is None and phase.exceeds == wanted * GIB and phase.program is None
-
-

@@ -198,7 +198,7 @@ def measure(
   """
   load = os.getloadavg()[0]
   timer, compiled = metrics.PhaseTimer(), {}
-  rounds, found = [], []
+  seconds, values = [], []  # of each round
   with runs.CompileTimer() as compiling:
     bench = Bench(work, dtype=dtype, remat=remat, device=jax.devices()[0])
 
@@ -212,25 +212,31 @@ def measure(
     with sharding.activate(bench.mesh):
       for number in range(repeats + 1):
         timer.read_and_reset()
-        found.append(bench.iteration(number, timed))
-        rounds.append(timer.read_and_reset())
+        values.append(bench.iteration(number, timed))
+        seconds.append(timer.read_and_reset())
         what = f"round {number} of {repeats}" if number else "compiled"
-        print(f"{name}: {what}, {rounds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
-  seconds = {
-    phase: [taken[f"seconds/{phase}"] for taken in rounds[1:]] for phase in compiled
-  }
+        print(f"{name}: {what}, {seconds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
   return {
     "shape": name, "workload": dataclasses.asdict(work), "load_average": load,
-    "trajectory_tokens": found[-1].pop("tokens") // work.group, "drift": _drift(found, dtype),
-    "warm_compile_seconds": sum(sum(values[1:]) for values in compiled.values()),
+    "trajectory_tokens": values[-1].pop("tokens") // work.group,
+    "drift": largest_drift(values, dtype),
+    "warm_compile_seconds": sum(sum(parts[1:]) for parts in compiled.values()),
     "peak_memory_bytes": peak_memory(),
-  } | summary(work, seconds, {phase: values[0] for phase, values in compiled.items()})
+  } | summary(
+    work, {phase: [each[f"seconds/{phase}"] for each in seconds[1:]] for phase in compiled},
+    {phase: parts[0] for phase, parts in compiled.items()},
+  )
 
 
-def _drift(found: Sequence[Mapping[str, float]], dtype: str) -> dict[str, float]:
-  """Largest difference of sampler and trainer: what is timed must also be right."""
+def largest_drift(rounds: Sequence[Mapping[str, float]], dtype: str) -> dict[str, float]:
+  """Largest difference of sampler and trainer by kind: what is timed must also be right.
+
+  Raises:
+    InputError: it is more than `dtype` explains, or not finite.
+  """
+  # np.max is NaN where a round's is.
   drift = {
-    kind: max(values[f"drift/{kind}"] for values in found) for kind in ("text", "flow")
+    kind: float(np.max([values[f"drift/{kind}"] for values in rounds])) for kind in ("text", "flow")
   }
   if not drift["text"] <= recipe.TEXT_DRIFT[dtype] or not math.isfinite(drift["flow"]):
     raise errors.InputError(
@@ -249,37 +255,37 @@ def summary(
     seconds: of each phase, a number a round.
     compiled: seconds that each phase compiled.
   """
-  middle = {phase: statistics.median(values) for phase, values in seconds.items()}
-  counted = workloads.phase_flops(work)
-  total = lambda parts: sum(middle[phase] for phase in parts)
-  pace = counted["matmul"] / middle["matmul"]
-  rows = {}
-  for phase, value in middle.items():
-    rows[phase] = {
-      "seconds": value, "rounds": list(seconds[phase]),
-      "share": value / total(workloads.ITERATION) if phase in workloads.ITERATION else None,
-      "flops": counted[phase], "gflops_per_second": counted[phase] / value / 1e9,
-      "of_matmul": counted[phase] / value / pace, "compile_seconds": compiled[phase],
+  median = {phase: statistics.median(values) for phase, values in seconds.items()}
+  flops = workloads.phase_flops(work)
+  matmul_rate = flops["matmul"] / median["matmul"]
+
+  def rates(count: int, duration: float) -> dict[str, float]:
+    rate = count / duration
+    return {
+      "seconds": duration, "flops": count, "gflops_per_second": rate / 1e9,
+      "of_matmul": rate / matmul_rate,
     }
-  totals = {}
-  for name, parts in (
-    ("rollout", workloads.ROLLOUT), ("iteration", workloads.ITERATION),
-    ("joint_iteration", workloads.JOINT_ITERATION),
-  ):
-    work_done = sum(counted[phase] for phase in parts)
-    totals[name] = {
-      "seconds": total(parts), "flops": work_done,
-      "gflops_per_second": work_done / total(parts) / 1e9,
-      "of_matmul": work_done / total(parts) / pace,
+
+  totals = {
+    name: rates(*(sum(values[phase] for phase in phases) for values in (flops, median)))
+    for name, phases in workloads.TOTALS.items()
+  }
+  duration = {name: total["seconds"] for name, total in totals.items()}
+  rows = {
+    phase: rates(flops[phase], value) | {
+      "rounds": list(seconds[phase]), "compile_seconds": compiled[phase],
+      "share": value / duration["iteration"] if phase in workloads.ITERATION else None,
     }
+    for phase, value in median.items()
+  }
   return {
     "phases": rows, "totals": totals,
     "rates": {
-      "images_per_second": work.group / total(workloads.ROLLOUT),
-      "reasoning_tokens_per_second": work.group * work.tokens / middle["decode"],
-      "velocity_evaluations_per_second": work.group * (work.points - 1) / middle["denoise"],
-      "trajectories_per_second": work.group / total(workloads.ITERATION),
-      "trajectories_per_second_joint": work.group / total(workloads.JOINT_ITERATION),
+      "images_per_second": work.group / duration["rollout"],
+      "reasoning_tokens_per_second": work.group * work.tokens / median["decode"],
+      "velocity_evaluations_per_second": work.group * (work.points - 1) / median["denoise"],
+      "trajectories_per_second": work.group / duration["iteration"],
+      "trajectories_per_second_joint": work.group / duration["joint_iteration"],
     },
   }
 
@@ -291,7 +297,7 @@ def peak_memory() -> int:
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """A measured shape, to be read."""
+  """A measured shape as text."""
   work = workloads.Workload(**result["workload"])
   lines = [
     f"{result['shape']}: {work.layers} layers x {work.width}, vocabulary {work.vocab}; one prompt "
@@ -343,7 +349,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         f"--repeats={args.repeats}", f"--dtype={args.dtype}", *["--remat"] * args.remat,
       ]
       if subprocess.run(command, check=False).returncode:
-        raise errors.InputError(f"--shape={name} failed; what it said stands above")
+        raise errors.InputError(f"--shape={name} failed; its error is above")
       one = json.loads(path.read_text())
     report = one | {"shapes": [*report.get("shapes", []), *one["shapes"]]}
   return report
@@ -366,15 +372,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--shape", choices=(*workloads.SHAPES, "all"), default="tiny", help="default: %(default)s")
   add("--json", type=pathlib.Path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
-      help="rounds that are timed; fewer than 3 have no median to speak of (default: %(default)s)")
+      help="rounds that are timed, at least 3 for a meaningful median (default: %(default)s)")
   add("--dtype", choices=tuple(recipe.TEXT_DRIFT), default="float32",
       help="of activations and of the matmul; parameters are float32 (default: %(default)s)")
   add("--remat", action="store_true",
       help="recompute each layer in the backward pass, as the released size needs")
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  args = parser.parse_args(argv)
   errors.require("--repeats", args.repeats, low=1)
   if args.json is not None and not args.json.parent.is_dir():
-    raise errors.InputError(f"--json={args.json}: no such folder; make it first")
+    raise errors.InputError(f"--json={args.json}: no such folder; create it first")
   return args
 
 

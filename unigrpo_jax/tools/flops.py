@@ -115,8 +115,8 @@ def causal_pairs(queries: int, context: int = 0) -> int:
 def text(sizes: Sizes, tokens: int, *, context: int = 0, scored: int = 0) -> Work:
   """T text tokens through the understanding expert, after a context of S tokens.
 
-  Reading them at once and writing them one after the other cost the same. Teacher forcing N of T
-  tokens is `scored=N`; a prefill that only fills the cache scores none.
+  Prefill and decoding one by one cost the same. Teacher forcing N of T tokens is `scored=N`; a
+  prefill that only fills the cache scores none.
 
   Args:
     sizes: of the network.
@@ -131,7 +131,7 @@ def text(sizes: Sizes, tokens: int, *, context: int = 0, scored: int = 0) -> Wor
 
 
 def decode(sizes: Sizes, tokens: int, *, context: int) -> Work:
-  """N tokens written after a context of S: each is fed once and scored once."""
+  """N tokens decoded after a context of S: each is fed once and scored once."""
   return text(sizes, tokens, context=context, scored=tokens)
 
 
@@ -140,7 +140,7 @@ def velocity(sizes: Sizes, latents: int, *, context: int) -> Work:
 
   The markers pass the understanding expert and the latents the generation expert; all I + 2 see
   the context and each other. C -> D and D -> C for every latent; 256 -> D -> D for the time, once.
-  The markers are counted in every layer, though nobody reads what the last one makes of them.
+  The markers are counted in every layer, though nothing uses their output of the last one.
   """
   queries = latents + 2
   time = 2 * (TIME_FEATURES * sizes.width + sizes.width**2)
@@ -154,23 +154,6 @@ def velocity(sizes: Sizes, latents: int, *, context: int) -> Work:
   )
 
 
-def rollout(sizes: Sizes, *, prompt: int, tokens: int, latents: int, evaluations: int) -> Work:
-  """One trajectory without guidance: reads a prompt, writes N tokens, draws I latent tokens.
-
-  Args:
-    sizes: of the network.
-    prompt: tokens read, the system prompt included.
-    tokens: reasoning tokens written.
-    latents: I, of the image.
-    evaluations: velocity evaluations, one less than the points of the time grid.
-  """
-  return (
-    text(sizes, prompt)
-    + decode(sizes, tokens, context=prompt)
-    + evaluations * velocity(sizes, latents, context=prompt + tokens)
-  )
-
-
 def image_update(
   sizes: Sizes, *, context: int, latents: int, window: int,
   trained: Collection[str] = ("gen", "latent"),
@@ -179,9 +162,9 @@ def image_update(
 
   The context runs once, whatever W. It has a backward pass only where "und" is trained.
   """
-  read = text(sizes, context)
-  seen = read.update(trained) if "und" in trained else read.forward
-  return seen + (window * velocity(sizes, latents, context=context)).update(trained)
+  prefill = text(sizes, context)
+  shared = prefill.update(trained) if "und" in trained else prefill.forward
+  return shared + (window * velocity(sizes, latents, context=context)).update(trained)
 
 
 def text_update(

@@ -48,6 +48,7 @@ ROLLOUT = ("read", "decode", "denoise")
 ITERATION = (*ROLLOUT, "image_update", "text_update")
 JOINT_ITERATION = (*ROLLOUT, "joint_update")
 PHASES = (*ITERATION, "joint_update")
+TOTALS = {"rollout": ROLLOUT, "iteration": ITERATION, "joint_iteration": JOINT_ITERATION}
 # What each update trains.
 TRAINED = {
   "image_update": ("gen",), "text_update": ("und",), "joint_update": ("und", "gen"),
@@ -76,7 +77,7 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
 
 def training_config(work: Workload, dtype: str, remat: bool):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
-  config = config_files.load("unigrpo", "no_regulariser")
+  config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
   config.update(dict(
     dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
@@ -95,23 +96,23 @@ def phase_flops(work: Workload) -> dict[str, int]:
   sizes = flops.Sizes.of(network_config(work))
   before = work.system + work.prompt
   context = before + work.tokens
-  drawn = flops.velocity(sizes, work.latents, context=context)
+  velocity = flops.velocity(sizes, work.latents, context=context)
   image = flops.image_update(
     sizes, context=context, latents=work.latents, window=work.window,
     trained=TRAINED["image_update"],
   )
-  words = flops.text_update(
+  text = flops.text_update(
     sizes, prompt=before, tokens=work.tokens, trained=TRAINED["text_update"]
   )
   # Jointly the context runs once, and no gradient of the image reaches it.
-  joint = words + (work.window * drawn).update(TRAINED["image_update"])
+  joint = text + (work.window * velocity).update(TRAINED["image_update"])
   decode = flops.decode(sizes, work.tokens, context=before)
   return {
     "matmul": len(PHASES) * MATMULS * 2 * MATMUL_SIDE**3,
     "read": flops.text(sizes, before).forward,
     "decode": work.group * decode.forward,
-    "denoise": work.group * (work.points - 1) * drawn.forward,
+    "denoise": work.group * (work.points - 1) * velocity.forward,
     "image_update": work.group * image,
-    "text_update": work.group * words,
+    "text_update": work.group * text,
     "joint_update": work.group * joint,
   }
