@@ -156,7 +156,7 @@ def _swapped_positions(rng, example):
 
 
 def _swapped_colors(rng, example):
-  return None if example.category != "color_attr" else _swapped(rng, example, "color")
+  return None if example.goal.category != "color_attr" else _swapped(rng, example, "color")
 
 
 def _upside_down(rng, example):

@@ -76,7 +76,7 @@ def test_corrupted_reasoning_is_a_plan_that_is_wrong(examples):
 
 
 def test_corruption_is_seeded_and_varied(examples):
-  example = next(e for e in examples if e.category == "color_attr")
+  example = next(e for e in examples if e.goal.category == "color_attr")
   texts = [plans.corrupt(np.random.default_rng(seed), example) for seed in range(40)]
   assert texts == [plans.corrupt(np.random.default_rng(seed), example) for seed in range(40)]
   # Wrong class, wrong colour, and the right ones on the wrong things.

@@ -21,11 +21,11 @@ def many():
 
 
 def test_categories_are_balanced(many):
-  counts = collections.Counter(example.category for example in many)
+  counts = collections.Counter(example.goal.category for example in many)
   assert set(counts) == set(prompts.CATEGORIES)
   # 500 expected of each, standard deviation 20.
   assert min(counts.values()) > 400 and max(counts.values()) < 600
-  fixed = collections.Counter(example.category for example in prompts.fixed("test", 60))
+  fixed = collections.Counter(example.goal.category for example in prompts.fixed("test", 60))
   assert set(fixed.values()) == {10}
 
 
@@ -33,12 +33,12 @@ def test_a_category_can_be_asked_for():
   rng = np.random.default_rng(0)
   for category in prompts.CATEGORIES:
     example = prompts.sample(rng, "train", category)
-    assert example.category == example.metadata["tag"] == category
+    assert example.goal.category == example.metadata["tag"] == category
 
 
 def test_metadata_has_the_keys_of_geneval(many):
   for example in many:
-    data, tag = example.metadata, example.category
+    data, tag = example.metadata, example.goal.category
     expected = ["tag", "include", "prompt"]
     if tag == "counting":
       expected.insert(2, "exclude")
@@ -196,7 +196,7 @@ def _from_the_left_or_above(triple):
 
 def test_an_independent_reader_finds_the_same_meaning(many):
   for example in many:
-    counts, relation = _meaning(example.prompt, example.category)
+    counts, relation = _meaning(example.prompt, example.goal.category)
     include = example.metadata["include"]
     assert counts == {(e["class"], e.get("color")): e["count"] for e in include}, example.prompt
     if relation is not None:
@@ -205,11 +205,11 @@ def test_an_independent_reader_finds_the_same_meaning(many):
 
 
 def test_every_kind_of_indirection_occurs_and_plain_prompts_too(many):
-  kinds = collections.Counter(riddle for example in many for riddle in example.riddles)
+  kinds = collections.Counter(step.riddle for example in many for step in example.steps)
   assert set(kinds) == {
     "description", "arithmetic", "example", "correction", "mirror", "negation", "converse", "swap"
   }  # fmt: skip
-  plain = sum(not example.riddles for example in many) / len(many)
+  plain = sum(not example.steps for example in many) / len(many)
   assert 0.2 < plain < 0.4
 
 

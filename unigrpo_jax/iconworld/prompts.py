@@ -50,10 +50,15 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A riddle to resolve: the prompt's `phrase` for the "kind", "count" or "color" of
-  `wanted[index]`, or for the "relation" or the "colors" of both.
+  """A riddle to resolve.
+
+  Attributes:
+    riddle: the sort of indirection.
+    about: "kind", "count" or "color" of `wanted[index]`, or "relation" or "colors" of both.
+    phrase: what the prompt has for it.
   """
 
+  riddle: str
   about: str
   phrase: str
   index: int = 0
@@ -69,18 +74,15 @@ class Example:
     scene: the plan's scene, a correct one; what the prompt leaves open was drawn at random, the
       background is left open.
     metadata: GenEval's format: tag, include, exclude (counting only), prompt.
-    category: the tag.
-    riddles: the sorts of indirection in the prompt; empty for a plain one.
     combination: what the splits are disjoint by; see `split_of`.
-    goal, steps: what the prompt was made from.
+    goal: what the prompt was made from.
+    steps: its riddles; empty for a plain one.
   """
 
   prompt: str
   reasoning: str
   scene: scenes.Scene
   metadata: dict[str, Any]
-  category: str
-  riddles: tuple[str, ...]
   combination: str
   goal: Goal
   steps: tuple[Step, ...]
@@ -92,13 +94,12 @@ class _Draft:
 
   Attributes:
     rng: draws the phrases.
-    slots: which parts are said by a riddle, such as "description 1"; see `_PHRASING`.
-    riddles, steps: so far.
+    slots: which parts become riddles, such as "description 1"; see `_PHRASING`.
+    steps: those of the riddles so far.
   """
 
   rng: np.random.Generator
   slots: set[str]
-  riddles: list[str] = dataclasses.field(default_factory=list)
   steps: list[Step] = dataclasses.field(default_factory=list)
 
   def pick(self, options: Sequence[str]) -> str:
@@ -106,10 +107,6 @@ class _Draft:
 
   def pick_other(self, options: Sequence[str], *taken: str) -> str:
     return self.pick([option for option in options if option not in taken])
-
-  def add(self, riddle: str, about: str, phrase: str, index: int = 0) -> None:
-    self.riddles.append(riddle)
-    self.steps.append(Step(about, phrase, index))
 
   def noun(self, wanted: Wanted, index: int, color_of: int | None = None) -> str:
     """A noun phrase for `wanted`, number `index` of the goal.
@@ -125,17 +122,17 @@ class _Draft:
     number = riddles.NUMBERS[wanted.count]
     if "arithmetic" in self.slots:
       number = self.pick(riddles.arithmetic(wanted.count))
-      self.add("arithmetic", "count", number, index)
+      self.steps.append(Step("arithmetic", "count", number, index))
     if tail:
-      self.add("description", "kind", f"the thing{tail}", index)
+      self.steps.append(Step("description", "kind", f"the thing{tail}", index))
     if wanted.color is not None:
       if f"example {index}" in self.slots:
         example = f"the colour of {self.pick(riddles.EXAMPLES[wanted.color])}"
-        self.add("example", "color", example, color_of)
+        self.steps.append(Step("example", "color", example, color_of))
         tail += f" in {example}"
       elif "color correction" in self.slots:
         correction = f"not {self.pick_other(scenes.COLORS, wanted.color)} but {wanted.color}"
-        self.add("correction", "color", correction, color_of)
+        self.steps.append(Step("correction", "color", correction, color_of))
         tail += f", {correction}"
       else:
         head = f"{wanted.color} {head}"
@@ -160,7 +157,7 @@ def _phrase_single(draft: _Draft, goal: Goal) -> tuple[str, str]:
   if "correction" in draft.slots:
     unwanted = draft.unwanted(wanted.kind)
     text = draft.pick((f"{text} instead of {unwanted}", f"not {unwanted} but {text}"))
-    draft.add("correction", "kind", text)
+    draft.steps.append(Step("correction", "kind", text))
   return text, text
 
 
@@ -169,7 +166,7 @@ def _phrase_two(draft: _Draft, goal: Goal) -> tuple[str, str]:
   if "correction" in draft.slots:
     unwanted = draft.pick_other(scenes.KINDS, *(wanted.kind for wanted in goal.wanted))
     correction = f"{second} instead of the {unwanted}"
-    draft.add("correction", "kind", correction, 1)
+    draft.steps.append(Step("correction", "kind", correction, 1))
     text = f"{first} and {riddles.with_article(unwanted)}, but {correction}"
     return text, text
   return f"{first} and {second}", " and ".join(sorted((first, second)))
@@ -179,9 +176,9 @@ def _phrase_count(draft: _Draft, goal: Goal) -> tuple[str, str]:
   [wanted] = goal.wanted
   text = draft.noun(wanted, 0)
   if "correction" in draft.slots:
-    unwanted = riddles.PLURALS[draft.pick_other(scenes.KINDS, wanted.kind)]
-    text += f" instead of {unwanted}"
-    draft.add("correction", "kind", f"{riddles.PLURALS[wanted.kind]} instead of {unwanted}")
+    end = f" instead of {riddles.PLURALS[draft.pick_other(scenes.KINDS, wanted.kind)]}"
+    text += end
+    draft.steps.append(Step("correction", "kind", riddles.PLURALS[wanted.kind] + end))
   return text, text
 
 
@@ -203,7 +200,7 @@ def _phrase_position(draft: _Draft, goal: Goal) -> tuple[str, str]:
     }
     riddle = draft.pick(tuple(ways))
     phrase, text = ways[riddle]
-    draft.add(riddle, "relation", phrase)
+    draft.steps.append(Step(riddle, "relation", phrase))
   return text, text
 
 
@@ -217,7 +214,7 @@ def _phrase_colors(draft: _Draft, goal: Goal) -> tuple[str, str]:
   end = ""
   if swap:
     end = ", with the colours swapped"
-    draft.add("swap", "colors", "swapped")
+    draft.steps.append(Step("swap", "colors", "swapped"))
   return " and ".join(nouns) + end, " and ".join(sorted(nouns)) + end
 
 
@@ -375,8 +372,6 @@ def sample(rng: np.random.Generator, split: str, category: str | None = None) ->
     reasoning=reason(goal, draft.steps, scene),
     scene=scene,
     metadata=metadata_of(goal, prompt),
-    category=category,
-    riddles=tuple(draft.riddles),
     combination=combination,
     goal=goal,
     steps=tuple(draft.steps),
