@@ -71,7 +71,7 @@ def start(
       raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT")
     errors.require("--processes", processes, low=1)
     errors.require("--process", process, low=0, high=processes - 1)
-  # JAX's own handler would swallow a SIGTERM that comes before the run's.
+  # JAX's own handler would swallow a SIGTERM that comes before the run's handler is set.
   jax.config.update("jax_enable_preemption_service", False)
   # Two programs that a CPU runs at once mix up their messages on the same connection.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -234,15 +234,10 @@ def broadcast(value: Any) -> Any:
 def gather_rows(
   rows: Sequence[int], values: Mapping[str, np.ndarray], total: int
 ) -> dict[str, np.ndarray]:
-  """Values of rows that are spread over several hosts, all of them on each.
+  """Values of `total` rows that are spread over several hosts, complete on each.
 
-  Args:
-    rows: the rows whose values this host has.
-    values: {name: [len(rows)] float32}; the same names on all hosts.
-    total: how many rows there are; each is on some host, and of several the first one's counts.
-
-  Returns:
-    {name: [total] float32}.
+  This host has {name: [len(rows)] float32} of `rows`; all hosts have the same names, and the first
+  host that has a row counts. Returns {name: [total] float32}.
   """
   if count() == 1:
     # All rows are here; only their order may differ.
@@ -265,12 +260,9 @@ def share(total: int) -> range:
 
 @contextlib.contextmanager
 def raise_on_all_hosts() -> Iterator[None]:
-  """An `InputError` within, on any host, is raised by all of them.
+  """Raises the `InputError` of the first host that has one within on all; others add its number.
 
   All hosts enter and leave it; within, each works on its own, without collective operations.
-
-  Raises:
-    InputError: of the first host that has one; the others put that host's number before it.
   """
   local = ""
   try:
@@ -286,27 +278,23 @@ def raise_on_all_hosts() -> Iterator[None]:
 
 
 def compare(config: Mapping[str, Any]) -> None:
-  """Stops hosts that do not run the same.
-
-  Args:
-    config: what must be the same on all, nested; compared with the version of the code and of JAX.
+  """Checks that all hosts have the same nested `config`, and versions of the code and of JAX.
 
   Raises:
     InputError: names the first host that differs from host 0, and the key.
   """
   if count() == 1:
     return
-  values = traverse_util.flatten_dict(dict(config), sep=".")
-  values = {"the code": code_version(), "jax": jax.__version__} | {
-    key: _digest_if_long(value) for key, value in values.items()
-  }
+  values = {"the code": code_version(), "jax": jax.__version__}
+  for key, value in traverse_util.flatten_dict(dict(config), sep=".").items():
+    values[key] = _digest_if_long(value)
   reference, *others = map(json.loads, gather_texts(json.dumps(values, default=str)))
   for index, other in enumerate(others, 1):
-    for key in [*reference, *other]:
-      if reference.get(key) != other.get(key):
+    for key in reference | other:
+      here, there = reference.get(key), other.get(key)
+      if here != there:
         raise errors.InputError(
-          f"{name(index)} has {key}={other.get(key)!r}, host 0 has {reference.get(key)!r}; {AGAIN} "
-          "and the same code"
+          f"{name(index)} has {key}={there!r}, host 0 has {here!r}; {AGAIN} and the same code"
         )
 
 
@@ -329,17 +317,11 @@ def code_version() -> str:
 
 
 def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
-  """Runs a program whose other hosts may die: it then ends with one line and status 1.
+  """Runs `main`, after `start`; when another host dies, it ends with one line and status 1.
 
-  A collective operation that loses a host raises an error, which is caught here; a host that only
-  falls silent is found after SILENCE_SECONDS by the runtime, which aborts the process.
-
-  Args:
-    main: the program, after `start`.
-    advice: from where a restart continues.
-
-  Returns:
-    What `main` returns.
+  The line ends in `advice`: from where a restart continues. A collective operation that loses a
+  host raises an error, which is caught here; a host that only falls silent is found after
+  SILENCE_SECONDS by the runtime, which aborts the process.
   """
   if count() == 1:
     return main()
@@ -350,13 +332,10 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
     try:
       return main()
     except Exception as error:
-      host_lost = _is_host_loss(error)
-      # A save that failed because a host is lost is a Storage error.
-      saving = isinstance(error, errors.Storage) and host_lost
-      if isinstance(error, errors.InputError) and not saving:
-        raise
-      if host_lost:
+      if _is_host_loss(error):
         print(f"error: {name()}: {lost}: {advice()}", file=sys.stderr)
+      elif isinstance(error, errors.InputError):
+        raise
       else:
         traceback.print_exc()
   sys.stdout.flush()
@@ -366,7 +345,12 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
 
 
 def _is_host_loss(error: BaseException | None) -> bool:
-  """Whether an error, or one that it comes from, says that a connection to a host broke."""
+  """Whether an error, or one that it comes from, says that a connection to a host broke.
+
+  Of a user's errors, only that of a save, `Storage`, may come from a lost host.
+  """
+  if isinstance(error, errors.InputError) and not isinstance(error, errors.Storage):
+    return False
   while error is not None:
     if _LOST_CONNECTION.search(str(error)):
       return True

@@ -27,30 +27,24 @@ def trained(learning_rate: Mapping[str, float]) -> set[str]:
   return {group for group, rate in learning_rate.items() if rate}
 
 
-def group_of(path: tuple[str, ...]) -> str:
-  """The group of a parameter of the network, by its path."""
-  if path[0] in ("layers", "norm"):
-    return path[1]
-  for group, names in GROUPS.items():
-    if path[0] in names:
-      return group
-  raise ValueError(f"parameter {'/'.join(path)} belongs to no group of {list(GROUPS)}")
-
-
 def groups(params: Mapping[str, Any]) -> Any:
-  """The tree of `params` with each leaf's group in its place.
+  """The tree of the network's `params` with each leaf's group in its place.
 
   Where there are LoRA adapters, they alone are their expert's group.
   """
   # Parameters still boxed with their axis names have a further entry, which is no key.
-  keys = lambda path: tuple(entry.key for entry in path if hasattr(entry, "key"))
+  keys = lambda path: [entry.key for entry in path if hasattr(entry, "key")]
   leaves = jax.tree_util.tree_leaves_with_path(params)
   adapted = any(keys(path)[-1] in _ADAPTERS for path, _ in leaves)
+  group_of = {name: group for group, names in GROUPS.items() for name in names}
 
   def label(path, _) -> str:
-    path = keys(path)
-    base = adapted and path[0] in ("layers", "norm") and path[-1] not in _ADAPTERS
-    return "base" if base else group_of(path)
+    name, *rest = keys(path)
+    if name in ("layers", "norm"):
+      return "base" if adapted and rest[-1] not in _ADAPTERS else rest[0]
+    if name not in group_of:
+      raise ValueError(f"parameter {'/'.join([name, *rest])} belongs to no group of {list(GROUPS)}")
+    return group_of[name]
 
   return jax.tree_util.tree_map_with_path(label, params)
 

@@ -28,9 +28,8 @@ RULES = (
   ("vocab", "tensor"),
 )
 
-# For sampling: every device of fsdp holds all it needs, so that no token waits for a gather.
-STATIONARY = tuple(rule for rule in RULES if rule[0] != "embed")
-LAYOUTS = {"stationary": STATIONARY, "update": RULES}
+# For sampling, in "stationary" every device of fsdp has all it needs: no token waits for a gather.
+LAYOUTS = {"stationary": tuple(rule for rule in RULES if rule[0] != "embed"), "update": RULES}
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -187,14 +186,10 @@ def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
-  """The rows that this host reads of arrays whose first axis lies along the batch.
+  """The rows that this host reads of `arrays`, a tree of [rows, ...] along the batch.
 
-  Args:
-    mesh: devices.
-    arrays: a tree of [rows, ...]; the number of rows is a multiple of `batch_multiple`.
-
-  Returns:
-    (indices of its rows, [n] int64, increasing; the tree with [n, ...] NumPy arrays).
+  The number of rows is a multiple of `batch_multiple`. Returns (indices of this host's, [n] int64,
+  increasing; the tree with [n, ...] NumPy arrays).
   """
   rows = jax.tree.leaves(arrays)[0].shape[0]
   if jax.process_count() == 1:
