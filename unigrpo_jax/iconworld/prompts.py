@@ -311,20 +311,18 @@ def reason(goal: Goal, steps: Sequence[Step], scene: scenes.Scene) -> str:
 
 def _resolve(goal: Goal, step: Step) -> str:
   wanted = goal.wanted[step.index]
-  match step.about:
-    case "kind" if wanted.count > 1 and "instead of" in step.phrase:
-      return f"{step.phrase} are {riddles.PLURALS[wanted.kind]}"
-    case "kind":
-      return f"{step.phrase} is {riddles.with_article(wanted.kind)}"
-    case "count":
-      return f"{step.phrase} is {riddles.NUMBERS[wanted.count]}"
-    case "color":
-      return f"{step.phrase} is {wanted.color}"
-    case "relation":
-      return f"{step.phrase} is {goal.relation}"
-    case "colors":
-      pair = (f"the {wanted.kind} is {wanted.color}" for wanted in goal.wanted)
-      return f"{step.phrase}, {' and '.join(pair)}"
+  if step.about == "colors":
+    pair = " and ".join(f"the {wanted.kind} is {wanted.color}" for wanted in goal.wanted)
+    return f"{step.phrase}, {pair}"
+  if step.about == "kind" and wanted.count > 1 and "instead of" in step.phrase:
+    return f"{step.phrase} are {riddles.PLURALS[wanted.kind]}"
+  answer = {
+    "kind": riddles.with_article(wanted.kind),
+    "count": riddles.NUMBERS[wanted.count],
+    "color": wanted.color,
+    "relation": goal.relation,
+  }[step.about]
+  return f"{step.phrase} is {answer}"
 
 
 def _sum_up(wanted: Wanted) -> str:
@@ -367,15 +365,8 @@ def sample(rng: np.random.Generator, split: str, category: str | None = None) ->
       break
   prompt = f"{draft.pick(riddles.OPENINGS)} {text}"
   scene = place(rng, goal)
-  return Example(
-    prompt=prompt,
-    reasoning=reason(goal, draft.steps, scene),
-    scene=scene,
-    metadata=metadata_of(goal, prompt),
-    combination=combination,
-    goal=goal,
-    steps=tuple(draft.steps),
-  )
+  reasoning, metadata = reason(goal, draft.steps, scene), metadata_of(goal, prompt)
+  return Example(prompt, reasoning, scene, metadata, combination, goal, tuple(draft.steps))
 
 
 def fixed(split: str, count: int) -> list[Example]:

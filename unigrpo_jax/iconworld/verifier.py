@@ -129,18 +129,11 @@ def _color(value: np.ndarray) -> str:
 
 
 def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, float]:
-  """The colour of icon `kind` in `window`, and the share of the contrast it leaves unexplained.
+  """The colour of icon `kind` in a [_SIDE, _SIDE, 3] window, and the share of the contrast with
+  the background, [3], that it leaves unexplained.
 
   pixel = (1 - alpha) background + alpha shade colour, least squares for the colour in each variant;
-  the best variant counts.
-
-  Args:
-    window: [_SIDE, _SIDE, 3].
-    background: [3].
-    kind: index of the icon.
-
-  Returns:
-    A name of the palette, or `UNKNOWN` for no single or no known colour; the share.
+  the best variant counts. The name is `UNKNOWN` for no single or no known colour.
   """
   masks = _templates()
   near = masks.near[kind][..., None]
@@ -160,7 +153,7 @@ def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, 
 def _icons(
   padded: np.ndarray, coverage: np.ndarray, background: np.ndarray
 ) -> tuple[list[geneval.Detection], np.ndarray]:
-  """Icons in an image, and the pixels next to or on one.
+  """Icons, strongest first, and the pixels next to or on one, [S, S] bool.
 
   Candidates are where one variant of a mask on whole pixels overlaps well, taken from the
   strongest down; each gets a closer look with all variants at the places around it.
@@ -169,9 +162,6 @@ def _icons(
     padded: [S, S, 3] pixels with an edge of background.
     coverage: [S, S] in [0, 1].
     background: [3].
-
-  Returns:
-    The detections, strongest first; [S, S] bool.
   """
   masks = _templates()
   windows = np.lib.stride_tricks.sliding_window_view(coverage, (_SIDE, _SIDE))
