@@ -207,7 +207,7 @@ def test_the_summary_is_about_the_mode_that_chooses_the_best(folder):
   for modes, first in ((["plain", "think"], "plain"), (["think+guidance", "think"], "think")):
     configured = dataclasses.replace(run, config={"eval": {"modes": modes}})
     assert page.headline(configured)[:2] == ("strict", first)
-  for config in (None, [], {"eval": None}):
+  for config in ({}, {"eval": {}}, {"eval": None}):
     assert page.headline(dataclasses.replace(run, config=config))[:2] == ("strict", "think")
 
 
@@ -347,16 +347,19 @@ def test_large_pictures_are_scaled_and_small_ones_kept_to_the_byte(tmp_path):
   assert shown.startswith("data:image/jpeg;base64,") and len(shown) < 150_000
 
 
-def test_cards_pair_the_same_prompts_and_prefer_those_with_a_picture(folder, tmp_path):
+def test_cards_pair_the_same_prompts_that_have_a_picture_or_a_text(folder):
   run = workdir.read(folder)
   cards = samples.cards(run)
   assert {mode: [[s.step for s in card] for card in cards[mode]] for mode in cards} == {
-    "plain": [[0, 50]], "think": [[0, 50]]
+    "plain": [[0, 50]], "think": [[0, 50]] * 10
   }
-  without = [dataclasses.replace(sample, image=None) for sample in run.samples]
+  without = {
+    step: [dataclasses.replace(sample, image=None) for sample in rows]
+    for step, rows in run.evaluations.items()
+  }
   # Another prompt at the end leaves the other pairs as they are.
-  without[-1] = dataclasses.replace(without[-1], prompt="new")
-  cards = samples.cards(dataclasses.replace(run, samples=without))
+  without[50][-1] = dataclasses.replace(without[50][-1], prompt="new")
+  cards = samples.cards(dataclasses.replace(run, evaluations=without))
   assert cards["plain"] == [] and [card[0].prompt for card in cards["think"]] == [
     SCRIPT, *(f"prompt {k}" for k in range(1, 9))
   ]

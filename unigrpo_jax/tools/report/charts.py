@@ -15,7 +15,7 @@ import numpy as np
 
 STYLE = pathlib.Path(__file__).with_name("report.mplstyle")
 # Width and height in inches.
-LARGE, SMALL = (4.6, 2.8), (3.2, 1.8)
+LARGE, SMALL = (4.2, 2.6), (3.2, 1.8)
 
 
 class Line(NamedTuple):

@@ -57,10 +57,7 @@ def headline(run: workdir.Run) -> tuple[str, str, list] | None:
 
   The mode is that by which the best checkpoint is chosen, the config's first; else one that thinks.
   """
-  try:
-    configured = [str(mode).replace(" ", "") for mode in run.config["eval"]["modes"]]
-  except (KeyError, TypeError):
-    configured = []
+  configured = [mode.replace(" ", "") for mode in (run.config.get("eval") or {}).get("modes", ())]
   for reward in reward_names(run):
     modes = run.evaluated(reward)
     order = (*configured, *(mode for mode in modes if "think" in mode), *modes)
@@ -85,7 +82,8 @@ def seconds(run: workdir.Run, phase: str) -> datetime.timedelta:
 
 def reward_names(run: workdir.Run) -> list[str]:
   """Rewards that were evaluated or logged: what is trained on, then what it is made of."""
-  names = [name for sample in run.samples for name in sample.rewards]
+  samples_of_all = (sample for samples in run.evaluations.values() for sample in samples)
+  names = [name for sample in samples_of_all for name in sample.rewards]
   for key in run.keys:
     if key in ("reward/mean", "reward/std"):
       names.append(TOTAL)

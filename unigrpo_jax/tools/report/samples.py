@@ -31,22 +31,20 @@ def estimate(scores: Sequence[float]) -> str:
 
 def ends(run: workdir.Run) -> list[int]:
   """Steps of the first and the last evaluation; one or none where there are no more."""
-  steps = [sample.step for sample in run.samples]
+  steps = list(run.evaluations)
   return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
 
 
 def by_mode(run: workdir.Run) -> dict[str, list[list[workdir.Sample]]]:
   """Mode -> a list of samples for each of `ends`."""
-  last = [sample for sample in run.samples if sample.step in ends(run)]
+  both = [run.evaluations[step] for step in ends(run)]
   return {
-    mode: [[s for s in last if (s.mode, s.step) == (mode, step)] for step in ends(run)]
-    for mode in dict.fromkeys(sample.mode for sample in last)
+    mode: [[sample for sample in samples if sample.mode == mode] for samples in both]
+    for mode in dict.fromkeys(sample.mode for samples in both for sample in samples)
   }
 
 
-def by_category(
-  run: workdir.Run, rewards: Sequence[str]
-) -> list[tuple[str, str, int, list[str]]]:
+def by_category(run: workdir.Run, rewards: Sequence[str]) -> list[tuple]:
   """Rows (mode, category, prompts, an estimate for each reward and end)."""
   rows = []
   for mode, both in by_mode(run).items():
@@ -62,13 +60,12 @@ def by_category(
 
 
 def cards(run: workdir.Run) -> dict[str, list[tuple[workdir.Sample, ...]]]:
-  """Mode -> the first prompts with a picture, else those with a text: a sample of each end."""
+  """Mode -> the first prompts with a picture or a text: a sample of each end."""
   cards = {}
   for mode, both in by_mode(run).items():
     pairs = [pair for pair in zip(*both) if len({sample.prompt for sample in pair}) == 1]
-    pictured = [pair for pair in pairs if any(sample.image for sample in pair)]
-    written = [pair for pair in pairs if any(sample.text for sample in pair)]
-    cards[mode] = (pictured or written)[: max(SHOWN_OF_MODE, SHOWN // len(by_mode(run)))]
+    shown = [pair for pair in pairs if any(sample.image or sample.text for sample in pair)]
+    cards[mode] = shown[: max(SHOWN_OF_MODE, SHOWN // len(by_mode(run)))]
   return cards
 
 

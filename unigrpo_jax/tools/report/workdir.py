@@ -32,9 +32,9 @@ class Run:
 
   name: str  # of the run, else of its folder
   rows: list[dict[str, float]]  # of metrics, one per step
-  config: Any  # as read, or None
+  config: dict[str, Any]  # empty where there is none
   info: dict[str, Any]  # versions, devices and the like; empty where there is none
-  samples: list[Sample]  # of all saved evaluations, by step
+  evaluations: dict[int, list[Sample]]  # by step, in order
   notes: list[str]  # sentences on what is missing or unreadable
 
   @property
@@ -45,7 +45,7 @@ class Run:
   @property
   def steps(self) -> tuple[int, int]:
     """First and last step of metrics and evaluations."""
-    steps = [row["step"] for row in self.rows] + [sample.step for sample in self.samples]
+    steps = [row["step"] for row in self.rows] + list(self.evaluations)
     return min(steps), max(steps)
 
   def series(self, key: str) -> list[tuple[int, float]]:
@@ -62,18 +62,18 @@ class Run:
     The scores are those of every prompt where the evaluation was saved; its mean alone, from
     `eval/<mode>/<reward>`, where only that is known.
     """
-    logged: dict[str, dict[int, Sequence[float]]] = {}
-    saved: dict[str, dict[int, list[float]]] = {}
+    modes: dict[str, dict[int, Sequence[float]]] = {}
     for key in self.keys:
       path, _, name = key.rpartition("/")
       section, _, mode = path.partition("/")
       if section == "eval" and name == reward:
         means = {step: [value] for step, value in self.series(key) if math.isfinite(value)}
-        logged[mode or "all"] = means
-    for sample in self.samples:
-      if math.isfinite(score := sample.rewards.get(reward, math.nan)):
-        saved.setdefault(sample.mode, {}).setdefault(sample.step, []).append(score)
-    modes = {mode: logged.get(mode, {}) | saved.get(mode, {}) for mode in logged | saved}
+        modes[mode or "all"] = means
+    for step, samples in self.evaluations.items():
+      for mode in dict.fromkeys(sample.mode for sample in samples):
+        scores = [sample.rewards.get(reward, math.nan) for sample in samples if sample.mode == mode]
+        if finite := [score for score in scores if math.isfinite(score)]:
+          modes.setdefault(mode, {})[step] = finite
     return {mode: sorted(steps.items()) for mode, steps in modes.items() if steps}
 
 
@@ -95,30 +95,37 @@ def read(folder: pathlib.Path) -> Run:
     steps.setdefault(row["step"], {}).update(row)
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
   config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
-  info = info if isinstance(info, dict) else {}
   places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
-  places.sort(key=lambda place: int(place.name))
-  samples = [sample for place in places for sample in _samples(place, notes)]
-  name = str(info.get("run_id") or folder.resolve().name)
-  return Run(name, [steps[step] for step in sorted(steps)], config, info, samples, notes)
+  evaluations = {int(path.name): _samples(path, notes) for path in sorted(places)}
+  return Run(
+    name=str(info.get("run_id") or folder.resolve().name),
+    rows=[steps[step] for step in sorted(steps)],
+    config=config,
+    info=info,
+    evaluations={step: evaluations[step] for step in sorted(evaluations) if evaluations[step]},
+    notes=notes,
+  )
 
 
-def _json(path: pathlib.Path, name: str, notes: list[str]) -> Any:
-  """The content of a JSON file, or None with a note that calls it `name`."""
+def _json(path: pathlib.Path, name: str, notes: list[str]) -> dict[str, Any]:
+  """The object in a JSON file; where there is none, an empty one and a note that says `name`."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+      return content
+    notes.append(f"{name} is not a JSON object.")
   except FileNotFoundError:
     notes.append(f"{name} is missing.")
   except (OSError, ValueError, RecursionError) as error:
     notes.append(f"{name} is unreadable: {error}.")
-  return None
+  return {}
 
 
 def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
   """What one evaluation saved."""
   name = f"evaluations/{folder.name}/results.json"
   results = _json(folder / "results.json", name, notes)
-  rows = results.get("rows") if isinstance(results, dict) else None
+  rows = results["rows"] if isinstance(results.get("rows"), list) else []
   samples = [
     Sample(
       step=int(folder.name),
@@ -133,9 +140,9 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
       },
       image=_inside(folder, row.get("image")),
     )
-    for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)
+    for row in rows if isinstance(row, dict)
   ]
-  if results is not None and not samples:
+  if results and not samples:
     notes.append(f"{name} holds no rows.")
   return samples
 
