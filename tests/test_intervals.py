@@ -92,8 +92,9 @@ def test_equal_zeros_or_ones_are_not_certain(value):
 
 
 def test_other_equal_values():
-  mean, low, high = intervals.interval([0.3] * 7)
-  assert mean == 0.3 and 0 < low < 0.3 < high < 1
+  for values in ([0.3] * 7, [0.3] * 6 + [float(np.float32(0.3))]):
+    mean, low, high = intervals.interval(values)
+    assert mean == pytest.approx(0.3) and 0.1 < low < 0.25 and 0.4 < high < 0.6
   for value in (5.0, -0.25):
     np.testing.assert_array_equal(intervals.interval([value] * 7), (value, NAN, NAN))
 

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 
 LEVEL = 0.95  # Probability of the interval.
+EQUAL = 1e-6  # Relative difference of equal values: rewards are rounded to float32.
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -32,9 +33,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
   rows = np.asarray(values, float)
   if not rows.size or not np.isfinite(rows).all():
     return math.nan, math.nan, math.nan
-  mean, low, high = (float(x) + 0.0 for x in (rows.mean(), rows.min(), rows.max()))  # No -0.0.
-  if low == high:
-    mean = low  # Which a sum may round.
+  low, high = float(rows.min()), float(rows.max())
+  mean = float(np.clip(rows.mean(), low, high)) + 0.0  # Never -0.0.
+  if math.isclose(low, high, rel_tol=EQUAL):
     low, high = 0.0, 1.0
   if len(rows) < 2 or not low <= mean <= high:
     return mean, math.nan, math.nan
