@@ -108,7 +108,7 @@ def arrays(checkpoint: pathlib.Path) -> dict[str, str]:
   from orbax.checkpoint import v1 as ocp
   newest = max((p for p in checkpoint.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
   out = {}
-  tree = ocp.load_pytree(newest / "state") if (newest / "state").exists() else ocp.load(newest)
+  tree = ocp.load(newest)
 
   def walk(node, path=()):
     if isinstance(node, dict):

@@ -23,6 +23,19 @@ class Storage(InputError):
   """A checkpoint that could not be written: the same command may do better next time."""
 
 
+class UpdateRejected(InputError):
+  """An update whose numbers are not finite, or whose sampler drifted from the trainer.
+
+  Attributes:
+    state: the state before, where nothing moved; None where an earlier optimizer step moved it.
+  """
+
+  def __init__(self, message: str, state: Any = None):
+    super().__init__(message)
+    self.state = state
+
+
+# Those that one host may find alone and all others then raise.
 KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage)}
 
 

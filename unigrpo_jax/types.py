@@ -60,8 +60,8 @@ class Context:
     order: place of each key in its sequence, [B, S] int32; `UNSEEN` where there is none.
     position: next RoPE position id of each row, [B] int32.
     cursor: next free slot, [] int32.
-    prefix: an earlier context of B / n sequences, each of which n consecutive rows go on from
-      without a copy of it; or None.
+    prefix: an earlier context of B / n sequences, each of which n consecutive rows continue
+      without a copy of it; or None. Prefixes chain: each part is written once.
   """
 
   k: chex.Array
@@ -73,12 +73,12 @@ class Context:
 
   @property
   def place(self) -> chex.Array:
-    """Order of the next token, [] int32: slots count on from the prefix's."""
-    return self.cursor if self.prefix is None else self.prefix.order.shape[1] + self.cursor
+    """Order of the next token, [] int32: slots count on from those of all ancestors."""
+    return self.cursor + sum(part.order.shape[1] for part in self.parts[1:])
 
   @property
   def parts(self) -> tuple[Context, ...]:
-    """The caches that hold the past: this one, and the prefix."""
+    """The caches that hold the past: this one, its prefix, the prefix of that, and so on."""
     return (self,) if self.prefix is None else (self, *self.prefix.parts)
 
   def as_of(self, earlier: Mark) -> Context:
@@ -122,7 +122,7 @@ class FlowRollout:
   """Sampled images of B rows, and the W steps of each that were drawn from a Gaussian.
 
   Attributes:
-    latents: the images, [B, I, C] float32.
+    latents: the images, [B, I, C] float32. An image of the ODE has nothing else.
     x_t, x_next: latents before and after each step of the window, [B, W, I, C] float32.
     mean: of the Gaussian that `x_next` was drawn from, [B, W, I, C] float32.
     logp: log-density of the draw, a mean over latent elements, [B, W] float32.
@@ -130,12 +130,12 @@ class FlowRollout:
   """
 
   latents: chex.Array
-  x_t: chex.Array
-  x_next: chex.Array
-  mean: chex.Array
-  logp: chex.Array
-  t: chex.Array
-  t_next: chex.Array
+  x_t: chex.Array | None = None
+  x_next: chex.Array | None = None
+  mean: chex.Array | None = None
+  logp: chex.Array | None = None
+  t: chex.Array | None = None
+  t_next: chex.Array | None = None
 
 
 @struct.dataclass
@@ -219,31 +219,84 @@ class PackedBatch:
 
 
 @struct.dataclass
-class Experience:
-  """What B trajectories of a rollout leave to learn from.
+class Text:
+  """Text that is read.
 
   Attributes:
-    prompt_ids, prompt_mask: of P prompts, [P, T] int32 and bool; each serves B / P consecutive
-      trajectories.
-    text: their reasonings, or None.
-    flow: the recorded steps of their images, or None.
-    adv: advantage of each trajectory, [B] float32.
-    valid: False where a reward failed: the trajectory's group counts nowhere, [B] bool.
+    ids: [B, T] int32, with the markers around it.
+    mask: True at real tokens, [B, T] bool.
+  """
+
+  ids: chex.Array
+  mask: chex.Array
+
+
+@struct.dataclass
+class Seen:
+  """Images that are looked at, one a row: clean latents, ViT patches, or both.
+
+  Attributes:
+    latents: [B, I, C] float32, or None.
+    grid: of the latents, or None.
+    patches: or None.
+  """
+
+  latents: chex.Array | None = None
+  grid: LatentGrid | None = None
+  patches: Patches | None = None
+
+
+@struct.dataclass
+class Round:
+  """What the policy did in one round of B trajectories: it thought, then drew.
+
+  Attributes:
+    text: its sampled tokens, or None.
+    flow: the recorded steps of its image, or None.
+    given: text that was read before, a user's turn; None in the first round, whose is the prompt.
+    seen: its picture as the next round looks at it; None after the last round.
     velocity_ref: the reference's velocities at the recorded steps, [B, W, I, C] float32, or None.
     logp_ref: its log-probabilities of the sampled tokens, [B, T] float32, or None.
     noise: for objectives that noise the finished image again, [B, W, I, C] float32; `flow.x_t` and
       `flow.t` are then those of the noised image. None otherwise.
   """
 
-  prompt_ids: chex.Array
-  prompt_mask: chex.Array
   text: TextRollout | None
   flow: FlowRollout | None
-  adv: chex.Array
-  valid: chex.Array
+  given: Text | None = None
+  seen: Seen | None = None
   velocity_ref: chex.Array | None = None
   logp_ref: chex.Array | None = None
   noise: chex.Array | None = None
+
+
+@struct.dataclass
+class Experience:
+  """What B trajectories of P prompts leave to learn from.
+
+  Attributes:
+    prompt: of P prompts, each serving B / P consecutive trajectories.
+    source: an image that each prompt comes with, P rows; or None.
+    rounds: what the policy did, in order; one round is thinking and drawing once.
+    adv: advantage of each trajectory, [B] float32.
+    valid: False where a reward failed: the trajectory's group counts nowhere, [B] bool.
+  """
+
+  prompt: Text
+  source: Seen | None
+  rounds: tuple[Round, ...]
+  adv: chex.Array
+  valid: chex.Array
+
+  @property
+  def only(self) -> Round:
+    """The round of an experience that has one."""
+    [only] = self.rounds
+    return only
+
+  def with_only(self, **changes: Any) -> Experience:
+    """The same with fields of its only round replaced."""
+    return self.replace(rounds=(self.only.replace(**changes),))
 
 
 @struct.dataclass

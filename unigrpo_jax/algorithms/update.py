@@ -1,11 +1,11 @@
-"""The update of UniGRPO: what a rollout's experience changes in the state. One jitted function.
+"""The update: what an iteration's experience changes in the state. One jitted function.
 
   for each epoch, for each minibatch:         one optimizer step
     for each microbatch:                      gradients add up
-      say -> joint_loss -> gradient
+      replay -> loss -> gradient
 
-With one minibatch, the first epoch's own values are the old policy's: every ratio is exactly 1, at
-no cost, and they are kept for the epochs after it.
+With one minibatch, the first epoch's own values are those of the policy that sampled: every ratio
+is exactly 1, at no cost, and they are kept for the epochs after it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from unigrpo_jax import types
-from unigrpo_jax.algorithms import objective as objective_lib
-from unigrpo_jax.algorithms import step
-from unigrpo_jax.episodes import policy
-from unigrpo_jax.losses import flow as flow_losses
-from unigrpo_jax.losses import text as text_losses
+from unigrpo_jax import errors, types
+from unigrpo_jax.algorithms import base
+from unigrpo_jax.episodes import replay
 from unigrpo_jax.runtime import optim
 
 OLD_VALUES = ("first_epoch", "recomputed", "rollout")
@@ -49,9 +47,47 @@ class Schedule:
   group_parts: int = 1
 
 
+def accumulate(loss_fn, trained_params, frozen, inputs) -> tuple[Any, Any]:
+  """The sum of gradients over microbatches: the one place where they add up.
+
+  Args:
+    loss_fn: (trained parameters, frozen ones, *a microbatch's inputs) -> (loss, aux).
+    trained_params, frozen: see `optim.split`.
+    inputs: trees with a leading axis of microbatches.
+
+  Returns:
+    (gradients of all parameters, 0 for frozen ones; aux stacked over microbatches).
+  """
+  def add(grads, micro):
+    new, aux = jax.grad(loss_fn, has_aux=True)(trained_params, frozen, *micro)
+    return jax.tree.map(jnp.add, grads, new), aux
+
+  with jax.named_scope("loss"):
+    grads, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained_params), inputs)
+  return optim.join(grads, jax.tree.map(jnp.zeros_like, frozen)), aux
+
+
+def apply_gradients(
+  state: types.TrainState, grads, optimizer: optax.GradientTransformation, *,
+  ema_decay: float | None, trained: Collection[str],
+) -> tuple[types.TrainState, dict[str, jax.Array]]:
+  """The optimizer's step and the moving average's; returns the gradient norm of each group too."""
+  with jax.named_scope("update"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+      ema = optim.update_average(ema, params, state.step, decay=ema_decay)
+  norms = {
+    f"grad_norm/{group}": norm
+    for group, norm in optim.group_norms(grads).items() if group in trained
+  }
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), norms
+
+
 def make_update(
   model, optimizer: optax.GradientTransformation, grid: types.LatentGrid,
-  reading: policy.Reading, objective: objective_lib.Objective, schedule: Schedule, *,
+  algorithm: base.Algorithm, schedule: Schedule, *,
   trained: Collection[str], ema_decay: float | None, reference_model=None,
   reference_context: bool = True, drift_limits: Mapping[str, float] | None = None,
 ):
@@ -61,7 +97,7 @@ def make_update(
     model: the `Bagel` that is trained.
     optimizer: see `optim.adamw_by_group`.
     grid: of one image, [1, I].
-    reading, objective, schedule: what is computed.
+    algorithm, schedule: what is computed.
     trained: groups of parameters that are.
     ema_decay: of the moving average; None for none.
     reference_model: the network of the reference; its parameters are `state.reference`, or where
@@ -76,78 +112,61 @@ def make_update(
   """
   total = schedule.minibatches * schedule.microbatches
 
-  def loss_fn(trained_params, frozen, micro, old, weights, first):
-    params = optim.join(trained_params, frozen)
-    said = policy.say(model, params, micro, grid, reading)
-    return objective_lib.joint_loss(said, micro, old, weights, grid, objective, first)
+  def run(params, micro):
+    return replay.replay(model, params, micro, grid, algorithm.replay)
 
-  def consult(state, micro):
+  def loss_fn(trained_params, frozen, micro, old, weights, is_first_epoch):
+    output = run(optim.join(trained_params, frozen), micro)
+    return algorithm.loss(output, micro, old, weights, grid, is_first_epoch)
+
+  def reference_and_old_values(state, micro):
     """The experience with the reference's values, and the values that ratios start from."""
     if reference_model is not None:
       micro = _with_reference(
-        reference_model, model, state, micro, grid, reading, objective, reference_context
+        reference_model, model, state, micro, grid, algorithm, reference_context
       )
-    old = objective_lib.Old(
-      logp=micro.text.logp if reading.text else None, flow=_recorded(micro, reading, objective)
-    )
+    old = algorithm.recorded(micro)
     if schedule.old_values == "recomputed":
-      said = policy.say(model, state.params, micro, grid, reading)
-      blank = {"text": jnp.zeros_like(old.logp) if reading.text else None,
-               "flow": jnp.zeros_like(micro.flow.t) if reading.flow else None}
-      _, (_, old, _) = objective_lib.joint_loss(
-        said, micro, old, blank, grid, objective, None
-      )
+      blank = {"text": None if old.logp is None else jnp.zeros_like(old.logp),
+               "flow": None if old.flow is None else jnp.zeros_like(micro.only.flow.t)}
+      _, (_, old, _) = algorithm.loss(run(state.params, micro), micro, old, blank, grid, None)
     return micro, old
 
   def update(state: types.TrainState, experience: types.Experience):
-    parts = _cut(experience, total, schedule.group_parts)
-    with jax.named_scope("consult"):
-      micros, old = jax.lax.map(lambda micro: consult(state, micro), parts)
+    parts = cut(experience, total, schedule.group_parts)
+    with jax.named_scope("reference_and_old_values"):
+      micros, old = jax.lax.map(lambda micro: reference_and_old_values(state, micro), parts)
     by_minibatch = (schedule.minibatches, schedule.microbatches)
     micros, old = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), (micros, old))
 
     def optimizer_step(carry, index):
-      state, old, sound = carry
+      state, old, update_ok = carry
       place = index % schedule.minibatches
-      here = jax.tree.map(lambda a: a[place], (micros, old))
-      first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
-      trained_params, frozen = optim.split(state.params, trained)
-
-      def accumulate(grads, inputs):
-        micro, old, weights = inputs
-        new, aux = jax.grad(loss_fn, has_aux=True)(
-          trained_params, frozen, micro, old, weights, first
-        )
-        return jax.tree.map(jnp.add, grads, new), aux
-
-      weights = _weights(here[0], objective, reading)
-      with jax.named_scope("loss"):
-        grads, (terms, own, signals) = jax.lax.scan(
-          accumulate, jax.tree.map(jnp.zeros_like, trained_params), (*here, weights)
-        )
-      metrics = {f"loss/{name}": values.sum() for name, values in terms.items()}
-      metrics |= _summaries(signals, here[0], reading)
-      grads = optim.join(grads, jax.tree.map(jnp.zeros_like, frozen))
-      new_state, metrics = step.apply_gradients(
-        state, grads, optimizer, ema_decay=ema_decay, metrics=metrics
+      micro, old_here = jax.tree.map(lambda a: a[place], (micros, old))
+      is_first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
+      grads, (terms, new_values, signals) = accumulate(
+        lambda trained, frozen, *inputs: loss_fn(trained, frozen, *inputs, is_first),
+        *optim.split(state.params, trained), (micro, old_here, algorithm.weights(micro)),
       )
-      for name in [name for name in metrics if name.startswith("grad_norm_")]:
-        value, name = metrics.pop(name), name.removeprefix("grad_norm_")
-        if name in trained:
-          metrics[f"grad_norm/{name}"] = value
+      metrics = {f"loss/{name}": values.sum() for name, values in terms.items()}
+      metrics |= _summaries(signals, micro, algorithm.replay)
+      new_state, norms = apply_gradients(
+        state, grads, optimizer, ema_decay=ema_decay, trained=trained
+      )
+      metrics |= norms
       # Where a number is not finite, or the sampler was not this policy, the state stays as it was
       # from here on: the run saves it and stops.
-      sound &= jnp.array([
+      update_ok &= jnp.array([
         jnp.isfinite(value) for name, value in metrics.items()
         if name.startswith(("loss/", "grad_norm/"))
       ]).all()
       for name, limit in (drift_limits or {}).items():
         if name in metrics:
-          sound &= (index > 0) | (metrics[name] <= limit)
-      state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new_state, state)
-      if first is not None:
-        old = jax.tree.map(lambda new, old: jnp.where(first, new[None], old), own, old)
-      return (state, old, sound), metrics
+          update_ok &= (index > 0) | (metrics[name] <= limit)
+      state = jax.tree.map(lambda new, old: jnp.where(update_ok, new, old), new_state, state)
+      if is_first is not None:
+        old = jax.tree.map(lambda new, old: jnp.where(is_first, new[None], old), new_values, old)
+      return (state, old, update_ok), metrics
 
     steps = jnp.arange(schedule.epochs * schedule.minibatches)
     (state, *_), metrics = jax.lax.scan(optimizer_step, (state, old, jnp.array(True)), steps)
@@ -156,12 +175,68 @@ def make_update(
   return update
 
 
-def _cut(experience: types.Experience, parts: int, group_parts: int) -> types.Experience:
+class Update:
+  """A run's update on its devices: jitted, its state donated, its metrics as floats."""
+
+  def __init__(self, fn, *, out_shardings, drift_limits: Mapping[str, float]):
+    """Compiles nothing yet.
+
+    Args:
+      fn: see `make_update`.
+      out_shardings: of the state, and of the metrics.
+      drift_limits: as of `make_update`.
+    """
+    self.jitted = jax.jit(fn, donate_argnums=0, out_shardings=out_shardings)
+    self._limits = drift_limits
+
+  def __call__(
+    self, state: types.TrainState, experience: types.Experience
+  ) -> tuple[types.TrainState, dict[str, float]]:
+    """Returns (state, one number of each metric); `state` is donated.
+
+    Raises:
+      UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
+    """
+    step = int(state.step)
+    with jax.transfer_guard("disallow"):
+      state, metrics = jax.block_until_ready(self.jitted(state, experience))
+    metrics = summarise(jax.device_get(metrics))
+    # Nothing moved where the first optimizer step was rejected; then it is the state before.
+    unmoved = state if int(state.step) == step else None
+    if bad := sorted(name for name, value in metrics.items() if not np.isfinite(value)):
+      raise errors.UpdateRejected(
+        f"{', '.join(bad)} not finite; lower the learning rate and resume", unmoved
+      )
+    for name, limit in self._limits.items():
+      if metrics.get(name, 0.0) > limit:
+        key = name.replace("/", ".").removesuffix("_p99").removesuffix("_scaled")
+        raise errors.UpdateRejected(
+          f"{name}={metrics[name]:.3g}, at most {limit:.3g} is rounding: the trainer does not "
+          "compute what the sampler did for the same parameters; if the dtype explains it, raise "
+          f"config.{key}", unmoved,
+        )
+    return state, metrics
+
+
+def summarise(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+  """One number of each metric of the update: of its last optimizer step, where ratios are widest.
+
+  The drift is that of the first, when the trainer still is the policy that sampled. A number that
+  is not finite in any step comes before those that are.
+  """
+  def one(name, values):
+    bad = values[~np.isfinite(values)]
+    return float(bad[0] if bad.size else values[0 if name.startswith("drift/") else -1])
+
+  return {name: one(name, values) for name, values in metrics.items()}
+
+
+def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Experience:
   """[B, ...] -> [parts, B / parts, ...]: some prompts each, with a part of their trajectories.
 
   Strided: a part takes its share of every device's rows.
   """
-  prompts, rows = experience.prompt_ids.shape[0], experience.adv.shape[0]
+  prompts, rows = experience.prompt.ids.shape[0], experience.adv.shape[0]
   size, prompt_parts = rows // prompts // group_parts, parts // group_parts
   few = prompts // prompt_parts
 
@@ -173,97 +248,90 @@ def _cut(experience: types.Experience, parts: int, group_parts: int) -> types.Ex
     a = jnp.moveaxis(a.reshape(few, prompt_parts, *a.shape[1:]), 1, 0)
     return jnp.repeat(a, group_parts, axis=0)
 
-  cut = jax.tree.map(trajectories, experience.replace(prompt_ids=None, prompt_mask=None))
-  return cut.replace(
-    prompt_ids=of_prompts(experience.prompt_ids), prompt_mask=of_prompts(experience.prompt_mask)
-  )
-
-
-def _recorded(micro: types.Experience, reading, objective):
-  """What the rollout recorded of the images that ratios can be taken against."""
-  if not reading.flow:
-    return None
-  if objective.flow in objective_lib.FORWARD_OBJECTIVES:
-    return jnp.zeros_like(micro.flow.x_t)  # a rollout knows no velocities of noised images
-  return micro.flow.mean
+  shared = jax.tree.map(of_prompts, {"prompt": experience.prompt, "source": experience.source})
+  own = jax.tree.map(trajectories, experience.replace(prompt=None, source=None))
+  return own.replace(**shared)
 
 
 def _with_reference(
-  reference_model, model, state, micro: types.Experience, grid, reading: policy.Reading,
-  objective: objective_lib.Objective, own_context: bool,
+  reference_model, model, state, micro: types.Experience, grid, algorithm: base.Algorithm,
+  own_context: bool,
 ) -> types.Experience:
   """The experience with the reference's velocities and log-probabilities, where they are needed."""
-  wants = dataclasses.replace(
-    reading, text=reading.text and objective.text_kl_weight > 0,
-    flow=reading.flow and objective.regulariser != "none",
-    guidance=dataclasses.replace(reading.guidance, text_scale=1.0),
+  config = algorithm.replay
+  wanted = dataclasses.replace(
+    config, text=config.text and algorithm.text.kl_weight > 0,
+    flow=config.flow and algorithm.regulariser != "none",
+    guidance=dataclasses.replace(config.guidance, text_scale=1.0),
   )
   params = state.params if state.reference is None else state.reference
-  own = dataclasses.replace(wants, flow=wants.flow and own_context)
-  said = policy.say(reference_model, params, micro, grid, own)
-  if wants.flow and not own_context:
-    images = policy.say(
-      model, state.params, micro, grid, dataclasses.replace(wants, text=False),
+  own = dataclasses.replace(wanted, flow=wanted.flow and own_context)
+  output = replay.replay(reference_model, params, micro, grid, own)
+  if wanted.flow and not own_context:
+    images = replay.replay(
+      model, state.params, micro, grid, dataclasses.replace(wanted, text=False),
       velocity_params=params, velocity_model=reference_model,
     )
-    said = said.replace(velocity=images.velocity)
-  return micro.replace(velocity_ref=said.velocity, logp_ref=said.logp)
+    output = output.replace(velocity=images.velocity)
+  return micro.with_only(velocity_ref=output.velocity, logp_ref=output.logp)
 
 
-def _weights(micros: types.Experience, objective, reading) -> dict[str, Any]:
-  """Weights of tokens and steps over a whole minibatch, [microbatches, rows, ...]."""
-  flat = lambda a: a.reshape(-1, *a.shape[2:])
-  valid, shape = flat(micros.valid), micros.valid.shape
-  weights = {"text": None, "flow": None}
-  if reading.text:
-    weights["text"] = text_losses.token_weights(
-      flat(micros.text.mask), valid, aggregation=objective.aggregation,
-      max_tokens=objective.max_tokens,
-    )
-  if reading.flow:
-    weights["flow"] = flow_losses.step_weights(valid, micros.flow.t.shape[-1])
-  return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), weights)
-
-
-def _summaries(signals: Mapping[str, Any], micros: types.Experience, reading) -> dict[str, Any]:
+def _summaries(
+  signals: Mapping[str, Any], micros: types.Experience, config: replay.ReplayConfig
+) -> dict[str, Any]:
   """Means, extremes and percentiles over the tokens and steps of a minibatch that count."""
-  out = {}
+  metrics = {}
   valid = micros.valid[..., None]
-  if reading.text:
-    mask = micros.text.mask & valid
-    ratio = jnp.exp(signals["text/log_ratio"])
-    out |= _ratio("text", ratio, signals["text/clipped"], mask)
+  if config.text:
+    mask = micros.only.text.mask & valid
     log_ratio = signals["text/log_ratio"]
-    out["text/approx_kl"] = _mean(jnp.expm1(log_ratio) - log_ratio, mask)
-    out["text/entropy"] = _mean(signals["text/entropy"], mask)
-    out |= {name: signals[name].max() for name in ("drift/text", "drift/text_scaled")}
+    metrics |= _ratio("text", jnp.exp(log_ratio), signals["text/clipped"], mask)
+    metrics["text/approx_kl"] = _mean(jnp.expm1(log_ratio) - log_ratio, mask)
+    metrics["text/entropy"] = _mean(signals["text/entropy"], mask)
+    for name in ("drift/text", "drift/text_scaled"):
+      metrics |= _drift(name, signals[name], mask)
     if "text/kl" in signals:
-      out["text/kl_ref"] = _mean(signals["text/kl"], mask)
-  if reading.flow:
-    mask = jnp.broadcast_to(valid, micros.flow.t.shape)
+      metrics["text/kl_ref"] = _mean(signals["text/kl"], mask)
+  if config.flow:
+    mask = jnp.broadcast_to(valid, micros.only.flow.t.shape)
     if "flow/log_ratio" in signals:
       log_ratio = signals["flow/log_ratio"]
       steps = jnp.broadcast_to(valid, log_ratio.shape)
-      # Ratios differ from 1 by less than float32 can show: their logarithms are told instead.
-      out |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
+      # Ratios differ from 1 by less than float32 can show: their logarithms are logged instead.
+      metrics |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
     for name in ("flow/mse", "flow/latent_kl"):
       if name in signals:
-        out[name] = _mean(signals[name], mask)
+        metrics[name] = _mean(signals[name], mask)
     if "drift/flow" in signals:
-      out["drift/flow"] = signals["drift/flow"].max()
-  return out
+      metrics |= _drift("drift/flow", signals["drift/flow"], mask)
+  return metrics
 
 
 def _ratio(kind: str, ratio, clipped, mask, name: str = "ratio") -> dict[str, Any]:
-  shown = jnp.where(mask, ratio, jnp.nan)
-  size = jnp.abs(shown) if name == "log_ratio" else shown
-  some = lambda value: jnp.where(mask.any(), value, 0.0)  # a minibatch may have no valid group
+  size = jnp.abs(ratio) if name == "log_ratio" else ratio
   return {
     f"{kind}/{name}_mean": _mean(ratio, mask),
-    f"{kind}/{name}_max": some(jnp.nanmax(size)),
-    f"{kind}/{name}_p99": some(jnp.nanpercentile(size, 99)),
+    f"{kind}/{name}_max": _largest(size, mask),
+    f"{kind}/{name}_p99": _percentile_99(size, mask),
     f"{kind}/clip_fraction": _mean(clipped.astype(jnp.float32), mask),
   }
+
+
+def _drift(name: str, drift, mask) -> dict[str, Any]:
+  """The largest difference of all, and mean and 99th percentile of those that count."""
+  return {
+    name: drift.max(), f"{name}_mean": _mean(drift, mask),
+    f"{name}_p99": _percentile_99(drift, mask),
+  }
+
+
+def _largest(values, mask):
+  return jnp.where(mask.any(), jnp.nanmax(jnp.where(mask, values, jnp.nan)), 0.0)
+
+
+def _percentile_99(values, mask):
+  """0 where nothing counts: a minibatch may have no valid group."""
+  return jnp.where(mask.any(), jnp.nanpercentile(jnp.where(mask, values, jnp.nan), 99), 0.0)
 
 
 def _mean(values, mask):

@@ -25,7 +25,7 @@ import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import contact_sheet, intervals
-from unigrpo_jax.episodes import batches
+from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import hosts
 
 _PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
@@ -179,8 +179,9 @@ class Evaluation:
   """Prompts prepared once; see the module's docstring."""
 
   def __init__(
-    self, pipeline, examples: Sequence[Any], score: Score, *, settings: batches.Settings,
-    modes: Sequence[Mode], batch_size: int, seed: int, keep: int = 24,
+    self, pipeline, examples: Sequence[Any], score: Score, *, settings: requests_lib.Settings,
+    modes: Sequence[Mode], batch_size: int, seed: int,
+    num_saved_images: int = 24,
     size: tuple[int, int] | None = None,
   ):
     """Checks everything that does not need the weights, which may be loaded later.
@@ -195,7 +196,7 @@ class Evaluation:
       modes: each is run over all examples.
       batch_size: rows run together, rounded up to what the devices share evenly.
       seed: row i has `seed` + i.
-      keep: of how many prompts the pictures are kept.
+      num_saved_images: prompts whose pictures are saved.
       size: height and width in pixels; None: the largest of the checkpoint.
 
     Raises:
@@ -206,13 +207,14 @@ class Evaluation:
     if len({mode.name for mode in modes}) < len(modes):
       raise errors.InputError(f"modes={[mode.name for mode in modes]}: each may stand there once")
     errors.require("batch_size", batch_size, low=1)
-    errors.require("keep", keep, low=0)
+    errors.require("num_saved_images", num_saved_images, low=0)
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
-    self._seed, self._keep, self._size = seed, keep, size
+    self._seed, self._size = seed, size
+    self._num_saved_images = num_saved_images
     self._batch_size = pipeline.batch_rows(batch_size, len(examples))
     self._batches = {mode: self._prepare(mode, settings) for mode in modes}
 
-  def _prepare(self, mode: Mode, settings: batches.Settings) -> list[batches.Batch]:
+  def _prepare(self, mode: Mode, settings: requests_lib.Settings) -> list[requests_lib.Batch]:
     """All prompts under a mode, padded alike: every batch has one shape."""
     guidance = settings.guidance
     if not mode.guided:
@@ -224,9 +226,9 @@ class Evaluation:
     # The rows that fill the last batch are prompts again, not fewer rows: decoding has one shape.
     requests = [self._request(mode, row % len(self._examples)) for row in rows]
     batch = self._pipeline.prepare(requests, settings, self._batch_size)
-    return batches.split(batch, self._batch_size)
+    return requests_lib.split(batch, self._batch_size)
 
-  def _request(self, mode: Mode, row: int) -> batches.Request:
+  def _request(self, mode: Mode, row: int) -> requests_lib.Request:
     example = self._examples[row]
     reasoning = getattr(example, "reasoning", None) if mode.given else None
     if mode.given and not reasoning:
@@ -234,7 +236,7 @@ class Evaluation:
         f"mode {mode.name}: prompt {row + 1} ({example.prompt!r}) has no reasoning; leave out the "
         "modes that are given one"
       )
-    return batches.Request(
+    return requests_lib.Request(
       example.prompt, seed=self._seed + row, size=self._size, reasoning=reasoning
     )
 
@@ -282,7 +284,7 @@ class Evaluation:
       bad = [key for key, value in own.items() if math.isinf(value)]
       if bad:
         raise errors.InputError(f"reward {bad[0]} of {example.prompt!r} is {own[bad[0]]}")
-      if number < self._keep:
+      if number < self._num_saved_images:
         name = f"images/{mode.name.replace(' + ', '_')}_{number:05d}.png"
         images[name] = sample.image
       rows.append(Row(

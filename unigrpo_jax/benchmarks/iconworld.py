@@ -11,7 +11,7 @@ import PIL.Image
 
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import evaluation
-from unigrpo_jax.episodes import batches
+from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
 
 TASKS = ("answer", "edit")
@@ -33,7 +33,7 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
   Args:
     pipeline: see `pipeline.Pipeline`.
     examples: see `iconworld.prompts.Example`.
-    settings: see `batches.Settings`.
+    settings: see `requests_lib.Settings`.
     batch_size: rows run together.
     seed: of scenes and questions.
 
@@ -47,7 +47,7 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
     question, right = tasks.question(rng, example.scene, about)
     asked.append(("color" if right in scenes.COLORS else "count", right))
     image = PIL.Image.fromarray(renderer.render(example.scene, rng))
-    requests.append(batches.Request(question, seed=seed + row, image=image))
+    requests.append(requests_lib.Request(question, seed=seed + row, image=image))
   settings = dataclasses.replace(
     settings, think=False, understand=True, temperature=0.0, max_tokens=8
   )
@@ -72,7 +72,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
   for row, example in enumerate(examples):
     instruction, scene = tasks.edit(rng, example.scene)
     image = PIL.Image.fromarray(renderer.render(example.scene, rng))
-    requests.append(batches.Request(instruction, seed=seed + row, image=image))
+    requests.append(requests_lib.Request(instruction, seed=seed + row, image=image))
     wanted.append(scene)
   off = dataclasses.replace(settings.guidance, text_scale=1.0)
   settings = dataclasses.replace(settings, think=False, understand=False, guidance=off)
@@ -90,7 +90,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
 def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
   rows = pipeline.batch_rows(batch_size, len(requests))
   batch = pipeline.prepare(requests, settings, rows)
-  return [result for part in batches.split(batch, rows) for result in pipeline.run(part)]
+  return [result for part in requests_lib.split(batch, rows) for result in pipeline.run(part)]
 
 
 def _shows(image: np.ndarray, scene: scenes.Scene) -> float:

@@ -1,0 +1,1 @@
+"""Trajectories as static scripts of segments: sampled, replayed and packed."""

@@ -1,4 +1,4 @@
-"""A BAGEL on its devices: opens a checkpoint and runs batches through the phases.
+"""A BAGEL on its devices: opens a checkpoint and answers requests.
 
   pipeline = Pipeline.open("BAGEL-7B-MoT")            # config and tokenizer
   batch = pipeline.prepare([Request("a red kite")], Settings(think=True))
@@ -8,10 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import time
@@ -21,16 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import errors, types
-from unigrpo_jax.data import images as images_lib
-from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.episodes import batches, phases
-from unigrpo_jax.models import attention, weights
-from unigrpo_jax.models import bagel as bagel_lib
-from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.runtime import checkpoints, folders, sharding
-
-Progress = Callable[[str, int, int], None]
+from unigrpo_jax import errors
+from unigrpo_jax.episodes import requests as requests_lib
+from unigrpo_jax.episodes import sampler as sampler_lib
+from unigrpo_jax.runtime import checkpoints, sharding, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +46,12 @@ class Result:
 class Pipeline:
   """See the module's docstring."""
 
-  def __init__(self, folder: folders.ModelFolder, model: bagel_lib.Bagel, tokenizer, mesh):
+  def __init__(self, network: state.Network):
     """Use `open`."""
-    tokenizer.check_fits(folder.config.llm.vocab_size)
-    self.config, self.model, self.tokenizer, self.mesh = folder.config, model, tokenizer, mesh
-    self.vae = vae_lib.VAE(folder.config.vae)
+    self.network, self.config, self.mesh = network, network.config, network.mesh
     self.params: dict[str, Any] = {}
     self.seconds: dict[str, float] = {}
-    self._folder = folder
+    self._sampler = sampler_lib.Sampler(network, None)
 
   @classmethod
   def open(cls, path: pathlib.Path | str, *, dtype=None, mesh=None) -> Pipeline:
@@ -74,21 +65,7 @@ class Pipeline:
     Raises:
       InputError: it is no such folder, or its config or tokenizer cannot be used.
     """
-    folder = folders.open_folder(path)
-    tokenizer = tokenizer_lib.load(folder.files)
-    if dtype is None:
-      dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if mesh is None:
-      count = sum(math.prod(leaf.shape) for leaf in weights.table(folder.config))
-      size = count * jnp.dtype(dtype).itemsize
-      mesh = sharding.sampling_mesh(folder.config.llm.num_kv_heads, size)
-    markers = (tokenizer.vision_start, tokenizer.vision_end)
-    backend = attention.choose_backend("auto", mesh.devices.flat[0].platform, dtype)
-    model = bagel_lib.Bagel(
-      folder.config, markers, dtype=dtype, param_dtype=dtype, backend=backend,
-      unroll=sharding.needs_straight_programs(mesh),
-    )
-    return cls(folder, model, tokenizer, mesh)
+    return cls(state.open_for_sampling(path, dtype=dtype, mesh=mesh))
 
   def load(self, parts: Sequence[str] = ("bagel", "vae")) -> Pipeline:
     """Loads the weights, each parameter straight into its shards.
@@ -99,15 +76,16 @@ class Pipeline:
     Raises:
       InputError: the weights are missing, broken, or do not agree with the config.
     """
+    network = self.network
     try:
-      self.params = self._folder.load_params(
-        dtype={"bagel": self.model.dtype, "vae": jnp.float32},
-        shardings=param_shardings(self.model, self.mesh, parts), parts=parts,
+      self.params = network.folder.load_params(
+        dtype={"bagel": network.model.dtype, "vae": jnp.float32},
+        shardings=state.param_shardings(network.model, self.mesh, parts), parts=parts,
       )
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise
-      raise errors.InputError(f"{self._folder.path}: {checkpoints.TOO_SMALL}") from None
+      raise errors.InputError(f"{network.folder.path}: {checkpoints.TOO_SMALL}") from None
     return self
 
   def batch_rows(self, batch_size: int, count: int) -> int:
@@ -116,15 +94,17 @@ class Pipeline:
     return -(-min(batch_size, count) // ways) * ways
 
   def prepare(
-    self, requests: Sequence[batches.Request], settings: batches.Settings, rows: int = 1
-  ) -> batches.Batch:
-    """Checks requests and makes a batch of a multiple of `rows`; see `batches.prepare`."""
-    multiple = math.lcm(rows, sharding.batch_multiple(self.mesh))
-    return batches.prepare(
-      self.config, self.tokenizer, requests, settings, multiple=multiple
+    self, requests: Sequence[requests_lib.Request], settings: requests_lib.Settings, rows: int = 1
+  ) -> requests_lib.Batch:
+    """Checks requests and makes a batch of a multiple of `rows`; see `requests.prepare`."""
+    return requests_lib.prepare(
+      self.config, self.network.tokenizer, requests, settings,
+      multiple=math.lcm(rows, sharding.batch_multiple(self.mesh)),
     )
 
-  def run(self, batch: batches.Batch, progress: Progress | None = None) -> list[Result]:
+  def run(
+    self, batch: requests_lib.Batch, progress: sampler_lib.Progress | None = None
+  ) -> list[Result]:
     """Runs a batch; several hosts call it together, and each has all results.
 
     Args:
@@ -138,108 +118,42 @@ class Pipeline:
       InputError: a row's log-probabilities or latents are not finite.
     """
     self.seconds = {}
-    settings, rollout, drawn = batch.settings, None, [None] * batch.real
+    self._sampler.vae_params = self.params.get("vae")
     with sharding.activate(self.mesh):
-      with self._timed("read"):
-        contexts = self._run(phases.read, self._inputs(batch), capacity=batch.capacity)
-      if batch.writes:
-        with self._timed("write"):
-          rollout, contexts = self._write(contexts, batch, progress)
-          _check_finite("text", rollout.logp[: batch.real])
-      if not settings.understand:
-        with self._timed("draw"):
-          latents = self._draw(contexts, batch, progress)
-          _check_finite("image", latents[: batch.real])
-        with self._timed("decode"):
-          drawn = self._decode(latents, batch)
-    return [self._result(rollout, row, image) for row, image in enumerate(drawn)]
+      randomness = self._randomness(batch)
+      episode = self._sampler.sample(
+        self.params["bagel"], batch, randomness, timer=self._timed, progress=progress
+      )
+      latents = None if episode.flow is None else sharding.fetch(episode.flow.latents)
+    _check_finite("text", episode.host_text and episode.host_text.logp)
+    _check_finite("image", latents if latents is None else latents[: batch.real])
+    return [self._result(episode, row) for row in range(batch.real)]
 
-  def _inputs(self, batch: batches.Batch) -> phases.Inputs:
-    latents = self._encode(batch) if batch.edits else None
-    return phases.Inputs(
-      prompt_ids=batch.prompt_ids, prompt_mask=batch.prompt_mask, system_ids=batch.system_ids,
-      latents=latents, grid=batch.grid if batch.edits else None, patches=batch.patches,
-      given_ids=batch.given_ids, given_mask=batch.given_mask,
-    )
-
-  def _encode(self, batch: batches.Batch) -> np.ndarray:
-    """Clean latent tokens of the batch's images, [B, I, C]; one posterior sample each."""
-    c, latents = self.config, [None] * len(batch.images)
-    for rows, size in batches.by_size(batch.sizes, self._vae_pixels):
-      pixels = np.stack([images_lib.to_array(batch.images[row]) for row in rows])
-      shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
-      keys = [batches.row_key(batch.seeds[row], "posterior") for row in rows]
-      noise = np.stack([jax.random.normal(key, shape) for key in keys])
-      encoded = self._run_vae(phases.encode_images, pixels, noise)
-      for row, tokens in zip(rows, vae_lib.pack_latents(encoded, c.latent_patch_size)):
-        latents[row] = np.asarray(tokens)
-    return batches.pad_rows(latents)[0]
-
-  def _write(self, contexts: phases.Contexts, batch: batches.Batch, progress):
-    settings = batch.settings
+  def _randomness(self, batch: requests_lib.Batch) -> sampler_lib.Randomness:
+    """Of each row by its seed; the noise at its own length: padding must not change it."""
     keys = np.stack([
-      jax.random.key_data(batches.row_key(seed, "text")) for seed in batch.seeds
+      jax.random.key_data(requests_lib.row_key(seed, "text")) for seed in batch.seeds
     ])
-    rollout, main = self._run(
-      phases.write, contexts.main, jax.random.wrap_key_data(keys),
-      np.arange(len(batch.seeds)) < batch.real,
-      start_id=self.tokenizer.im_start, end_id=self.tokenizer.im_end,
-      max_tokens=settings.max_tokens, temperature=settings.temperature,
-      on_step=_step_reporter(progress, "write", settings.max_tokens),
-    )
-    return sharding.fetch(rollout), contexts.replace(main=main)
-
-  def _draw(self, contexts: phases.Contexts, batch: batches.Batch, progress) -> np.ndarray:
-    settings, counts = batch.settings, batch.grid.mask.sum(axis=1)
-    # Drawn at each row's own length: a row's noise must not depend on its padding.
-    noise, _ = batches.pad_rows([
-      jax.random.normal(batches.row_key(seed, "noise"), (count, self.config.latent_dim))
+    rows = sharding.along_batch(self.mesh)
+    text = jax.random.wrap_key_data(sharding.put(keys, rows))
+    if batch.grid is None:
+      return sampler_lib.Randomness(text)
+    counts = batch.grid.mask.sum(axis=1)
+    noise, _ = requests_lib.pad_rows([
+      jax.random.normal(requests_lib.row_key(seed, "noise"), (count, self.config.latent_dim))
       for seed, count in zip(batch.seeds, counts)
     ])
-    return sharding.fetch(self._run(
-      phases.draw, contexts, noise, batch.grid, num_timesteps=settings.num_timesteps,
-      shift=settings.shift, guidance=settings.guidance,
-      on_step=_step_reporter(progress, "draw", settings.num_timesteps - 1),
-    ))
+    return sampler_lib.Randomness(text, noise)
 
-  def _decode(self, latents: np.ndarray, batch: batches.Batch) -> list[np.ndarray]:
-    c, out = self.config, [None] * batch.real
-    for rows, (height, width) in batches.by_size(
-      batch.sizes[: batch.real], self._vae_pixels
-    ):
-      h, w = height // c.latent_stride, width // c.latent_stride
-      tokens = np.stack([latents[row][: h * w] for row in rows])
-      grids = vae_lib.unpack_latents(tokens, h, w, c.latent_patch_size)
-      for row, image in zip(rows, self._run_vae(phases.decode_images, grids)):
-        out[row] = image
-    return out
-
-  def _result(self, rollout: types.TextRollout | None, row: int, image) -> Result:
-    if rollout is None:
+  def _result(self, episode: sampler_lib.Episode, row: int) -> Result:
+    image = None if episode.images is None else episode.images[row]
+    if episode.host_text is None:
       return Result(text=None, ids=(), finished=True, image=image)
-    ids = tuple(int(i) for i in rollout.ids[row][rollout.mask[row]])
-    finished = bool(rollout.finished[row])
-    words = self.tokenizer.decode(ids[:-1] if finished else ids)
-    return Result(text=words, ids=ids, finished=finished, image=image)
-
-  def _run(self, phase, *args, **options):
-    """Runs a phase with the rows of its host arrays spread over the mesh."""
-    rows = sharding.along_batch(self.mesh)
-    put = lambda a: sharding.put(a, rows) if isinstance(a, np.ndarray) and a.ndim > 1 else a
-    out = phase(self.model, self.params["bagel"], *jax.tree.map(put, args), **options)
-    return jax.block_until_ready(out)
-
-  @property
-  def _vae_pixels(self) -> int:
-    return phases.VAE_PIXELS * self.mesh.size
-
-  def _run_vae(self, program, *arrays) -> np.ndarray:
-    """Runs a VAE program with the images spread over the mesh, filled up to share it evenly."""
-    count = len(arrays[0])
-    rows = np.arange(count + -count % self.mesh.size) % count
-    everywhere = sharding.along_all(self.mesh)
-    spread = [sharding.put(np.asarray(a)[rows], everywhere) for a in arrays]
-    return sharding.fetch(program(self.vae, self.params["vae"], *spread))[:count]
+    ids, mask = episode.host_text.ids[row], episode.host_text.mask[row]
+    return Result(
+      text=episode.texts[row], ids=tuple(int(i) for i in ids[mask]),
+      finished=bool(episode.host_text.finished[row]), image=image,
+    )
 
   @contextlib.contextmanager
   def _timed(self, phase: str) -> Iterator[None]:
@@ -248,33 +162,12 @@ class Pipeline:
     self.seconds[phase] = round(time.perf_counter() - start, 3)
 
 
-def param_shardings(
-  model: bagel_lib.Bagel, mesh: jax.sharding.Mesh, parts: Sequence[str], rules=sharding.RULES
-):
-  """Shardings of the parameter tree {"bagel": ..., "vae": ...} of `model` on `mesh`."""
-  key, c = jax.random.key(0), model.config
-  pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
-  make = {
-    "bagel": lambda: model.init(key, bagel_lib.example_batch(c)),
-    "vae": lambda: vae_lib.VAE(c.vae).init(key, pixels),
-  }
-  return {
-    part: sharding.shardings(jax.eval_shape(make[part])["params"], mesh, rules) for part in parts
-  }
-
-
-def _check_finite(what: str, values: np.ndarray) -> None:
+def _check_finite(what: str, values: np.ndarray | None) -> None:
+  if values is None:
+    return
   bad = [row for row, value in enumerate(values) if not np.isfinite(value).all()]
   if bad:
     raise errors.InputError(
       f"the {what} of prompt {bad[0] + 1} is not finite ({len(bad)} of {len(values)} rows): the "
       "weights hold non-finite values, or the guidance is too strong for the dtype"
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _step_reporter(progress: Progress | None, phase: str, total: int):
-  """One callable for repeated calls: a new one each time would compile each time."""
-  if progress is None or jax.process_count() > 1:
-    return None
-  return lambda step: progress(phase, min(int(step) + 1, total), total)

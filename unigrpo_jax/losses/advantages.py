@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 STDS = ("group", "batch", "none")
-SINGLETONS = ("zero", "reward")
 
 
 def group_advantages(
@@ -21,7 +20,6 @@ def group_advantages(
   std: str = "group",
   ddof: int = 0,
   eps: float = 1e-4,
-  singletons: str = "zero",
   clip: float | None = None,
 ) -> tuple[chex.Array, chex.Array, dict[str, chex.Array]]:
   """How much better each trajectory is than its group, in standard deviations.
@@ -41,7 +39,6 @@ def group_advantages(
     std: of the `group`, of all valid rewards of the `batch`, or `none`.
     ddof: 0 divides the squares by n, 1 by n - 1.
     eps: added to the standard deviation.
-    singletons: what a group of one gets: `zero`, or its `reward` as it is, over 1 + eps (verl).
     clip: bound on |adv|; None for none.
 
   Returns:
@@ -50,12 +47,10 @@ def group_advantages(
     valid rewards, `group_std_mean`).
 
   Raises:
-    ValueError: `std` or `singletons` is none of the names above.
+    ValueError: `std` is none of the names above.
   """
   if std not in STDS:
     raise ValueError(f"std={std!r} is none of {STDS}")
-  if singletons not in SINGLETONS:
-    raise ValueError(f"singletons={singletons!r} is none of {SINGLETONS}")
   chex.assert_rank([rewards, group], 1)
   chex.assert_equal_shape([rewards, group])
   rewards = rewards.astype(jnp.float32)
@@ -80,9 +75,6 @@ def group_advantages(
   if std != "none":
     scale = (group_std[group] if std == "group" else batch_std) + eps
     adv = deviation / jnp.where(scale > 0, scale, 1.0)  # eps may be 0, and rewards equal.
-  if singletons == "reward":
-    alone = rewards if std == "none" else rewards / (1 + eps)
-    adv = jnp.where((members == 1)[group], alone, adv)
   if clip is not None:
     adv = jnp.clip(adv, -clip, clip)
   counted = whole & (members > 0)

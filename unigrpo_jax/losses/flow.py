@@ -101,7 +101,7 @@ def policy_loss(
   *,
   clip_low: chex.Numeric,
   clip_high: chex.Numeric,
-  keep: chex.Array | None = None,
+  loss_mask: chex.Array | None = None,
   loss_weight: chex.Array | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """The clipped surrogate of PPO over the steps of a window, less its constant.
@@ -110,20 +110,20 @@ def policy_loss(
     loss = sum w u (-min(rho A, clip(rho, -clip_low, clip_high) A))
 
   It is smaller by the constant sum w u A than with the ratio itself, and has the same gradient.
-  With `keep` nothing is clipped, and only the terms -rho A to be kept remain. Source: UniGRPO
-  eq. 6; `keep`: Flow-DPPO (see `dppo_keep`); u: GRPO-Guard (see `reweight`).
+  With `loss_mask` nothing is clipped, and only its terms -rho A remain. Source: UniGRPO eq. 6;
+  `loss_mask`: Flow-DPPO (see `dppo_mask`); u: GRPO-Guard (see `reweight`).
 
   Args:
     log_ratio: [B, W] float32; anything where the weight is 0.
     adv: A, [B] float32.
     weights: w, [B, W] float32; see `step_weights`.
     clip_low, clip_high: how far the ratio may fall below 1 and rise above it; [] or [B, W].
-    keep: steps to keep, [B, W] bool, or None.
+    loss_mask: steps that count, [B, W] bool, or None for all, clipped.
     loss_weight: u, [B, W] float32, or None for 1.
 
   Returns:
     (loss [] float32; dict of `log_ratio` [B, W] float32 and `clipped` [B, W] bool, where the clip
-    or `keep` took the gradient; 0 and False where the weight is 0).
+    or `loss_mask` took the gradient; 0 and False where the weight is 0).
   """
   chex.assert_rank([log_ratio, adv], [2, 1])
   chex.assert_equal_shape([log_ratio, weights])
@@ -134,12 +134,12 @@ def policy_loss(
   rho = jnp.expm1(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
   adv = adv[:, None]
   free = -rho * adv
-  if keep is None:
+  if loss_mask is None:
     bound = -jnp.clip(rho, -clip_low, clip_high) * adv
     losses, clipped = jnp.maximum(free, bound), bound > free
   else:
-    chex.assert_shape(keep, log_ratio.shape)
-    losses, clipped = jnp.where(keep, free, 0.0), ~keep
+    chex.assert_shape(loss_mask, log_ratio.shape)
+    losses, clipped = jnp.where(loss_mask, free, 0.0), ~loss_mask
   if loss_weight is not None:
     chex.assert_shape(loss_weight, log_ratio.shape)
     weights = weights * loss_weight
@@ -199,7 +199,7 @@ def divergence(
   return element_mean(squared, mask) / (2 * jnp.square(std))
 
 
-def dppo_keep(
+def dppo_mask(
   divergence: chex.Array, log_ratio: chex.Array, adv: chex.Array, *, threshold: float
 ) -> chex.Array:
   """Which steps Flow-DPPO (2606.11025) keeps: near ones, and far ones that move back.

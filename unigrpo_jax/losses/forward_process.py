@@ -17,9 +17,6 @@ from unigrpo_jax.losses import flow
 
 OPTIMALITIES = ("all", "positive_only", "negative_only", "one_only", "binary")
 WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
-ORDERS = ("exp_first", "mean_first")
-# Name -> (first step that decays, rise a step, highest decay), as DiffusionNFT numbers them.
-DECAYS = {"off": (0, 0.0, 0.0), "slow": (0, 0.001, 0.5), "late": (75, 0.0075, 0.999)}
 
 
 def optimality(adv: chex.Array, *, bound: float, kind: str = "all") -> chex.Array:
@@ -147,65 +144,33 @@ def awm_log_prob(
   return -m * {"uniform": 1.0, "t": t, "t2": jnp.square(t)}[weighting]
 
 
-def awm_log_ratio(logp: chex.Array, logp_old: chex.Array, *, order: str) -> chex.Array:
-  """Log importance ratios of AWM: one a time, or one an image after averaging over its times.
+def awm_log_ratio(logp: chex.Array, logp_old: chex.Array) -> chex.Array:
+  """Log importance ratios of AWM, one a time.
 
   Args:
     logp: of the policy, [B, N] float32; see `awm_log_prob`.
     logp_old: of the policy that generated, likewise; no gradient.
-    order: `exp_first` for a ratio a time, `mean_first` for one an image.
 
   Returns:
-    [B, N] or [B, 1] float32.
-
-  Raises:
-    ValueError: `order` is none of ORDERS.
+    [B, N] float32.
   """
-  if order not in ORDERS:
-    raise ValueError(f"order={order!r} is none of {ORDERS}")
   chex.assert_rank(logp, 2)
   chex.assert_equal_shape([logp, logp_old])
-  difference = logp - jax.lax.stop_gradient(logp_old)
-  return difference if order == "exp_first" else difference.mean(-1, keepdims=True)
+  return logp - jax.lax.stop_gradient(logp_old)
 
 
-def fpo_log_ratio(
-  losses: chex.Array, losses_old: chex.Array, *, average: bool = True, bound: float = 3.0
-) -> chex.Array:
-  """Log importance ratios of flow policy optimization (2507.21053), from matching losses.
+def fpo_log_ratio(losses: chex.Array, losses_old: chex.Array) -> chex.Array:
+  """Log importance ratios of flow policy optimization (2507.21053), one an image.
 
-    average:  mean_j l_old_j - mean_j l_j        otherwise:  clip(l_old_j - l_j, -bound, bound)
+    mean_j l_old_j - mean_j l_j
 
   Args:
-    losses: l of the policy at N times with their noise, [B, N] float32.
+    losses: matching losses l of the policy at N times with their noise, [B, N] float32.
     losses_old: of the policy that generated, likewise; no gradient.
-    average: one ratio an image instead of one a time.
-    bound: of a ratio a time.
 
   Returns:
-    [B, 1] or [B, N] float32.
+    [B, 1] float32.
   """
   chex.assert_rank(losses, 2)
   chex.assert_equal_shape([losses, losses_old])
-  difference = jax.lax.stop_gradient(losses_old) - losses
-  return difference.mean(-1, keepdims=True) if average else jnp.clip(difference, -bound, bound)
-
-
-def old_decay(step: chex.Array, *, kind: str) -> chex.Array:
-  """The decay of the moving average that generates, at an optimizer step counted from 0.
-
-    min(rise max(step - first, 0), highest),   (first, rise, highest) = DECAYS[kind]
-
-  Source: `return_decay` of DiffusionNFT; `off` generates with the policy itself.
-
-  Args:
-    step: any shape, int.
-    kind: one of DECAYS.
-
-  Raises:
-    ValueError: `kind` is none of DECAYS.
-  """
-  if kind not in DECAYS:
-    raise ValueError(f"kind={kind!r} is none of {tuple(DECAYS)}")
-  first, rise, highest = DECAYS[kind]
-  return jnp.minimum(rise * jnp.maximum(step - first, 0), highest)
+  return (jax.lax.stop_gradient(losses_old) - losses).mean(-1, keepdims=True)

@@ -125,11 +125,11 @@ def policy_loss(
   if dual_clip is not None:
     dual = counts & (adv < 0) & (losses > -dual_clip * adv)
     losses = jnp.where(dual, -dual_clip * adv, losses)
-  found = {"log_ratio": log_ratio, "clipped": counts & (bound > free), "dual_clipped": dual}
+  metrics = {"log_ratio": log_ratio, "clipped": counts & (bound > free), "dual_clipped": dual}
   if logp_ref is not None:
-    found["kl"] = k3(logp, clear(jax.lax.stop_gradient(logp_ref)))
-    losses = losses + kl_weight * found["kl"]
-  return jnp.sum(weights * losses), found
+    metrics["kl"] = k3(logp, clear(jax.lax.stop_gradient(logp_ref)))
+    losses = losses + kl_weight * metrics["kl"]
+  return jnp.sum(weights * losses), metrics
 
 
 def k1(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:
@@ -140,11 +140,6 @@ def k1(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:
   """
   chex.assert_equal_shape([logp, logp_ref])
   return logp - logp_ref
-
-
-def k2(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:
-  """(logp - logp_ref)^2 / 2: biased, never negative; see `k1`."""
-  return 0.5 * jnp.square(k1(logp, logp_ref))
 
 
 def k3(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from unigrpo_jax import errors
-from unigrpo_jax.runtime import metrics, runs
+from ml_collections import ConfigDict
 
-# (bounds, see `errors.require`; the keys that all runs have within them).
-Numbers = Iterable[tuple[Mapping[str, float], Collection[str]]]
-NUMBERS: Numbers = (
+from unigrpo_jax import errors
+from unigrpo_jax.runtime import metrics
+
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
+# (bounds, see `errors.require`; the keys that lie within them).
+Bounds = Iterable[tuple[Mapping[str, float], Collection[str]]]
+# Of all runs.
+BOUNDS: Bounds = (
   ({"low": 0}, ("warmup_steps", "weight_decay", "eps")),
   ({"low": 1}, ("steps", "microbatch", "checkpoint_every", "keep_checkpoints")),
   ({"above": 0}, ("clip_norm",)),
@@ -18,28 +22,31 @@ NUMBERS: Numbers = (
 )
 
 
-def check(config, choices: Mapping[str, Collection[str]], numbers: Numbers) -> None:
+def check(
+  config: ConfigDict, choices: Mapping[str, Collection[str]], bounds: Bounds
+) -> None:
   """Refuses values of a config that no run, or not this kind of run, can have.
 
   Args:
     config: of the run.
     choices: what its own keys, dotted, may be.
-    numbers: bounds and its own keys within them, as NUMBERS.
+    bounds: of its own keys, as BOUNDS.
 
   Raises:
     InputError: names the key, its value, and what it may be.
   """
-  for key, options in ({"export_dtype": runs.EXPORT_DTYPES} | dict(choices)).items():
+  general = {"export_dtype": EXPORT_DTYPES, "schedule": ("constant", "cosine")}
+  for key, options in (general | dict(choices)).items():
     errors.choose(f"config.{key}", _value(config, key), options)
   for name in config.writers:
     errors.choose("config.writers", name, metrics.WRITERS)
-  for bounds, keys in (*NUMBERS, *numbers):
+  for limits, keys in (*BOUNDS, *bounds):
     for key in keys:
-      errors.require(f"config.{key}", _value(config, key), **bounds)
+      errors.require(f"config.{key}", _value(config, key), **limits)
   for group, rate in config.learning_rate.items():
     errors.require(f"config.learning_rate.{group}", rate, low=0)
 
 
-def _value(config, key: str) -> Any:
+def _value(config: ConfigDict, key: str) -> Any:
   section, _, name = key.rpartition(".")
   return (config[section] if section else config)[name]

@@ -1,4 +1,4 @@
-"""Config files: loaded by path and variant, changed by `--config.KEY=VALUE`, in every command alike."""
+"""Config files: loaded by path and variant, changed by `--config.KEY=VALUE`, for every command."""
 
 from __future__ import annotations
 

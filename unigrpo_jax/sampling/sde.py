@@ -170,10 +170,8 @@ def integrate(
   chex.assert_shape(mask, noise.shape[:-1])
   chex.assert_equal_shape_prefix([noise, steps, keys], 1)
 
-  def step(carry, inputs):
-    x, window = carry
-    index, t, t_next = inputs
-    v = velocity_fn(x, t).astype(jnp.float32)
+  def noisy_step(x, v, window, index, t, t_next):
+    """A draw where `index` is in the row's window, an Euler step elsewhere; records the former."""
     move = transition(x, v, t, t_next, times[1], kind=kind, noise_level=noise_level)
     drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x.shape[1:]))
     here = steps == index  # [B, W]
@@ -184,19 +182,32 @@ def integrate(
     values = {"x_t": x, "x_next": x_next, "mean": move.mean, "logp": logp}
     values |= {"t": jnp.broadcast_to(t, logp.shape), "t_next": jnp.broadcast_to(t_next, logp.shape)}
 
-    def keep(old, value):  # old [B, W, ...], value [B, ...]
+    def record(old, value):  # old [B, W, ...], value [B, ...]
       chosen = here.reshape(here.shape + (1,) * (value.ndim - 1))
       return jnp.where(chosen, value[:, None], old)
 
+    return x_next, {name: record(window[name], value) for name, value in values.items()}
+
+  def step(carry, inputs):
+    x, window = carry
+    index, t, t_next, noisy = inputs
+    v = velocity_fn(x, t).astype(jnp.float32)
+    # Few steps are in any row's window: the others pay for no noise, density or record.
+    x, window = jax.lax.cond(
+      noisy,
+      lambda: noisy_step(x, v, window, index, t, t_next),
+      lambda: (x + v * (t_next - t), window),
+    )
     if on_step is not None:
       jax.debug.callback(on_step, index)
-    return (x_next, {name: keep(window[name], value) for name, value in values.items()}), None
+    return (x, window), None
 
   images = ("x_t", "x_next", "mean")
   window = {name: jnp.zeros(steps.shape + noise.shape[1:]) for name in images}
   window |= {name: jnp.zeros(steps.shape) for name in ("logp", "t", "t_next")}
-  inputs = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
-  (x, window), _ = jax.lax.scan(step, (noise, window), inputs)
+  index = jnp.arange(times.shape[0] - 1)
+  noisy = (steps[..., None] == index).any((0, 1))
+  (x, window), _ = jax.lax.scan(step, (noise, window), (index, times[:-1], times[1:], noisy))
   return types.FlowRollout(latents=x, **window)
 
 

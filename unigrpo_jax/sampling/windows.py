@@ -43,7 +43,7 @@ def draw(
   prompts: int,
   group_size: int,
   num_steps: int,
-  rank: int = 0,
+  ranks: np.ndarray | None = None,
   moving: Moving = Moving(),
 ) -> np.ndarray:
   """The steps with noise of each trajectory of an iteration.
@@ -52,7 +52,7 @@ def draw(
 
     per_iteration   one window for all, a function of (seed, iteration)
     per_prompt      a window a prompt
-    per_rank_const  one window for all and for ever, a function of the rank alone (Flow-GRPO, BAGEL)
+    per_rank_const  a constant window a rank, a function of the rank alone (Flow-GRPO's BAGEL)
     scattered       `size` steps anywhere in the range, not neighbours, the same for all
     progressive     one window for all, moving (MixGRPO); the last one is full: it ends at `high`
 
@@ -63,7 +63,8 @@ def draw(
     prompts, group_size: trajectories are `group_size` neighbours a prompt. All of the iteration's
       prompts, so that what is drawn does not depend on the number of processes.
     num_steps: of the schedule; one less than its points.
-    rank: of the process; read by per_rank_const only.
+    ranks: which process samples each trajectory, [prompts * group_size]; read by per_rank_const
+      only.
     moving: read by progressive only.
 
   Returns:
@@ -87,14 +88,15 @@ def draw(
   errors.require("iteration", iteration, low=0)
   if size == 0:
     return np.zeros((prompts * group_size, 0), np.int32)
+  if convention == "per_rank_const":
+    starts = np.array([rank_start(int(rank), low=low, high=high, size=size) for rank in ranks])
+    return (starts[:, None] + np.arange(size)).astype(np.int32)
   rng = np.random.default_rng((seed, iteration))
   if convention == "scattered":
     steps = np.sort(rng.choice(np.arange(low, high), size, replace=False))[None]
   else:
     if convention == "per_prompt":
       starts = random_starts(rng, prompts, low=low, high=high, size=size)
-    elif convention == "per_rank_const":
-      starts = rank_start(rank, low=low, high=high, size=size)
     elif convention == "progressive":
       starts = low + moving_start(moving, iteration, steps=high - low, size=size, full=True)
     else:

@@ -12,12 +12,12 @@ import numpy as np
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.episodes import batches, packing, phases
+from unigrpo_jax.episodes import packing, programs, requests
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.supervised import corpus
 
 # Latents of images [M, H, W, 3] in [-1, 1] of one size, with posterior noise: [M, I, C]. M images
-# have at most phases.VAE_PIXELS pixels, or M = 1.
+# have at most programs.VAE_PIXELS pixels, or M = 1.
 EncodeFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Weight of each of the n labels of a text (official BAGEL's `len2weight`).
@@ -144,7 +144,7 @@ class Feed:
           )
     present = list(images)
     shapes = [(images[place].height, images[place].width) for place in present]
-    for group, size in batches.by_size(shapes, phases.VAE_PIXELS):
+    for group, size in requests.by_size(shapes, programs.VAE_PIXELS):
       places = [present[index] for index in group]
       pixels = np.stack([images_lib.to_array(images[place]) for place in places])
       shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
@@ -189,7 +189,7 @@ def splits_of(
   if source is not None:
     splits.append(packing.Dropped() if drop_vae else packing.CleanImage(*source))
   if example.source is not None:
-    patches = batches.image_patches(
+    patches = requests.image_patches(
       config, [images_lib.resize(example.source, config.vae_image)]
     )
     image = packing.PatchImage(patches.pixels[0], patches.ids[0])

@@ -1,20 +1,17 @@
-"""One optimizer step: losses composed over microbatches, gradients applied, health measured."""
+"""One step of supervised training: the losses of packed microbatches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import functools
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from unigrpo_jax import types
+from unigrpo_jax.algorithms import update
 from unigrpo_jax.losses import supervised
 from unigrpo_jax.runtime import optim
-
-LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def supervised_loss(
@@ -58,13 +55,15 @@ def shares(batches: types.PackedBatch) -> dict[str, jax.Array]:
 
 
 def make_supervised_step(
-  model, optimizer: optax.GradientTransformation, *, ema_decay: float | None, **weights
+  model, optimizer: optax.GradientTransformation, *, trained: Collection[str],
+  ema_decay: float | None, **weights,
 ):
   """The step of supervised training, to be jitted.
 
   Args:
     model: the `Bagel`.
     optimizer: see `optim.adamw_by_group`.
+    trained: groups of parameters that are.
     ema_decay: of the moving average; None for none.
     weights: keywords of `supervised_loss`.
 
@@ -72,35 +71,16 @@ def make_supervised_step(
     (state, batches) -> (state, metrics); `batches` is a PackedBatch with a leading axis of
     microbatches.
   """
-  loss_fn = functools.partial(supervised_loss, model, **weights)
+  def loss_fn(trained_params, frozen, batch, share):
+    return supervised_loss(model, optim.join(trained_params, frozen), batch, share, **weights)
 
   def step(state: types.TrainState, batches: types.PackedBatch):
-    def accumulate(carry, inputs):
-      grads, metrics = carry
-      microbatch, share = inputs
-      new_grads, new = jax.grad(loss_fn, has_aux=True)(state.params, microbatch, share)
-      return jax.tree.map(jnp.add, (grads, metrics), (new_grads, new)), None
-
-    zero = jax.tree.map(jnp.zeros_like, state.params)
-    start = (zero, {"ce": jnp.zeros(()), "mse": jnp.zeros(())})
-    with jax.named_scope("loss"):
-      (grads, metrics), _ = jax.lax.scan(accumulate, start, (batches, shares(batches)))
-    return apply_gradients(state, grads, optimizer, ema_decay=ema_decay, metrics=metrics)
+    grads, terms = update.accumulate(
+      loss_fn, *optim.split(state.params, trained), (batches, shares(batches))
+    )
+    state, norms = update.apply_gradients(
+      state, grads, optimizer, ema_decay=ema_decay, trained=trained
+    )
+    return state, {name: values.sum() for name, values in terms.items()} | norms
 
   return step
-
-
-def apply_gradients(
-  state: types.TrainState, grads, optimizer: optax.GradientTransformation, *,
-  ema_decay: float | None, metrics: dict[str, jax.Array],
-) -> tuple[types.TrainState, dict[str, jax.Array]]:
-  """The optimizer's step and the moving average's; adds the gradient norm of each group."""
-  with jax.named_scope("update"):
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema_decay is not None:
-      ema = optim.periodic_ema(ema, params, state.step, decay=ema_decay, every=1)
-  norms = {f"grad_norm_{group}": norm for group, norm in optim.group_norms(grads).items()}
-  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-  return state, metrics | norms

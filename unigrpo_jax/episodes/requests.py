@@ -15,6 +15,7 @@ import numpy as np
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.sampling import flow, text
 
@@ -74,45 +75,39 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Rows ready to run; arrays on the host.
+  """Rows ready to be sampled; arrays on the host.
 
   Attributes:
-    settings: what the rows share.
+    script: what a row consists of.
+    settings: how it is sampled.
     real: how many rows were asked for; the others repeat the first to fill the devices.
-    seeds: of each row.
-    prompt_ids, prompt_mask: [B, T] int32 and bool, [im_start] ids [im_end] padded.
-    system_ids: [T] int32 like the prompts, or None.
-    given_ids, given_mask: given reasonings like the prompts, or None.
-    images: VAE-resized RGB images (PIL), or None.
+    seeds: of each row; () where randomness comes from elsewhere.
+    texts: by name, [B / copies, T], as [im_start] ids [im_end] padded; the system prompt has one
+      row.
+    images: VAE-resized RGB images to edit or to answer about (PIL), or None.
     patches: of the images, or None.
     sizes: height and width in pixels of each row's image.
     grid: places of its latent tokens; None when nothing is drawn.
-    capacity: cache slots that the main context needs.
+    capacity: cache slots that what is read needs, and what is sampled where there are no copies.
+    copies: trajectories that share what is read.
   """
 
+  script: script_lib.Script
   settings: Settings
   real: int
   seeds: tuple[int, ...]
-  prompt_ids: np.ndarray
-  prompt_mask: np.ndarray
-  system_ids: np.ndarray | None
-  given_ids: np.ndarray | None
-  given_mask: np.ndarray | None
+  texts: dict[str, types.Text]
   images: tuple[Any, ...] | None
   patches: types.Patches | None
   sizes: tuple[tuple[int, int], ...]
   grid: types.LatentGrid | None
   capacity: int
+  copies: int = 1
 
   @property
-  def edits(self) -> bool:
-    """Whether the images are to be changed rather than talked about."""
-    return self.images is not None and not self.settings.understand
-
-  @property
-  def writes(self) -> bool:
-    """Whether text is sampled."""
-    return self.settings.understand or (self.settings.think and self.given_ids is None)
+  def rows(self) -> int:
+    """Trajectories, those that fill the devices included."""
+    return len(self.sizes)
 
 
 def prepare(
@@ -144,29 +139,21 @@ def prepare(
       f"batches of {multiple}; give another number of them, or another batch_size"
     )
   requests = [*requests, *[requests[0]] * (-real % multiple)]
-  wrap = lambda ids: [tokenizer.im_start, *ids, tokenizer.im_end]
-  prompts = []
   for row, request in enumerate(requests):
     if not request.prompt.strip():
-      raise errors.InputError(
-        f"prompt {row + 1} is empty; write what to draw, change or answer"
-      )
-    prompts.append(wrap(tokenizer.encode(request.prompt)))
-  prompt_ids, prompt_mask = pad_rows(prompts, TEXT_BUCKET)
-  system_ids = None
-  if settings.think:
-    words = (
-      tokenizer_lib.SYSTEM_PROMPT_VLM if settings.understand else tokenizer_lib.SYSTEM_PROMPT_GEN
-    )
-    system_ids = np.asarray(wrap(tokenizer.encode(words)), np.int32)
-  given_ids, given_mask = None, None
-  if _all_or_none(requests, "reasoning"):
-    if not settings.think or settings.understand:
-      raise errors.InputError("a reasoning is given but not asked for; set think, to draw from it")
-    given = [wrap(tokenizer.encode(request.reasoning)) for request in requests]
-    given_ids, given_mask = pad_rows(given, TEXT_BUCKET)
+      raise errors.InputError(f"prompt {row + 1} is empty; write what to draw, change or answer")
+  source, reasoning = (_all_or_none(requests, field) for field in ("image", "reasoning"))
+  if reasoning and (not settings.think or settings.understand):
+    raise errors.InputError("a reasoning is given but not asked for; set think, to draw from it")
+  script = script_lib.make(
+    think=settings.think, answer=settings.understand, source=source, reasoning=reasoning
+  )
+  texts = _texts(tokenizer, [request.prompt for request in requests], settings)
+  if reasoning:
+    given = [_wrap(tokenizer, request.reasoning) for request in requests]
+    texts[script_lib.REASONING] = types.Text(*pad_rows(given, TEXT_BUCKET))
   images, patches = None, None
-  if _all_or_none(requests, "image"):
+  if source:
     if any(request.size is not None for request in requests):
       raise errors.InputError("a size is given beside an image, which keeps its own; leave it out")
     images = tuple(
@@ -178,40 +165,118 @@ def prepare(
     default = (config.vae_image.max_size,) * 2
     sizes = [request.size or default for request in requests]
   grid = None
-  if not settings.understand:
+  if script.has(script_lib.Drawn):
     check_sizes(config, sizes)
     grid = latent_grid(config, sizes)
   batch = Batch(
-    settings=settings, real=real, seeds=tuple(request.seed for request in requests),
-    prompt_ids=prompt_ids, prompt_mask=prompt_mask, system_ids=system_ids, given_ids=given_ids,
-    given_mask=given_mask, images=images, patches=patches, sizes=tuple(sizes), grid=grid,
-    capacity=0,
+    script=script, settings=settings, real=real,
+    seeds=tuple(request.seed for request in requests), texts=texts, images=images,
+    patches=patches, sizes=tuple(sizes), grid=grid, capacity=0,
   )
   return dataclasses.replace(batch, capacity=_capacity(config, batch))
 
 
+def prepare_groups(
+  config: config_lib.BagelConfig,
+  tokenizer: tokenizer_lib.Tokenizer,
+  prompts: Sequence[str],
+  settings: Settings,
+  *,
+  size: tuple[int, int],
+  group_size: int,
+  prompt_tokens: int,
+  prompt_copies: int = 1,
+) -> Batch:
+  """Checks prompts and makes a batch of `group_size` trajectories of each.
+
+  Args:
+    config, tokenizer: of the checkpoint.
+    prompts: P of them.
+    settings: how they are sampled.
+    size: height and width of the images in pixels.
+    group_size: trajectories of a prompt.
+    prompt_tokens: every prompt is padded to so many tokens, its two markers included.
+    prompt_copies: rows that read the same prompt, each for its part of the group; divides
+      `group_size`.
+
+  Raises:
+    InputError: a prompt is empty or too long, or the model has too few positions.
+  """
+  texts = _texts(tokenizer, prompts, settings, prompt_tokens)
+  prompt = texts[script_lib.PROMPT]
+  texts[script_lib.PROMPT] = types.Text(
+    *(np.repeat(a, prompt_copies, axis=0) for a in (prompt.ids, prompt.mask))
+  )
+  rows = len(prompts) * group_size
+  grid = latent_grid(config, [size])
+  check_sizes(config, [size])
+  system = texts[script_lib.SYSTEM].ids.shape[1] if settings.think else 0
+  needed = prompt_tokens + 1
+  if settings.think:
+    needed += system + settings.max_tokens + text.EXTRA_SLOTS
+  if needed > config.llm.max_positions:
+    raise errors.InputError(
+      f"prompt_tokens={prompt_tokens} and max_tokens={settings.max_tokens} need "
+      f"{needed} positions, the model has {config.llm.max_positions} "
+      "(max_position_embeddings); lower one of them"
+    )
+  copies = group_size // prompt_copies
+  own = settings.max_tokens + text.EXTRA_SLOTS if settings.think and copies == 1 else 0
+  return Batch(
+    script=script_lib.make(think=settings.think), settings=settings, real=rows, seeds=(),
+    texts=texts, images=None, patches=None, sizes=(size,) * rows,
+    grid=types.LatentGrid(*(np.repeat(a, rows, axis=0) for a in (grid.ids, grid.mask))),
+    capacity=system + prompt_tokens + own, copies=copies,
+  )
+
+
 def split(batch: Batch, rows: int) -> list[Batch]:
-  """A batch in parts of `rows` rows, all of one shape: they share one compilation.
+  """A batch without copies in parts of `rows` rows, all of one shape, which compiles once.
 
   Raises:
     InputError: `rows` does not divide the batch.
   """
-  total = len(batch.seeds)
-  if rows < 1 or total % rows:
-    raise errors.InputError(f"a batch of {total} rows cannot be split into parts of {rows}")
-  by_row = {
-    field.name for field in dataclasses.fields(batch)
-  } - {"settings", "real", "system_ids", "capacity"}
+  if rows < 1 or batch.rows % rows:
+    raise errors.InputError(f"a batch of {batch.rows} rows cannot be split into parts of {rows}")
 
   def part(start: int) -> Batch:
-    take = lambda a: a[start : start + rows]
-    own = {
-      name: jax.tree.map(take, value, is_leaf=lambda leaf: isinstance(leaf, tuple))
-      for name, value in vars(batch).items() if name in by_row
-    }
-    return dataclasses.replace(batch, **own, real=min(max(batch.real - start, 0), rows))
+    cut = lambda a: a if a.shape[0] == 1 else a[start : start + rows]  # one system prompt for all
+    texts = {name: jax.tree.map(cut, given) for name, given in batch.texts.items()}
+    return dataclasses.replace(
+      batch, real=min(max(batch.real - start, 0), rows), texts=texts,
+      seeds=batch.seeds[start : start + rows], sizes=batch.sizes[start : start + rows],
+      images=batch.images and batch.images[start : start + rows],
+      **jax.tree.map(
+        lambda a: a[start : start + rows], {"patches": batch.patches, "grid": batch.grid}
+      ),
+    )
 
-  return [part(start) for start in range(0, total, rows)]
+  return [part(start) for start in range(0, batch.rows, rows)]
+
+
+def _wrap(tokenizer: tokenizer_lib.Tokenizer, words: str) -> list[int]:
+  return [tokenizer.im_start, *tokenizer.encode(words), tokenizer.im_end]
+
+
+def _texts(
+  tokenizer: tokenizer_lib.Tokenizer, prompts: Sequence[str], settings: Settings,
+  room: int | None = None,
+) -> dict[str, types.Text]:
+  """The system prompt, where there is one, and the prompts, padded to `room` tokens or a bucket."""
+  rows = [_wrap(tokenizer, prompt) for prompt in prompts]
+  for prompt, ids in zip(prompts, rows):
+    if room is not None and (len(ids) > room or not prompt.strip()):
+      raise errors.InputError(
+        f"prompt {prompt[:60]!r} has {len(ids)} tokens with its markers, expected 3 to "
+        f"config.rollout.prompt_tokens={room}; raise that or leave the prompt out"
+      )
+  texts = {script_lib.PROMPT: types.Text(*pad_rows(rows, room or TEXT_BUCKET))}
+  if settings.think:
+    words = (
+      tokenizer_lib.SYSTEM_PROMPT_VLM if settings.understand else tokenizer_lib.SYSTEM_PROMPT_GEN
+    )
+    texts[script_lib.SYSTEM] = types.Text(*pad_rows([_wrap(tokenizer, words)]))
+  return texts
 
 
 def _all_or_none(requests: Sequence[Request], field: str) -> bool:
@@ -237,21 +302,24 @@ def check_sizes(config: config_lib.BagelConfig, sizes) -> None:
 
 def _capacity(config: config_lib.BagelConfig, batch: Batch) -> int:
   """Cache slots that a batch needs; refuses what the RoPE positions of the model do not reach."""
-  system = 0 if batch.system_ids is None else len(batch.system_ids)
-  written = batch.settings.max_tokens + text.EXTRA_SLOTS if batch.writes else 0
-  written += 0 if batch.given_ids is None else batch.given_ids.shape[1]
-  clean = batch.grid if batch.edits else None
+  lengths = {name: given.ids.shape[1] for name, given in batch.texts.items()}
+  samples = batch.script.has(script_lib.Sampled)
+  own = batch.settings.max_tokens + text.EXTRA_SLOTS if samples else 0
+  own += lengths.get(script_lib.REASONING, 0)
+  system = lengths.get(script_lib.SYSTEM, 0)
+  clean = batch.grid if batch.images is not None else None
   splits = [part.mask.shape[1] + 2 for part in (clean, batch.patches) if part is not None]
-  room = config.llm.max_positions - system - written - len(splits) - 1
-  for row, length in enumerate(batch.prompt_mask.sum(axis=1)):
+  room = config.llm.max_positions - system - own - len(splits) - 1
+  prompt = batch.texts[script_lib.PROMPT]
+  for row, length in enumerate(prompt.mask.sum(axis=1)):
     if length > room:
       raise errors.InputError(
         f"prompt {row + 1} has {length - 2} tokens, at most {max(room - 2, 0)} fit: the model has "
         f"{config.llm.max_positions} positions (max_position_embeddings), of which system prompt, "
         f"images and max_tokens take {config.llm.max_positions - room}; shorten the prompt"
-        + (f" or lower max_tokens={batch.settings.max_tokens}" if batch.writes else "")
+        + (f" or lower max_tokens={batch.settings.max_tokens}" if samples else "")
       )
-  total = system + sum(splits) + batch.prompt_ids.shape[1] + written
+  total = system + sum(splits) + prompt.ids.shape[1] + own
   return -(-total // TEXT_BUCKET) * TEXT_BUCKET
 
 

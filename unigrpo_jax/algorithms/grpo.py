@@ -1,0 +1,87 @@
+"""FlowGRPO and Flow-DPPO: ratios of the steps of an SDE (UniGRPO eqs. 4 to 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+from unigrpo_jax.algorithms import base
+from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.losses import regularizers
+from unigrpo_jax.sampling import sde
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(base.Algorithm):
+  """The clipped surrogate over the steps of a window.
+
+  Attributes:
+    ratio: "norm" (RatioNorm, eq. 5) or "plain".
+    clip: how far a ratio may differ from 1, both ways.
+    grad_reweight: "none" or "inv_dt".
+    kind, noise_level, t_second: of the SDE.
+  """
+
+  ratio: str
+  clip: float
+  grad_reweight: str
+  kind: str
+  noise_level: float
+  t_second: float
+
+  def _recorded_flow(self, flow: types.FlowRollout):
+    return flow.mean
+
+  def _step(self, velocity, flow: types.FlowRollout) -> sde.Transition:
+    return sde.transition(
+      flow.x_t, velocity, flow.t, flow.t_next, jnp.float32(self.t_second), kind=self.kind,
+      noise_level=self.noise_level,
+    )
+
+  def _log_ratio(self, step: sde.Transition, mean_old, flow: types.FlowRollout, mask, kind: str):
+    kind = "unnormalised" if self.kind == "cps" else kind
+    return flow_losses.log_ratio(step.mean, mean_old, flow.x_next, step.std, mask, kind=kind)
+
+  def _flow_loss(self, velocity, reference_point, micro: types.Experience, weights, mask):
+    flow = micro.only.flow
+    step = self._step(velocity, flow)
+    mean_old = reference_point(step.mean)
+    log_ratio, loss_mask = self._surrogate(step, mean_old, micro, mask)
+    loss, metrics = flow_losses.policy_loss(
+      log_ratio, micro.adv, weights, clip_low=self.clip, clip_high=self.clip, loss_mask=loss_mask,
+      loss_weight=flow_losses.reweight(self.grad_reweight, step.dt),
+    )
+    signals = {f"flow/{name}": value for name, value in metrics.items()}
+    signals["drift/flow"] = jnp.abs(self._log_ratio(step, flow.mean, flow, mask, "norm"))
+    return loss, signals, step.mean
+
+  def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
+    """(log ratios [B, W], which steps count [B, W] bool; None: all, clipped)."""
+    return self._log_ratio(step, mean_old, micro.only.flow, mask, self.ratio), None
+
+  def _latent_kl(self, velocity, reference, flow: types.FlowRollout, mask):
+    new, ref = (self._step(v, flow) for v in (velocity, reference))
+    form = "exact" if self.regulariser == "latent_kl_exact" else "code"
+    return regularizers.latent_kl(new.mean, ref.mean, new.std, new.dt, mask, form=form)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPPO(GRPO):
+  """Flow-DPPO (2606.11025): a step counts as long as its divergence stays within a threshold.
+
+  Attributes:
+    threshold: divergence from which on a step that moves further away is dropped.
+  """
+
+  threshold: float
+
+  def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
+    # It bounds how far a step moves by itself: its ratio is the plain one.
+    log_ratio = self._log_ratio(step, mean_old, micro.only.flow, mask, "plain")
+    far = flow_losses.divergence(step.mean, mean_old, step.std, mask)
+    return log_ratio, flow_losses.dppo_mask(
+      far, jax.lax.stop_gradient(log_ratio), micro.adv, threshold=self.threshold
+    )

@@ -1,0 +1,126 @@
+"""Rewards of a rollout's episodes: each host scores its own, and all hosts get all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.episodes import sampler
+from unigrpo_jax.runtime import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """Scores that are being computed of the trajectories `rows` of an iteration, [n]."""
+
+  rows: np.ndarray
+  scores: Any
+  lengths: np.ndarray | None
+  finished: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What B trajectories of an iteration scored, the same on all hosts.
+
+  Attributes:
+    by_reward: {name: [B] float32}; NaN where a reward could not tell.
+    total: what advantages are made of, [B] float32.
+    weighted: the weighted sum, not normalised, [B] float32.
+    group: which prompt each trajectory is of, [B].
+    text: {"lengths", "finished"}: of the sampled text, [B] float32; {} without.
+  """
+
+  by_reward: Mapping[str, np.ndarray]
+  total: np.ndarray
+  weighted: np.ndarray
+  group: np.ndarray
+  text: Mapping[str, np.ndarray]
+
+  def metrics(self, valid: np.ndarray, ddof: int) -> dict[str, float]:
+    """Means of each reward; mean and standard deviation of the sum where `valid`, [B] bool.
+
+    Raises:
+      InputError: no trajectory is valid.
+    """
+    if not valid.any():
+      raise errors.InputError(
+        f"each of the {self.group.max() + 1} groups has a sample without a reward, and is dropped; "
+        "repair the reward"
+      )
+    counting = self.weighted[valid]
+    metrics = {
+      f"reward/{name}": np.nanmean(values) for name, values in self.by_reward.items()
+      if np.isfinite(values).any()
+    }
+    metrics |= {
+      "reward/mean": counting.mean(), "reward/std": counting.std(ddof=min(ddof, counting.size - 1))
+    }
+    if self.text:
+      metrics |= {
+        "text/length": self.text["lengths"].mean(),
+        "text/truncated": 1 - self.text["finished"].mean(),
+      }
+    return metrics
+
+
+class Scoring:
+  """Scores episodes in threads while the next ones are sampled."""
+
+  def __init__(self, scorer: rewards.Scorer, group_size: int, normalise: bool):
+    """`normalise`: each reward within its group before they are summed."""
+    self._scorer, self._group_size, self._normalise = scorer, group_size, normalise
+
+  def submit(self, prompts: Sequence[Any], episode: sampler.Episode, first: int) -> Pending:
+    """Begins to score this host's trajectories of a chunk.
+
+    Args:
+      prompts: of the chunk, with `prompt` and `metadata`.
+      episode: their groups.
+      first: number of the chunk's first trajectory in the iteration.
+    """
+    samples = []
+    for place, (row, image) in enumerate(zip(episode.rows, episode.images)):
+      prompt = prompts[row // self._group_size]
+      text = None if episode.texts is None else episode.texts[place]
+      samples.append(rewards.Sample(prompt.prompt, image, text, prompt.metadata))
+    text = episode.host_text
+    return Pending(
+      first + episode.rows, self._scorer.submit(samples),
+      None if text is None else np.float32(text.mask.sum(axis=1)),
+      None if text is None else np.float32(text.finished),
+    )
+
+  def gather(self, pending: Sequence[Pending], prompts: int) -> Scores:
+    """The scores of all chunks of an iteration, whole on every host.
+
+    Raises:
+      InputError: too many samples have no reward.
+    """
+    with hosts.raise_on_all_hosts():
+      scores = [part.scores.result() for part in pending]
+    rows = np.concatenate([part.rows for part in pending])
+    total = prompts * self._group_size
+    merged = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+    by_reward = hosts.gather_rows(rows, merged, total)
+    text = {}
+    if pending[0].lengths is not None:
+      text = hosts.gather_rows(rows, {
+        name: np.concatenate([getattr(part, name) for part in pending])
+        for name in ("lengths", "finished")
+      }, total)
+    group = np.repeat(np.arange(prompts), self._group_size)
+    result = Scores(
+      by_reward, self._scorer.total(by_reward, group, self._normalise),
+      self._scorer.total(by_reward), group, text,
+    )
+    with hosts.raise_on_all_hosts():
+      self._scorer.check(result.total)
+    return result
+
+  def close(self) -> None:
+    self._scorer.close()

@@ -1,0 +1,118 @@
+"""The evaluations within a run: fixed prompts and noise, before training and at intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import rewards
+from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.episodes import pipeline, requests, rollout
+from unigrpo_jax.runtime import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationSpec:
+  """What is evaluated, and how.
+
+  Attributes:
+    every: steps from one to the next; 0: never.
+    source, split: of the prompts, and `prompts`, how many of them.
+    batch_size: rows at once, all hosts together.
+    modes: see `evaluation.Mode.parse`; the reward of the first tells which checkpoint is the best.
+    settings: how images are sampled; the guidance is that of the modes with guidance.
+    keep: prompts whose images are saved.
+    size: height and width of an image in pixels.
+    seed: row i has `seed` + i.
+  """
+
+  every: int
+  source: str
+  split: str
+  prompts: int
+  batch_size: int
+  modes: tuple[str, ...]
+  settings: requests.Settings
+  keep: int
+  size: tuple[int, int]
+  seed: int
+
+
+class Validation:
+  """Evaluates parameters and keeps the results of each step in a folder."""
+
+  def __init__(
+    self, spec: ValidationSpec, sampler: rollout.Rollout, scorer: rewards.Scorer,
+    folder: pathlib.Path,
+  ):
+    """Prepares the prompts; nothing where `spec.every` is 0.
+
+    Args:
+      spec: what is evaluated.
+      sampler: of the run, whose network and autoencoder are used.
+      scorer: rewards of the run.
+      folder: gets a folder a step.
+
+    Raises:
+      InputError: a prompt, a mode or a number is impossible.
+    """
+    self._sampler, self._scorer, self._folder = sampler, scorer, folder
+    if not spec.every:
+      return
+    self._modes = [evaluation.Mode.parse(mode) for mode in spec.modes]
+    prompt_set = prompts_lib.open_set(spec.source, spec.split)
+    examples = [prompt_set[i] for i in range(min(spec.prompts, len(prompt_set)))]
+    drawing = pipeline.Pipeline(sampler.network)
+    drawing.params = {"vae": sampler.sampler.vae_params}
+    self._evaluation = evaluation.Evaluation(
+      drawing, examples, self._score, settings=spec.settings, modes=self._modes,
+      batch_size=spec.batch_size, seed=spec.seed, num_saved_images=spec.keep, size=spec.size,
+    )
+
+  def _score(self, samples):
+    scores = self._scorer.score(samples)
+    return scores | {"reward": self._scorer.total(scores)}
+
+  def __call__(
+    self, params: Any, step: int, between: Callable[[], None]
+  ) -> dict[str, float]:
+    """Evaluates parameters of the network after `step` steps.
+
+    Args:
+      params: of a training state.
+      step: names the folder.
+      between: called between two batches; may raise to stop.
+
+    Returns:
+      {`metric`/REWARD: mean}.
+
+    Raises:
+      InputError: too many pictures have no reward, or the folder cannot be written to.
+    """
+    results = self._evaluation.run(
+      self._sampler.sampler.cast_and_reshard(params),
+      lambda _, done, total: between() if done < total else None,
+    )
+    totals = np.array([row.rewards.get("reward", np.nan) for row in results.rows])
+    with hosts.raise_on_all_hosts():
+      self._scorer.check(totals)
+      if hosts.first():
+        results.save(self._folder / f"{step:06d}", f"after {step} steps")
+    means = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)
+    prompts = len(results.rows) // len(self._modes)
+    hosts.print_first(f"evaluated {prompts} prompts at step {step}: reward {means}")
+    return {
+      f"{metric(mode.name)}/{name}": results.mean(mode, name)
+      for mode in self._modes for name in results.rewards
+      if np.isfinite(results.mean(mode, name))
+    }
+
+
+def metric(mode: str) -> str:
+  """What the log calls a mode, by its name or what `Mode.parse` takes for it."""
+  return f"eval/{evaluation.Mode.parse(mode).name.replace(' + ', '+')}"

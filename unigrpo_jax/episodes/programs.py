@@ -1,0 +1,179 @@
+"""The device programs that every use of BAGEL is made of, each one jitted function."""
+
+from __future__ import annotations
+
+import functools
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import types
+from unigrpo_jax.episodes import script as script_lib
+from unigrpo_jax.models import bagel as bagel_lib
+from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.sampling import flow, sde, text
+
+# Pixels that a device encodes or decodes at once; decoding them takes 3.5 GiB of temporaries.
+VAE_PIXELS = 1024 * 1024
+
+
+@struct.dataclass
+class Inputs:
+  """The arrays of a script's given and seen segments, by name, B rows each.
+
+  The system prompt, which all rows share, may have a single row.
+  """
+
+  texts: dict[str, types.Text]
+  images: dict[str, types.Seen] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Contexts:
+  """What the rows have read.
+
+  Attributes:
+    main: everything so far.
+    before_prompt, after_prompt: moments of `main`, for guidance.
+    without_image: a context that never saw an image; None where `main` has none.
+  """
+
+  main: types.Context
+  before_prompt: types.Mark
+  after_prompt: types.Mark
+  without_image: types.Context | None
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("script", "capacity"))
+def prefill(
+  model: bagel_lib.Bagel, params, inputs: Inputs, *, script: script_lib.Script, capacity: int
+) -> Contexts:
+  """Reads the shared segments; `capacity` slots leave room for what is sampled later."""
+  run = functools.partial(model.apply, {"params": params})
+  rows = inputs.texts[script_lib.PROMPT].ids.shape[0]
+  empty = functools.partial(bagel_lib.empty_context, model.config, rows, dtype=model.dtype)
+
+  def read(context, segment):
+    if isinstance(segment, script_lib.Given):
+      given = jax.tree.map(
+        lambda a: jnp.broadcast_to(a, (rows, a.shape[1])), inputs.texts[segment.name]
+      )
+      return run(context, given.ids, given.mask, method="append_text")[0]
+    image = inputs.images[segment.name]
+    if segment.latents:
+      context = run(context, image.latents, image.grid, method="append_latents")
+    if segment.patches:
+      context = run(context, image.patches, method="append_patches")
+    return context
+
+  context, prompt = empty(capacity), script_lib.Given(script_lib.PROMPT)
+  before = after = None
+  for segment in script.shared:
+    if segment == prompt:
+      before = context.mark()
+    context = read(context, segment)
+    if segment == prompt:
+      after = context.mark()
+  without_image = None
+  if any(isinstance(segment, script_lib.Seen) and segment.latents for segment in script.shared):
+    texts = [s for s in script.shared[: script.shared.index(prompt) + 1]
+             if isinstance(s, script_lib.Given)]
+    room = sum(inputs.texts[s.name].ids.shape[1] for s in texts)
+    without_image = functools.reduce(read, texts, empty(room))
+  return Contexts(context, before, after, without_image)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("copies", "capacity"))
+def fork(
+  model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: int
+) -> Contexts:
+  """Continues every row `copies` times over the same past; see `bagel.fork`."""
+  main = bagel_lib.fork(model.config, contexts.main, copies, capacity)
+  return contexts.replace(main=main)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0, donate_argnames=("context",),
+  static_argnames=("start_id", "end_id", "max_tokens", "temperature", "on_step"),
+)
+def decode_text(
+  model: bagel_lib.Bagel, params, context: types.Context, keys, active, **options
+) -> tuple[types.TextRollout, types.Context]:
+  """Samples text after what was read; see `text.sample`."""
+
+  def step(context, ids, active):
+    context, hidden = model.apply(
+      {"params": params}, context, ids[:, None], active[:, None], method="append_text"
+    )
+    return context, model.apply({"params": params}, hidden[:, 0], method="logits")
+
+  return text.sample(step, context, keys=keys, active=active, **options)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0,
+  static_argnames=("num_timesteps", "shift", "guidance", "kind", "noise_level", "on_step"),
+)
+def denoise(
+  model: bagel_lib.Bagel, params, contexts: Contexts, noise, grid: types.LatentGrid, keys=None,
+  window=None, *, num_timesteps: int, shift: float, guidance: flow.Guidance,
+  kind: str | None = None, noise_level: float = 0.0, on_step=None,
+) -> types.FlowRollout:
+  """Denoises images, a multiple of the rows of `contexts`: by the ODE, or with a window of noise.
+
+  Args:
+    model, params: the network.
+    contexts: what conditions the images.
+    noise: [B, I, C] float32.
+    grid: of the images, B rows.
+    keys: typed PRNG keys of the steps with noise, [B]; None without a window.
+    window: which steps have noise, [B, W] int32; None: none, the ODE. See `sde.integrate`.
+    num_timesteps, shift: of the time grid.
+    guidance: a text_scale of 1 is none.
+    kind, noise_level: of the SDE.
+    on_step: called on the host with the index of each finished step.
+  """
+  times = flow.time_grid(num_timesteps, shift)
+  velocity = _velocity_fn(model, params, contexts, grid, guidance)
+  if window is None:
+    return types.FlowRollout(latents=flow.integrate(velocity, noise, times, on_step=on_step))
+  return sde.integrate(
+    velocity, noise, times, window, keys, grid.mask, kind=kind, noise_level=noise_level,
+    on_step=on_step,
+  )
+
+
+def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.VelocityFn:
+  """The guided velocity of the rows' images."""
+
+  def under(context):
+    def velocity(x, t):
+      t = jnp.full(x.shape[0], t)
+      return model.apply({"params": params}, context, x, t, grid, method="velocity")
+
+    return velocity
+
+  main = contexts.main
+  without_image = contexts.without_image
+  if without_image is None:
+    without_image = main.as_of(contexts.after_prompt)
+  return flow.guided(
+    under(main), under(main.as_of(contexts.before_prompt)), under(without_image), guidance
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_images(vae: vae_lib.VAE, params, pixels, noise):
+  """Pixels [M, H, W, 3] in [-1, 1], noise [M, h, w, z] -> sampled latents [M, h, w, z]."""
+  mean, logvar = vae.apply({"params": params}, pixels, method="encode")
+  c = vae.config
+  return vae_lib.latents_from_moments(
+    mean, logvar, noise, scale=c.scale_factor, shift=c.shift_factor
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_images(vae: vae_lib.VAE, params, latents):
+  """Latents [M, h, w, z] -> pixels [M, H, W, 3] uint8."""
+  return vae_lib.to_uint8(vae.apply({"params": params}, latents, method="decode"))

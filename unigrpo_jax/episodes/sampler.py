@@ -1,0 +1,290 @@
+"""The sampler: runs a batch's script on the devices, for inference, rollouts and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+import numpy as np
+
+from unigrpo_jax import types
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.episodes import programs, requests
+from unigrpo_jax.episodes import script as script_lib
+from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.sampling import text as text_lib
+
+# (phase, what is done of it, its total)
+Progress = Callable[[str, int, int], None]
+# Phase -> context within which it runs.
+Timer = Callable[[str], contextlib.AbstractContextManager]
+
+
+@dataclasses.dataclass(frozen=True)
+class SDE:
+  """Noise of the denoising steps in a window; see `sde.transition`.
+
+  Attributes:
+    kind: one of `sde.KINDS`.
+    noise_level: not negative.
+  """
+
+  kind: str
+  noise_level: float
+
+
+@struct.dataclass
+class Randomness:
+  """Everything random about B rows; it comes from outside, so a row depends on its own alone.
+
+  Attributes:
+    text: typed PRNG keys of the sampled tokens, [B].
+    noise: that the images start from, [B, I, C] float32; None where nothing is drawn.
+    steps: typed PRNG keys of the SDE's noise, [B]; None for the ODE.
+  """
+
+  text: Any
+  noise: Any = None
+  steps: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Episode:
+  """What B rows gave.
+
+  Attributes:
+    inputs: what they read, on the devices.
+    text: sampled tokens on the devices, or None.
+    flow: images and recorded steps on the devices, or None.
+    rows: which of the rows lie in the host arrays that follow, [n].
+    host_text: their sampled tokens, NumPy; or None.
+    texts: the same in words; or None.
+    images: their images, [H, W, 3] uint8 each; or None.
+  """
+
+  inputs: programs.Inputs
+  text: types.TextRollout | None
+  flow: types.FlowRollout | None
+  rows: np.ndarray
+  host_text: types.TextRollout | None
+  texts: list[str] | None
+  images: list[np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The device programs of a batch, each but for its parameters and arrays; see `programs`."""
+
+  prefill: Callable
+  fork: Callable
+  decode_text: Callable
+  denoise: Callable
+
+
+class Sampler:
+  """Samples batches, of parameters that change between calls; call it within `sharding.activate`.
+
+  `cast_and_reshard` makes of a state's parameters those that `sample` reads: in the network's
+  dtype, which in bfloat16 halves what a token reads, and laid out for sampling.
+  """
+
+  def __init__(
+    self, network: state.Network, vae_params: Any, *, layout: str = "update",
+    all_rows: bool = True,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      network: what is sampled from.
+      vae_params: parameters of its autoencoder; None: no pixels are needed.
+      layout: of the network's parameters, one of `sharding.LAYOUTS`.
+      all_rows: every host reads all rows of an `Episode`; else its own.
+    """
+    self.network, self.model, self.mesh = network, network.model, network.mesh
+    self.vae, self.vae_params = vae_lib.VAE(network.config.vae), vae_params
+    self._all_rows = all_rows
+    self.layout = state.param_shardings(
+      self.model, self.mesh, ("bagel",), sharding.LAYOUTS[layout]
+    )["bagel"]
+    self.cast = jax.jit(
+      lambda params: jax.tree.map(lambda a: a.astype(self.model.dtype), params),
+      out_shardings=self.layout,
+    )
+    self.decode_images = functools.partial(programs.decode_images, self.vae)
+
+  def cast_and_reshard(self, params):
+    """A state's parameters as `sample` reads them; a copy only where they differ from those."""
+    same = jax.tree.map(
+      lambda a, place: a.dtype == self.model.dtype and a.sharding.is_equivalent_to(place, a.ndim),
+      params, self.layout,
+    )
+    return params if all(jax.tree.leaves(same)) else self.cast(params)
+
+  def programs(
+    self, batch: requests.Batch, sde: SDE | None = None, progress: Progress | None = None
+  ) -> Programs:
+    """The device programs that `sample` runs for a batch."""
+    s, bind, tokenizer = batch.settings, functools.partial, self.network.tokenizer
+    return Programs(
+      prefill=bind(programs.prefill, self.model, script=batch.script, capacity=batch.capacity),
+      fork=bind(
+        programs.fork, self.model, copies=batch.copies,
+        capacity=s.max_tokens + text_lib.EXTRA_SLOTS,
+      ),
+      decode_text=bind(
+        programs.decode_text, self.model, start_id=tokenizer.im_start, end_id=tokenizer.im_end,
+        max_tokens=s.max_tokens, temperature=s.temperature,
+        on_step=_step_reporter(progress, "decode", s.max_tokens),
+      ),
+      denoise=bind(
+        programs.denoise, self.model, num_timesteps=s.num_timesteps, shift=s.shift,
+        guidance=s.guidance, **({} if sde is None else dataclasses.asdict(sde)),
+        on_step=_step_reporter(progress, "denoise", s.num_timesteps - 1),
+      ),
+    )
+
+  def sample(
+    self, params, batch: requests.Batch, randomness: Randomness, *,
+    window: np.ndarray | None = None, sde: SDE | None = None,
+    timer: Timer = lambda phase: contextlib.nullcontext(), progress: Progress | None = None,
+  ) -> Episode:
+    """Reads what is given and seen, then samples text and images as the batch's script says.
+
+    Args:
+      params: of the network.
+      batch: see `requests`.
+      randomness: of its rows.
+      window: SDE steps of each row, [B, W] int32; None: images come from the ODE.
+      sde: of the steps in the window.
+      timer: of the phases "read", "decode", "denoise" and "vae".
+      progress: called after every token and denoising step; on several hosts never.
+    """
+    run = self.programs(batch, sde, progress)
+    put = functools.partial(sharding.put_rows, self.mesh)
+    with timer("read"):
+      inputs = jax.tree.map(lambda a: a if a.shape[0] == 1 else put(a), self._inputs(batch))
+      contexts = jax.block_until_ready(run.prefill(params, inputs))
+    text = flow = None
+    for segment in batch.script.own:
+      if isinstance(segment, script_lib.Sampled):
+        with timer("decode"):
+          if batch.copies > 1:
+            contexts = run.fork(contexts)
+          active = put(np.arange(batch.rows) < batch.real)
+          text, main = run.decode_text(params, contexts.main, randomness.text, active)
+          contexts = contexts.replace(main=main)
+          jax.block_until_ready(text)
+      else:
+        with timer("denoise"):
+          grid = jax.tree.map(put, batch.grid)
+          steps = () if window is None else (randomness.steps, put(window))
+          flow = run.denoise(params, contexts, put(randomness.noise), grid, *steps)
+          jax.block_until_ready(flow)
+    rows, host_text = np.arange(batch.real), None
+    if text is not None:
+      rows, host_text = self._read(text, batch.real)
+    images = None
+    if flow is not None:
+      with timer("vae"):
+        rows, images = self._decode(flow.latents, batch)
+    return Episode(inputs, text, flow, rows, host_text, self._words(host_text), images)
+
+  def _read(self, arrays, real: int) -> tuple[np.ndarray, Any]:
+    """(Rows, arrays of these rows as NumPy) of arrays on the devices, rows first."""
+    if self._all_rows:
+      return np.arange(real), jax.tree.map(lambda a: a[:real], sharding.fetch(arrays))
+    return sharding.local_rows(self.mesh, arrays)
+
+  def _words(self, text: types.TextRollout | None) -> list[str] | None:
+    if text is None:
+      return None
+    words = []
+    for ids, mask, finished in zip(text.ids, text.mask, text.finished):
+      ids = [int(i) for i in ids[mask]]
+      words.append(self.network.tokenizer.decode(ids[:-1] if finished else ids))
+    return words
+
+  def _inputs(self, batch: requests.Batch) -> programs.Inputs:
+    images = {}
+    for segment in batch.script.shared:
+      if isinstance(segment, script_lib.Seen):
+        images[segment.name] = types.Seen(
+          latents=self._encode(batch) if segment.latents else None,
+          grid=batch.grid if segment.latents else None,
+          patches=batch.patches if segment.patches else None,
+        )
+    return programs.Inputs(batch.texts, images)
+
+  def _encode(self, batch: requests.Batch) -> np.ndarray:
+    """Clean latent tokens of the batch's images, [B, I, C]; one posterior sample each."""
+    c, latents = self.network.config, [None] * batch.rows
+    for rows, size in requests.by_size(batch.sizes, programs.VAE_PIXELS * self.mesh.size):
+      pixels = np.stack([images_lib.to_array(batch.images[row]) for row in rows])
+      shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
+      keys = [requests.row_key(batch.seeds[row], "posterior") for row in rows]
+      noise = np.stack([jax.random.normal(key, shape) for key in keys])
+      # Spread over the devices, filled up so that they share it evenly.
+      filled = np.arange(len(rows) + -len(rows) % self.mesh.size) % len(rows)
+      spread = [sharding.put(a[filled], sharding.along_all(self.mesh)) for a in (pixels, noise)]
+      encoded = programs.encode_images(self.vae, self.vae_params, *spread)
+      encoded = sharding.fetch(encoded)[: len(rows)]
+      for row, tokens in zip(rows, vae_lib.pack_latents(encoded, c.latent_patch_size)):
+        latents[row] = np.asarray(tokens)
+    return requests.pad_rows(latents)[0]
+
+  def images_at_once(self, size: tuple[int, int]) -> int:
+    """Images of a height and width that a device decodes together, within its memory."""
+    return max(programs.VAE_PIXELS // (size[0] * size[1]), 1)
+
+  def _decode(self, latents, batch: requests.Batch) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The rows that this host reads, and their images."""
+    rows, images = [], []
+    for size in sorted(set(batch.sizes)):
+      members = np.flatnonzero([other == size for other in batch.sizes])
+      filled = members[np.arange(len(members) + -len(members) % self._ways) % len(members)]
+      some = latents if len(filled) == batch.rows else latents[filled]
+      for place, image in self._decode_one_size(some, size):
+        if place < len(members) and members[place] < batch.real:
+          rows.append(members[place])
+          images.append(image)
+    order = np.argsort(rows)
+    return np.asarray(rows, int)[order], [images[place] for place in order]
+
+  @property
+  def _ways(self) -> int:
+    return sharding.batch_multiple(self.mesh)
+
+  def _decode_one_size(self, latents, size: tuple[int, int]):
+    """Yields (row, image) of latents [B, I, C] of one size: this host's rows, or all."""
+    c, (height, width) = self.network.config, size
+    h, w = height // c.latent_stride, width // c.latent_stride
+    grids = vae_lib.unpack_latents(latents[:, : h * w], h, w, c.latent_patch_size)
+    # A few of every device's own rows at a time, so that the decoder's temporaries stay within it
+    # and no row moves.
+    everywhere = len(grids) % self.mesh.size == 0
+    ways = self.mesh.size if everywhere else self._ways
+    grids = grids.reshape(ways, -1, *grids.shape[1:])
+    numbers = np.arange(grids.shape[0] * grids.shape[1]).reshape(grids.shape[:2])
+    at_once = self.images_at_once(size)
+    for first in range(0, grids.shape[1], at_once):
+      part = slice(first, first + at_once)
+      chunk = grids[:, part].reshape(-1, *grids.shape[2:])
+      if everywhere:
+        chunk = jax.device_put(chunk, sharding.along_all(self.mesh))
+      pixels = self.decode_images(self.vae_params, chunk)
+      local, pixels = self._read(pixels, len(chunk))
+      yield from zip(numbers[:, part].ravel()[local], pixels)
+
+
+@functools.lru_cache(maxsize=16)
+def _step_reporter(progress: Progress | None, phase: str, total: int):
+  """One callable for repeated calls: a new one each time would compile each time."""
+  if progress is None or jax.process_count() > 1:
+    return None
+  return lambda step: progress(phase, min(int(step) + 1, total), total)

@@ -1,0 +1,94 @@
+"""A trajectory is a static script of segments; requests and the policy fill in the arrays.
+
+  draw          prompt // image               think, draw   system prompt // text image
+  edit          [system] source prompt // [text] image
+  answer        [system] [source] prompt // text
+
+What stands before `//` is the same for all trajectories of a group and is read once. The sampler
+(`sampler`), the replay in training (`replay`) and supervised packing (`packing`) read the same
+scripts; a new kind of trajectory is a new script, not a new code path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+SYSTEM, PROMPT, REASONING, SOURCE = "system", "prompt", "reasoning", "source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """Text that is read; `name` is its key among the arrays."""
+
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """An image that is looked at; `name` is its key among the arrays.
+
+  Attributes:
+    name: of the image.
+    latents: as clean VAE latents, through the generation expert.
+    patches: as ViT patches, through the understanding expert.
+  """
+
+  name: str
+  latents: bool
+  patches: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """Text that the policy writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """An image that the policy denoises; its noise is no context for what follows."""
+
+
+Segment = Given | Seen | Sampled | Drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+  """What a trajectory consists of, in order.
+
+  Attributes:
+    shared: read once for all trajectories of a group; Given and Seen only.
+    own: each trajectory's own.
+  """
+
+  shared: tuple[Segment, ...]
+  own: tuple[Segment, ...]
+
+  @property
+  def segments(self) -> tuple[Segment, ...]:
+    return self.shared + self.own
+
+  def has(self, segment: Segment | type) -> bool:
+    """Whether a segment, or one of a kind, is part of it."""
+    return any(part == segment or type(part) is segment for part in self.segments)
+
+
+def make(
+  *, think: bool, answer: bool = False, source: bool = False, reasoning: bool = False
+) -> Script:
+  """The script of one round.
+
+  Args:
+    think: the system prompt asks for a reasoning, which is sampled or given.
+    answer: the policy answers in words instead of drawing.
+    source: there is an image, to be edited or answered about.
+    reasoning: it is given rather than sampled; needs `think`.
+  """
+  shared: list[Segment] = [Given(SYSTEM)] if think else []
+  if source:
+    # Questions are answered through the ViT alone, as BAGEL does.
+    shared.append(Seen(SOURCE, latents=not answer, patches=True))
+  shared.append(Given(PROMPT))
+  if reasoning:
+    shared.append(Given(REASONING))
+  own: list[Segment] = [Sampled()] if answer or (think and not reasoning) else []
+  return Script(tuple(shared), (*own, *[Drawn()] * (not answer)))

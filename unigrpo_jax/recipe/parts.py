@@ -1,0 +1,216 @@
+"""The parts of a run of UniGRPO, made from its spec and its network."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.algorithms import base, update
+from unigrpo_jax.episodes import replay, requests, rollout
+from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.recipe import rl
+from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.sampling import flow, sde
+
+# 99th percentile of drift/text_scaled that rounding explains. float32: summation order. bfloat16:
+# activations carry 2^-8 of relative error.
+TEXT_DRIFT = {"float32": 1e-5, "bfloat16": 1.0}
+# Errors of a step's mean: float32 rounds it; bfloat16 is off by this in the velocity, two or three
+# times what the embedded BAGEL shows.
+MEAN_ERROR, VELOCITY_ERROR = 2e-7, 2e-2
+
+
+def check_fits(spec: rl.Spec, network: state.Network) -> None:
+  """Refuses what cannot run on these devices, before anything is loaded or compiled.
+
+  Raises:
+    InputError: names the key, its value, and what to do.
+  """
+  group_size, ways = spec.rollout.group_size, sharding.batch_multiple(network.mesh)
+  prompts_at_once = spec.rollout.prompts_at_once
+  chunk = prompts_at_once * group_size
+  micro = spec.update.microbatch * spec.update.minibatches
+  at_once = "config.rollout.prompts_at_once"
+  for what, number, by, parts in (
+    ("config.prompts_per_step", spec.prompts.per_step, at_once, prompts_at_once),
+    ("the trajectories of an iteration, config.prompts_per_step x group_size", spec.trajectories,
+     "config.microbatch x minibatches", micro),
+    ("config.microbatch", spec.update.microbatch, "config.mesh data x fsdp", ways),
+    (f"{at_once} x group_size", chunk, "config.mesh data x fsdp", ways),
+  ):
+    if number % parts:
+      raise errors.InputError(f"{what}={number} does not divide by {by}={parts}; change one")
+  # A reward may compare the trajectories of a prompt, so one host scores all of them.
+  groups = sharding.row_hosts(network.mesh, chunk).reshape(-1, group_size)
+  if (groups != groups[:, :1]).any():
+    count = len(np.unique(groups))
+    raise errors.InputError(
+      f"{at_once}={prompts_at_once}: the {chunk} trajectories of a chunk over "
+      f"{count} hosts would split a group of config.group_size={group_size}; make "
+      f"{at_once} a multiple of {count}"
+    )
+  schedule(spec, network.mesh)
+
+
+def schedule(spec: rl.Spec, mesh) -> update.Schedule:
+  """How an iteration is gone through.
+
+  A microbatch has as few prompts as the devices share evenly, and so as many trajectories of each
+  as there are: what they have in common is computed once.
+
+  Raises:
+    InputError: no part of the prompts and of their groups makes a microbatch.
+  """
+  u, ways = spec.update, sharding.batch_multiple(mesh)
+  copies = spec.rollout.prompt_copies(mesh)
+  rows, group = spec.prompts.per_step * copies, spec.rollout.group_size // copies
+  for prompts in range(ways, rows + 1, ways):
+    size = u.microbatch // prompts
+    if (
+      u.microbatch % prompts == 0 and rows % prompts == 0 and size <= group and group % size == 0
+    ):
+      return update.Schedule(
+        epochs=u.epochs, minibatches=u.minibatches,
+        microbatches=spec.trajectories // (u.microbatch * u.minibatches),
+        old_values=u.old_values, group_parts=group // size,
+      )
+  raise errors.InputError(
+    f"config.microbatch={u.microbatch} is no part of the {spec.prompts.per_step} prompts, a "
+    f"multiple of data x fsdp = {ways}, times a part of "
+    f"config.group_size={spec.rollout.group_size}; try {ways * spec.rollout.group_size}"
+  )
+
+
+def latent_elements(spec: rl.Spec, network: state.Network) -> int:
+  """Numbers of one image's latents."""
+  grid = requests.latent_grid(network.config, [(spec.rollout.height, spec.rollout.width)])
+  return int(grid.mask.sum()) * network.config.latent_dim
+
+
+def make_scorer(spec: rl.RewardsSpec) -> rewards.Scorer:
+  """The rewards by name; options that name no reward are refused.
+
+  The option `kind` says which reward it is, where its name in the config is another: two served
+  rewards are {"a": {"kind": "http", ...}, "b": {"kind": "http", ...}}.
+  """
+  for name, options in spec.options.items():
+    errors.choose("config.reward_options", name, list(spec.weights))
+    if options.get("token") is not None:
+      raise errors.InputError(
+        f"config.reward_options.{name}.token (not shown) would be kept with the config; put it in "
+        "an environment variable, and that one's name in token_env"
+      )
+  made = {}
+  for name in spec.weights:
+    options = dict(spec.options.get(name, {}))
+    made[name] = rewards.make(options.pop("kind", name), **options)
+  return rewards.Scorer(
+    made, spec.weights, threads=spec.threads, max_failed_fraction=spec.max_failed_fraction
+  )
+
+
+def make_algorithm(
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout
+) -> base.Algorithm:
+  """What is learnt from the trajectories that `sampled` gives."""
+  f, settings, tokenizer = spec.flow, spec.rollout.settings, network.tokenizer
+  of_sde = f.objective in rl.SDE_OBJECTIVES
+  scale = 1.0
+  if f.scale_with_size:
+    scale = float(flow_losses.scaled_clip(1.0, latent_elements(spec, network)))
+  common = dict(
+    replay=replay.ReplayConfig(
+      script=sampled.script, system_ids=sampled.system_ids, start_id=tokenizer.im_start,
+      end_id=tokenizer.im_end, temperature=settings.temperature, chunk=spec.text.chunk,
+      text=spec.trains_text, flow=f.train, guidance=settings.guidance, routing=f.routing,
+    ),
+    text=base.TextObjective(
+      aggregation=spec.text.aggregation, max_tokens=settings.max_tokens, ratio=spec.text.ratio,
+      clip_low=spec.text.clip_low, clip_high=spec.text.clip_high,
+      dual_clip=spec.text.dual_clip or None, kl_weight=spec.text.kl_weight,
+    ),
+    flow_weight=f.weight, regulariser=f.regulariser,
+    # The ratios of forward processes are of matching errors, whose size no image changes.
+    regulariser_weight=f.regulariser_weight * (scale if of_sde else 1.0),
+  )
+  if of_sde:
+    common |= dict(
+      ratio=f.ratio, clip=f.clip * scale, grad_reweight=f.grad_reweight,
+      kind=spec.rollout.sde.kind, noise_level=spec.rollout.sde.noise_level,
+      t_second=float(flow.time_grid(settings.num_timesteps, settings.shift)[1]),
+    )
+  else:
+    common |= dict(draws=spec.run.config["rollout"]["window_size"])
+  own = {
+    "grpo": {}, "dppo": dict(threshold=f.dppo_threshold),
+    "nft": dict(beta=f.nft_beta, bound=f.nft_bound),
+    "awm": dict(clip=f.awm_clip, weighting=f.awm_weighting), "fpo": dict(clip=f.fpo_clip),
+  }[f.objective]
+  return (rl.SDE_OBJECTIVES | rl.FORWARD_OBJECTIVES)[f.objective](**common, **own)
+
+
+def make_update(
+  spec: rl.Spec, network: state.Network, algorithm: base.Algorithm, optimizer, grid, layout
+) -> update.Update:
+  """The update of a run; see `update.make_update`.
+
+  Args:
+    spec, network, algorithm, optimizer: of the run.
+    grid: of one image.
+    layout: of its state.
+  """
+  limits = drift_limits(spec, network)
+  fn = update.make_update(
+    network.model, optimizer, grid, algorithm, schedule(spec, network.mesh),
+    trained=spec.optimizer.trained, ema_decay=spec.optimizer.ema_decay,
+    reference_model=network.model.clone(lora=None) if spec.needs_reference else None,
+    reference_context=spec.flow.reference_context == "reference", drift_limits=limits,
+  )
+  return update.Update(
+    fn, out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits
+  )
+
+
+def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
+  """Largest 99th percentiles of drift/text_scaled and drift/flow that a run continues with.
+
+  An error of a step's mean that has nothing to do with its noise moves the log ratio by the error's
+  size over sqrt(latent elements), as a standard deviation; nearly all steps of an iteration are
+  within five of them.
+  """
+  settings, w = spec.rollout.settings, spec.window
+  error = MEAN_ERROR
+  if spec.network.dtype == "bfloat16":
+    times = flow.time_grid(settings.num_timesteps, settings.shift)
+    t, t_next = times[:-1][w.low : w.high], times[1:][w.low : w.high]
+    still = jnp.zeros((*t.shape, 1, 1))
+    step = sde.transition(
+      still, still, t, t_next, times[1], kind=spec.rollout.sde.kind,
+      noise_level=spec.rollout.sde.noise_level,
+    )
+    error = VELOCITY_ERROR * float(jnp.abs(step.slope).max())
+  limit = max(1e-8, 5 * error / latent_elements(spec, network) ** 0.5)
+  return {
+    "drift/text_scaled_p99": spec.update.drift_text or TEXT_DRIFT[spec.network.dtype],
+    "drift/flow_p99": spec.update.drift_flow or limit,
+  }
+
+
+def describe(spec: rl.Spec, mesh, train_state) -> list[str]:
+  """What an iteration is, before it compiles."""
+  r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, mesh)
+  held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(train_state))
+  return [
+    f"a step: {spec.prompts.per_step} prompts x {r.group_size} = {spec.trajectories:,} "
+    f"trajectories of {r.height} x {r.width} pixels, "
+    + (f"up to {settings.max_tokens} tokens of reasoning" if settings.think
+       else "without reasoning"),
+    f"        {settings.num_timesteps - 1} velocity evaluations, SDE window of {spec.window.size} "
+    f"in {(spec.window.low, spec.window.high)}; {parts.epochs} epoch(s) x {parts.minibatches} "
+    f"minibatch(es) x {parts.microbatches} microbatch(es)",
+    f"state: {held / 2**30:.2f} GiB a device (parameters, optimizer"
+    + (", moving average" if train_state.ema is not None else "")
+    + (", reference)" if train_state.reference is not None else ")"),
+  ]

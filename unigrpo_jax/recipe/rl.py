@@ -1,0 +1,349 @@
+"""From a config of UniGRPO to frozen dataclasses; impossible numbers are refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.algorithms import base, forward, grpo, update
+from unigrpo_jax.benchmarks import validation
+from unigrpo_jax.episodes import replay, requests, rollout
+from unigrpo_jax.episodes import sampler as sampler_lib
+from unigrpo_jax.losses import advantages, forward_process
+from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.losses import text as text_losses
+from unigrpo_jax.recipe import checks, sections
+from unigrpo_jax.runtime import run as run_lib
+from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.sampling import flow, sde, windows
+
+SDE_OBJECTIVES = {"grpo": grpo.GRPO, "dppo": grpo.DPPO}
+FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO}
+# What a resumed run may change, besides `resumption.MUTABLE_KEYS`: the last ones change memory and
+# speed alone.
+MUTABLE_KEYS = {
+  "eval", "drift", "reward.threads", "reward.max_failed_fraction",
+  "rollout.prompts_at_once", "rollout.layout", "text.chunk", "microbatch", "remat",
+}
+# Of served rewards: where they are and how they are asked, not what is asked.
+ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
+# Keys that configs of older runs lack, with what those runs did.
+DEFAULTS = {
+  "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
+  "rollout.moving_stride": 0, "rollout.moving_dwell": "constant",
+}
+BOUNDS: checks.Bounds = (
+  ({"low": 0}, (
+    "eval.every", "eval.keep", "lora.rank", "keep_every", "flow.weight", "flow.clip",
+    "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
+    "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
+    "drift.flow", "flow.awm_clip", "flow.fpo_clip", "rollout.moving_stride",
+  )),
+  ({"low": 1}, (
+    "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",
+    "rollout.prompts_at_once", "rollout.max_tokens", "text.chunk", "reward.threads",
+    "rollout.moving_iterations",
+  )),
+  ({"low": 2}, ("group_size", "rollout.num_timesteps", "eval.num_timesteps")),
+  ({"low": 3}, ("rollout.prompt_tokens",)),
+  ({"above": 0}, ("rollout.temperature", "lora.alpha", "flow.nft_beta", "flow.nft_bound")),
+)
+CHOICES = {
+  "flow.objective": (*SDE_OBJECTIVES, *FORWARD_OBJECTIVES),
+  "flow.ratio": ("norm", "plain"), "flow.grad_reweight": flow_losses.REWEIGHTS,
+  "flow.regulariser": base.REGULARISERS, "flow.routing": replay.ROUTINGS,
+  "flow.reference_context": ("reference", "policy"),
+  "flow.awm_weighting": forward_process.WEIGHTINGS,
+  "text.aggregation": text_losses.AGGREGATIONS, "text.ratio": text_losses.RATIOS,
+  "rollout.sde": sde.KINDS, "rollout.window": windows.CONVENTIONS,
+  "rollout.moving_dwell": windows.DWELLS, "rollout.cfg_renorm": flow.RENORMS,
+  "rollout.layout": tuple(sharding.LAYOUTS), "advantage.std": advantages.STDS,
+  "old_values": update.OLD_VALUES, "eval.cfg_renorm": flow.RENORMS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsSpec:
+  """Which prompts, how many a step, all hosts together, in which order."""
+
+  source: str
+  split: str
+  per_step: int
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsSpec:
+  """Rewards by name: weights, options; and how they are run."""
+
+  weights: Mapping[str, float]
+  options: Mapping[str, Mapping[str, Any]]
+  threads: int
+  normalise: bool
+  max_failed_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageSpec:
+  """Keywords of `advantages.group_advantages`."""
+
+  std: str
+  ddof: int
+  eps: float
+  clip: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+  """The text's objective, as in the config."""
+
+  train: bool
+  clip_low: float
+  clip_high: float
+  dual_clip: float
+  aggregation: str
+  ratio: str
+  kl_weight: float
+  chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSpec:
+  """The images' objective, as in the config: clips and weights are still to be scaled."""
+
+  train: bool
+  weight: float
+  objective: str
+  ratio: str
+  clip: float
+  awm_clip: float
+  fpo_clip: float
+  scale_with_size: bool
+  grad_reweight: str
+  regulariser: str
+  regulariser_weight: float
+  routing: str
+  reference_context: str
+  dppo_threshold: float
+  nft_beta: float
+  nft_bound: float
+  awm_weighting: str
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+  """How an experience is gone through, and the drift beyond which it is not; 0: by the dtype."""
+
+  epochs: int
+  minibatches: int
+  microbatch: int
+  old_values: str
+  drift_text: float
+  drift_flow: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSpec:
+  """Which steps have noise; see `windows.draw`. A `size` of 0 is none."""
+
+  convention: str
+  low: int
+  high: int
+  size: int
+  moving: windows.Moving
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """A run of UniGRPO or of one of its halves."""
+
+  network: state.NetworkSpec
+  run: run_lib.RunSpec
+  optimizer: sections.OptimizerSpec
+  prompts: PromptsSpec
+  rewards: RewardsSpec
+  advantage: AdvantageSpec
+  rollout: rollout.RolloutSpec
+  window: WindowSpec
+  text: TextSpec
+  flow: FlowSpec
+  update: UpdateSpec
+  evaluation: validation.ValidationSpec
+
+  @property
+  def trajectories(self) -> int:
+    """Trajectories of an iteration."""
+    return self.prompts.per_step * self.rollout.group_size
+
+  @property
+  def trains_text(self) -> bool:
+    return self.text.train and self.rollout.settings.think
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether a regulariser holds the policy to what it started from."""
+    return (self.flow.train and self.flow.regulariser != "none") or (
+      self.trains_text and self.text.kl_weight > 0
+    )
+
+  @property
+  def copies_reference(self) -> bool:
+    """Whether the reference has parameters of its own: adapters leave the experts as they were."""
+    untouched = self.network.lora is not None and self.optimizer.trained <= {"und", "gen"}
+    return self.needs_reference and not untouched
+
+
+def read(config: ConfigDict) -> Spec:
+  """A config as frozen dataclasses.
+
+  Raises:
+    InputError: a number or a combination is impossible; names the key, its value, and what to do.
+  """
+  config = sections.fill_defaults(config, DEFAULTS)
+  checks.check(config, CHOICES, BOUNDS)
+  _check_combinations(config)
+  c, r, e = config, config.rollout, config.eval
+  window_size = r.window_size if c.flow.train and c.flow.objective in SDE_OBJECTIVES else 0
+  spec = Spec(
+    network=sections.network(c),
+    run=sections.run(
+      c, MUTABLE_KEYS | _endpoint_keys(c), DEFAULTS, evaluate_every=e.every,
+      best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
+      shown=("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
+             "drift/text"),
+      alarms=("groups/dropped",), rate=("trajectories", c.prompts_per_step * c.group_size),
+    ),
+    optimizer=sections.optimizer(c, c.steps * c.epochs * c.minibatches),
+    prompts=PromptsSpec(c.prompts.source, c.prompts.split, c.prompts_per_step, c.seed),
+    rewards=sections.fill(
+      RewardsSpec, c.reward, weights=c.rewards.to_dict(), options=c.reward_options.to_dict()
+    ),
+    advantage=sections.fill(AdvantageSpec, c.advantage, clip=c.advantage.clip or None),
+    rollout=sections.fill(
+      rollout.RolloutSpec, r, group_size=c.group_size, sde=sampler_lib.SDE(r.sde, r.noise_level),
+      settings=sections.fill(requests.Settings, r, guidance=_guidance(r)),
+    ),
+    window=WindowSpec(
+      r.window, *r.window_range, window_size,
+      windows.Moving(
+        iterations=r.moving_iterations, stride=r.moving_stride or None,
+        roll_back=r.moving_roll_back, dwell=r.moving_dwell,
+      ),
+    ),
+    text=sections.fill(TextSpec, c.text), flow=sections.fill(FlowSpec, c.flow),
+    update=sections.fill(UpdateSpec, c, drift_text=c.drift.text, drift_flow=c.drift.flow),
+    evaluation=sections.fill(
+      validation.ValidationSpec, e, seed=c.seed, size=(r.height, r.width),
+      settings=sections.fill(
+        requests.Settings, e, shift=r.shift, max_tokens=r.max_tokens, guidance=_guidance(e)
+      ),
+    ),
+  )
+  _check_window(spec)
+  return spec
+
+
+def _guidance(section: ConfigDict) -> flow.Guidance:
+  return flow.Guidance(
+    text_scale=section.cfg_text_scale, interval=tuple(section.cfg_interval),
+    renorm=section.cfg_renorm,
+  )
+
+
+def _endpoint_keys(config: ConfigDict) -> set[str]:
+  return {
+    f"reward_options.{name}.{key}" for name, options in config.reward_options.items()
+    if options.get("kind", name) == "http" for key in ENDPOINT_KEYS
+  }
+
+
+def _check_combinations(config: ConfigDict) -> None:
+  for section in ("rollout", "eval"):
+    low, high = interval = tuple(config[section].cfg_interval)
+    if not 0 <= low < high <= 1:
+      raise errors.InputError(
+        f"config.{section}.cfg_interval={interval} holds no time; give (low, high) with "
+        "0 <= low < high <= 1"
+      )
+  if config.text.dual_clip:
+    errors.require("config.text.dual_clip", config.text.dual_clip, above=1)
+  if not config.text.train and not config.flow.train:
+    raise errors.InputError("config.text.train and config.flow.train are both False; set one")
+  if config.text.train and not config.rollout.think and not config.flow.train:
+    raise errors.InputError(
+      "config.rollout.think=False leaves no text to train; set config.flow.train=True"
+    )
+  if config.minibatches > 1 and config.old_values == "first_epoch":
+    raise errors.InputError(
+      f"config.minibatches={config.minibatches}: after the first of them the policy is no longer "
+      "the one that sampled; set config.old_values=recomputed"
+    )
+  forward_process = config.flow.objective in FORWARD_OBJECTIVES
+  if config.old_values == "rollout" and forward_process:
+    raise errors.InputError(
+      f"config.flow.objective={config.flow.objective} compares velocities that no rollout records; "
+      "set config.old_values=first_epoch"
+    )
+  if config.flow.regulariser.startswith("latent_kl") and forward_process:
+    raise errors.InputError(
+      f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which "
+      f"config.flow.objective={config.flow.objective} has not; set velocity_mse"
+    )
+  trained = {group for group, rate in config.learning_rate.items() if rate}
+  for key, group, shared in (("text", "und", "text"), ("flow", "gen", "latent")):
+    if config[key].train and not trained & {group, shared} and (
+      key != "text" or config.rollout.think
+    ):
+      raise errors.InputError(
+        f"config.{key}.train=True but config.learning_rate.{group}=0; give it one"
+      )
+
+
+def _check_window(spec: Spec) -> None:
+  w, points = spec.window, spec.rollout.settings.num_timesteps
+  try:
+    window_steps(spec, 1)
+  except errors.InputError as error:
+    raise errors.InputError(
+      f"config.rollout.window_range and window_size with num_timesteps={points}: {error}"
+    ) from None
+  if not spec.flow.train:
+    return
+  size = spec.run.config["rollout"]["window_size"]
+  if size < 1:
+    raise errors.InputError(
+      f"config.rollout.window_size={size} leaves no step to train; set config.flow.train=False"
+    )
+  if spec.flow.objective in SDE_OBJECTIVES:
+    noise = spec.rollout.sde
+    errors.require("config.rollout.noise_level", noise.noise_level, above=0)
+    if noise.kind == "cps" and w.high >= points - 1:
+      raise errors.InputError(
+        f"config.rollout.window_range={(w.low, w.high)}: the last step of config.rollout.sde="
+        f"cps has no noise; let it end at {points - 2} or before"
+      )
+
+
+def window_steps(spec: Spec, iteration: int, ways: int = 1) -> np.ndarray:
+  """SDE steps of all trajectories of an iteration, [B, W] int32; W = 0 where none is needed.
+
+  Args:
+    spec: of the run.
+    iteration: counted from 1.
+    ways: that the rows of a chunk are cut into: the ranks of a constant window a rank.
+  """
+  w = spec.window
+  chunk = spec.rollout.prompts_at_once * spec.rollout.group_size
+  return windows.draw(
+    w.convention, low=w.low, high=w.high, size=w.size, seed=spec.prompts.seed,
+    # A window that moves begins where it is after 0 iterations.
+    iteration=iteration - (w.convention == "progressive"),
+    prompts=spec.prompts.per_step, group_size=spec.rollout.group_size,
+    num_steps=spec.rollout.settings.num_timesteps - 1, moving=w.moving,
+    ranks=np.arange(spec.trajectories) % chunk // max(chunk // ways, 1),
+  )

@@ -1,0 +1,109 @@
+"""From a config of supervised training to frozen dataclasses; impossible ones are refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.episodes import packing
+from unigrpo_jax.recipe import checks, sections
+from unigrpo_jax.runtime import hosts, sharding, state
+from unigrpo_jax.runtime import run as run_lib
+from unigrpo_jax.supervised import feed
+
+MUTABLE_KEYS = {"limits"}
+# Keys that configs of older runs lack, with what those runs did.
+DEFAULTS = {"attention": "auto", "keep_every": 0}
+BOUNDS: checks.Bounds = (
+  ({"low": 0}, ("ce_weight", "mse_weight")),
+  ({"low": 1}, (
+    "sequences_per_step", "noise_draws", "label_chunk", "log_every", "limits.tokens",
+    "limits.labels", "limits.images", "limits.patches", "limits.clean", "limits.latents",
+  )),
+  ({"above": 0}, ("timestep_shift",)),
+  ({"low": 0, "high": 1}, ("drop_text", "drop_vit", "drop_vae")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """What is learnt: a folder of shards, or IconWorld's examples where it is ""."""
+
+  folder: str
+  mixture: Mapping[str, float]
+  wrong_plan_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """A run of supervised training.
+
+  Attributes:
+    network, run, optimizer: see their classes.
+    data: what is learnt.
+    feed: how an example becomes a sequence.
+    limits: sizes of a microbatch's arrays, all hosts together.
+    sequences_per_step, microbatch: all hosts together.
+    ce_weight, mse_weight, label_chunk: of the loss.
+    seed: of examples, noise and times.
+  """
+
+  network: state.NetworkSpec
+  run: run_lib.RunSpec
+  optimizer: sections.OptimizerSpec
+  data: DataSpec
+  feed: feed.Recipe
+  limits: packing.PadTo
+  sequences_per_step: int
+  microbatch: int
+  ce_weight: float
+  mse_weight: float
+  label_chunk: int
+  seed: int
+
+
+def read(config: ConfigDict) -> Spec:
+  """A config as frozen dataclasses.
+
+  Raises:
+    InputError: a number or a combination is impossible; names the key, its value, and what to do.
+  """
+  config = sections.fill_defaults(config, DEFAULTS)
+  checks.check(config, {"ce_weighting": feed.CE_WEIGHTINGS}, BOUNDS)
+  if config.sequences_per_step % config.microbatch:
+    raise errors.InputError(
+      f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "
+      f"config.microbatch={config.microbatch}; change one of them"
+    )
+  return sections.fill(
+    Spec, config, network=sections.network(config),
+    run=sections.run(config, MUTABLE_KEYS, DEFAULTS, shown=("ce", "mse")),
+    optimizer=sections.optimizer(config, config.steps),
+    data=sections.fill(DataSpec, config.data), feed=sections.fill(feed.Recipe, config),
+    limits=packing.PadTo(noisy=config.noise_draws, **config.limits.to_dict()),
+  )
+
+
+def check_fits(spec: Spec, mesh) -> None:
+  """Refuses what cannot run on these devices, before anything is loaded or compiled.
+
+  Raises:
+    InputError: names the key, its value, and what to do.
+  """
+  ways = sharding.batch_multiple(mesh)
+  for key, size in (("microbatch", spec.microbatch), ("limits.images", spec.limits.images)):
+    if size % ways or size % hosts.count():
+      raise errors.InputError(
+        f"config.{key}={size} does not divide over data x fsdp = {ways} devices and "
+        f"{hosts.count()} hosts; make it a multiple of both"
+      )
+  shares = np.bincount(sharding.row_hosts(mesh, spec.microbatch), minlength=hosts.count())
+  if mesh.is_multi_process and shares.min() < shares.max():
+    raise errors.InputError(
+      f"config.mesh.tensor={mesh.shape['tensor']} joins devices of several hosts, which would each "
+      "make the same examples; make it a divisor of a host's devices"
+    )

@@ -1,0 +1,471 @@
+"""A training run in its folder: resuming, saving, stopping, logging, the same on all hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import secrets
+import signal
+import threading
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from unigrpo_jax import errors, types
+from unigrpo_jax.data import atomic
+from unigrpo_jax.runtime import (
+  checkpoints,
+  folders,
+  hosts,
+  metrics,
+  resumption,
+  sharding,
+  state,
+)
+
+WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
+STOPPED = "stopped by a signal at step {}; run the same command again to continue"
+
+
+class Stopped(Exception):
+  """SIGTERM or SIGINT reached a host: the run saves itself and ends."""
+
+
+class Position(Protocol):
+  """Something whose place a checkpoint keeps, such as a stream of prompts."""
+
+  def state(self) -> Any: ...
+
+  def restore(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+  """What a run is, around its steps.
+
+  Attributes:
+    config: the whole configuration, plain values; kept with every checkpoint.
+    defaults: {dotted key: value} of keys that the configs of older runs lack.
+    mutable_keys: of it, dotted: what a resumed run may change.
+    steps: to take in all.
+    checkpoint_every, keep_checkpoints, keep_every: see `checkpoints.TrainCheckpoints`.
+    writers: of metrics, besides the file.
+    log_every: steps from one row of metrics to the next.
+    evaluate_every: steps from one evaluation to the next, the first before the first step; 0: none.
+    best_metric: of an evaluation: the checkpoint where it is highest is kept.
+    shown: metrics that the terminal shows.
+    alarms: metrics that it shows where they are not 0.
+    rate: (name, number a step) of what is counted by second; None: not timed.
+    export_to, export_dtype: official folder to write in the end; "" for none.
+    random_init: it starts from random weights.
+  """
+
+  config: Mapping[str, Any]
+  defaults: Mapping[str, Any]
+  mutable_keys: frozenset[str]
+  steps: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  keep_every: int
+  writers: Sequence[str]
+  shown: Sequence[str]
+  alarms: Sequence[str] = ()
+  log_every: int = 1
+  evaluate_every: int = 0
+  best_metric: str = ""
+  rate: tuple[str, int] | None = None
+  export_to: str = ""
+  export_dtype: str = "bfloat16"
+  random_init: bool = False
+
+
+class Run:
+  """One run. An error or a signal within it saves the last state worth saving.
+
+    run = Run(workdir, spec, network, positions={"prompt_position": stream})
+    train_state = run.restore(layout, lambda: first_state(...))
+    with run:
+      run.evaluate(evaluation, train_state)
+      for step in run.steps():
+        ...
+        run.commit(train_state, metrics)
+        run.evaluate(evaluation, train_state)
+    run.finish(train_state)
+
+  Attributes:
+    step: steps taken.
+    timer: of the phases of a step.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, spec: RunSpec, network: state.Network, *,
+    positions: Mapping[str, Position] | None = None, pinned: Mapping[str, Any] | None = None,
+    deferred_stop: bool = False,
+  ):
+    """Opens the folder's checkpoints.
+
+    Args:
+      workdir: holds the run's checkpoints, metrics and evaluations.
+      spec: what the run is.
+      network: what is trained.
+      positions: by name: kept with every checkpoint and restored from it.
+      pinned: {name: value} that must be the same on all hosts and as when the run began.
+      deferred_stop: hosts agree on a stop one step late, without waiting for each other.
+
+    Raises:
+      InputError: hosts differ, or the folder or the place of the export cannot be used.
+    """
+    self.step, self.timer = 0, metrics.PhaseTimer()
+    self._workdir, self._spec, self._network = workdir, spec, network
+    self._positions, self._pinned = dict(positions or {}), dict(pinned or {})
+    self._deferred = hosts.AgreedFlag(network.mesh) if deferred_stop else None
+    self._stop_requested, self._stack = threading.Event(), contextlib.ExitStack()
+    self._state: types.TrainState | None = None
+    self._record: dict[str, Any] = {}
+    self._best: dict[str, float] | None = None
+    self._worth_saving = self._stopped = False
+    self._last_metrics: Mapping[str, Any] = {}
+    hosts.compare(self._pinned)
+    if spec.export_to and hosts.count() == 1:
+      with errors.at("config.export_to"):
+        folders.check_target(network.folder.path, pathlib.Path(spec.export_to), overwrite=True)
+    self._saved = checkpoints.TrainCheckpoints(
+      workdir / "checkpoints", keep=spec.keep_checkpoints, every=spec.keep_every, best="reward",
+    )
+    self._resumed_from = hosts.broadcast(self._saved.latest)
+
+  @property
+  def is_new(self) -> bool:
+    """Whether the folder holds no checkpoint of the run yet."""
+    return self._resumed_from is None
+
+  def restore(
+    self, layout: state.StateLayout, first_state: Callable[[], types.TrainState]
+  ) -> types.TrainState:
+    """The state to continue from: 1. this run's newest checkpoint, else 2. `first_state()`.
+
+    Raises:
+      InputError: the checkpoint is of another configuration or cannot be read, or not all hosts
+        see the folder.
+    """
+    record = {}
+    if self.is_new:
+      self._state = first_state()
+    else:
+      self.step = self._resumed_from
+      record = self._saved.record(self.step)
+      self._check(record)
+      self._state = self._saved.load(self.step, layout.abstract)
+      for name, position in self._positions.items():
+        position.restore(record[name])
+      hosts.print_first(f"resumed {self._workdir} at step {self.step}")
+    self._run_id = record.get("run_id") or hosts.broadcast(secrets.token_hex(4))
+    self._introduce(resumed=bool(record))
+    self._record = self._make_record()
+    return self._state
+
+  def _check(self, record: Mapping[str, Any]) -> None:
+    before, spec = record["config"], self._spec
+    keys = resumption.mutable_keys(before, spec.config, spec.mutable_keys)
+    resumption.check(before, spec.config, keys, spec.defaults)
+    for name, value in self._pinned.items():
+      if record.get(name, value) != value:
+        raise errors.InputError(
+          f"{name} are not those that the run in the workdir began with; give them back, or choose "
+          "a new --workdir"
+        )
+
+  def _make_record(self) -> dict[str, Any]:
+    return {"config": self._spec.config, "run_id": self._run_id} | self._pinned | {
+      name: position.state() for name, position in self._positions.items()
+    }
+
+  def _introduce(self, resumed: bool) -> None:
+    """Writes config.json and run.json."""
+    if hosts.first():
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      write_json(self._workdir / "config.json", self._spec.config)
+      write_json(self._workdir / "run.json", {
+        "run_id": self._run_id,
+        "resumed": resumed,
+        "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+          name: importlib.metadata.version(name)
+          for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+        },
+        "devices": state.describe_devices(self._network.mesh),
+        "device_kind": self._network.mesh.devices.flat[0].device_kind,
+        "parameters": {
+          group: count for group, count in state.group_sizes(self._state.params).items() if count
+        },
+      })
+    with hosts.raise_on_all_hosts():
+      _check_shared(self._workdir, self._run_id)
+
+  def print_start(
+    self, train_state: types.TrainState, learning_rate: Mapping[str, float], lines: Sequence[str]
+  ) -> None:
+    """Prints what is trained, where, from which step to which; and `lines` about a step."""
+    weights = ", random weights" if self._spec.random_init and not self.step else ""
+    text = [
+      f"training {self._network.folder.path}{weights} in {self._workdir}, steps {self.step} to "
+      f"{self._spec.steps}",
+      f"devices: {state.describe_devices(self._network.mesh)}", *lines,
+    ]
+    for group, count in state.group_sizes(train_state.params).items():
+      rate = learning_rate.get(group, 0.0)
+      if count:
+        trained = f"learning rate {rate:g}" if rate else "frozen"
+        text.append(f"  {group:7} {count:>15,} parameters, {trained}")
+    hosts.print_first("\n".join([*text, "compiling"]))
+
+  # --- Within the run.
+
+  def __enter__(self) -> Run:
+    with contextlib.ExitStack() as stack:
+      with hosts.raise_on_all_hosts():
+        self._log = metrics.MetricsLog(
+          ("jsonl", *self._spec.writers) if hosts.first() else (), self._workdir, self._run_id,
+          self._spec.config, first_step=-1 if self.is_new else self.step,
+        )
+      stack.callback(self._log.close)
+      stack.enter_context(sharding.activate(self._network.mesh))
+      self._compiling = stack.enter_context(CompileTimer())
+      stack.enter_context(stop_on_signal(self._stop_requested))
+      self._clock = metrics.Clock(self.step, self._spec.steps)
+      self._first_step = self.step + 1
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, kind, error, trace) -> bool:
+    """Saves what is worth saving, after a stop or an error of the user's."""
+    with self._stack:
+      if error is None:
+        self._saved.close()
+      elif isinstance(error, Stopped):
+        self._stopped = True
+        self._save_if_missing(self._state)
+        self._saved.close()
+        hosts.print_first(STOPPED.format(self.step))
+      elif isinstance(error, errors.InputError):
+        kept = self._save_after(error)
+        self._saved.close()
+        if isinstance(error, errors.UpdateRejected):
+          raise errors.InputError(f"step {self.step + 1}: {error}; {kept}") from None
+    return isinstance(error, Stopped)
+
+  def _save_after(self, error: errors.InputError) -> str:
+    """Saves the state before an error, unless it diverged; returns what a new start begins from."""
+    rejected = isinstance(error, errors.UpdateRejected)
+    before = error.state if rejected else self._state
+    usable = before is not None and not isinstance(error, errors.Diverged)
+    if usable and not not_finite(jax.device_get(self._last_metrics)):
+      self._worth_saving |= rejected
+      self._save_if_missing(before)
+      return "the state before it is saved"
+    return continue_from(self._saved.latest)
+
+  def steps(self) -> Iterator[int]:
+    """The numbers of the steps still to take; a step ends with `commit`.
+
+    Raises:
+      Stopped: a signal reached a host.
+    """
+    while self.step < self._spec.steps:
+      self.timer.read_and_reset()
+      before = self.step
+      yield before + 1
+      if self.step == before:
+        raise RuntimeError(f"step {before + 1} was not committed")
+      stopped = self._agree_on_stop()
+      due = self.step % self._spec.checkpoint_every == 0 or self.step == self._spec.steps
+      if self._worth_saving and (due or stopped or self._best is not None):
+        self._save()
+      if stopped:
+        raise Stopped
+
+  def _agree_on_stop(self) -> bool:
+    if self._deferred is None:
+      return hosts.any_host(self._stop_requested.is_set())
+    self._deferred.post(self._stop_requested.is_set())
+    return self._deferred.read()
+
+  def request_stop(self) -> None:
+    """Stops the run at the next point that all hosts agree on."""
+    self._stop_requested.set()
+
+  def raise_if_stopped(self) -> None:
+    """A point within a step at which all hosts may stop.
+
+    Raises:
+      Stopped: a signal reached a host.
+    """
+    if hosts.any_host(self._stop_requested.is_set()):
+      raise Stopped
+
+  def commit(self, train_state: types.TrainState, values: Mapping[str, Any]) -> None:
+    """Ends a step: its state is now the run's, and its metrics are logged where that is due.
+
+    Args:
+      train_state: after the step.
+      values: {name: number}, on the host or on the devices.
+
+    Raises:
+      InputError: a number that is logged is not finite.
+    """
+    spec = self._spec
+    self.step += 1
+    due = self.step % spec.log_every == 0 or self.step in (self._first_step, spec.steps)
+    if due or self.step % spec.checkpoint_every == 0:
+      values = jax.device_get(values)
+      if bad := not_finite(values):
+        self.step -= 1
+        self._state = None
+        raise errors.UpdateRejected(
+          f"{', '.join(bad)} not finite; lower the learning rate and resume"
+        )
+    self._state, self._last_metrics = train_state, values
+    self._worth_saving, self._best = True, None
+    self._record = self._make_record()
+    if not due:
+      return
+    if spec.rate is not None:
+      name, count = spec.rate
+      values = values | self.timer.read_and_reset()
+      values["seconds/compile"] = self._compiling.read_and_reset()
+      values[f"{name}_per_second"] = count / values["seconds/total"]
+    self._log.write(self.step, values)
+    names = [*spec.shown, *(name for name in spec.alarms if values.get(name))]
+    shown = {name: values[name] for name in names if name in values}
+    hosts.print_first(self._clock.line(self.step, shown))
+
+  def evaluate(
+    self, evaluation: Callable[[Any, int, Callable[[], None]], Mapping[str, float]],
+    train_state: types.TrainState,
+  ) -> None:
+    """Evaluates the state where that is due and not logged yet; the results are a row of their own.
+
+    Args:
+      evaluation: (parameters, step, what to call between two batches) -> metrics.
+      train_state: of `step`.
+
+    Raises:
+      Stopped: a signal reached a host; the next start makes it up.
+    """
+    every = self._spec.evaluate_every
+    if not every or (self.step % every and self.step != self._spec.steps):
+      return
+    if self._is_evaluated():
+      return
+    self.raise_if_stopped()
+    start = time.monotonic()
+    results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped))
+    self._log.write(self.step, results | {"seconds/evaluate": time.monotonic() - start})
+    if self._spec.best_metric in results:
+      self._best = {"reward": results[self._spec.best_metric]}
+    self._worth_saving = True
+
+  def _is_evaluated(self) -> bool:
+    """Whether the log, which the first host has, holds an evaluation of this step."""
+    log = self._workdir / "metrics.jsonl"
+    return hosts.broadcast(hosts.first() and log.exists() and any(
+      row["step"] == self.step and any(name.startswith("eval/") for name in row)
+      for row in metrics.read(log)[0]
+    ))
+
+  def _save(self) -> None:
+    self._saved.save(self.step, self._state, self._record, self._best)
+    self._worth_saving, self._best = False, None
+
+  def _save_if_missing(self, train_state: types.TrainState | None) -> None:
+    if train_state is not None and self._worth_saving:
+      if hosts.broadcast(self._saved.latest) != self.step:
+        self._state = train_state
+        self._save()
+
+  def finish(self, train_state: types.TrainState) -> None:
+    """Exports what a run that is complete asked for."""
+    spec = self._spec
+    if self._stopped or self.step < spec.steps or not spec.export_to:
+      return
+    if hosts.count() > 1:
+      hosts.print_first(
+        f"not exported: run python -m unigrpo_jax.export {self._workdir} {spec.export_to} on one "
+        "host"
+      )
+      return
+    state.export(self._network, train_state.averaged, spec.export_to, spec.export_dtype)
+
+
+def _check_shared(workdir: pathlib.Path, run_id: str) -> None:
+  """Refuses a workdir that not all hosts see: checkpoints would lose some of their parts."""
+  for _ in range(WORKDIR_SECONDS):
+    with contextlib.suppress(OSError, ValueError):
+      if json.loads((workdir / "run.json").read_text())["run_id"] == run_id:
+        return
+    time.sleep(1)  # A shared folder may show a new file late.
+  raise errors.InputError(
+    f"--workdir={workdir} is not the folder that host 0 writes to; give one that all hosts share"
+  )
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Puts a JSON file in place whole."""
+  atomic.write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def not_finite(values: Mapping[str, Any]) -> list[str]:
+  """The names of the values that are not finite."""
+  return sorted(name for name, value in values.items() if not np.isfinite(value))
+
+
+def advice_after_loss(workdir: pathlib.Path) -> str:
+  """What a run continues from whose host was lost; asks nobody, as other hosts may be dead."""
+  steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+  return continue_from(max(steps, default=None))
+
+
+def continue_from(step: int | None) -> str:
+  return "the run starts anew" if step is None else f"the run continues from step {step}"
+
+
+@contextlib.contextmanager
+def stop_on_signal(stop_requested: threading.Event) -> Iterator[None]:
+  """SIGTERM and SIGINT set the event while this is entered."""
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGINT):
+      before[number] = signal.signal(number, lambda *_: stop_requested.set())
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler or signal.SIG_DFL)
+
+
+class CompileTimer:
+  """Seconds that XLA compiled, while it is entered."""
+
+  def __enter__(self) -> CompileTimer:
+    self._seconds = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def _listen(self, name: str, seconds: float, **_) -> None:
+    if name.endswith("backend_compile_duration"):
+      self._seconds += seconds
+
+  def read_and_reset(self) -> float:
+    """Since the last call."""
+    seconds, self._seconds = self._seconds, 0.0
+    return seconds

@@ -1,0 +1,281 @@
+"""A network on its devices, and the state that training changes: shapes, places, first values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unigrpo_jax import errors, types
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.models import attention, bagel, layers, weights
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.runtime import folders, optim, sharding
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSpec:
+  """Which network is trained, and how it is computed.
+
+  Attributes:
+    init_from: official or converted folder.
+    random_init: keep its sizes, tokenizer and autoencoder, not its network.
+    seed: of random weights and fresh adapters.
+    dtype: of activations, one of DTYPES; trained parameters are float32.
+    remat: layers are computed again in the backward pass.
+    attention: one of `attention.BACKENDS`.
+    mesh: {axis: size}; fsdp 0 takes all devices that the others leave.
+    lora: adapters, or None.
+  """
+
+  init_from: str
+  random_init: bool
+  seed: int
+  dtype: str
+  remat: bool
+  attention: str
+  mesh: Mapping[str, int]
+  lora: layers.Lora | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """A checkpoint's network on a mesh, without weights.
+
+  Attributes:
+    folder: it came from.
+    tokenizer: its tokenizer.
+    model: the `Bagel`.
+    mesh: devices.
+  """
+
+  folder: folders.ModelFolder
+  tokenizer: tokenizer_lib.Tokenizer
+  model: bagel.Bagel
+  mesh: jax.sharding.Mesh
+
+  @property
+  def config(self) -> config_lib.BagelConfig:
+    return self.folder.config
+
+  def load_vae(self):
+    """The autoencoder's parameters, float32."""
+    return self.folder.load_params(
+      dtype=jnp.float32, parts=("vae",),
+      shardings=param_shardings(self.model, self.mesh, ("vae",)),
+    )["vae"]
+
+
+def open_network(spec: NetworkSpec, devices=None) -> Network:
+  """Devices, tokenizer and network of a training run.
+
+  Raises:
+    InputError: the mesh or the attention does not fit the devices, the dtype is unknown, or the
+      folder cannot be used.
+  """
+  if not spec.init_from:
+    raise errors.InputError("config.init_from is empty; give an official or converted folder")
+  folder = folders.open_folder(spec.init_from)
+  tokenizer = tokenizer_lib.load(folder.files)
+  tokenizer.check_fits(folder.config.llm.vocab_size)
+  return build_network(spec, folder, tokenizer, devices)
+
+
+def build_network(
+  spec: NetworkSpec, folder: folders.ModelFolder, tokenizer, devices=None
+) -> Network:
+  """The network of a run on its mesh, from its sizes; see `open_network`."""
+  errors.choose("config.dtype", spec.dtype, DTYPES)
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(spec.mesh)
+  for axis, size in sizes.items():
+    errors.require(f"config.mesh.{axis}", size, low=0 if axis == "fsdp" else 1)
+  others = sizes["data"] * sizes["tensor"]
+  sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
+  mesh = sharding.make_mesh(**sizes, devices=devices)
+  errors.choose("config.attention", spec.attention, attention.BACKENDS)
+  model = _bagel(
+    folder.config, tokenizer, mesh, spec.attention, dtype=jnp.dtype(spec.dtype), remat=spec.remat,
+    lora=spec.lora,
+  )
+  return Network(folder, tokenizer, model, mesh)
+
+
+def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Network:
+  """The network of a folder that is only sampled from; its parameters have the dtype too.
+
+  Args:
+    path: official or converted folder.
+    dtype: of the network; None: float32 on CPU, bfloat16 elsewhere.
+    mesh: devices; None: all of them.
+
+  Raises:
+    InputError: it is no such folder, or its config or tokenizer cannot be used.
+  """
+  folder = folders.open_folder(path)
+  tokenizer = tokenizer_lib.load(folder.files)
+  tokenizer.check_fits(folder.config.llm.vocab_size)
+  if dtype is None:
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  if mesh is None:
+    count = sum(math.prod(leaf.shape) for leaf in weights.table(folder.config))
+    size = count * jnp.dtype(dtype).itemsize
+    mesh = sharding.sampling_mesh(folder.config.llm.num_kv_heads, size)
+  model = _bagel(folder.config, tokenizer, mesh, "auto", dtype=dtype, param_dtype=dtype)
+  return Network(folder, tokenizer, model, mesh)
+
+
+def _bagel(config, tokenizer, mesh, backend: str, *, dtype, **options) -> bagel.Bagel:
+  platform = mesh.devices.flat[0].platform
+  return bagel.Bagel(
+    config, (tokenizer.vision_start, tokenizer.vision_end), dtype=dtype,
+    backend=attention.choose_backend(backend, platform, jnp.dtype(dtype).name),
+    unroll=sharding.needs_straight_programs(mesh), **options,
+  )
+
+
+def param_shardings(
+  model: bagel.Bagel, mesh: jax.sharding.Mesh, parts: Sequence[str], rules=sharding.RULES
+):
+  """Shardings of the parameter tree {"bagel": ..., "vae": ...} of `model` on `mesh`."""
+  key, c = jax.random.key(0), model.config
+  pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
+  make = {
+    "bagel": lambda: model.init(key, bagel.example_batch(c)),
+    "vae": lambda: vae_lib.VAE(c.vae).init(key, pixels),
+  }
+  return {
+    part: sharding.shardings(jax.eval_shape(make[part])["params"], mesh, rules) for part in parts
+  }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateLayout:
+  """What a run's state looks like.
+
+  Attributes:
+    abstract: shapes, dtypes and shardings.
+    shardings: the last of these alone.
+  """
+
+  abstract: types.TrainState
+  shardings: types.TrainState
+
+
+def _stored(params, model: bagel.Bagel):
+  """Parameters as they are kept: those under adapters never change, so in the network's dtype."""
+  if model.lora is None:
+    return params
+  return jax.tree.map(
+    lambda leaf, group: leaf.astype(model.dtype) if group == "base" else leaf,
+    params, optim.groups(params),
+  )
+
+
+def layout(
+  network: Network, optimizer: optax.GradientTransformation, *, ema: bool, reference: bool
+) -> StateLayout:
+  """The shapes and the shardings of a run's state.
+
+  Args:
+    network: what is trained.
+    optimizer: of its parameters.
+    ema: whether a moving average is kept.
+    reference: whether a copy of the first parameters is kept, in the network's own dtype.
+  """
+  model = network.model
+
+  def fresh(key) -> types.TrainState:
+    params = model.init(key, bagel.example_batch(network.config))["params"]
+    return _state_of(_stored(params, model), model, optimizer, ema=ema, reference=reference)
+
+  abstract = jax.eval_shape(fresh, jax.random.key(0))
+  where = sharding.shardings(abstract, network.mesh)
+  return StateLayout(
+    jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      sharding.unbox(abstract), where,
+    ), where,
+  )
+
+
+def _state_of(params, model, optimizer, *, ema: bool, reference: bool) -> types.TrainState:
+  cast = lambda a: jnp.copy(a).astype(model.dtype)
+  return types.TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    reference=jax.tree.map(cast, params) if reference else None,
+  )
+
+
+def first_state(
+  network: Network, optimizer: optax.GradientTransformation, where: StateLayout, *,
+  random_init: bool, seed: int,
+) -> types.TrainState:
+  """The state before the first step: from the folder's weights, or from random ones."""
+  model, config = network.model, network.config
+  init = lambda key: sharding.unbox(model.init(key, bagel.example_batch(config))["params"])
+  copies = dict(
+    ema=where.shardings.ema is not None, reference=where.shardings.reference is not None
+  )
+  state_of = lambda params: _state_of(_stored(params, model), model, optimizer, **copies)
+  key = jax.random.key(seed)
+  with sharding.activate(network.mesh):
+    if random_init:
+      return jax.jit(lambda key: state_of(init(key)), out_shardings=where.shardings)(key)
+    # The compiler drops the initialisation of whatever the folder's weights replace.
+    plain = _without_adapters(where.shardings.params)
+    loaded = network.folder.load_params(
+      dtype=jnp.float32, shardings={"bagel": plain}, parts=("bagel",)
+    )["bagel"]
+    start = lambda key, loaded: state_of(_update(init(key), loaded))
+    return jax.jit(start, out_shardings=where.shardings, donate_argnums=1)(key, loaded)
+
+
+def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    name: _without_adapters(value) if isinstance(value, Mapping) else value
+    for name, value in tree.items() if name not in (layers.LORA_DOWN, layers.LORA_UP)
+  }
+
+
+def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """`tree` with the leaves that `values` has."""
+  return {
+    name: _update(value, values[name]) if isinstance(value, Mapping)
+    else values.get(name, value)
+    for name, value in tree.items()
+  }
+
+
+def export(network: Network, params, target: str, dtype: str) -> None:
+  """Writes a network as an official folder, its adapters merged into it."""
+  if network.model.lora is not None:
+    params = jax.jit(lambda params: layers.merge_lora(params, network.model.lora))(params)
+  folders.write_official(
+    pathlib.Path(target), network.folder, {"bagel": params}, dtype=jnp.dtype(dtype)
+  )
+  print(f"exported {target}", flush=True)
+
+
+def group_sizes(params) -> dict[str, int]:
+  """How many parameters each group has."""
+  counts = dict.fromkeys(optim.GROUPS, 0)
+  for leaf, group in zip(jax.tree.leaves(params), jax.tree.leaves(optim.groups(params))):
+    counts[group] += leaf.size
+  return counts
+
+
+def describe_devices(mesh: jax.sharding.Mesh) -> str:
+  """The backend, the mesh and the hosts in one line."""
+  shape = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.MESH_AXES)
+  return f"{jax.default_backend()}, {shape}; {jax.process_count()} host(s)"
