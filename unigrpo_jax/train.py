@@ -61,7 +61,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference
   )
   update = parts.make_update(spec, network, algorithm, optimizer, rollout.grid, layout)
-  rewards = scoring.Scoring(scorer, spec.rollout.group_size, spec.rewards.normalise)
+  group_size = spec.rollout.group_size
+  rewards = scoring.Scoring(scorer, group_size, spec.rewards.normalise)
   with hosts.raise_on_all_hosts():
     evaluation = validation.Validation(spec.evaluation, rollout, scorer, workdir / "evaluations")
 
@@ -91,15 +92,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       params = rollout.sampler.cast_and_reshard(train_state.params)
       batch, episodes, pending = prompts.next(), [], []
       for at in range(0, len(batch), spec.rollout.prompts_at_once):
-        run.raise_if_stopped()
         chunk = batch[at : at + spec.rollout.prompts_at_once]
-        first = at * spec.rollout.group_size
-        episode = rollout.sample(
-          params, [prompt.prompt for prompt in chunk], key, first, window[first:], run.timer
-        )
-        pending.append(rewards.submit(chunk, episode, first))
+        rows = slice(at * group_size, (at + len(chunk)) * group_size)
+        episode = rollout.sample(params, chunk, key, rows.start, window[rows], run.timer)
+        pending.append(rewards.submit(chunk, episode, rows.start))
         episodes.append(episode)
-      run.raise_if_stopped()
+        run.raise_if_stopped()
       with run.timer("reward"):
         scores = rewards.gather(pending, len(batch))
       # Compare within the group.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,14 +85,14 @@ class Rollout:
     )
 
   def sample(
-    self, params, prompts: Sequence[str], key, first: int, window: np.ndarray,
+    self, params, prompts: Sequence[Any], key, first: int, window: np.ndarray,
     timer: sampler_lib.Timer,
   ) -> sampler_lib.Episode:
     """Samples a chunk.
 
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
-      prompts: P prompts.
+      prompts: P prompts, with their text as `prompt`.
       key: of the iteration.
       first: number of the chunk's first trajectory in the iteration.
       window: SDE steps of each trajectory, [P * group_size, W] int32.
@@ -100,7 +101,7 @@ class Rollout:
     Raises:
       Diverged: a log-probability or a latent is not finite.
     """
-    s, batch = self.spec, self.prepare(prompts)
+    s, batch = self.spec, self.prepare([prompt.prompt for prompt in prompts])
     randomness = self.randomness(key, first, batch)
     episode = self.sampler.sample(
       params, batch, randomness, window=window, sde=s.sde, timer=timer
