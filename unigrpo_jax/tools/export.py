@@ -1,0 +1,56 @@
+"""Export of a run's checkpoint as an official folder, on one host and its CPU."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import ml_collections
+
+from unigrpo_jax import errors
+from unigrpo_jax.recipe import sections
+from unigrpo_jax.runtime import checkpoints, folders, state
+
+
+def export(
+  workdir: pathlib.Path, target: pathlib.Path, *, step: int | None = None,
+  dtype: str | None = None, overwrite: bool = False,
+) -> None:
+  """Exports the policy of a run, or its moving average where the run has one.
+
+  Args:
+    workdir: of the run.
+    target: official folder to write.
+    step: of the checkpoint; None: the newest.
+    dtype: of the weights; None: `export_dtype` of the run's config.
+    overwrite: whether an existing model folder is replaced.
+
+  Raises:
+    InputError: there is no such checkpoint, or it cannot be read or written.
+  """
+  # A host of a pod would wait for the others, and the run may hold the chips.
+  jax.config.update("jax_platforms", "cpu")
+  folder = workdir / "checkpoints"
+  if not folder.is_dir():
+    raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")
+  # Nothing is removed: the run may be saving one.
+  saved = checkpoints.TrainCheckpoints(folder, keep=None, clean=False)
+  step = saved.latest if step is None else step
+  if step is None or step not in saved.steps:
+    raise errors.InputError(
+      f"{workdir}: no checkpoint {'yet' if step is None else step}; it has {saved.steps}"
+    )
+  config = ml_collections.ConfigDict(saved.record(step)["config"])
+  # The devices of this machine, however many the run has.
+  config.mesh.update(dict(data=1, fsdp=0, tensor=1))
+  config.attention = "plain"
+  # Of the config only this is read, so that runs of older versions can be exported too.
+  network = state.open_network(sections.network(config))
+  optimizer = sections.optimizer(config, config.steps)
+  folders.check_target(network.folder.path, target, overwrite=overwrite)
+  ema = optimizer.ema_decay is not None
+  abstract = state.layout(network, optimizer.make(), ema=ema, reference=False).abstract
+  # Only what is written: the whole state is many times that.
+  wanted = {"ema": abstract.ema} if ema else {"params": abstract.params}
+  [params] = saved.load(step, wanted, partial=True).values()
+  state.export(network, params, str(target), dtype or config.export_dtype)
