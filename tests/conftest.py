@@ -29,7 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from unigrpo_jax.models import bagel, weights  # noqa: E402
+from unigrpo_jax.models import bagel  # noqa: E402
 from unigrpo_jax.models import config as config_lib  # noqa: E402
 from unigrpo_jax.runtime import folders  # noqa: E402
 
@@ -46,9 +46,9 @@ def config(golden) -> config_lib.BagelConfig:
 
 
 @pytest.fixture(scope="session")
-def params(golden, config):
+def params(golden):
   """{"bagel", "vae"}: the golden weights in float32."""
-  return weights.load_official(golden, config, dtype=jnp.float32)
+  return folders.open_folder(golden).load_params(dtype=jnp.float32)
 
 
 @pytest.fixture(scope="session")

@@ -42,18 +42,16 @@ def guidance(folder, rec):
 
 @cases.case("schedule")
 def rank_windows(folder, rec):
-  """A window a process, for ever: Python's generator seeded with the rank."""
+  """A constant window a process: Python's generator seeded with the rank."""
   for m in rec.matches(r"(window/[^/]+)/seeds"):
     low, high, size = (rec.number(f"{m[1]}/{name}") for name in ("lo", "hi", "size"))
-    steps = [
-      windows.draw(
-        "per_rank_const", low=low, high=high, size=size, seed=0, iteration=7, prompts=1,
-        group_size=1, num_steps=high, rank=int(rank),
-      )[0] for rank in rec[m[0]]
-    ]
-    starts = [row[0] for row in steps]
-    rec.check("window", f"{m[1]}/flow_grpo_start", starts, cases.EXACT)
-    ends = [(row[0], row[-1] + 1) for row in steps]
+    ranks = rec[m[0]]
+    steps = windows.draw(
+      "per_rank_const", low=low, high=high, size=size, seed=0, iteration=7, prompts=len(ranks),
+      group_size=1, num_steps=high, ranks=ranks,
+    )
+    rec.check("window", f"{m[1]}/flow_grpo_start", steps[:, 0], cases.EXACT)
+    ends = steps[:, [0, -1]] + np.array([0, 1])
     rec.check("window", f"{m[1]}/verl_omni_window", ends, cases.EXACT)
 
 
@@ -92,7 +90,7 @@ def moving_average(folder, rec):
   rec.check("ema/sched", "ema/sched", schedule, cases.FORMULA)
   average, trace = np.zeros(()), []
   for step in range(len(rec.get("ema/trace", ()))):
-    if (step + 1) % every == 0:
+    if (step + 1) % every == 0:  # ours moves after every step
       average = optim.update_average(average, step + 1.0, step, decay=decay)
     trace.append(average)
   rec.check("ema/trace", "ema/trace", trace, cases.FORMULA)

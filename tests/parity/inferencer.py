@@ -17,7 +17,8 @@ from tests.parity import flow as flow_cases
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import images
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.episodes import phases
+from unigrpo_jax.episodes import programs
+from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.sampling import flow
 
 # Arguments that a recording leaves out have the official inferencer's defaults.
@@ -38,7 +39,8 @@ class Replay:
     before_text: moment of the text-CFG context.
     size: (H, W) pixels of the image to come.
     thought: ids of the generated text, once there is one.
-    inputs: of `phases.read`, what was read so far.
+    shared: segments of what was read so far, of the texts and images below by name.
+    inputs: of `programs.prefill`.
   """
 
   def __init__(self, folder: network.Folder, rec: cases.Recording):
@@ -53,7 +55,8 @@ class Replay:
     self.picture = 0  # Which of them comes next.
     self.thinks = self.settings["think"]
     self.thought = None
-    self.inputs = {}
+    self.shared: list[script_lib.Segment] = []
+    self.inputs = programs.Inputs(texts={}, images={})
 
   def run(self) -> None:
     call = 0
@@ -74,20 +77,19 @@ class Replay:
   def texts(self, call: int) -> int:
     """A text: two calls, for either context; a thought only for the main one."""
     ids = self.rec[f"call{call}_text_ids"]
-    kind = "prompt"
+    name = script_lib.PROMPT
     if self.thought is not None:
-      expected, kind = self.wrapped(self.thought), "given"
+      expected, name = self.wrapped(self.thought), script_lib.REASONING
     elif self.thinks and call == 0:
       prompt = (tokenizer_lib.SYSTEM_PROMPT_VLM if self.settings["understanding_output"]
                 else tokenizer_lib.SYSTEM_PROMPT_GEN)
-      expected, kind = self.wrapped(self.folder.tokenizer.encode_text(prompt)), "system"
+      expected, name = self.wrapped(self.folder.tokenizer.encode_text(prompt)), script_lib.SYSTEM
     else:
       expected = ids
       self.before_text = self.context.mark()
-    if kind == "system":
-      self.inputs["system_ids"] = ids
-    else:
-      self.inputs |= {f"{kind}_ids": ids[None], f"{kind}_mask": np.ones((1, len(ids)), bool)}
+      self.rename_prompt(f"text before call {call}")
+    self.inputs.texts[name] = types.Text(ids[None], np.ones((1, len(ids)), bool))
+    self.shared.append(script_lib.Given(name))
     where = [MAIN] if self.thought is not None else [MAIN, NO_IMAGE]
     for offset, row in enumerate(where):
       positions = int(self.context.position[row]) + np.arange(len(ids))
@@ -96,6 +98,24 @@ class Replay:
     rows = [ids if row in where else ids[:0] for row in (MAIN, NO_IMAGE)]
     self.context, _ = self.net.append_text(self.context, rows)
     return len(where)
+
+  def rename_prompt(self, name: str) -> None:
+    """Of several texts only the last is the prompt."""
+    prompt = script_lib.Given(script_lib.PROMPT)
+    if prompt in self.shared:
+      self.shared[self.shared.index(prompt)] = script_lib.Given(name)
+      self.inputs.texts[name] = self.inputs.texts.pop(script_lib.PROMPT)
+
+  def saw(self, **parts) -> None:
+    """Adds latents with their grid, or patches, of the picture that is being read."""
+    name = f"picture {self.picture}"
+    picture = self.inputs.images.get(name, types.Seen()).replace(**parts)
+    self.inputs.images[name] = picture
+    if self.shared and self.shared[-1].name == name:
+      self.shared.pop()
+    self.shared.append(script_lib.Seen(
+      name, latents=picture.latents is not None, patches=picture.patches is not None
+    ))
 
   def wrapped(self, ids) -> np.ndarray:
     special = self.folder.special_ids
@@ -120,7 +140,7 @@ class Replay:
     grid = self.net.latent_grid([picture.shape[-2:]])
     self.check_before(call, "vae_pos", MAIN,
                       np.full(len(tokens) + 2, self.context.position[MAIN]))
-    self.inputs |= {"latents": tokens[None], "grid": grid}
+    self.saw(latents=tokens[None], grid=grid)
     padded, mask = network.pad([tokens, tokens[:0]], len(tokens))
     grid = types.LatentGrid(np.repeat(grid.ids, 2, axis=0), mask)
     self.context = self.net.apply("append_latents", self.context, padded, grid)
@@ -136,7 +156,7 @@ class Replay:
     self.rec.check("transforms", f"call{call}_vit_position_ids", patches.ids[0], cases.EXACT)
     self.check_before(call, "vit_pos", MAIN,
                       np.full(patches.ids.shape[1] + 2, self.context.position[MAIN]))
-    self.inputs["patches"] = jax.tree.map(lambda rows: rows[: MAIN + 1], patches)
+    self.saw(patches=jax.tree.map(lambda rows: rows[: MAIN + 1], patches))
     self.context = self.net.apply("append_patches", self.context, patches)
     self.before_text = self.context.mark()
     self.picture += 1
@@ -212,12 +232,12 @@ def generate_image(calls: Replay, rec: cases.Recording) -> None:
   rec.check("image", "out_image_uint8", net.picture(xs[-1, 0], *pack.sizes[0]), cases.PIXELS)
 
   # And by the programs that `generate` and training run.
-  inputs = phases.Inputs(**calls.inputs)
+  script = script_lib.Script(shared=tuple(calls.shared), own=(script_lib.Drawn(),))
   capacity = sum(rec[m[0]].size + 2 for m in rec.matches(r"call\d+_(text_ids|\w+_pos)"))
   params = net.params["bagel"]
-  read = phases.read(net.model, params, inputs, capacity=capacity)
-  x = phases.draw(
+  read = programs.prefill(net.model, params, calls.inputs, script=script, capacity=capacity)
+  x = programs.denoise(
     net.model, params, read, pack.rows(rec["in_init_noise"]), pack.grid,
     num_timesteps=settings["num_timesteps"], shift=settings["timestep_shift"], guidance=guidance,
-  )
-  rec.check_equal("phases", "the last of out_x", pack.packed(x), rec["out_x"][-1], cases.LOOP)
+  ).latents
+  rec.check_equal("programs", "the last of out_x", pack.packed(x), rec["out_x"][-1], cases.LOOP)

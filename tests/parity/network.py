@@ -15,6 +15,7 @@ from unigrpo_jax import types
 from unigrpo_jax.data import images, tokenizer
 from unigrpo_jax.models import bagel, vae, weights
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.runtime import folders
 from unigrpo_jax.sampling import flow, text
 
 # Lengths are rounded up to these, so that most cases share a compiled program; the padding is a
@@ -77,7 +78,7 @@ class Network:
         raise cases.NotCovered(f"the folder has no {file}")
     self.config = folder.config
     self.model = bagel.Bagel(self.config, folder.image_markers, dtype=jnp.float32)
-    self.params = weights.load_official(folder.path, self.config, dtype=jnp.float32)
+    self.params = folders.open_folder(folder.path).load_params(dtype=jnp.float32)
     self.vae = vae.VAE(self.config.vae)
     self._compiled = {}
 

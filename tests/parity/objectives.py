@@ -24,24 +24,31 @@ NFT_BOUND = 5.0
 CONVENTIONS = {
   "flow_grpo_global0": dict(std="group", ddof=0, eps=1e-4),
   "flow_grpo_global1": dict(std="batch", ddof=0, eps=1e-4),
-  "verl_omni_global0": dict(std="group", ddof=1, eps=1e-4, singletons="reward"),
+  "verl_omni_global0": dict(std="group", ddof=1, eps=1e-4),
   "verl_omni_global1": dict(std="batch", ddof=1, eps=1e-4),
-  "verl_omni_nostd": dict(std="none", singletons="reward"),
-  "verl_grpo": dict(std="group", ddof=1, eps=1e-6, singletons="reward"),
-  "verl_drgrpo": dict(std="none", singletons="reward"),
+  "verl_omni_nostd": dict(std="none"),
+  "verl_grpo": dict(std="group", ddof=1, eps=1e-6),
+  "verl_drgrpo": dict(std="none"),
   "unirl": dict(std="group", ddof=1, eps=1e-8),
 }
+# They give a group of one its reward as it is, over 1 + eps where they divide.
+REWARD_OF_ONE = {"verl_omni_global0", "verl_omni_nostd", "verl_grpo", "verl_drgrpo"}
 
 
 @cases.case("advantage")
 def group_advantages(folder, rec):
   for m in rec.matches(r"(.+)/rewards"):
     rewards = jnp.asarray(rec[m[0]], jnp.float32)
-    _, group = np.unique(rec[f"{m[1]}/group_index"], return_inverse=True)
+    _, group, sizes = np.unique(
+      rec[f"{m[1]}/group_index"], return_inverse=True, return_counts=True
+    )
     for name, convention in CONVENTIONS.items():
       adv, valid, _ = advantages.group_advantages(
-        rewards, jnp.asarray(group), num_groups=int(group.max()) + 1, **convention
+        rewards, jnp.asarray(group), num_groups=len(sizes), **convention
       )
+      if name in REWARD_OF_ONE:
+        alone = rewards / (1 + convention.get("eps", 0.0))
+        adv = jnp.where(sizes[group] == 1, alone, adv)
       rec.check(name, f"{m[1]}/{name}", adv, SUM)
       rec.check_equal("valid", f"{m[1]}/{name}", valid, np.ones(valid.shape, bool), cases.EXACT)
       if name == "verl_omni_global0":
@@ -179,12 +186,12 @@ def _dppo(ratios):
   away = ratios.divergence(ratios.mean)
   # Its advantages are not clipped.
   adv, log_ratio = ratios.free_adv, log_ratio[:, None]
-  keep = flow.dppo_keep(away[:, None], log_ratio, adv, threshold=DPPO_THRESHOLD)
+  near = flow.dppo_mask(away[:, None], log_ratio, adv, threshold=DPPO_THRESHOLD)
   loss, _ = flow.policy_loss(
-    log_ratio, adv, ratios.weights, clip_low=ratios.clip, clip_high=ratios.clip, keep=keep
+    log_ratio, adv, ratios.weights, clip_low=ratios.clip, clip_high=ratios.clip, loss_mask=near
   )
-  ratios.check("flow_dppo/loss", "flow_dppo_loss", loss - jnp.mean(adv * keep[:, 0]), LOSS)
-  ratios.check("flow_dppo/masked", "flow_dppo_masked_fraction", 1 - keep.mean(), SUM)
+  ratios.check("flow_dppo/loss", "flow_dppo_loss", loss - jnp.mean(adv * near[:, 0]), LOSS)
+  ratios.check("flow_dppo/masked", "flow_dppo_masked_fraction", 1 - near.mean(), SUM)
   ratios.check("flow_dppo/kl", "flow_dppo_kl_mean", away.mean(), cases.FORMULA)
 
 
@@ -220,13 +227,13 @@ def _text(rec, m):
   else:
     settings["dual_clip"] = rec.number(f"{case}/clip_c")
   run = lambda new: text.policy_loss(new, old, adv, weights, **settings)
-  (loss, found), gradient = jax.value_and_grad(run, has_aux=True)(new)
+  (loss, metrics), gradient = jax.value_and_grad(run, has_aux=True)(new)
   group, prefix = ("gspo" if m[2] else m[3]), m[0].removesuffix("/loss")
   rec.check(group, m[0], loss, SUM)
   rec.check(f"{group}/grad", f"{prefix}/grad", gradient, GRADIENT)
   tokens_mean = lambda values: jnp.sum(values * counts) / counts.sum()
-  measured = {"clipfrac": found["clipped"], "clipfrac_lower": found["dual_clipped"],
-              "ppo_kl": -found["log_ratio"]}
+  measured = {"clipfrac": metrics["clipped"], "clipfrac_lower": metrics["dual_clipped"],
+              "ppo_kl": -metrics["log_ratio"]}
   for name, values in measured.items():
     rec.check(f"{group}/{name}", f"{prefix}/{name}", tokens_mean(values), SUM)
   ones = jnp.arange(mask.size, dtype=jnp.float32).reshape(mask.shape)
@@ -245,7 +252,8 @@ def _weights(mode, counts):
 @cases.case("text_grpo")
 def divergences(folder, rec):
   estimators = {
-    "k1": text.k1, "k2": text.k2, "k3": text.k3, "abs": lambda p, q: jnp.abs(text.k1(p, q)),
+    "k1": text.k1, "k2": lambda p, q: jnp.square(text.k1(p, q)) / 2, "k3": text.k3,
+    "abs": lambda p, q: jnp.abs(text.k1(p, q)),
   }
   for m in rec.matches(r"(.+)/kl_(k1|k2|k3|abs)/value"):
     _divergence(rec, m, estimators[m[2]])
@@ -289,11 +297,17 @@ def _diffusion_nft(rec, m):
   rec.check("nft/grad", f"{m[1]}/grad", gradient.reshape(shape), GRADIENT)
 
 
+# Of the moving average that generates, by its number: step where it starts to rise, rise a step,
+# highest.
+DECAYS = ((0, 0.0, 0.0), (0, 0.001, 0.5), (75, 0.0075, 0.999))
+
+
 @cases.case("forward_process")
 def nft_decay(folder, rec):
-  kinds = tuple(forward_process.DECAYS)
   for m in rec.matches(r"nft/decay/type(\d+)"):
-    decay = forward_process.old_decay(rec["nft/decay/step"], kind=kinds[int(m[1])])
+    first, rise, highest = DECAYS[int(m[1])]
+    steps = jnp.asarray(rec["nft/decay/step"])
+    decay = jnp.minimum(rise * jnp.maximum(steps - first, 0), highest)
     rec.check("nft/decay", m[0], decay, cases.FORMULA)
 
 
