@@ -12,12 +12,10 @@ Importing this takes a second, so `prompts` imports it when a set is built or op
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-import contextlib
 import json
 import os
 import pathlib
 import re
-import shutil
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -65,24 +63,19 @@ def build(
       f"{target}: is not a prompt set, so --overwrite does not replace it; delete it yourself or "
       "choose another --name or --out"
     )
-  created = [folder for folder in (out, *out.parents) if not folder.exists()]
-  staged = out / f"{name}.partial-{os.getpid()}"
   try:
-    (staged / VERSION).mkdir(parents=True)
-    _write(name, splits, staged / VERSION)
-    for split in splits:
-      Split(staged / VERSION, split)  # Refuses what cannot be read back.
-    atomic.replace(staged, target)
-  except BaseException as error:
-    shutil.rmtree(staged, ignore_errors=True)
-    for folder in created:
-      with contextlib.suppress(OSError):
-        folder.rmdir()
-    if type(error) is RuntimeError:  # ArrayRecord's error where the disk is full.
-      raise errors.InputError(
-        f"{target}: cannot be written ({_first_line(error)}); check permissions and free space"
-      ) from error
-    raise
+    with atomic.staging(target) as staged:
+      (staged / VERSION).mkdir()
+      _write(name, splits, staged / VERSION)
+      for split in splits:
+        Split(staged / VERSION, split)  # Refuses what cannot be read back.
+  except RuntimeError as error:
+    if type(error) is not RuntimeError:
+      raise
+    # ArrayRecord's error where the disk is full.
+    raise errors.InputError(
+      f"{target}: cannot be written ({_first_line(error)}); check permissions and free space"
+    ) from error
   return target / VERSION
 
 
