@@ -15,14 +15,14 @@ def pack(samples, pad_to=TIGHT):
   return packing.pack(samples, image_markers=(START, END), pad_to=pad_to)
 
 
-def patches(count, advance=1):
+def patches(count):
   pixels = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
-  return packing.PatchImage(pixels, 20 + np.arange(count), advance)
+  return packing.PatchImage(pixels, 20 + np.arange(count))
 
 
-def clean(count, advance=1):
+def clean(count):
   latents = 0.5 + np.arange(count * 2, dtype=np.float32).reshape(count, 2)
-  return packing.CleanImage(latents, 30 + np.arange(count), advance)
+  return packing.CleanImage(latents, 30 + np.arange(count))
 
 
 def noisy(count, t=0.25):
@@ -62,14 +62,14 @@ def test_places_positions_and_reach():
 
 
 def test_a_dropped_image_takes_its_position_and_no_place():
-  kept = pack([[text(1), patches(2), text(2), noisy(1)]])
+  seen = pack([[text(1), patches(2), text(2), noisy(1)]])
   dropped = pack([[text(1), packing.Dropped(), text(2), noisy(1)]])
-  assert kept.und_position[0, -1] == dropped.und_position[0, -1] == 2
-  assert kept.und_order[0, -1] == 5 and dropped.und_order[0, -1] == 1
+  assert seen.und_position[0, -1] == dropped.und_position[0, -1] == 2
+  assert seen.und_order[0, -1] == 5 and dropped.und_order[0, -1] == 1
   assert dropped.noisy_position[0, 0] == 3
   assert dropped.vit is None and dropped.vit_slot is None
-  far = pack([[text(1), clean(1, advance=4), text(2)]])
-  np.testing.assert_array_equal(far.und_position, [[0, 1, 1, 5]])
+  several = pack([[text(1), packing.Dropped(4), text(2)]])
+  np.testing.assert_array_equal(several.und_position, [[0, 5]])
 
 
 def test_an_image_without_context_reaches_nothing():
@@ -117,15 +117,15 @@ def test_sizes_of_a_sample_are_those_of_its_batch():
     [noisy(5)],
   ):
     batch, sizes = pack([sample]), packing.sizes(sample)
-    found = dict(tokens=batch.und_ids.shape[1], labels=batch.label_ids.shape[1])
+    present = dict(tokens=batch.und_ids.shape[1], labels=batch.label_ids.shape[1])
     if batch.vit is not None:
-      found |= dict(images=len(batch.vit.ids), patches=batch.vit.ids.shape[1])
+      present |= dict(images=len(batch.vit.ids), patches=batch.vit.ids.shape[1])
     if batch.clean_ids is not None:
-      found |= dict(clean=batch.clean_ids.shape[1])
+      present |= dict(clean=batch.clean_ids.shape[1])
     if batch.t is not None:
-      found |= dict(noisy=batch.t.shape[1], latents=batch.noisy_ids.shape[2])
+      present |= dict(noisy=batch.t.shape[1], latents=batch.noisy_ids.shape[2])
     for name, size in vars(sizes).items():
-      assert found.get(name, 1) == max(size, 1), name
+      assert present.get(name, 1) == max(size, 1), name
   assert packing.sizes([noisy(5)]) == packing.PadTo(0, 0, 0, 0, 0, latents=5, noisy=1)
 
 
@@ -134,8 +134,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
   second = [patches(5), text(4, 5, 6, labels=packing.next_token_labels([4, 5, 6])), noisy(4)]
   both, alone = pack([first, second]), pack([second])
   for name in ("und_ids", "und_position", "und_order", "und_reach", "label_slot", "label_ids"):
-    own = getattr(alone, name)
-    np.testing.assert_array_equal(getattr(both, name)[1, : own.shape[1]], own[0], name)
+    [row] = getattr(alone, name)
+    np.testing.assert_array_equal(getattr(both, name)[1, : len(row)], row, name)
   for name in ("target", "noise", "t", "noisy_ids", "noisy_mask", "noisy_position", "noisy_reach"):
     np.testing.assert_array_equal(getattr(both, name)[1], getattr(alone, name)[0], name)
   np.testing.assert_array_equal(both.vit_row, [1])

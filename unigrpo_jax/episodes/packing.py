@@ -1,12 +1,12 @@
 """Packing training sequences: lists of splits to one `types.PackedBatch` of padded rows.
 
-A sample is a list of splits, in the order in which the network reads them. Each split says what it
-holds; its place in the sequence, its RoPE position and what it sees follow from the splits before
+A sample is a list of splits, in the order in which the network reads them. Each split holds its
+content; its place in the sequence, its RoPE position and what it sees follow from the splits before
 it:
 
 - text of n tokens takes n places and n positions, and is causal;
 - a patch or clean image of n tokens takes n + 2 places, its two markers included, and one position,
-  and sees itself whole;
+  and all of it sees all of it;
 - an image to denoise takes n + 2 places and no position. Nothing later sees it, so its places stay
   empty in the streams;
 - a conditioning image that was dropped takes no place but its position.
@@ -16,8 +16,10 @@ Source: official BAGEL `PackedDataset.pack_sequence` and `prepare_attention_mask
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +52,10 @@ class PatchImage:
   Attributes:
     pixels: [n, patch_dim] float32 in [-1, 1], see `images.patchify`.
     ids: rows of the ViT position tables, [n] int.
-    advance: RoPE positions that it takes.
   """
 
   pixels: np.ndarray
   ids: np.ndarray
-  advance: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,12 +65,10 @@ class CleanImage:
   Attributes:
     latents: [n, C] float32.
     ids: rows of the latent position table, [n] int.
-    advance: RoPE positions that it takes.
   """
 
   latents: np.ndarray
   ids: np.ndarray
-  advance: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ class NoisyImage:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """A conditioning image left out to train without it; only its RoPE position remains.
+  """Conditioning images left out to train without them; only their RoPE positions remain.
 
   A dropped text leaves nothing: leave it out of the list.
   """
@@ -126,6 +124,14 @@ class PadTo:
   noisy: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Widths:
+  """Features of a ViT patch and of a latent token; see `pack`."""
+
+  patch: int
+  latent: int
+
+
 def sizes(sample: Sequence[Split]) -> PadTo:
   """What a sample takes of each of these, before anything is rounded up."""
   lengths = lambda kind: [len(split.ids) for split in sample if isinstance(split, kind)]
@@ -134,7 +140,7 @@ def sizes(sample: Sequence[Split]) -> PadTo:
             if isinstance(split, Text) and split.labels is not None]
   return PadTo(
     tokens=sum(texts) + sum(patches) + 2 * (len(patches) + len(clean)),
-    labels=sum(int((np.asarray(part) != NO_LABEL).sum()) for part in labels),
+    labels=sum(np.count_nonzero(np.asarray(part) != NO_LABEL) for part in labels),
     patches=max(patches, default=0), images=len(patches), clean=sum(clean),
     latents=max(noisy, default=0), noisy=len(noisy),
   )
@@ -146,14 +152,6 @@ def next_token_labels(ids: Sequence[int] | np.ndarray) -> np.ndarray:
   For [im_start] ids [im_end] these are len(ids) + 1 labels, the terminator the last of them.
   """
   return np.append(np.asarray(ids, np.int32)[1:], np.int32(NO_LABEL))
-
-
-@dataclasses.dataclass(frozen=True)
-class Widths:
-  """Features of a ViT patch and of a latent token; see `pack`."""
-
-  patch: int
-  latent: int
 
 
 def pack(
@@ -173,57 +171,91 @@ def pack(
       batches of a random mixture keep one structure; None leaves them out.
 
   Returns:
-    A `PackedBatch` of numpy arrays. Labels, images to
-    denoise and ViT images stand in the order of their samples and splits.
+    A `PackedBatch` of numpy arrays. Labels, images to denoise and ViT images stand in the order of
+    their samples and splits.
 
   Raises:
     ValueError: no samples, or a split whose arrays do not belong together; names the sample and
       split.
   """
-  pad_to = PadTo() if pad_to is None else pad_to
   if not samples:
     raise ValueError("samples is empty; a batch needs at least one")
-  rows = []
-  for i, sample in enumerate(samples):
-    row = _Row(image_markers)
+  arrays, images = _padding(samples, pad_to or PadTo(), widths), 0
+  for b, sample in enumerate(samples):
+    row = _Row(arrays, b, image_markers, image=images)
     for j, split in enumerate(sample):
       try:
         row.append(split)
       except ValueError as error:
-        raise ValueError(f"sample {i}, split {j} ({type(split).__name__}): {error}") from None
-    if not (row.und or row.noisy):
-      raise ValueError(f"sample {i} has no tokens")
-    rows.append(row)
-  length = _round_up(max(len(row.und) for row in rows), pad_to.tokens)
-  return types.PackedBatch(
-    **_columns([row.und for row in rows], length, dict(
-      und_ids=0, und_position=0, und_order=types.UNSEEN, und_reach=types.BLIND)),
-    **_labels([row.labels for row in rows], pad_to.labels),
-    **_patch_images([row.patches for row in rows], length, pad_to, widths),
-    **_clean_latents(rows, pad_to.clean, widths),
-    **_noisy_images([row.noisy for row in rows], pad_to, widths),
+        raise ValueError(f"sample {b}, split {j} ({type(split).__name__}): {error}") from None
+    if not row.place:
+      raise ValueError(f"sample {b} has no tokens")
+    images = row.image
+  return types.PackedBatch(**arrays)
+
+
+def _padding(
+  samples: Sequence[Sequence[Split]], pad_to: PadTo, widths: Widths | None
+) -> dict[str, Any]:
+  """The fields of a `PackedBatch` for these samples, with nothing but padding in them."""
+  needed = [sizes(sample) for sample in samples]
+  most = lambda name: (sum if name == "images" else max)(getattr(size, name) for size in needed)
+  # Never 0: an array without elements has no row to gather from.
+  size = PadTo(**{
+    name: -(-max(most(name), 1) // multiple) * multiple for name, multiple in vars(pad_to).items()
+  })
+  rows = len(samples)
+  ints = lambda *shape, fill=0: np.full(shape, fill, np.int32)
+  floats = lambda *shape: np.zeros(shape, np.float32)
+  flags = lambda *shape: np.zeros(shape, bool)
+
+  def stream(name: str, length: int) -> dict[str, np.ndarray]:
+    fills = dict(ids=0, position=0, order=types.UNSEEN, reach=types.BLIND)
+    return {f"{name}_{column}": ints(rows, length, fill=fill) for column, fill in fills.items()}
+
+  def width(kind: type, features: str, given: int | None) -> int | None:
+    """The one width of a kind of split; None where there is none of that kind."""
+    every = {np.shape(getattr(split, features))[-1]
+             for sample in samples for split in sample if isinstance(split, kind)}
+    every |= {given} if given else set()
+    if len(every) > 1:
+      raise ValueError(f"token features of widths {sorted(every)} do not go into one batch")
+    return every.pop() if every else None
+
+  arrays = stream("und", size.tokens) | dict(
+    label_slot=ints(rows, size.labels), label_ids=ints(rows, size.labels),
+    label_weight=floats(rows, size.labels),
   )
+  if (patch := width(PatchImage, "pixels", widths and widths.patch)) is not None:
+    shape = size.images, size.patches
+    arrays |= dict(
+      vit=types.Patches(pixels=floats(*shape, patch), ids=ints(*shape), mask=flags(*shape)),
+      vit_row=ints(size.images), vit_slot=ints(*shape, fill=size.tokens),
+    )
+  if (latent := width(CleanImage, "latents", widths and widths.latent)) is not None:
+    arrays |= stream("clean", size.clean) | dict(clean_latents=floats(rows, size.clean, latent))
+  if (latent := width(NoisyImage, "target", widths and widths.latent)) is not None:
+    shape = rows, size.noisy, size.latents
+    arrays |= dict(
+      target=floats(*shape, latent), noise=floats(*shape, latent), t=floats(*shape[:2]),
+      noisy_ids=ints(*shape), noisy_mask=flags(*shape),
+      noisy_position=ints(*shape[:2]), noisy_reach=ints(*shape[:2], fill=-1),
+    )
+  return arrays
 
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-  """One sample on its way into the batch: the streams so far and where the next split begins."""
+  """Writes the splits of one sample into row `b`; the counters say where the next one begins."""
 
+  arrays: dict[str, Any]
+  b: int
   image_markers: tuple[int, int]
+  image: int  # of the batch's ViT images
   place: int = 0
   position: int = 0
-  # (id, position, order, reach) a token of the understanding stream; likewise the clean latents,
-  # with the row of the position table as id.
-  und: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)
-  clean: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)
-  clean_latents: list[np.ndarray] = dataclasses.field(default_factory=list)
-  labels: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)  # slot, id, weight
-  patches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(
-    default_factory=list
-  )  # pixels, ids, slots
-  noisy: list[tuple[NoisyImage, int, int]] = dataclasses.field(
-    default_factory=list
-  )  # image, position, reach
+  # Filled entries of the row: "und" and "clean" tokens, "labels", "noisy" images.
+  filled: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def append(self, split: Split) -> None:
     match split:
@@ -242,49 +274,81 @@ class _Row:
 
   def _append_text(self, split: Text) -> None:
     ids = _ids(split.ids)
-    labels = np.full(len(ids), NO_LABEL) if split.labels is None else np.asarray(split.labels)
-    weights = np.ones(len(ids)) if split.weights is None else np.asarray(split.weights)
-    if not len(ids) == len(labels) == len(weights):
-      raise ValueError(f"{len(ids)} ids but {len(labels)} labels and {len(weights)} weights")
+    count = len(ids)
+    labels = np.full(count, NO_LABEL) if split.labels is None else np.asarray(split.labels)
+    weights = np.ones(count) if split.weights is None else np.asarray(split.weights)
+    if not count == len(labels) == len(weights):
+      raise ValueError(f"{count} ids but {len(labels)} labels and {len(weights)} weights")
     if (labels < NO_LABEL).any() or not np.isfinite(weights).all() or (weights < 0).any():
       raise ValueError("labels must be ids or NO_LABEL, and weights finite and not negative")
-    for id_, label, weight in zip(ids, labels, weights):
-      if label != NO_LABEL:
-        self.labels.append((len(self.und), int(label), float(weight)))
-      self.und.append((int(id_), self.position, self.place, self.place))
-      self.place += 1
-      self.position += 1
+    labelled = np.flatnonzero(labels != NO_LABEL)
+    at = self.b, self._fill("labels", len(labelled))
+    self.arrays["label_slot"][at] = self.filled["und"] + labelled
+    self.arrays["label_ids"][at] = labels[labelled]
+    self.arrays["label_weight"][at] = weights[labelled]
+    places = self.place + np.arange(count)
+    self._write("und", ids, self.position + np.arange(count), places, places)
+    self.place += count
+    self.position += count
 
   def _append_patches(self, split: PatchImage) -> None:
-    ids, pixels = _ids(split.ids), _features(split.pixels, split.ids)
-    first, last = self.place, self.place + len(ids) + 1
+    ids = _ids(split.ids)
+    pixels = _features(split.pixels, ids)
+    count, vit = len(ids), self.arrays["vit"]
+    at = self.image, slice(count)
+    vit.pixels[at], vit.ids[at], vit.mask[at] = pixels, ids, True
+    self.arrays["vit_row"][self.image] = self.b
+    self.arrays["vit_slot"][at] = self.filled["und"] + 1 + np.arange(count)
+    self.image += 1
     start, end = self.image_markers
-    slots = len(self.und) + 1 + np.arange(len(ids))
     # The ViT's features replace whatever id stands at their places.
-    tokens = [start, *[end] * (len(ids) + 1)]
-    self.und += [(id_, self.position, first + k, last) for k, id_ in enumerate(tokens)]
-    self.patches.append((pixels, ids, slots))
-    self.place = last + 1
-    self.position += split.advance
+    tokens = np.array([start, *[end] * (count + 1)])
+    self._write("und", tokens, self.position, self.place + np.arange(count + 2),
+                self.place + count + 1)
+    self._end_image(count)
 
   def _append_latents(self, split: CleanImage) -> None:
-    ids, latents = _ids(split.ids), _features(split.latents, split.ids)
-    first, last = self.place, self.place + len(ids) + 1
-    start, end = self.image_markers
-    self.und += [(start, self.position, first, last), (end, self.position, last, last)]
-    self.clean += [(int(id_), self.position, first + 1 + k, last) for k, id_ in enumerate(ids)]
-    self.clean_latents.append(latents)
-    self.place = last + 1
-    self.position += split.advance
+    ids = _ids(split.ids)
+    latents, count = _features(split.latents, ids), len(ids)
+    first, last = self.place, self.place + count + 1
+    at = self._write("clean", ids, self.position, np.arange(first + 1, last), last)
+    self.arrays["clean_latents"][at] = latents
+    self._write("und", np.array(self.image_markers), self.position, np.array([first, last]), last)
+    self._end_image(count)
 
   def _append_noisy(self, split: NoisyImage) -> None:
-    target, noise = _features(split.target, split.ids), _features(split.noise, split.ids)
+    ids = _ids(split.ids)
+    target, noise = _features(split.target, ids), _features(split.noise, ids)
     if target.shape != noise.shape:
       raise ValueError(f"target is {list(target.shape)} but noise {list(noise.shape)}")
     if not 0 <= split.t <= 1:
       raise ValueError(f"t={split.t} is outside [0, 1]")
-    self.noisy.append((split, self.position, self.place - 1))
-    self.place += len(_ids(split.ids)) + 2
+    image = self.b, self.filled["noisy"]
+    tokens = *image, slice(len(ids))
+    for name, at, value in (
+      ("target", tokens, target), ("noise", tokens, noise), ("noisy_ids", tokens, ids),
+      ("noisy_mask", tokens, True), ("t", image, split.t),
+      ("noisy_position", image, self.position), ("noisy_reach", image, self.place - 1),
+    ):
+      self.arrays[name][at] = value
+    self.filled["noisy"] += 1
+    self.place += len(ids) + 2
+
+  def _write(self, stream: str, ids, position, order, reach) -> tuple[int, slice]:
+    """Writes tokens to the end of a stream, "und" or "clean"; returns where they lie."""
+    at = self.b, self._fill(stream, len(ids))
+    for column, values in dict(ids=ids, position=position, order=order, reach=reach).items():
+      self.arrays[f"{stream}_{column}"][at] = values
+    return at
+
+  def _fill(self, name: str, count: int) -> slice:
+    start = self.filled[name]
+    self.filled[name] += count
+    return slice(start, start + count)
+
+  def _end_image(self, count: int) -> None:
+    self.place += count + 2
+    self.position += 1
 
 
 def _ids(ids) -> np.ndarray:
@@ -303,98 +367,3 @@ def _features(features, ids) -> np.ndarray:
   if features.ndim != 2 or len(features) != len(ids):
     raise ValueError(f"features {list(features.shape)} do not belong to {len(ids)} ids")
   return features
-
-
-def _round_up(size: int, multiple: int) -> int:
-  """Never 0: an array without elements has no row to gather from."""
-  return -(-max(size, 1) // multiple) * multiple
-
-
-def _columns(rows, length: int, fills: dict[str, int]) -> dict[str, np.ndarray]:
-  """Rows of tuples to one padded int32 array [B, length] a column."""
-  out = {name: np.full((len(rows), length), fill, np.int32) for name, fill in fills.items()}
-  for b, row in enumerate(rows):
-    for array, column in zip(out.values(), zip(*row)):
-      array[b, : len(row)] = column
-  return out
-
-
-def _labels(rows, multiple: int) -> dict[str, np.ndarray]:
-  length = _round_up(max(len(row) for row in rows), multiple)
-  columns = _columns([[entry[:2] for entry in row] for row in rows], length,
-                     dict(label_slot=0, label_ids=0))
-  weight = np.zeros((len(rows), length), np.float32)
-  for b, row in enumerate(rows):
-    weight[b, : len(row)] = [entry[2] for entry in row]
-  return columns | dict(label_weight=weight)
-
-
-def _patch_images(rows, length: int, pad_to: PadTo, widths: Widths | None) -> dict:
-  images = [(b, *image) for b, row in enumerate(rows) for image in row]
-  width = _same_width((pixels for _, pixels, _, _ in images), widths and widths.patch)
-  if width is None:
-    return {}
-  count = _round_up(len(images), pad_to.images)
-  patches = _round_up(max((len(ids) for _, _, ids, _ in images), default=0), pad_to.patches)
-  out = types.Patches(
-    pixels=np.zeros((count, patches, width), np.float32),
-    ids=np.zeros((count, patches), np.int32),
-    mask=np.zeros((count, patches), bool),
-  )
-  vit_row = np.zeros(count, np.int32)
-  vit_slot = np.full((count, patches), length, np.int32)
-  for m, (b, pixels, ids, slots) in enumerate(images):
-    n = len(ids)
-    out.pixels[m, :n], out.ids[m, :n], out.mask[m, :n] = pixels, ids, True
-    vit_row[m], vit_slot[m, :n] = b, slots
-  return dict(vit=out, vit_row=vit_row, vit_slot=vit_slot)
-
-
-def _clean_latents(
-  rows: list[_Row], multiple: int, widths: Widths | None
-) -> dict[str, np.ndarray]:
-  parts = (part for row in rows for part in row.clean_latents)
-  width = _same_width(parts, widths and widths.latent)
-  if width is None:
-    return {}
-  length = _round_up(max(len(row.clean) for row in rows), multiple)
-  latents = np.zeros((len(rows), length, width), np.float32)
-  for b, row in enumerate(rows):
-    if row.clean:
-      latents[b, : len(row.clean)] = np.concatenate(row.clean_latents)
-  fills = dict(clean_ids=0, clean_position=0, clean_order=types.UNSEEN, clean_reach=types.BLIND)
-  return _columns([row.clean for row in rows], length, fills) | dict(clean_latents=latents)
-
-
-def _noisy_images(rows, pad_to: PadTo, widths: Widths | None) -> dict[str, np.ndarray]:
-  images = [image for row in rows for image, _, _ in row]
-  width = _same_width((np.asarray(image.target) for image in images), widths and widths.latent)
-  if width is None:
-    return {}
-  count = _round_up(max(len(row) for row in rows), pad_to.noisy)
-  tokens = _round_up(max((len(image.ids) for image in images), default=0), pad_to.latents)
-  shape = (len(rows), count)
-  out = dict(
-    target=np.zeros((*shape, tokens, width), np.float32),
-    noise=np.zeros((*shape, tokens, width), np.float32),
-    t=np.zeros(shape, np.float32),
-    noisy_ids=np.zeros((*shape, tokens), np.int32),
-    noisy_mask=np.zeros((*shape, tokens), bool),
-    noisy_position=np.zeros(shape, np.int32),
-    noisy_reach=np.full(shape, -1, np.int32),
-  )
-  for b, row in enumerate(rows):
-    for r, (image, position, reach) in enumerate(row):
-      at = b, r, slice(len(image.ids))
-      out["target"][at], out["noise"][at], out["t"][b, r] = image.target, image.noise, image.t
-      out["noisy_ids"][at], out["noisy_mask"][at] = image.ids, True
-      out["noisy_position"][b, r], out["noisy_reach"][b, r] = position, reach
-  return out
-
-
-def _same_width(arrays, width: int | None) -> int | None:
-  """The one width that all arrays and `width` have; None where there is none of either."""
-  found = {array.shape[1] for array in arrays} | ({width} if width else set())
-  if len(found) > 1:
-    raise ValueError(f"token features of widths {sorted(found)} do not go into one batch")
-  return found.pop() if found else None
