@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import siglip, weights
+from unigrpo_jax.models import siglip
+from unigrpo_jax.runtime import folders
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = config_lib.read_config(GOLDEN).vit
@@ -18,7 +19,7 @@ CONFIG = config_lib.read_config(GOLDEN).vit
 
 @pytest.fixture(scope="module")
 def params():
-  tree = weights.load_official(GOLDEN, config_lib.read_config(GOLDEN), parts=("bagel",))
+  tree = folders.open_folder(GOLDEN).load_params(parts=("bagel",))
   return tree["bagel"]["vit"]
 
 

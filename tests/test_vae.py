@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import vae, weights
+from unigrpo_jax.models import vae
+from unigrpo_jax.runtime import folders
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = config_lib.read_config(GOLDEN).vae
@@ -18,7 +19,7 @@ TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def params():
-  tree = weights.load_official(GOLDEN, config_lib.read_config(GOLDEN), parts=("vae",))
+  tree = folders.open_folder(GOLDEN).load_params(parts=("vae",))
   return tree["vae"]
 
 

@@ -1,7 +1,7 @@
 """Official BAGEL folder <-> Orbax folder, streaming: `python -m unigrpo_jax.convert --help`.
 
-Converting keeps every file and the exact header of each weight file, so that `--export` gives back
-the official folder byte for byte. Memory stays near 1.3 GiB whatever the size of the model.
+`--export` gives back every tensor and every other file bit for bit. Memory stays near 1 GiB for any
+size of the model.
 """
 
 from __future__ import annotations
@@ -39,22 +39,20 @@ def find_source(source: str) -> pathlib.Path:
       f"--source={source}: no such folder, and downloading it from the hub needs "
       "huggingface_hub: pip install huggingface_hub"
     ) from None
-  reached = None
+  unreachable = None
   try:
-    # snapshot_download would wait for ever for a hub that accepts connections but does not answer.
+    # snapshot_download waits without end for a hub that accepts connections but does not answer.
     huggingface_hub.HfApi().repo_info(source, timeout=_HUB_SECONDS)
     print(f"downloading {source} from the Hugging Face hub", flush=True)
   except Exception as error:  # network, authentication and name errors of several libraries
-    reached = error
+    unreachable = error
   try:
-    # Without a network, what was downloaded before will do.
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        source, allow_patterns=list(_HUB_FILES), local_files_only=reached is not None
-      )
-    )
+    # Without the hub, what was downloaded before is used.
+    return pathlib.Path(huggingface_hub.snapshot_download(
+      source, allow_patterns=list(_HUB_FILES), local_files_only=unreachable is not None
+    ))
   except Exception as error:
-    cause = reached or error
+    cause = unreachable or error
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
     raise errors.InputError(
       f"--source={source}: no such folder, and the hub did not deliver it ({reason}); check the "
@@ -66,7 +64,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.convert",
     description="Converts an official BAGEL folder to an Orbax checkpoint that loads sharded, and "
-    "back, byte for byte. Streams: about 1.3 GiB of memory, and disk for one copy of the model.",
+    "back, bit for bit. Streams: about 1 GiB of memory, and disk for one copy of the model.",
     epilog="examples: --source=ByteDance-Seed/BAGEL-7B-MoT --target=bagel | --export "
     "--source=bagel --target=bagel_official | --check --source=BAGEL-7B-MoT --target=bagel",
     allow_abbrev=False,

@@ -1,21 +1,23 @@
-"""Putting finished files and folders in the place of others."""
+"""Atomic writes: finished files and folders take the place of others, never half written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import os
 import pathlib
 import secrets
 import shutil
+import signal
 import sys
+import time
 from typing import Any
 
 from unigrpo_jax import errors
 
 
 def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
-  """Has `fill` write a file beside `path` that then takes its place: it is never half written."""
+  """Has `fill` write a file beside `path`, which then takes its place."""
   with _beside(path) as partial:
     fill(partial)
     partial.replace(path)
@@ -29,7 +31,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def probe(path: pathlib.Path) -> None:
   """Raises InputError unless a file can be written at `path`; leaves nothing behind.
 
-  Better now than after hours of computing what should go there.
+  To be called before the hours that compute what should go there.
   """
   made = []
   try:
@@ -42,9 +44,7 @@ def probe(path: pathlib.Path) -> None:
   except OSError as error:
     raise errors.InputError(f"cannot write there ({error.strerror}); give another place") from None
   finally:
-    for folder in reversed(made):
-      with contextlib.suppress(OSError):  # Another process uses it by now.
-        folder.rmdir()
+    remove_empty(reversed(made))
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
-  """Renames `staged` to `target`; a folder that is there goes only once the new one stands."""
+  """Renames `staged` to `target`; an existing folder is removed only after that."""
   if not target.exists():
     staged.rename(target)
     return
@@ -70,6 +70,84 @@ def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
   except BaseException:
     old.rename(target)
     raise
-  shutil.rmtree(old, ignore_errors=True)  # The new one stands.
+  shutil.rmtree(old, ignore_errors=True)
   if old.exists():
-    print(f"note: {old} could not be removed whole; delete it", file=sys.stderr)
+    print(f"note: {old} could not be removed completely; delete it", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder beside `target` that replaces it on success and is removed otherwise.
+
+  SIGTERM and SIGHUP clean up as Ctrl-C does.
+
+  Yields:
+    The path of the temporary folder. Its parents are made too, and removed with it.
+  """
+  missing = [folder for folder in target.parents if not folder.exists()]
+  prefix = f"{target.name}.partial-"
+  for other in target.parent.glob(f"{prefix}*"):
+    print(f"note: {other} belongs to a run that is active or was killed", file=sys.stderr)
+  # Not the process id: those of containers repeat.
+  staged = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+  with _interruptible() as ignore_signals:
+    try:
+      staged.mkdir(parents=True)
+      yield staged
+      replace(staged, target)
+    except BaseException as error:
+      # A closing terminal sends more than one signal: the second must not stop the cleaning.
+      ignore_signals()
+      _remove(staged)
+      remove_empty(missing)
+      if isinstance(error, errors.InputError):
+        raise errors.InputError(str(error).replace(str(staged), str(target))) from None
+      raise
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+  """Makes SIGTERM and SIGHUP interrupt as SIGINT does; yields what makes all three do nothing."""
+
+  def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+  def set_all(handlers: Mapping[int, Any]) -> None:
+    with contextlib.suppress(ValueError):  # Not the main thread: the process is not ours to manage.
+      for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  # What is ignored stays ignored: SIGHUP under nohup, SIGINT in a script's background job.
+  before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+  set_all(dict.fromkeys(before, interrupt))
+  try:
+    yield lambda: set_all(dict.fromkeys(before, signal.SIG_IGN))
+  finally:
+    set_all(before)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Removes a folder, again while a library's threads still add files to it, at most 10 s."""
+  deadline, times_absent = time.monotonic() + 10, 0
+  while times_absent < 3:
+    if time.monotonic() > deadline:
+      print(f"note: {folder} could not be removed; delete it", file=sys.stderr)
+      return
+    times_absent = 0 if folder.exists() else times_absent + 1
+    # Unlike shutil.rmtree, this works where no more than one more file can be opened.
+    for parent, names, files in os.walk(folder, topdown=False):
+      with contextlib.suppress(OSError):
+        for name in files:
+          os.unlink(os.path.join(parent, name))
+        for name in names:
+          os.rmdir(os.path.join(parent, name))
+    remove_empty([folder])
+    time.sleep(0.1)
+
+
+def remove_empty(folders: Iterator[pathlib.Path]) -> None:
+  """Removes those of `folders` that are empty, one after the other."""
+  for folder in folders:
+    with contextlib.suppress(OSError):  # Another process uses it by now.
+      folder.rmdir()

@@ -2,7 +2,7 @@
 
 Official names and shapes: `ema.safetensors` and `ae.safetensors` of ByteDance-Seed/BAGEL-7B-MoT.
 Every transform is one transpose of the official axes and a split of some of them into heads, so a
-row is described by its axes alone, and a slice of a parameter is a slice of its official tensor.
+leaf is described by its axes alone, and a slice of a parameter is a slice of its official tensor.
 
 Letters: L layers, D model width, N query heads, K kv heads, H head dim, F ffn width, V vocab,
 C latent features; the same of the vision tower with suffix v.
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.models import safetensors_io
+from unigrpo_jax.models import safetensors_files
 
 # The file that holds each top-level part of the parameter tree.
 FILES = {"bagel": "ema.safetensors", "vae": "ae.safetensors"}
@@ -56,7 +56,7 @@ class Leaf:
   names: tuple[str, ...]
   axes: tuple[tuple[int, ...], ...]
   order: tuple[int, ...]
-  stacked: bool
+  stacked: bool = False
 
   @property
   def file(self) -> str:
@@ -108,51 +108,47 @@ class Leaf:
       sizes += [stop - start, *group[1:]]
       rest += [slice(None), *index[position + 1 : position + len(group)]]
     tensor = read(tuple(official))
-    turned = safetensors_io.contiguous(tensor.transpose(self.order))
+    turned = safetensors_files.contiguous(tensor.transpose(self.order))
     return turned.reshape(sizes)[tuple(rest)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-  """A line of the table: `source` may hold `{layer}`, `target` is a path joined by '/'."""
-
-  source: str
-  target: str
-  axes: tuple[tuple[int, ...], ...]
-  order: tuple[int, ...]
+def _leaf(source: str, target: str, axes, order) -> Leaf:
+  """A leaf before `table` adds its part and its layers: `source` may hold `{layer}`."""
+  return Leaf(tuple(target.split("/")), (source,), axes, order)
 
 
-def _vector(source: str, target: str, *sizes: int) -> _Row:
+def _vector(source: str, target: str, *sizes: int) -> Leaf:
   """A bias or scale, one official axis, split into `sizes`."""
-  return _Row(source, target, (sizes,), (0,))
+  return _leaf(source, target, (sizes,), (0,))
 
 
-def _matrix(source: str, target: str, rows: int, columns: int) -> _Row:
+def _matrix(source: str, target: str, rows: int, columns: int) -> Leaf:
   """An embedding table, stored as we keep it."""
-  return _Row(source, target, ((rows,), (columns,)), (0, 1))
+  return _leaf(source, target, ((rows,), (columns,)), (0, 1))
 
 
 def _linear(source, target, inputs: Sequence[int], outputs: Sequence[int], *, bias=True):
   """A torch Linear: weight [out, in] becomes a kernel [*inputs, *outputs]."""
-  yield _Row(f"{source}.weight", f"{target}/kernel", (tuple(inputs), tuple(outputs)), (1, 0))
+  axes = (tuple(inputs), tuple(outputs))
+  yield _leaf(f"{source}.weight", f"{target}/kernel", axes, (1, 0))
   if bias:
     yield _vector(f"{source}.bias", f"{target}/bias", *outputs)
 
 
-def _norm(source: str, target: str, size: int) -> Iterator[_Row]:
+def _norm(source: str, target: str, size: int) -> Iterator[Leaf]:
   """LayerNorm or GroupNorm."""
   yield _vector(f"{source}.weight", f"{target}/scale", size)
   yield _vector(f"{source}.bias", f"{target}/bias", size)
 
 
-def _conv(source: str, target: str, inputs: int, outputs: int, kernel: int) -> Iterator[_Row]:
+def _conv(source: str, target: str, inputs: int, outputs: int, kernel: int) -> Iterator[Leaf]:
   """A torch Conv2d: weight [out, in, kh, kw] becomes [kh, kw, in, out]."""
   axes = ((kernel,), (kernel,), (inputs,), (outputs,))
-  yield _Row(f"{source}.weight", f"{target}/kernel", axes, (2, 3, 1, 0))
+  yield _leaf(f"{source}.weight", f"{target}/kernel", axes, (2, 3, 1, 0))
   yield _vector(f"{source}.bias", f"{target}/bias", outputs)
 
 
-def _llm_layers(llm) -> Iterator[_Row]:
+def _llm_layers(llm) -> Iterator[Leaf]:
   D, F, H = llm.hidden_size, llm.intermediate_size, llm.head_dim
   N, K = llm.num_heads, llm.num_kv_heads
   for expert, suffix in (("und", ""), ("gen", "_moe_gen")):
@@ -178,7 +174,7 @@ def _llm_layers(llm) -> Iterator[_Row]:
       )
 
 
-def _vit_layers(vit) -> Iterator[_Row]:
+def _vit_layers(vit) -> Iterator[Leaf]:
   Dv, Fv, Nv, Hv = vit.hidden_size, vit.intermediate_size, vit.num_heads, vit.head_dim
   theirs, ours = "vit_model.vision_model.encoder.layers.{layer}", "vit/layers"
   yield from _norm(f"{theirs}.layer_norm1", f"{ours}/norm1", Dv)
@@ -192,7 +188,7 @@ def _vit_layers(vit) -> Iterator[_Row]:
   yield from _linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", (Fv,), (Dv,))
 
 
-def _bagel_rest(config) -> Iterator[_Row]:
+def _bagel_rest(config) -> Iterator[Leaf]:
   """Everything of `ema.safetensors` outside the two layer stacks."""
   llm, vit = config.llm, config.vit
   D, V, Dv, C = llm.hidden_size, llm.vocab_size, vit.hidden_size, config.latent_dim
@@ -223,7 +219,7 @@ def _bagel_rest(config) -> Iterator[_Row]:
     yield _matrix(f"{name}.pos_embed", f"{name}/embedding", side**2, D)
 
 
-def _res_block(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[_Row]:
+def _res_block(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Leaf]:
   yield from _norm(f"{theirs}.norm1", f"{ours}/norm1", inputs)
   yield from _conv(f"{theirs}.conv1", f"{ours}/conv1", inputs, outputs, 3)
   yield from _norm(f"{theirs}.norm2", f"{ours}/norm2", outputs)
@@ -232,7 +228,7 @@ def _res_block(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[_R
     yield from _conv(f"{theirs}.nin_shortcut", f"{ours}/nin_shortcut", inputs, outputs, 1)
 
 
-def _vae_middle(side: str, width: int) -> Iterator[_Row]:
+def _vae_middle(side: str, width: int) -> Iterator[Leaf]:
   for block in (1, 2):
     yield from _res_block(f"{side}.mid.block_{block}", f"{side}/mid_block_{block}", width, width)
   theirs, ours = f"{side}.mid.attn_1", f"{side}/mid_attention"
@@ -241,7 +237,7 @@ def _vae_middle(side: str, width: int) -> Iterator[_Row]:
     yield from _conv(f"{theirs}.{name}", f"{ours}/{name}", width, width, 1)
 
 
-def _vae(vae) -> Iterator[_Row]:
+def _vae(vae) -> Iterator[Leaf]:
   widths = [vae.ch * factor for factor in vae.ch_mult]
   last = len(widths) - 1
   yield from _conv("encoder.conv_in", "encoder/conv_in", vae.in_channels, vae.ch, 3)
@@ -286,13 +282,13 @@ def table(config, parts: Sequence[str] = PARTS) -> tuple[Leaf, ...]:
   """
   leaves: list[Leaf] = []
 
-  def add(part: str, rows: Iterator[_Row], layers: int | None = None) -> None:
+  def add(part: str, rows: Iterator[Leaf], layers: int | None = None) -> None:
     for row in rows:
-      names = (row.source,)
+      [name], path = row.names, (part, *row.path)
       if layers is not None:
-        names = tuple(row.source.replace("{layer}", str(layer)) for layer in range(layers))
-      path = (part, *row.target.split("/"))
-      leaves.append(Leaf(path, names, row.axes, row.order, stacked=layers is not None))
+        names = tuple(name.replace("{layer}", str(layer)) for layer in range(layers))
+        row = dataclasses.replace(row, names=names, stacked=True)
+      leaves.append(dataclasses.replace(row, path=path))
 
   if "bagel" in parts:
     add("bagel", _llm_layers(config.llm), config.llm.num_layers)
@@ -303,17 +299,6 @@ def table(config, parts: Sequence[str] = PARTS) -> tuple[Leaf, ...]:
   return tuple(leaves)
 
 
-def tree(values: Mapping[Path, Any]) -> dict[str, Any]:
-  """{path: value} -> nested dicts."""
-  root: dict[str, Any] = {}
-  for path, value in values.items():
-    node = root
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return root
-
-
 def lookup(nested: Mapping[str, Any], path: Path) -> Any:
   """Value at `path` of nested dicts; KeyError when absent."""
   for key in path:
@@ -321,78 +306,29 @@ def lookup(nested: Mapping[str, Any], path: Path) -> Any:
   return nested
 
 
-def abstract_params(config, dtype=np.float32, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-  """The parameter tree as `jax.ShapeDtypeStruct`s; allocates nothing."""
-  return tree({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in table(config, parts)})
-
-
-def check(leaves: Sequence[Leaf], headers: Mapping[str, safetensors_io.Header]) -> None:
-  """Compares the tensors of some files with those the table asks for.
-
-  Args:
-    leaves: the table.
-    headers: one a file, keyed by the path to show in the error.
-
-  Raises:
-    InputError: a tensor is missing, unused or has another shape; names the first ten of each, with
-      the shapes and the config file that asks for them.
-  """
-  expected = {n: leaf.official_shape for leaf in leaves for n in leaf.names}
-  found = {n: e.shape for header in headers.values() for n, e in header.entries.items()}
-  wrong = [
-    f"{n} is {list(found[n])} in the file but {list(shape)} by {config_file(n)}"
-    for n, shape in expected.items()
-    if n in found and found[n] != shape
-  ]
-  missing = [
-    f"{n} {list(shape)} asked for by {config_file(n)}"
-    for n, shape in expected.items()
-    if n not in found
-  ]
-  unused = [
-    f"{n} {list(shape)} not asked for by {config_file(n)}"
-    for n, shape in found.items()
-    if n not in expected
-  ]
-  problems = [
-    f"{len(lines)} {title}: {'; '.join(lines[:10])}{'; ...' if len(lines) > 10 else ''}"
-    for title, lines in (("wrong shape", wrong), ("missing", missing), ("unused", unused))
-    if lines
-  ]
-  if problems:
-    raise errors.InputError(
-      f"{' and '.join(str(path) for path in headers)}: the tensors do not match the config: "
-      f"{' | '.join(problems)} | correct the config file, or use the weights that belong to it"
-    )
-
-
-def config_file(name: str) -> str:
-  """The file of a BAGEL folder that decides the shape of official tensor `name`."""
-  return next(file for prefix, file in _CONFIG_FILES if name.startswith(prefix))
-
-
 class OfficialReader:
-  """The weight files of an official folder, checked against the table when opened.
+  """The parameters of an official folder, checked against the table when opened.
+
+  Attributes:
+    leaves: the table of `parts`.
+    files: {file name: SafetensorsFile}.
 
   Raises:
     InputError: a file is missing, broken, or does not match the config.
   """
 
   def __init__(
-    self, folder: pathlib.Path | str, config, parts: Sequence[str] = PARTS,
+    self, folder: pathlib.Path, config, parts: Sequence[str] = PARTS,
     *, observe: Callable[[str, np.ndarray], None] = lambda name, rows: None,
   ):
     """`observe` gets whatever is read from the files: a tensor's name and a slice of it."""
     self._observe = observe
     self.leaves = table(config, parts)
-    self.files: dict[str, safetensors_io.SafetensorsFile] = {}
-    folder = pathlib.Path(folder)
+    self.files: dict[str, safetensors_files.SafetensorsFile] = {}
     try:
-      for part in parts:
-        name = FILES[part]
-        self.files[name] = safetensors_io.SafetensorsFile(folder / name)
-        own = [leaf for leaf in self.leaves if leaf.path[0] == part]
-        check(own, {str(folder / name): self.files[name].header})
+      for name in (FILES[part] for part in parts):
+        self.files[name] = safetensors_files.SafetensorsFile(folder / name)
+        _check(self.files[name], [leaf for leaf in self.leaves if leaf.file == name])
     except BaseException:
       self.close()
       raise
@@ -404,10 +340,10 @@ class OfficialReader:
     # float32 holds bfloat16 and float16 exactly, so export still returns the bytes that came in.
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-  def read(self, leaf: Leaf, index: Index | None = None, dtype=None) -> np.ndarray:
+  def read(self, leaf: Leaf, index: Index = (), dtype: Any = None) -> np.ndarray:
     """`parameter[index]` cast to `dtype`, reading only what it needs, one layer at a time."""
     file = self.files[leaf.file]
-    index = index if index is not None else (slice(None),) * len(leaf.shape)
+    index = (*index, *(slice(None),) * (len(leaf.shape) - len(index)))
     shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape)]
     out = np.empty(shape, dtype if dtype is not None else self.dtype(leaf))
 
@@ -421,7 +357,7 @@ class OfficialReader:
       names, targets, inner = leaf.names[index[0]], out, index[1:]
     for name, target in zip(names, targets):
       layer = leaf.read_layer(functools.partial(read, name), inner)
-      safetensors_io.copy_into(target, layer)
+      safetensors_files.copy_into(target, layer)
     return out
 
   def close(self) -> None:
@@ -435,53 +371,57 @@ class OfficialReader:
     self.close()
 
 
-def load_official(
-  folder: pathlib.Path | str,
-  config,
-  *,
-  dtype: Any = None,
-  shardings: Any = None,
-  parts: Sequence[str] = PARTS,
-) -> dict[str, Any]:
-  """Reads an official folder straight into (sharded) arrays; no host ever holds the model.
-
-  Each device's slice of each parameter is read from the file by itself, a layer at a time, and
-  handed over before the next: the largest thing a host holds is one shard of one parameter.
-
-  Args:
-    folder: holds `ema.safetensors` and `ae.safetensors`.
-    config: the `BagelConfig` that the weights must agree with.
-    dtype: one for all, or {part: dtype}; None keeps the file's.
-    shardings: one `jax.sharding.Sharding` for all, or a tree of them like the result; None is the
-      first device.
-    parts: top-level keys to load, of `PARTS`.
-
-  Returns:
-    The parameter tree, a nested dict of `jax.Array`.
+def _check(file: safetensors_files.SafetensorsFile, leaves: Sequence[Leaf]) -> None:
+  """Compares the tensors of a file with those that the table asks for.
 
   Raises:
-    InputError: a weight file is missing, broken or does not agree with `config`.
+    InputError: a tensor is missing, unused or has another shape; names the first ten of each, with
+      the shapes and the config file that asks for them.
   """
-  if shardings is None:
-    shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  arrays = {}
-  with OfficialReader(folder, config, parts) as reader:
-    for leaf in reader.leaves:
-      one = isinstance(shardings, jax.sharding.Sharding)
-      arrays[leaf.path] = _load_leaf(
-        reader, leaf, part_dtype(dtype, leaf.path[0]),
-        shardings if one else lookup(shardings, leaf.path),
-      )
-  return tree(arrays)
+  expected = {name: leaf.official_shape for leaf in leaves for name in leaf.names}
+  actual = {name: entry.shape for name, entry in file.entries.items()}
+  problems = {
+    "wrong shape": [
+      f"{name} is {list(actual[name])} in the file but {list(shape)} by {config_file(name)}"
+      for name, shape in expected.items() if actual.get(name, shape) != shape
+    ],
+    "missing": [
+      f"{name} {list(shape)} asked for by {config_file(name)}"
+      for name, shape in expected.items() if name not in actual
+    ],
+    "unused": [
+      f"{name} {list(shape)} not asked for by {config_file(name)}"
+      for name, shape in actual.items() if name not in expected
+    ],
+  }
+  lines = [
+    f"{len(names)} {title}: {'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''}"
+    for title, names in problems.items() if names
+  ]
+  if lines:
+    raise errors.InputError(
+      f"{file.path}: the tensors do not match the config: {' | '.join(lines)} | correct the config "
+      "file, or use the weights that belong to it"
+    )
 
 
-def part_dtype(dtype: Any, part: str) -> Any:
-  """The dtype for `part` where `dtype` is None, one dtype, or {part: dtype}."""
-  return dtype.get(part) if isinstance(dtype, Mapping) else dtype
+def config_file(name: str) -> str:
+  """The file of a BAGEL folder that decides the shape of official tensor `name`."""
+  return next(file for prefix, file in _CONFIG_FILES if name.startswith(prefix))
 
 
-def _load_leaf(reader: OfficialReader, leaf: Leaf, dtype: Any, sharding: Any) -> jax.Array:
-  """One parameter, a shard at a time; `jax.make_array_from_callback` would hold all at once."""
+def load(reader, leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """One parameter, read and placed a shard at a time.
+
+  `jax.make_array_from_callback` would hold all of a host's shards at once.
+
+  Args:
+    reader: has `dtype(leaf)` and `read(leaf, index, dtype)`, as `OfficialReader`.
+    leaf: which parameter.
+    dtype: of the result; None keeps the stored one.
+    sharding: of the result.
+  """
+  dtype = dtype if dtype is not None else reader.dtype(leaf)
   holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
     key = tuple(part.indices(size) for part, size in zip(index, leaf.shape))
@@ -495,5 +435,4 @@ def _load_leaf(reader: OfficialReader, leaf: Leaf, dtype: Any, sharding: Any) ->
     # A copy still under way would keep the host's slice alive while the next one is read.
     jax.block_until_ready(shards[-len(devices):])
     del host
-  dtype = dtype if dtype is not None else reader.dtype(leaf)
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=dtype)

@@ -1,19 +1,20 @@
-"""What `unigrpo_jax.convert` does: official BAGEL folder <-> Orbax folder, and comparing the two.
+"""What `unigrpo_jax.convert` does: official BAGEL folder <-> converted folder, and comparing them.
 
-Everything streams through memory in pieces. A converted folder remembers a checksum of every
-official tensor, so that damage to it is found when it is exported or checked.
+Everything streams through memory in pieces. A converted folder keeps a checksum of every official
+tensor, so that damage to it is found when it is exported or checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 import dataclasses
+import itertools
 import json
+import math
 import pathlib
 import re
 import shutil
-import sys
-import time
+from typing import Any
 import zlib
 
 import jax
@@ -21,45 +22,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.models import bagel, safetensors_io, weights
-from unigrpo_jax.runtime import checkpoints, folders
+from unigrpo_jax.models import bagel, safetensors_files, weights
+from unigrpo_jax.runtime import checkpoints, folders, metrics, stored_params
 
 # What is read, transformed and written at once; one layer of BAGEL-7B's widest kernel fits.
 _PIECE_BYTES = 144 * 2**20
 
 
-class Checksums:
+class Checksums(dict[str, int]):
   """crc32 of tensors, in the bytes of their official file, fed some rows after the others."""
 
-  def __init__(self):
-    self.values: dict[str, int] = {}
-
   def add(self, name: str, rows: np.ndarray) -> None:
-    data = safetensors_io.contiguous(rows).reshape(-1).view(np.uint8)
-    self.values[name] = zlib.crc32(data, self.values.get(name, 0))
+    data = safetensors_files.contiguous(rows).reshape(-1).view(np.uint8)
+    self[name] = zlib.crc32(data, self.get(name, 0))
 
 
-class Progress:
-  """Prints a line every few seconds: what, GB done of all, GB/s, time left."""
+@dataclasses.dataclass(frozen=True)
+class OfficialFile:
+  """What the manifest of a converted folder records of an official weight file.
 
-  def __init__(self, total_bytes: int, seconds: float = 2.0):
-    self._total, self._seconds = max(total_bytes, 1), seconds
-    self._done, self._start = 0, time.monotonic()
-    self._printed = self._start
+  Attributes:
+    metadata: of the file's header; None where it has none.
+    dtypes: {tensor: dtype}.
+    checksums: {tensor: crc32}.
+  """
 
-  def add(self, name: str, nbytes: int) -> None:
-    self._done += nbytes
-    now = time.monotonic()
-    if now - self._printed < self._seconds and self._done < self._total:
-      return
-    self._printed = now
-    rate = self._done / max(now - self._start, 1e-3)
-    left = (self._total - self._done) / max(rate, 1.0)
-    print(
-      f"{self._done / 1e9:8.2f} / {self._total / 1e9:.2f} GB  {rate / 1e9:5.2f} GB/s  "
-      f"{left:5.0f} s left  {name}",
-      flush=True,
-    )
+  metadata: Any
+  dtypes: dict[str, np.dtype]
+  checksums: dict[str, int]
 
 
 def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False) -> None:
@@ -68,31 +58,31 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
   Raises:
     InputError: the source is not a complete official folder, or the target cannot be made.
   """
-  folder = _open(source, "official")
-  sums = Checksums()
-  with weights.OfficialReader(folder.path, folder.config, observe=sums.add) as reader:
-    leaves = [_streamed(reader, leaf) for leaf in reader.leaves]
+  folder, checksums = _open(source, "official"), Checksums()
+  with weights.OfficialReader(folder.path, folder.config, observe=checksums.add) as reader:
+    arrays = {
+      leaf.path: stored_params.NewArray(leaf.shape, _piece_shape(leaf, dtype.itemsize), dtype)
+      for leaf in reader.leaves for dtype in [reader.dtype(leaf)]
+    }
+    total = sum(array.nbytes for array in arrays.values())
     others = folders.other_files(folder.path, note=True)
-    total = sum(leaf.nbytes for leaf in leaves)
     needed = total + sum(file.stat().st_size for file in others)
-    print(f"converting {folder.path}: {len(leaves)} parameters, {total / 1e9:.2f} GB", flush=True)
-    with folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged:
-      _copy(others, staged / folders.OFFICIAL)
-      params = staged / folders.PARAMS
-      checkpoints.save_streaming(params, leaves, weights.tree, progress=Progress(total).add)
-      manifest = {
-        "format_version": folders.FORMAT_VERSION,
-        "params": _identity(params),
-        "weights": {
-          name: {
-            "header": file.header.text,
-            "crc32": {tensor: sums.values[tensor] for tensor in file.entries},
-          }
-          for name, file in reader.files.items()
-        },
-      }
+    print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
+    with (
+      folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged,
+      metrics.progress(total, "converting", unit="B") as progress,
+    ):
+      (staged / folders.OFFICIAL).mkdir()
+      for file in others:
+        shutil.copyfile(file, staged / folders.OFFICIAL / file.name)
+      with stored_params.Writer(staged / folders.PARAMS, arrays) as writer:
+        for leaf in reader.leaves:
+          for index in _pieces(leaf.shape, arrays[leaf.path].piece):
+            piece = reader.read(leaf, index)
+            writer.write(leaf.path, index, piece)
+            progress.update(piece.nbytes)
       # Last: a folder is recognised by this file, so it never names an incomplete one.
-      (staged / folders.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+      _write_manifest(staged / folders.MANIFEST, reader, checksums)
   print(f"wrote {target}", flush=True)
 
 
@@ -107,172 +97,167 @@ def _open(path: pathlib.Path, kind: str) -> folders.ModelFolder:
   return folder
 
 
-def _identity(params: pathlib.Path) -> int | None:
-  """Differs from one saved checkpoint to the next: Orbax writes the time into this file."""
-  try:
-    return zlib.crc32((params / "_CHECKPOINT_METADATA").read_bytes())
-  except OSError:
-    return None
-
-
-def _copy(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
-  folder.mkdir(exist_ok=True)
-  for file in files:
-    shutil.copyfile(file, folder / file.name)
-
-
-def _row_step(leaf: weights.Leaf, itemsize: int) -> int:
-  """Slices along `leaf.row_axis` in one piece; whole tiles of 128, which stored chunks share."""
-  size = leaf.layer_shape[leaf.row_axis]
-  slice_bytes = int(np.prod(leaf.layer_shape, dtype=np.int64)) // size * itemsize
-  step = max(_PIECE_BYTES // slice_bytes, 1)
-  return min(step - step % 128 if step >= 128 else step, size)
-
-
-def _streamed(reader: weights.OfficialReader, leaf: weights.Leaf) -> checkpoints.StreamedLeaf:
-  """How to write one parameter in pieces: by layer where stacked, else by rows of the file."""
-  dtype = reader.dtype(leaf)
-  layer_bytes = int(np.prod(leaf.layer_shape, dtype=np.int64)) * dtype.itemsize
+def _piece_shape(leaf: weights.Leaf, itemsize: int) -> tuple[int, ...]:
+  """Some layers of a stacked parameter, else some rows of the official tensor."""
   if leaf.stacked:
-    axis, step = 0, min(max(_PIECE_BYTES // layer_bytes, 1), len(leaf.names))
-  else:
-    axis, step = leaf.row_axis, _row_step(leaf, dtype.itemsize)
+    layer_bytes = math.prod(leaf.layer_shape) * itemsize
+    layers = max(_PIECE_BYTES // layer_bytes, 1)
+    return (min(layers, len(leaf.names)), *leaf.layer_shape)
+  return _rows_shape(leaf, itemsize)
 
-  def read(start: int, stop: int) -> np.ndarray:
-    index = [slice(None)] * len(leaf.shape)
-    index[axis] = slice(start, stop)
-    return reader.read(leaf, tuple(index))
 
-  return checkpoints.StreamedLeaf(leaf.path, leaf.shape, dtype, axis, step, read)
+def _rows_shape(leaf: weights.Leaf, itemsize: int) -> tuple[int, ...]:
+  """Of one layer, rows of the official tensor; whole tiles of 128, which stored chunks share."""
+  shape = list(leaf.layer_shape)
+  row_bytes = math.prod(shape) // shape[leaf.row_axis] * itemsize
+  rows = max(_PIECE_BYTES // row_bytes, 1)
+  rows -= rows % 128 if rows > 128 else 0
+  shape[leaf.row_axis] = min(rows, shape[leaf.row_axis])
+  return tuple(shape)
+
+
+def _pieces(shape: tuple[int, ...], piece: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+  """The indices that divide an array of `shape` into pieces, in the order of its rows."""
+  steps = [
+    [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    for size, step in zip(shape, piece)
+  ]
+  return itertools.product(*steps)
+
+
+def _write_manifest(
+  path: pathlib.Path, reader: weights.OfficialReader, checksums: Checksums
+) -> None:
+  recorded = {
+    name: {
+      "metadata": file.metadata,
+      "dtypes": {
+        tensor: safetensors_files.DTYPE_NAMES[entry.dtype]
+        for tensor, entry in file.entries.items()
+      },
+      "crc32": {tensor: checksums[tensor] for tensor in file.entries},
+    }
+    for name, file in reader.files.items()
+  }
+  manifest = {"format_version": folders.FORMAT_VERSIONS[-1], "weights": recorded}
+  path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _read_manifest(folder: folders.ModelFolder) -> dict[str, OfficialFile]:
+  """{official weight file: OfficialFile} of a converted folder.
+
+  Raises:
+    InputError: the manifest is damaged, or of other tensors than the config's.
+  """
+  manifest, files = folders.read_manifest(folder.path), {}
+  for part, file in weights.FILES.items():
+    try:
+      record = manifest["weights"][file]
+      if "header" in record:  # Version 1: the JSON text of the official header.
+        header = json.loads(record["header"])
+        record["metadata"] = header.pop("__metadata__", None)
+        record["dtypes"] = {name: entry["dtype"] for name, entry in header.items()}
+      dtypes = {name: safetensors_files.DTYPES[kind] for name, kind in record["dtypes"].items()}
+      files[file] = OfficialFile(record["metadata"], dtypes, dict(record["crc32"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+      raise errors.InputError(
+        f"{folder.path / folders.MANIFEST}: the record of {file} is damaged; {folders.AGAIN}"
+      ) from None
+    expected = {name for leaf in weights.table(folder.config, (part,)) for name in leaf.names}
+    for names in (files[file].dtypes.keys(), files[file].checksums.keys()):
+      if different := sorted(names ^ expected):
+        raise errors.InputError(
+          f"{folder.path / folders.MANIFEST}: the tensors of {file} are not those of the config "
+          f"({', '.join(different[:10])}); {folders.AGAIN}"
+        )
+  return files
 
 
 def export(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False) -> None:
-  """Converted folder -> official folder: same files, same headers, parameters cast to their dtypes.
+  """Converted folder -> official folder: the same tensors in their dtypes, and the same files.
 
   Raises:
     InputError: the source is not a complete converted folder, or the target cannot be made.
   """
   folder = _open(source, "converted")
-  headers = _read_headers(folder)
-  stored = checkpoints.StoredTree(folder.path / folders.PARAMS)
-  leaves = weights.table(folder.config)
-  for leaf in leaves:
-    found = stored.leaves.get(leaf.path)
-    if found is None or tuple(found.shape) != leaf.shape:
-      raise errors.InputError(
-        f"{stored.path}: parameter {'/'.join(leaf.path)} is "
-        f"{'missing' if found is None else f'stored as {list(found.shape)}'}; its config asks for "
-        f"{list(leaf.shape)}; {folders.AGAIN}"
-      )
-  sums = _read_checksums(folder)
-  others = folders.other_files(folder.files, note=True)
-  total = sum(header.data_bytes for header in headers.values())
-  needed = total + sum(file.stat().st_size for file in others)
-  progress = Progress(total)
-  print(f"exporting {folder.path}: {total / 1e9:.2f} GB", flush=True)
-  with folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged:
-    _copy(others, staged)
-    for name, header in headers.items():
-      own = [leaf for leaf in leaves if leaf.file == name]
-      pieces = _official_pieces(stored, own, header, sums, progress)
-      safetensors_io.write(staged / name, header, pieces)
+  files = _read_manifest(folder)
+  with folder.open_params() as reader:
+    tensors = {
+      file: {
+        name: (record.dtypes[name], leaf.official_shape)
+        for leaf in reader.leaves if leaf.file == file for name in leaf.names
+      }
+      for file, record in files.items()
+    }
+    total = sum(
+      math.prod(shape) * dtype.itemsize
+      for file in tensors.values() for dtype, shape in file.values()
+    )
+    others = folders.other_files(folder.files, note=True)
+    needed = total + sum(file.stat().st_size for file in others)
+    print(f"exporting {folder.path}: {total / 1e9:.2f} GB", flush=True)
+    with (
+      folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged,
+      metrics.progress(total, "exporting", unit="B") as progress,
+    ):
+      for file in others:
+        shutil.copyfile(file, staged / file.name)
+      for file, record in files.items():
+        pieces = _verified_rows(reader, file, record, progress)
+        safetensors_files.write(staged / file, tensors[file], pieces, record.metadata)
   print(f"wrote {target}", flush=True)
 
 
-def _read_headers(folder: folders.ModelFolder) -> dict[str, safetensors_io.Header]:
-  """The official headers that a converted folder remembers, checked against its config."""
-  path, manifest = folder.path / folders.MANIFEST, folders.read_manifest(folder.path)
-  headers = {}
-  for part, name in weights.FILES.items():
-    try:
-      text = manifest["weights"][name]["header"]
-    except (KeyError, TypeError):
-      raise errors.InputError(
-        f"{path}: the header of {name} is missing; {folders.AGAIN}"
-      ) from None
-    headers[name] = safetensors_io.parse_header(text, source=path, advice=folders.AGAIN)
-    weights.check(weights.table(folder.config, (part,)), {str(path): headers[name]})
-  return headers
-
-
-def _read_checksums(folder: folders.ModelFolder) -> dict[str, int]:
-  """{official tensor: crc32} of a converted folder; empty if its parameters were replaced since."""
-  manifest = folders.read_manifest(folder.path)
-  if manifest.get("params") != _identity(folder.path / folders.PARAMS):
-    print(
-      f"note: {folder.path / folders.PARAMS} was not written by the conversion: there are no "
-      "checksums to verify it with", file=sys.stderr,
-    )
-    return {}
-  try:
-    return {
-      name: sum for file in weights.FILES.values()
-      for name, sum in manifest["weights"][file]["crc32"].items()
-    }
-  except (KeyError, TypeError, AttributeError):
-    raise errors.InputError(
-      f"{folder.path / folders.MANIFEST}: the checksums are missing; {folders.AGAIN}"
-    ) from None
-
-
-def _official_pieces(
-  stored: checkpoints.StoredTree,
-  leaves: Sequence[weights.Leaf],
-  header: safetensors_io.Header,
-  sums: Mapping[str, int],
-  progress: Progress,
+def _verified_rows(
+  reader: stored_params.Reader, file: str, record: OfficialFile, progress
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-  """The tensors of one official file in pieces: (name, first row, rows), a parameter at a time.
+  """The tensors of an official file in pieces: (name, first row, rows), a parameter at a time.
 
   Raises:
     InputError: a tensor is not what it was when it was converted.
   """
-  found = Checksums()
-  for leaf in leaves:
-    itemsize = stored.leaves[leaf.path].dtype.itemsize
-    step, size = _row_step(leaf, itemsize), leaf.layer_shape[leaf.row_axis]
-    for layer, name in enumerate(leaf.names):
-      entry = header.entries[name]
-      for start in range(0, size, step):
-        rows = _official_rows(stored, leaf, layer, slice(start, min(start + step, size)))
-        rows = rows.astype(entry.dtype, copy=False)
-        found.add(name, rows)
-        yield name, start * (entry.shape[0] // size), rows
-        progress.add(name, rows.nbytes)
-      if sums and found.values[name] != sums.get(name):
+  checksums = Checksums()
+  for leaf in reader.leaves:
+    for layer, name in enumerate(leaf.names if leaf.file == file else ()):
+      for start, rows in _official_rows(reader, leaf, layer):
+        rows = rows.astype(record.dtypes[name], copy=False)
+        checksums.add(name, rows)
+        yield name, start, rows
+        progress.update(rows.nbytes)
+      if checksums[name] != record.checksums[name]:
         raise errors.InputError(
-          f"{stored.path}: tensor {name} (in {'/'.join(leaf.path)}) is damaged: its checksum is "
+          f"{reader.path}: tensor {name} (in {'/'.join(leaf.path)}) is damaged: its checksum is "
           f"not the one it was converted with; {folders.AGAIN}"
         )
 
 
 def _official_rows(
-  stored: checkpoints.StoredTree, leaf: weights.Leaf, layer: int, rows: slice
-) -> np.ndarray:
-  """Some consecutive rows of a stored official tensor; `rows` counts along `leaf.row_axis`."""
-  index = [slice(None)] * len(leaf.layer_shape)
-  index[leaf.row_axis] = rows
-  piece = stored.read(leaf.path, ((layer,) if leaf.stacked else ()) + tuple(index))
-  return safetensors_io.contiguous(leaf.to_official(piece))
+  reader: stored_params.Reader, leaf: weights.Leaf, layer: int
+) -> Iterator[tuple[int, np.ndarray]]:
+  """A stored parameter's layer as its official tensor, in pieces: (first row, rows)."""
+  # Rows of the official tensor, such as the features of a head, in one of the parameter's row axis.
+  inner = leaf.official_shape[0] // leaf.layer_shape[leaf.row_axis]
+  for index in _pieces(leaf.layer_shape, _rows_shape(leaf, itemsize=4)):
+    piece = reader.read(leaf, (layer, *index) if leaf.stacked else index)
+    yield index[leaf.row_axis].start * inner, safetensors_files.contiguous(leaf.to_official(piece))
 
 
 def check(source: pathlib.Path, target: pathlib.Path) -> bool:
   """Prints how an official and a converted folder differ; returns whether they agree exactly."""
   official, converted = _open(source, "official"), _open(target, "converted")
-  equal = _check_files(official.path, converted.files)
-  equal &= _check_tensors(official, converted)
-  return _check_forward(official, converted) and equal
+  results = [check(official, converted) for check in (_check_files, _check_tensors, _check_forward)]
+  return all(results)
 
 
-def _check_files(official: pathlib.Path, copied: pathlib.Path) -> bool:
-  theirs = {file.name: file for file in folders.other_files(official)}
-  ours = {file.name: file for file in folders.other_files(copied)}
-  different = sorted(
-    name for name in theirs.keys() | ours.keys()
-    if name not in theirs or name not in ours
-    or theirs[name].read_bytes() != ours[name].read_bytes()
+def _check_files(official: folders.ModelFolder, converted: folders.ModelFolder) -> bool:
+  before, after = (
+    {file.name: file.read_bytes() for file in folders.other_files(folder.files)}
+    for folder in (official, converted)
   )
-  print(f"files: {len(theirs)} beside the weights, different: {', '.join(different) or 'none'}")
+  different = sorted(
+    name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+  )
+  print(f"files: {len(before)} beside the weights, different: {', '.join(different) or 'none'}")
   return not different
 
 
@@ -284,103 +269,83 @@ class Difference:
     different: elements that differ: in any bit where both sides have one dtype, else in value.
     largest: largest absolute difference; inf where one side alone is not a number.
     official_nans, converted_nans: elements that are not numbers.
-    note: which side is not what was converted, where that is known.
   """
 
   different: int = 0
   largest: float = 0.0
   official_nans: int = 0
   converted_nans: int = 0
-  note: str = ""
 
   def add(self, a: np.ndarray, b: np.ndarray) -> None:
     """Counts one piece: official `a`, converted `b`."""
-    bits = np.dtype(f"u{a.itemsize}")
-    same_bits = a.dtype == b.dtype
     x, y = a.astype(np.float32), b.astype(np.float32)
-    nans = np.isnan(x), np.isnan(y)
-    self.official_nans += int(nans[0].sum())
-    self.converted_nans += int(nans[1].sum())
-    # Values alone would not tell -0.0 from 0.0, nor one NaN from another.
-    same = a.view(bits) == b.view(bits) if same_bits else (x == y) | (nans[0] & nans[1])
+    x_nan, y_nan = np.isnan(x), np.isnan(y)
+    self.official_nans += int(x_nan.sum())
+    self.converted_nans += int(y_nan.sum())
+    both_nan = x_nan & y_nan
+    if a.dtype == b.dtype:
+      # Values alone would not separate -0.0 from 0.0, nor one NaN from another.
+      bits = np.dtype(f"u{a.itemsize}")
+      same = a.view(bits) == b.view(bits)
+    else:
+      same = (x == y) | both_nan
     self.different += int((~same).sum())
-    apart = ~same & ~(nans[0] & nans[1])
+    apart = ~same & ~both_nan
     if apart.any():
-      difference = np.abs(x[apart] - y[apart])
-      difference[np.isnan(difference)] = np.inf
-      self.largest = max(self.largest, float(difference.max()))
+      distance = np.abs(x[apart] - y[apart])
+      self.largest = max(self.largest, float(np.nan_to_num(distance, nan=np.inf).max()))
 
   def __str__(self) -> str:
-    words = [f"{self.largest:.6g}"]
-    if self.different and not self.largest:
-      words.append(f"({self.different} differ in their bits)")
-    return " ".join([*words, self.note]).strip()
+    only_bits = self.different and not self.largest
+    return f"{self.largest:.6g}{f' ({self.different} differ in their bits)' if only_bits else ''}"
 
 
 def _check_tensors(official: folders.ModelFolder, converted: folders.ModelFolder) -> bool:
   """One line a tensor, a piece of one at a time in memory."""
-  stored = checkpoints.StoredTree(converted.path / folders.PARAMS)
-  sums = _read_checksums(converted)
-  worst, count, problems, nans = 0.0, 0, 0, [0, 0]
+  count, problems, worst, nans = 0, 0, 0.0, [0, 0]
+  recorded = _read_manifest(converted)
   print(f"{'tensor':72} {'shape':20} {'official':9} {'converted':9} max abs difference")
-  with weights.OfficialReader(official.path, official.config) as reader:
+  with official.open_params() as reader, converted.open_params() as stored:
     for leaf in reader.leaves:
-      found = stored.leaves.get(leaf.path)
       for layer, name in enumerate(leaf.names):
         entry = reader.files[leaf.file].entries[name]
-        line = f"{name:72} {str(list(entry.shape)):20} {entry.dtype.name:9}"
-        if found is None or tuple(found.shape) != leaf.shape:
-          print(f"{line} {'missing' if found is None else f'stored as {list(found.shape)}'}")
-          problems += 1
-          continue
-        difference = _compare(reader, stored, leaf, layer, sums.get(name))
-        print(f"{line} {found.dtype.name:9} {difference}", flush=True)
+        difference, changed = _compare(
+          reader.files[leaf.file], stored, leaf, layer, recorded[leaf.file].checksums[name]
+        )
+        print(
+          f"{name:72} {str(list(entry.shape)):20} {entry.dtype.name:9} "
+          f"{stored.dtype(leaf).name:9} {difference}{changed}", flush=True,
+        )
         count, worst = count + 1, max(worst, difference.largest)
         problems += difference.different > 0
         nans[0] += difference.official_nans
         nans[1] += difference.converted_nans
-  known = {leaf.path for leaf in reader.leaves}
-  surplus = sorted("/".join(path) for path in stored.leaves.keys() - known)
-  if surplus:
-    print(f"parameters that no official tensor fills: {', '.join(surplus[:10])}")
   print(f"tensors: {count} compared, {problems} differ, worst {worst:.6g}")
   if any(nans):
     print(f"tensors: {nans[0]} NaN in the official folder, {nans[1]} in the converted one")
-  return not problems and not surplus
+  return not problems
 
 
 def _compare(
-  reader: weights.OfficialReader,
-  stored: checkpoints.StoredTree,
-  leaf: weights.Leaf,
-  layer: int,
-  converted_sum: int | None,
-) -> Difference:
-  """One tensor of both sides; `converted_sum` is the checksum it had when it was converted."""
-  difference, sums, name = Difference(), Checksums(), leaf.names[layer]
-  file = reader.files[leaf.file]
-  entry = file.entries[name]
-  size, step = leaf.layer_shape[leaf.row_axis], _row_step(leaf, 4)
-  rows = entry.shape[0] // size
-  for start in range(0, size, step):
-    stop = min(start + step, size)
-    a = file.read(name, (slice(start * rows, stop * rows),))
-    b = _official_rows(stored, leaf, layer, slice(start, stop))
+  file: safetensors_files.SafetensorsFile, stored: stored_params.Reader, leaf: weights.Leaf,
+  layer: int, checksum: int,
+) -> tuple[Difference, str]:
+  """How one tensor differs, and which side is not what was converted, by its `checksum`."""
+  difference, checksums, name = Difference(), Checksums(), leaf.names[layer]
+  for start, b in _official_rows(stored, leaf, layer):
+    a = file.read(name, (slice(start, start + len(b)),))
     difference.add(a, b)
-    sums.add("official", a)
-    sums.add("converted", b.astype(entry.dtype, copy=False))
-  changed = [side for side, value in sums.values.items() if value != converted_sum]
-  if changed and converted_sum is not None:
-    difference.note = f"({' and '.join(changed)} changed since the conversion)"
-  return difference
+    checksums.add("official", a)
+    checksums.add("converted", b.astype(a.dtype, copy=False))
+  changed = [side for side, value in checksums.items() if value != checksum]
+  return difference, f" ({' and '.join(changed)} changed since the conversion)" if changed else ""
 
 
 def _check_forward(official: folders.ModelFolder, converted: folders.ModelFolder) -> bool:
   """Runs both sides on one prompt and one noisy image, if one side fits in memory."""
-  leaves = weights.table(official.config, ("bagel",))
-  # float32 activations make the backend widen a bfloat16 kernel while it multiplies.
-  needed = 1.3 * sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves) * 2
-  free = _available_memory()
+  elements = sum(math.prod(leaf.shape) for leaf in weights.table(official.config, ("bagel",)))
+  # bfloat16; float32 activations make the backend widen a kernel while it multiplies.
+  needed, free = 1.3 * 2 * elements, _available_memory()
   if jax.default_backend() == "cpu" and needed > free:
     print(
       f"forward pass: not run, needs {needed / 2**30:.0f} GiB of memory, "
@@ -389,20 +354,18 @@ def _check_forward(official: folders.ModelFolder, converted: folders.ModelFolder
     return True
   try:
     outputs = [_forward_check(folder) for folder in (official, converted)]
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+  except (errors.InputError, jax.errors.JaxRuntimeError) as error:
+    if not checkpoints.is_full(error):
       raise
     print(f"forward pass: not run, needs {needed / 2**30:.0f} GiB on one device")
     return True
-  equal = True
   for name, a in outputs[0].items():
     b = outputs[1][name]
     nans = np.isnan(a) & np.isnan(b)
-    difference = float(np.abs(np.where(nans, 0, a) - np.where(nans, 0, b)).max())
+    difference = np.abs(np.where(nans, 0, a) - np.where(nans, 0, b)).max()
     note = f", {nans.sum()} of {nans.size} are NaN on both sides" if nans.any() else ""
     print(f"forward pass: {name} {list(a.shape)} max abs difference {difference:.6g}{note}")
-    equal &= bool(np.array_equal(a, b, equal_nan=True))
-  return equal
+  return all(np.array_equal(a, outputs[1][name], equal_nan=True) for name, a in outputs[0].items())
 
 
 def _available_memory() -> float:

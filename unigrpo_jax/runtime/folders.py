@@ -1,37 +1,37 @@
 """Model folders: an official BAGEL folder, or what `unigrpo_jax.convert` makes of one.
 
 A converted folder holds
-  unigrpo_jax.json   format version; headers and checksums of the official weight files
+  unigrpo_jax.json   format version; metadata, dtypes and checksums of the official tensors
   official/          every file of the official folder but the weights, unchanged
   params/            the parameter tree, an Orbax checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
-import secrets
 import shutil
-import signal
 import sys
-import time
 from typing import Any
 
+from flax import traverse_util
 import jax
 import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import safetensors_io, weights
-from unigrpo_jax.runtime import checkpoints
+from unigrpo_jax.models import safetensors_files, weights
+from unigrpo_jax.runtime import checkpoints, stored_params
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
-FORMAT_VERSION = 1
-AGAIN = "convert the official folder again"
+# That are read; the last one is written. Version 1 kept the text of the official headers.
+FORMAT_VERSIONS = (1, 2)
+AGAIN = stored_params.AGAIN
 # The embedded checkpoint: its name, wherever a folder is expected, and where it lies.
 TINY = "tiny"
 TINY_FOLDER = pathlib.Path(__file__).parents[1] / "assets" / "tiny_bagel"
@@ -53,10 +53,20 @@ class ModelFolder:
   files: pathlib.Path
   config: config_lib.BagelConfig
 
+  def open_params(
+    self, parts: Sequence[str] = weights.PARTS
+  ) -> weights.OfficialReader | stored_params.Reader:
+    """Opens the weights of `parts`, to be read a slice at a time; see `load_params`."""
+    if self.kind == "official":
+      return weights.OfficialReader(self.path, self.config, parts)
+    return stored_params.Reader(self.path / PARAMS, weights.table(self.config, parts))
+
   def load_params(
     self, dtype: Any = None, shardings: Any = None, parts: Sequence[str] = weights.PARTS
   ) -> dict[str, Any]:
     """Loads the parameter tree, each array straight into its own shards.
+
+    The most that a host holds beside its devices is one shard of one parameter.
 
     Args:
       dtype: one for all, or {part: dtype}; None keeps the stored one.
@@ -65,34 +75,27 @@ class ModelFolder:
       parts: top-level keys to load, of ("bagel", "vae").
 
     Raises:
-      InputError: the weights are missing, broken, or do not agree with the config.
+      InputError: the weights are missing, broken, do not agree with the config, or do not fit in
+        device memory.
     """
-    if self.kind == "official":
-      return weights.load_official(
-        self.path, self.config, dtype=dtype, shardings=shardings, parts=parts
-      )
     if shardings is None:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    stored = checkpoints.describe(self.path / PARAMS)
-    abstract = {}
-    for leaf in weights.table(self.config, parts):
-      own = weights.part_dtype(dtype, leaf.path[0])
-      if own is None:
-        own = _stored_dtype(stored, leaf, self.path / PARAMS)
+
+    def load(reader, leaf: weights.Leaf) -> jax.Array:
       one = isinstance(shardings, jax.sharding.Sharding)
-      abstract[leaf.path] = jax.ShapeDtypeStruct(
-        leaf.shape, own, sharding=shardings if one else weights.lookup(shardings, leaf.path)
+      return weights.load(
+        reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
+        shardings if one else weights.lookup(shardings, leaf.path),
       )
-    return checkpoints.load_tree(self.path / PARAMS, weights.tree(abstract))
 
-
-def _stored_dtype(stored: Any, leaf: weights.Leaf, path: pathlib.Path) -> Any:
-  try:
-    return weights.lookup(stored, leaf.path).dtype
-  except (KeyError, AttributeError, TypeError):
-    raise errors.InputError(
-      f"{path}: parameter {'/'.join(leaf.path)} {list(leaf.shape)} is missing; convert again"
-    ) from None
+    try:
+      with self.open_params(parts) as reader:
+        arrays = {leaf.path: load(reader, leaf) for leaf in reader.leaves}
+    except jax.errors.JaxRuntimeError as error:
+      if not checkpoints.is_full(error):
+        raise
+      raise errors.InputError(f"{self.path}: {checkpoints.TOO_SMALL}") from error
+    return traverse_util.unflatten_dict(arrays)
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -119,19 +122,16 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
       )
     path = TINY_FOLDER
   path = pathlib.Path(path)
-  if path.exists() and not path.is_dir():
-    raise errors.InputError(f"{path}: is a file; expected the folder of a BAGEL")
   if not path.is_dir():
     raise errors.InputError(
-      f"{path}: no such folder; expected an official BAGEL folder, or one made by "
-      "python -m unigrpo_jax.convert"
+      f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected an official BAGEL "
+      "folder, or one made by python -m unigrpo_jax.convert"
     )
   if (path / MANIFEST).is_file():
     version = read_manifest(path).get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
       raise errors.InputError(
-        f"{path / MANIFEST}: format_version={version!r}, this program reads {FORMAT_VERSION}; "
-        + AGAIN
+        f"{path / MANIFEST}: format_version={version!r} is none of {FORMAT_VERSIONS}; {AGAIN}"
       )
     files = path / OFFICIAL
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
@@ -171,11 +171,8 @@ def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Pat
 
 def check_target(
   source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0
-) -> list[pathlib.Path]:
+) -> None:
   """Refuses a place where no model folder can be made; arguments as of `staging`.
-
-  Returns:
-    The parents of `target` that are still to be made, the innermost first.
 
   Raises:
     InputError: the target exists, overlaps the source, or the disk is too full.
@@ -186,11 +183,17 @@ def check_target(
       f"target {target} overlaps its source {source}; choose a folder outside the source"
     )
   if target.exists():
-    _refuse_overwrite(target, overwrite)
-  parent, missing = target.parent, []
-  while not parent.exists():
-    missing.append(parent)
-    parent = parent.parent
+    if not overwrite:
+      raise errors.InputError(
+        f"target {target} exists already; choose another folder, or pass --overwrite"
+      )
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if not is_empty and not is_folder(target):
+      raise errors.InputError(
+        f"target {target} is not a model folder, so nothing replaces it; delete it yourself or "
+        "choose another folder"
+      )
+  parent = next(folder for folder in target.parents if folder.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
     why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
     raise errors.InputError(f"target {target}: {parent} {why}; choose another place")
@@ -200,14 +203,13 @@ def check_target(
       f"target {target}: needs {needed_bytes / 1e9:.2f} GB on its disk, {free / 1e9:.2f} GB are "
       "free; free some space or choose another disk"
     )
-  return missing
 
 
 @contextlib.contextmanager
 def staging(
   source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int
 ) -> Iterator[pathlib.Path]:
-  """A new folder beside `target` that becomes `target` on success and is removed otherwise.
+  """A new folder that becomes the model folder `target` on success and is removed otherwise.
 
   Args:
     source: the folder that is read; never written to.
@@ -221,86 +223,9 @@ def staging(
   Raises:
     InputError: the target exists, overlaps the source, or the disk is too full.
   """
-  created = check_target(source, target, overwrite=overwrite, needed_bytes=needed_bytes)
-  target = pathlib.Path(target).resolve()
-  prefix = f"{target.name}.partial-"
-  for other in target.parent.iterdir() if target.parent.is_dir() else ():
-    if other.name.startswith(prefix):
-      print(f"note: {other} belongs to a run that still runs or was killed", file=sys.stderr)
-  # No number of a process: those of containers repeat.
-  staged = target.parent / f"{prefix}{secrets.token_hex(4)}"
-  with _interruptible() as ignore:
-    try:
-      staged.mkdir(parents=True)
-      yield staged
-      atomic.replace(staged, target)
-    except BaseException as error:
-      # A closing terminal sends more than one signal: the second must not stop the cleaning.
-      ignore()
-      _remove(staged)
-      for folder in created:
-        with contextlib.suppress(OSError):
-          folder.rmdir()
-      if isinstance(error, errors.InputError):
-        raise errors.InputError(str(error).replace(str(staged), str(target))) from None
-      raise
-
-
-def _refuse_overwrite(target: pathlib.Path, overwrite: bool) -> None:
-  if not overwrite:
-    raise errors.InputError(
-      f"target {target} exists already; choose another folder, or pass --overwrite"
-    )
-  empty = target.is_dir() and not any(target.iterdir())
-  if not empty and not is_folder(target):
-    raise errors.InputError(
-      f"target {target} is not a model folder, so nothing replaces it; delete it yourself or "
-      "choose another folder"
-    )
-
-
-def _remove(staged: pathlib.Path) -> None:
-  """Removes a folder; goes on until it stays away, should a library still be adding files to it."""
-  absent, deadline = 0, time.monotonic() + 10
-  while absent < 3:
-    absent = 0 if staged.exists() else absent + 1
-    # Unlike shutil.rmtree, this works where no more than one more file can be opened.
-    for folder, names, files in os.walk(staged, topdown=False):
-      with contextlib.suppress(OSError):
-        for name in files:
-          os.unlink(os.path.join(folder, name))
-        for name in names:
-          os.rmdir(os.path.join(folder, name))
-    with contextlib.suppress(OSError):
-      staged.rmdir()
-    if time.monotonic() > deadline:
-      print(f"note: {staged} could not be removed; delete it", file=sys.stderr)
-      return
-    time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-  """Lets SIGTERM and SIGHUP clean up as Ctrl-C does; yields what makes all three do nothing."""
-
-  def interrupt(number, frame):
-    raise KeyboardInterrupt
-
-  numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-  before = {number: signal.getsignal(number) for number in numbers if number is not None}
-  # What is ignored stays so: SIGHUP under nohup, SIGINT in a script's background job.
-  before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
-
-  def set_all(handlers: Mapping[int, Any]) -> None:
-    with contextlib.suppress(ValueError):  # not the main thread: the process is not ours to manage
-      for number, handler in handlers.items():
-        signal.signal(number, handler or signal.SIG_DFL)
-
-  set_all(dict.fromkeys(before, interrupt))
-  try:
-    yield lambda: set_all(dict.fromkeys(before, signal.SIG_IGN))
-  finally:
-    set_all(before)
+  check_target(source, target, overwrite=overwrite, needed_bytes=needed_bytes)
+  with atomic.staging(pathlib.Path(target).resolve()) as staged:
+    yield staged
 
 
 def write_official(
@@ -317,28 +242,48 @@ def write_official(
   Raises:
     InputError: the target cannot be made.
   """
-  missing = [part for part in weights.PARTS if part not in params]
-  kept = folder.load_params(parts=missing) if missing else {}
-  others = other_files(folder.files, note=True)
-  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
-  needed += sum(leaf.size * np.dtype(dtype).itemsize for leaf in jax.tree.leaves(params))
-  with staging(folder.path, target, overwrite=True, needed_bytes=needed) as staged:
-    for path in others:
-      shutil.copyfile(path, staged / path.name)
-    for part in weights.PARTS:
-      tree, kind = (params[part], dtype) if part in params else (kept[part], None)
-      leaves = weights.table(folder.config, (part,))
-      entries = {
-        name: (np.dtype(kind or weights.lookup({part: tree}, leaf.path).dtype), leaf.official_shape)
-        for leaf in leaves for name in leaf.names
+  with contextlib.ExitStack() as stack:
+    readers = {
+      part: _InMemory(weights.table(folder.config, (part,)), params, np.dtype(dtype))
+      if part in params else stack.enter_context(folder.open_params((part,)))
+      for part in weights.PARTS
+    }
+    tensors = {
+      part: {
+        name: (reader.dtype(leaf), leaf.official_shape)
+        for leaf in reader.leaves for name in leaf.names
       }
-      header = safetensors_io.make_header(entries)
-      safetensors_io.write(staged / weights.FILES[part], header, _pieces(leaves, {part: tree}))
+      for part, reader in readers.items()
+    }
+    needed = sum(
+      math.prod(shape) * dtype.itemsize
+      for part in tensors.values() for dtype, shape in part.values()
+    )
+    staged = stack.enter_context(
+      staging(folder.path, target, overwrite=True, needed_bytes=needed)
+    )
+    for path in other_files(folder.files, note=True):
+      shutil.copyfile(path, staged / path.name)
+    for part, reader in readers.items():
+      safetensors_files.write(staged / weights.FILES[part], tensors[part], _tensors(reader))
 
 
-def _pieces(leaves, tree) -> Iterator[tuple[str, int, np.ndarray]]:
-  """The official tensors of parameters in memory, whole: (name, 0, tensor)."""
-  for leaf in leaves:
-    value = np.asarray(weights.lookup(tree, leaf.path))
+class _InMemory:
+  """Reads `params` as `ModelFolder.open_params` reads a folder."""
+
+  def __init__(self, leaves: Sequence[weights.Leaf], params: dict[str, Any], dtype: np.dtype):
+    self.leaves, self._params, self._dtype = leaves, params, dtype
+
+  def dtype(self, leaf: weights.Leaf) -> np.dtype:
+    return self._dtype
+
+  def read(self, leaf: weights.Leaf) -> np.ndarray:
+    return np.asarray(weights.lookup(self._params, leaf.path))
+
+
+def _tensors(reader) -> Iterator[tuple[str, int, np.ndarray]]:
+  """The official tensors of all parameters of a reader: (name, 0, tensor)."""
+  for leaf in reader.leaves:
+    value = reader.read(leaf)
     for layer, name in enumerate(leaf.names):
       yield name, 0, leaf.to_official(value[layer] if leaf.stacked else value)

@@ -1,0 +1,282 @@
+"""Reading and writing safetensors files one slice at a time.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes. Parsed here and
+not by the safetensors library: its numpy side has no bfloat16, it maps whole files into memory, and
+a broken file has to be explained in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from unigrpo_jax import errors
+
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F16": np.dtype(np.float16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The largest header that the safetensors library itself accepts.
+_MAX_HEADER_BYTES = 100_000_000
+# For a slice of columns, whole rows are read up to this size at once.
+_ROWS_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One tensor of a file; `start` is the byte offset in the file of its data."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+
+  @property
+  def row_bytes(self) -> int:
+    return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+  """An open safetensors file, read a slice at a time.
+
+  Attributes:
+    path: of the file.
+    entries: {tensor name: Entry}.
+    metadata: what the header holds under `__metadata__`; None without it.
+
+  Raises:
+    InputError: the file is missing, truncated, or not in safetensors format.
+  """
+
+  def __init__(self, path: pathlib.Path | str):
+    self.path = pathlib.Path(path)
+    try:
+      self._file = self.path.open("rb")
+    except FileNotFoundError:
+      raise errors.InputError(
+        f"{self.path}: file not found; a BAGEL folder must contain it"
+      ) from None
+    except OSError as error:
+      raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+    try:
+      with errors.at(str(self.path)):
+        self._read_header()
+    except BaseException:
+      self._file.close()
+      raise
+
+  def _read_header(self) -> None:
+    size = os.fstat(self._file.fileno()).st_size
+    prefix = self._file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+    if length is None or length > _MAX_HEADER_BYTES:
+      raise errors.InputError(
+        "not a safetensors file (its first 8 bytes are not a header length); download it again"
+      )
+    if 8 + length > size:
+      raise errors.InputError(
+        f"truncated: {size} bytes, but its header alone ends at byte {8 + length}; "
+        "download it again"
+      )
+    try:
+      header = json.loads(self._file.read(length).decode("utf-8"))
+      if not isinstance(header, dict):
+        raise ValueError(f"expected a JSON object, got {type(header).__name__}")
+      self.metadata = header.pop("__metadata__", None)
+      self.entries, end = _parse_entries(header, 8 + length)
+    except (ValueError, RecursionError) as error:
+      raise errors.InputError(
+        f"not a safetensors file (unreadable header: {error}); download it again"
+      ) from None
+    if size != end:
+      problem = "truncated" if size < end else f"{size - end} bytes too long"
+      raise errors.InputError(
+        f"{problem}: {size} bytes, but its header describes {end}; download it again"
+      )
+
+  def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """Reads `tensor[index]`; slices have no step.
+
+    Rows lie together in the file and are read at once. A slice of columns is cut out of whole rows,
+    some rows at a time.
+
+    Raises:
+      InputError: the file became shorter since it was opened, or the disk fails.
+    """
+    entry = self.entries[name]
+    full = tuple(slice(0, size, 1) for size in entry.shape)
+    index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape))
+    index += full[len(index):]
+    out = np.empty([max(part.stop - part.start, 0) for part in index], _bits(entry.dtype))
+    if not out.size:
+      return out.view(entry.dtype)
+    first = entry.start + (index[0].start * entry.row_bytes if index else 0)
+    if index[1:] == full[1:]:
+      self._fill(out, first)
+      return out.view(entry.dtype)
+    step = max(_ROWS_BYTES // entry.row_bytes, 1)
+    rows = np.empty([min(step, out.shape[0]), *entry.shape[1:]], out.dtype)
+    for start in range(0, out.shape[0], step):
+      block = out[start : start + step]
+      self._fill(rows[: len(block)], first + start * entry.row_bytes)
+      block[...] = rows[(slice(0, len(block)), *index[1:])]
+    return out.view(entry.dtype)
+
+  def _fill(self, out: np.ndarray, offset: int) -> None:
+    """Reads the bytes of `out`, which is contiguous, from `offset` on."""
+    left = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+      while left:
+        # One call reads at most 2 GiB, and fewer bytes than asked for when a signal arrives.
+        count = os.preadv(self._file.fileno(), [left], offset)
+        if not count:
+          raise errors.InputError(
+            f"{self.path}: ends at byte {offset}: it became shorter while it was read"
+          )
+        left, offset = left[count:], offset + count
+    except OSError as error:
+      raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+  def close(self) -> None:
+    self._file.close()
+
+  def __enter__(self) -> SafetensorsFile:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Entry], int]:
+  """The tensors of a header and the byte where the last ends; the data starts at byte `first`.
+
+  Raises:
+    ValueError: a tensor is not described, or the offsets contradict the shapes.
+    InputError: a dtype is not supported.
+  """
+  entries = {name: _parse_entry(name, value, first) for name, value in header.items()}
+  end = first
+  for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+    # Bytes that belong to no tensor would be lost when the file is written again.
+    if entry.start != end:
+      raise ValueError(
+        f"tensor {name} starts at {entry.start - first}, the one before ends at {end - first}"
+      )
+    end += entry.nbytes
+  return entries, end
+
+
+def _parse_entry(name: str, value: Any, first: int) -> Entry:
+  try:
+    dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    known = dtype in DTYPES
+  except (KeyError, TypeError, ValueError):
+    raise ValueError(
+      f"tensor {name} is described by {str(value)[:80]}, not by dtype, shape and two data_offsets"
+    ) from None
+  if not known:
+    raise errors.InputError(
+      f"tensor {name} has dtype {dtype!r}; supported: {', '.join(DTYPES)}"
+    )
+  if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, stop)):
+    raise ValueError(
+      f"shape {str(list(shape))[:80]} or data_offsets {str([start, stop])[:80]} of tensor {name} are not "
+      "whole numbers"
+    )
+  entry = Entry(DTYPES[dtype], shape, first + start)
+  if stop - start != entry.nbytes:
+    raise ValueError(
+      f"data_offsets [{start}, {stop}] of tensor {name} do not fit its shape {list(shape)}"
+    )
+  return entry
+
+
+def write(
+  path: pathlib.Path,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  pieces: Iterable[tuple[str, int, np.ndarray]],
+  metadata: Any = None,
+) -> None:
+  """Writes a file a piece at a time.
+
+  Args:
+    path: the file to make.
+    tensors: {name: (dtype, shape)} of the whole file.
+    pieces: (tensor name, first row, rows of that tensor), consumed one at a time and cast to the
+      tensor's dtype. Together they cover every tensor once.
+    metadata: for the header's `__metadata__`, which None leaves out.
+
+  Raises:
+    ValueError: the pieces do not cover every tensor exactly once, or have another shape.
+  """
+  # As the safetensors library orders them: aligned data, then names.
+  order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+  header, end = {} if metadata is None else {"__metadata__": metadata}, 0
+  for name in order:
+    dtype, shape = tensors[name]
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {
+      "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # The data starts at a multiple of eight bytes.
+  first = 8 + len(text)
+  missing = {name: math.prod(tensors[name][1]) for name in order}
+  with path.open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.truncate(first + end)
+    for name, row, piece in pieces:
+      dtype, shape = tensors[name]
+      if piece.shape[1:] != shape[1:]:
+        raise ValueError(f"{name}: a piece of shape {piece.shape} is no slice of {shape}")
+      data = contiguous(piece).astype(dtype, copy=False)
+      missing[name] -= data.size
+      row_bytes = math.prod(shape[1:]) * dtype.itemsize
+      file.seek(first + header[name]["data_offsets"][0] + row * row_bytes)
+      file.write(data.reshape(-1).view(np.uint8))
+    file.flush()
+    # The folder is renamed into place afterwards: a power cut must not leave it with empty files.
+    os.fsync(file.fileno())
+  incomplete = [name for name, count in missing.items() if count]
+  if incomplete:
+    raise ValueError(f"not covered exactly once: {', '.join(incomplete[:10])}")
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+  """The unsigned integer of the same size: numpy copies bfloat16 element by element."""
+  return np.dtype(f"u{np.dtype(dtype).itemsize}")
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+  """`target[...] = source` for equal shapes, casting; at memory speed where nothing is cast."""
+  if target.dtype == source.dtype:
+    target, source = target.view(_bits(target.dtype)), source.view(_bits(source.dtype))
+  target[...] = source
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+  """`np.ascontiguousarray`, several times as fast for a transposed matrix."""
+  if array.flags.c_contiguous:
+    return array
+  out = np.empty(array.shape, array.dtype)
+  transposed = array.ndim == 2 and abs(array.strides[0]) < abs(array.strides[1])
+  # Strips keep both sides of the transpose in the processor's cache.
+  step = 128 if transposed else max(array.shape[-1], 1)
+  for start in range(0, array.shape[-1], step):
+    strip = (..., slice(start, start + step))
+    copy_into(out[strip], array[strip])
+  return out
