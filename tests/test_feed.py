@@ -1,8 +1,11 @@
-"""From examples to batches: layout, dropped conditions, limits, and the same batch for a step."""
+"""From examples to batches: layout, dropped conditions, limits, and the same rows on any hosts."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,10 @@ import PIL.Image
 import pytest
 
 from tests import refusals
-from unigrpo_jax import finetune
+from unigrpo_jax import errors, finetune
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.episodes import packing, phases
-from unigrpo_jax.recipe import config_files
+from unigrpo_jax.episodes import packing, programs
+from unigrpo_jax.recipe import config_files, sft
 from unigrpo_jax.runtime import folders, hosts, sharding
 from unigrpo_jax.supervised import corpus, feed
 
@@ -30,7 +33,7 @@ def tokenizer(golden):
 
 
 def _encode(config):
-  """Latents that say which image they are of, without a network."""
+  """Latents that show which image they are of, without a network."""
   def encode(pixels, noise):
     count, height, width, _ = pixels.shape
     tokens = height // config.latent_stride * (width // config.latent_stride)
@@ -54,7 +57,7 @@ def test_encoding_is_filled_up_to_what_a_device_takes(monkeypatch, golden, count
     shapes.append(pixels.shape)
     return jnp.asarray(noise)
 
-  monkeypatch.setattr(phases, "encode_images", encode_images)
+  monkeypatch.setattr(programs, "encode_images", encode_images)
   noise = np.random.default_rng(0).normal(
     size=(count, small, small, folder.config.vae.z_channels)).astype(np.float32)
   tokens = finetune.make_encoder(folder)(np.zeros((count, side, side, 3), np.float32), noise)
@@ -72,16 +75,16 @@ EXAMPLES = {
   "answer": corpus.Example("how many?", "one", source=_picture(30)),
   "edit": corpus.Example("make it blue", target=_picture(40), source=_picture(50)),
 }
+EDIT_THINK = dataclasses.replace(EXAMPLES["edit"], text="<think>one blue kite</think>")
 
 
 def _splits(config, tokenizer, task, **drops):
   recipe = feed.Recipe(noise_draws=3, **(KEEP | drops))
-  latents = lambda value: (np.full((4, config.latent_dim), value, np.float32), np.arange(4))
-  example = EXAMPLES[task]
+  latents = lambda value: np.full((4, config.latent_dim), value, np.float32)
+  example = EDIT_THINK if task == "edit_think" else EXAMPLES[task]
   return feed.splits_of(
-    example, latents(1) if example.target else None,
-    latents(2) if example.target and example.source else None,
-    config, tokenizer, recipe, np.random.default_rng(0),
+    example, {"target": latents(1), "source": latents(2)}, config, tokenizer, recipe,
+    np.random.default_rng(0),
   )
 
 
@@ -92,6 +95,7 @@ def _splits(config, tokenizer, task, **drops):
     ("draw", ["Text", "NoisyImage"]),
     ("answer", ["PatchImage", "Text", "Text"]),
     ("edit", ["CleanImage", "PatchImage", "Text", "NoisyImage"]),
+    ("edit_think", ["Text", "CleanImage", "PatchImage", "Text", "Text", "NoisyImage"]),
   ],
 )
 def test_layouts(config, tokenizer, task, kinds):
@@ -100,8 +104,8 @@ def test_layouts(config, tokenizer, task, kinds):
   assert names == kinds[:-1] + [kinds[-1]] * (3 if kinds[-1] == "NoisyImage" else 1)
   labelled = [split for split in splits if isinstance(split, packing.Text) and
               split.labels is not None]
-  assert len(labelled) == (EXAMPLES[task].text is not None)
-  if task == "draw_think":
+  assert len(labelled) == (task in ("draw_think", "answer", "edit_think"))
+  if "think" in task:
     system = tokenizer.encode(tokenizer_lib.SYSTEM_PROMPT_GEN)
     assert splits[0].ids.tolist() == [tokenizer.im_start, *system, tokenizer.im_end]
   noisy = [split for split in splits if isinstance(split, packing.NoisyImage)]
@@ -125,39 +129,77 @@ def test_dropped_conditions(config, tokenizer):
 RECIPE = feed.Recipe(noise_draws=3)
 
 
-def _feed(config, tokenizer, examples=None, limits=LIMITS, recipe=RECIPE, **options):
-  names = list(EXAMPLES)
-  draw = examples or (lambda rng: EXAMPLES[names[rng.integers(len(names))]])
-  options = dict(rows=6, microbatches=2, seed=0) | options
-  return feed.Feed(draw, config, tokenizer, _encode(config), recipe, limits, **options)
+def _random_example(row_number, rng):
+  return EXAMPLES[list(EXAMPLES)[rng.integers(len(EXAMPLES))]]
+
+
+def _always(example):
+  return lambda row_number, rng: example
+
+
+def _feed(config, tokenizer, examples=_random_example, limits=LIMITS, recipe=RECIPE, **options):
+  options = dict(sequences_per_step=12, microbatch=6, seed=0) | options
+  options.setdefault("local_rows", range(options["microbatch"]))
+  return feed.Feed(examples, config, tokenizer, _encode(config), recipe, limits, **options)
+
+
+def _same(a, b):
+  return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(config, tokenizer):
   a, b, other = (_feed(config, tokenizer, seed=seed) for seed in (0, 0, 1))
-  same = lambda x, y: all(map(np.array_equal, jax.tree.leaves(x), jax.tree.leaves(y)))
-  ahead = dict(zip(range(3, 6), a.batches(3, 6)))
-  assert same(ahead[5], b.batch(5)) and same(ahead[3], b.batch(3))
-  assert not same(b.batch(3), b.batch(4)) and not same(b.batch(3), other.batch(3))
+  with contextlib.closing(feed.Prefetch(a.batch, range(3, 6))) as batches:
+    prefetched = {step: batches.next() for step in range(3, 6)}
+  assert _same(prefetched[5], b.batch(5)) and _same(prefetched[3], b.batch(3))
+  assert not _same(b.batch(3), b.batch(4)) and not _same(b.batch(3), other.batch(3))
+
+
+def _by_row(batch):
+  """[{name: array}] of the rows of a step, whatever its microbatches; what the ViT sees as well."""
+  rows = []
+  for m in range(len(batch.und_ids)):
+    micro = jax.tree.map(lambda a, m=m: a[m], batch)
+    fields = {name: value for name, value in vars(micro).items() if not name.startswith("vit")}
+    tokens, patches = micro.und_ids.shape[1], micro.vit.pixels.shape[-1]
+    seen = np.zeros((len(micro.und_ids), tokens + 1, patches), np.float32)
+    for row, slot, pixels in zip(micro.vit_row, micro.vit_slot, micro.vit.pixels):
+      seen[row, slot] = pixels
+    fields["seen"] = seen[:, :tokens]
+    rows += [{name: a[row] for name, a in fields.items()} for row in range(len(micro.und_ids))]
+  return rows
+
+
+@pytest.mark.parametrize("microbatch", [4, 6, 12])
+def test_a_step_does_not_depend_on_the_microbatch(config, tokenizer, microbatch):
+  limits = dataclasses.replace(LIMITS, images=12)
+  want, got = (
+    _by_row(_feed(config, tokenizer, limits=limits, microbatch=size).batch(5))
+    for size in (3, microbatch)
+  )
+  assert len(got) == 12 and all(_same(a, b) for a, b in zip(want, got, strict=True))
 
 
 def test_every_batch_has_the_same_shapes_whatever_it_holds(config, tokenizer):
   shapes = set()
   for task in EXAMPLES:
-    batch = _feed(config, tokenizer, lambda _, task=task: EXAMPLES[task]).batch(0)
+    batch = _feed(config, tokenizer, _always(EXAMPLES[task])).batch(0)
     shapes.add(str(jax.tree.map(np.shape, batch)))
   assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1024])
 def test_latents_belong_to_their_own_example(config, tokenizer, monkeypatch, at_once):
-  """Encoded together by size, so many at once, given back by row."""
-  monkeypatch.setattr(phases, "VAE_PIXELS", at_once * 32 * 32)
-  made = _feed(config, tokenizer, lambda _: EXAMPLES["edit"], rows=3, microbatches=1)
-  encode, counts = made._encode, []
-  made._encode = lambda pixels, noise: counts.append(len(pixels)) or encode(pixels, noise)
+  """Encoded together by size, so many at once, whatever the microbatch; given back by row."""
+  monkeypatch.setattr(programs, "VAE_PIXELS", at_once * 32 * 32)
+  made = _feed(
+    config, tokenizer, _always(EXAMPLES["edit"]), sequences_per_step=4, microbatch=2
+  )
+  encode, counts = made._encode_fn, []
+  made._encode_fn = lambda pixels, noise: counts.append(len(pixels)) or encode(pixels, noise)
   made.batch(0)
-  assert counts == {1: [1] * 6, 2: [2] * 3, 1024: [6]}[at_once]
-  batch = _feed(config, tokenizer, rows=1, microbatches=8).batch(0)
+  assert counts == {1: [1] * 8, 2: [2] * 4, 1024: [8]}[at_once]
+  batch = _feed(config, tokenizer, sequences_per_step=8, microbatch=1).batch(0)
   brightness = lambda value: np.float32(value / 255 * 2 - 1)
   seen = set()
   for target, mask in zip(batch.target[:, 0, 0], batch.noisy_mask[:, 0, 0]):
@@ -169,59 +211,121 @@ def test_latents_belong_to_their_own_example(config, tokenizer, monkeypatch, at_
   np.testing.assert_allclose(clean, brightness(50), atol=1e-6)
 
 
-@pytest.mark.parametrize("owners", [[0, 0, 0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0, 1, 0]], ids=str)
-def test_a_row_sees_its_own_image_on_whichever_host(config, tokenizer, monkeypatch, owners):
-  """Two hosts' batches, put together as `make_array_from_process_local_data` does."""
+def _shaded(row_number, rng):
+  """An example of its own for each row: an image that is asked about, or one to draw."""
+  shade = int(rng.integers(1, 256))
+  return corpus.Example("how many?", "one", source=_picture(shade)) if shade % 3 else (
+    corpus.Example("a kite", target=_picture(shade))
+  )
+
+
+@pytest.mark.parametrize(
+  "owners", [[0, 0, 0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2, 3, 3]], ids=str
+)
+def test_a_batch_does_not_depend_on_the_hosts(config, tokenizer, owners):
+  """Put together as `make_array_from_process_local_data` does, which sorts rows by their owner."""
   owners = np.array(owners)
-
-  def example(rng):
-    shade = int(rng.integers(1, 256))
-    return corpus.Example("how many?", "one", source=_picture(shade)) if shade % 3 else (
-      corpus.Example("a kite", target=_picture(shade))
+  limits = dataclasses.replace(LIMITS, images=8)
+  options = dict(sequences_per_step=16, microbatch=8)
+  [want, parts] = _by_row(_feed(config, tokenizer, _shaded, limits, **options).batch(1)), []
+  for host in range(owners.max() + 1):
+    local = np.flatnonzero(owners == host)
+    images = dataclasses.replace(limits, images=8 // (owners.max() + 1))
+    parts.append(
+      _feed(config, tokenizer, _shaded, images, local_rows=local, **options).batch(1)
     )
-
-  def seen(batch, rows):
-    """What lies where the ViT's images are written, [microbatches, rows, tokens, features]."""
-    count, _, tokens = batch.und_ids.shape
-    out = np.zeros((count, rows, tokens + 1, batch.vit.pixels.shape[-1]), np.float32)
-    for place, row, slot, pixels in zip(out, batch.vit_row, batch.vit_slot, batch.vit.pixels):
-      place[row[:, None], slot] = pixels
-    return out[:, :, :tokens]
-
-  monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: owners)
-  monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda where, array: array)
-  expected = np.zeros((2, 8, LIMITS.tokens, config.vit.patch_dim), np.float32)
-  mesh, parts = sharding.make_mesh(devices=jax.devices()[:1]), []
-  for host in range(2):
-    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    batch = _feed(config, tokenizer, example, rows=4).batch(0)
-    expected[:, owners == host] = seen(batch, 4)
-    parts.append(finetune.spread(batch, mesh, rows=8))
-  whole = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
-  assert whole.vit_row.shape == (2, 2 * LIMITS.images) and whole.vit_row.dtype == np.int32
-  assert 8 < expected.any(axis=(2, 3)).sum() < 16  # some rows have an image, some have none
-  np.testing.assert_array_equal(seen(whole, 8), expected)
+  joined = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts)
+  rows = np.argsort(np.argsort(owners, kind="stable"))  # where each row lies among the parts
+  joined = joined.replace(**{
+    name: value[:, rows] for name, value in vars(joined).items()
+    if value is not None and not name.startswith("vit")
+  })
+  assert joined.vit_row.shape == (2, 8) and joined.vit_row.dtype == np.int32
+  got = _by_row(joined)
+  # Some rows have an image, some have none.
+  assert 0 < sum(row["seen"].any() for row in got) < 16
+  assert all(_same(a, b) for a, b in zip(want, got, strict=True))
 
 
 def test_one_host_has_all_rows(config, tokenizer):
   """On eight devices; every array is what the feed made."""
-  batch = _feed(config, tokenizer, rows=8, limits=dataclasses.replace(LIMITS, images=8)).batch(0)
-  spread = finetune.spread(batch, sharding.make_mesh(fsdp=4, data=2), rows=8)
-  for made, put in zip(jax.tree.leaves(batch), jax.tree.leaves(spread), strict=True):
-    assert put.addressable_shards[0].data.shape[1] == made.shape[1] // 8
-    np.testing.assert_array_equal(put, made)
+  limits = dataclasses.replace(LIMITS, images=8)
+  batch = _feed(config, tokenizer, limits=limits, sequences_per_step=16, microbatch=8).batch(0)
+  arrays = finetune.put(batch, sharding.make_mesh(fsdp=4, data=2))
+  for made, array in zip(jax.tree.leaves(batch), jax.tree.leaves(arrays), strict=True):
+    assert array.addressable_shards[0].data.shape[1] == made.shape[1] // 8
+    np.testing.assert_array_equal(array, made)
 
 
-def test_a_host_has_its_share_of_the_images(monkeypatch):
-  made = config_files.load("sft")
+def test_a_host_has_its_share_of_rows_and_images(monkeypatch, golden):
+  config = config_files.load("configs/sft.py")
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  assert finetune.padding(made).images == 8
+  network = types.SimpleNamespace(
+    folder=folders.open_folder(golden), config=None, tokenizer=None, mesh=mesh
+  )
+  made = lambda: finetune.make_feed(sft.read(config), network, _random_example)
+  assert made()._limits.images == 8 and made()._local_rows.tolist() == [*range(8)]
   monkeypatch.setattr(hosts, "count", lambda: 4)
-  assert finetune.padding(made).images == 2
-  assert finetune.padding(made).tokens == made.limits.tokens
-  made.limits.images = 6
-  message = refusals.refusal(finetune.check_config, made, mesh)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 4 // rows)
+  assert made()._limits.images == 2 and made()._local_rows.tolist() == [2, 3]
+  assert made()._limits.tokens == config.limits.tokens
+  config.limits.images = 6
+  message = refusals.refusal(sft.check_fits, sft.read(config), mesh)
   assert "config.limits.images=6 does not divide" in message and "4 hosts" in message
+
+
+def test_a_thread_prefetches_and_knows_what_is_bad_before_it_is_needed():
+  """Three batches are made ahead; an error is found at most that far ahead, and raised in turn."""
+  made = []
+
+  def batch(step):
+    made.append(step)
+    if step == 4:
+      raise errors.InputError("a, line 3: bad")
+    return step
+
+  with contextlib.closing(feed.Prefetch(batch, range(1, 7))) as batches:
+    assert batches.error(0) is None and batches.error(3) is None
+    assert made == [1, 2, 3]
+    assert [batches.next() for _ in range(2)] == [1, 2]
+    assert batches.error(1) is None and str(batches.error(2)) == "a, line 3: bad"
+    assert batches.next() == 3
+    assert refusals.refusal(batches.next) == "a, line 3: bad"
+    assert batches.next() == 5 and batches.error(2) is None
+  assert made == [*range(1, 7)]
+  with contextlib.closing(feed.Prefetch(lambda step: 1 // step, range(0, 1))) as batches:
+    with pytest.raises(ZeroDivisionError):
+      batches.error(1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_hosts_stop_together_before_any_needs_a_bad_batch(steps):
+  """Whichever of two hosts' batches are bad; a stop is agreed on one step after it is requested."""
+  def batch_fn(bad):
+    def batch(step):
+      if step == bad:
+        raise errors.InputError("bad")
+
+    return batch
+
+  for bad in itertools.product([None, *range(steps)], repeat=2):
+    with contextlib.ExitStack() as stack:
+      two = [
+        stack.enter_context(contextlib.closing(feed.Prefetch(batch_fn(step), range(steps))))
+        for step in bad
+      ]
+      requested = [any(batches.error(2) for batches in two)]
+      taken = 0
+      while taken < steps and not requested[max(taken - 1, 0)]:
+        for batches in two:
+          batches.next()  # raises where it is bad
+        requested.append(any(batches.error(2) for batches in two))
+        taken += 1
+      failed = any(batches.error(2) for batches in two)
+    first_bad = min((step for step in bad if step is not None), default=None)
+    assert failed == (first_bad is not None)
+    assert taken == (steps if first_bad is None else 0 if first_bad < 2 else first_bad), bad
 
 
 LONG = corpus.Example("a kite", "<think>one kite</think>", target=_picture(10), where="a, line 3")
@@ -239,12 +343,12 @@ def test_a_sample_beyond_the_limits_says_so_itself(config, tokenizer, example, l
   """Its true size: with a limit of that size it fits."""
   whole = feed.Recipe(noise_draws=3, **KEEP)
   feed_of = lambda **limit: _feed(
-    config, tokenizer, lambda _: example, dataclasses.replace(LIMITS, **limit), whole
+    config, tokenizer, _always(example), dataclasses.replace(LIMITS, **limit), whole
   )
   message = refusals.refusal(feed_of(**limit).batch, 0)
-  found = re.match("a, line 3: a sample " + words, message)
-  assert found, message
-  needed = {name: int(found[1]) for name in limit}
+  match = re.match("a, line 3: a sample " + words, message)
+  assert match, message
+  needed = {name: int(match[1]) for name in limit}
   feed_of(**needed).batch(0)
   message = refusals.refusal(feed_of(**{name: size - 1 for name, size in needed.items()}).batch, 0)
   assert re.match("a, line 3: a sample has ", message)
@@ -253,7 +357,7 @@ def test_a_sample_beyond_the_limits_says_so_itself(config, tokenizer, example, l
 def test_too_many_images_of_a_microbatch(config, tokenizer):
   small = dataclasses.replace(LIMITS, images=4)
   message = refusals.refusal(
-    _feed(config, tokenizer, lambda _: EXAMPLES["answer"], small).batch, 0
+    _feed(config, tokenizer, _always(EXAMPLES["answer"]), small).batch, 0
   )
   assert "config.limits.images leaves 4 to the 6 sequences" in message and "have 6;" in message
 
@@ -267,7 +371,7 @@ def test_too_many_images_of_a_microbatch(config, tokenizer):
 ])
 def test_an_example_that_cannot_be_learnt_is_named(config, tokenizer, changes, words):
   example = dataclasses.replace(LONG, **changes)
-  message = refusals.refusal(_feed(config, tokenizer, lambda _: example).batch, 0)
+  message = refusals.refusal(_feed(config, tokenizer, _always(example)).batch, 0)
   assert message.startswith("a, line 3: ") and words in message
 
 
@@ -277,13 +381,14 @@ def test_iconworld_mixtures_and_wrong_plans():
   rng = np.random.default_rng(0)
   wrong = corpus.iconworld({"draw_think": 1.0}, wrong_plan_rate=1.0)
   for _ in range(20):
-    example = wrong(rng)
+    example = wrong(0, rng)
     # The picture follows the plan, so drawing stays honest where reasoning goes wrong.
-    found = sorted((d.kind, d.color) for d in verifier.detect(np.array(example.target)))
+    drawn = sorted((d.kind, d.color) for d in verifier.detect(np.array(example.target)))
     plan = plans.plan_of(example.text)
-    assert found == sorted((thing.kind, thing.color) for thing in plan.things)
+    assert drawn == sorted((thing.kind, thing.color) for thing in plan.things)
   mixed = corpus.iconworld(dict.fromkeys(corpus.TASKS, 1.0), wrong_plan_rate=0.0)
-  kinds = {(e.text is None, e.target is None, e.source is None) for e in map(mixed, [rng] * 60)}
+  examples = [mixed(row, rng) for row in range(60)]
+  kinds = {(e.text is None, e.target is None, e.source is None) for e in examples}
   assert len(kinds) == 4
 
 
@@ -328,7 +433,7 @@ DRAWN = {"prompt": "a kite", "image": "a.png"}
 def test_a_line_of_a_shard_is_an_example(shard, row, text, images):
   """Its texts are those of the file, to the letter."""
   folder = shard(b"", row, b"  ")
-  example = corpus.shards(folder)(np.random.default_rng(0))
+  example = corpus.shards(folder, seed=0)(0, np.random.default_rng(0))
   assert (example.prompt, example.text) == (row["prompt"], text)
   for name in ("target", "source"):
     assert (getattr(example, name) is not None) == (name in images)
@@ -360,19 +465,39 @@ def test_a_line_of_a_shard_is_an_example(shard, row, text, images):
 ])
 def test_a_bad_line_of_a_shard_is_named_before_training(shard, line, words):
   folder = shard(DRAWN, line)
-  message = refusals.refusal(corpus.shards, folder)
+  message = refusals.refusal(corpus.shards, folder, seed=0)
   assert message.startswith(f"{folder / 'one.jsonl'}, line 2: ")
   assert re.search(words, message), message
 
 
 def test_shards_that_are_no_files(shard, tmp_path):
-  assert "no *.jsonl shards" in refusals.refusal(corpus.shards, tmp_path / "nowhere")
-  assert "its shards are empty" in refusals.refusal(corpus.shards, shard(b"", b""))
+  refusal = lambda folder: refusals.refusal(corpus.shards, folder, seed=0)
+  assert "no *.jsonl shards" in refusal(tmp_path / "nowhere")
+  assert "its shards are empty" in refusal(shard(b"", b""))
   (tmp_path / "x.jsonl").mkdir()
-  assert f"{tmp_path / 'x.jsonl'}: cannot be read" in refusals.refusal(corpus.shards, tmp_path)
+  assert f"{tmp_path / 'x.jsonl'}: cannot be read" in refusal(tmp_path)
 
 
 def test_an_image_that_cannot_be_read_names_its_line(shard):
   folder = shard(DRAWN | {"image": "broken.png"})
-  message = refusals.refusal(corpus.shards(folder), np.random.default_rng(0))
+  examples = corpus.shards(folder, seed=0)
+  message = refusals.refusal(examples, 0, np.random.default_rng(0))
   assert message.startswith(f"{folder / 'one.jsonl'}, line 1: {folder / 'broken.png'}: ")
+
+
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own(shard):
+  folder = shard(*({"prompt": str(number), "answer": "one"} for number in range(10)))
+  orders = {}
+  for seed in (0, 1):
+    examples = corpus.shards(folder, seed=seed)
+    rows = [examples(row, None).prompt for row in range(30)]
+    # In any order: hosts ask for rows of their own, and a resumed run for later ones.
+    assert [examples(row, None).prompt for row in reversed(range(30))] == rows[::-1]
+    orders[seed] = [rows[start : start + 10] for start in (0, 10, 20)]
+    assert all(sorted(order, key=int) == [*map(str, range(10))] for order in orders[seed])
+  assert len(set(map(tuple, orders[0] + orders[1]))) == 6
+
+
+def test_an_epoch_may_be_shorter_than_a_step(shard):
+  examples = corpus.shards(shard({"prompt": "how many?", "answer": "one"}), seed=0)
+  assert {examples(row, None).prompt for row in range(5)} == {"how many?"}

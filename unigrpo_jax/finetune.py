@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 
 import jax
@@ -34,22 +35,19 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     spec = sft.read(config)
     network = state.open_network(spec.network, devices)
     sft.check_fits(spec, network.mesh)
-    examples = corpus.shards(spec.data.folder) if spec.data.folder else corpus.iconworld(
-      spec.data.mixture, wrong_plan_rate=spec.data.wrong_plan_rate
+    data = spec.data
+    examples = corpus.shards(data.folder, seed=spec.seed) if data.folder else corpus.iconworld(
+      data.mixture, wrong_plan_rate=data.wrong_plan_rate
     )
   optimizer = spec.optimizer.make()
   layout = state.layout(
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=False
   )
-  run = run_lib.Run(workdir, spec.run, network)
+  run = run_lib.Run(workdir, spec.run, network, deferred_stop=True)
   train_state = run.restore(layout, lambda: state.first_state(
     network, optimizer, layout, random_init=spec.network.random_init, seed=spec.network.seed
   ))
-  batches = feed.Feed(
-    examples, network.config, network.tokenizer, make_encoder(network.folder), spec.feed,
-    spec.limits, rows=spec.microbatch // hosts.count(),
-    microbatches=spec.sequences_per_step // spec.microbatch, seed=spec.seed,
-  )
+  examples_feed = make_feed(spec, network, examples)
   step_fn = jax.jit(
     step_lib.make_supervised_step(
       network.model, optimizer, trained=spec.optimizer.trained,
@@ -63,24 +61,54 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     f"{spec.sequences_per_step // spec.microbatch} microbatch(es), "
     f"{spec.feed.noise_draws} noisy copies of each image",
   ])
-  with run, contextlib.closing(batches.batches(run.step, spec.run.steps)) as made:
-    for _ in run.steps():
-      with hosts.raise_on_all_hosts():
-        batch = next(made)
-      train_state, values = step_fn(train_state, spread(batch, network.mesh, spec.microbatch))
-      run.commit(train_state, values)
+  # A bad example raises when its batch is needed; of several hosts, the one that has it would leave
+  # the others waiting. They agree on a stop one step after it is requested, so it looks two ahead.
+  ahead = 0 if hosts.count() == 1 else 2
+  steps = range(run.step, spec.run.steps)
+  with contextlib.closing(feed.Prefetch(examples_feed.batch, steps)) as batches, run:
+    _raise_if_bad(batches, ahead)
+    try:
+      for _ in run.steps():
+        batch = put(batches.next(), network.mesh)
+        train_state, metrics = step_fn(train_state, batch)
+        if batches.error(ahead):
+          run.request_stop()
+        run.commit(train_state, metrics)
+    except run_lib.Stopped:
+      _raise_if_bad(batches, ahead)
+      raise
   run.finish(train_state)
   return train_state
 
 
-def make_encoder(folder: folders.ModelFolder) -> feed.EncodeFn:
-  """What encodes the feed's images: the folder's autoencoder, on one device.
+def _raise_if_bad(batches: feed.Prefetch, count: int) -> None:
+  """Raises on all hosts what is wrong with one of the next `count` batches of any of them."""
+  with hosts.raise_on_all_hosts():
+    if error := batches.error(count):
+      raise error
 
-  It runs in the feed's thread, and programs over all devices that two threads launch in different
-  orders wait for each other for ever.
+
+def make_feed(spec: sft.Spec, network: state.Network, examples: corpus.Corpus) -> feed.Feed:
+  """What makes this host's part of every batch."""
+  local = sharding.row_hosts(network.mesh, spec.microbatch) == jax.process_index()
+  limits = dataclasses.replace(spec.limits, images=spec.limits.images // hosts.count())
+  return feed.Feed(
+    examples, network.config, network.tokenizer, make_encoder(network.folder), spec.feed, limits,
+    sequences_per_step=spec.sequences_per_step, microbatch=spec.microbatch,
+    local_rows=np.flatnonzero(local), seed=spec.seed,
+  )
+
+
+def make_encoder(folder: folders.ModelFolder) -> feed.EncodeFn:
+  """What encodes the feed's images: the folder's autoencoder, on this host's last device.
+
+  It runs in the feed's thread, so on one device: programs over several devices that two threads
+  launch in different orders wait for each other in a deadlock. The first device is the default of
+  small programs.
   """
   encoder = vae.VAE(folder.config.vae)
-  params = folder.load_params(dtype=jnp.float32, parts=("vae",))["vae"]
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[-1])
+  params = folder.load_params(dtype=jnp.float32, parts=("vae",), shardings=device)["vae"]
 
   def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
     count, height, width, _ = pixels.shape
@@ -93,15 +121,7 @@ def make_encoder(folder: folders.ModelFolder) -> feed.EncodeFn:
   return encode
 
 
-def spread(batch: types.PackedBatch, mesh, rows: int) -> types.PackedBatch:
-  """The batch of all hosts, on the devices, from what each of them made.
-
-  Args:
-    batch: this host's, [microbatches, its rows or ViT images, ...]; `vit_row` counts its own rows.
-    mesh: devices.
-    rows: of a microbatch, all hosts together.
-  """
-  own = np.flatnonzero(sharding.row_hosts(mesh, rows) == jax.process_index()).astype(np.int32)
-  batch = batch.replace(vit_row=own[batch.vit_row])
+def put(batch: types.PackedBatch, mesh) -> types.PackedBatch:
+  """The batch of all hosts, on the devices, from each host's part of it; see `feed.Feed.batch`."""
   where = sharding.along_batch(mesh, axis=1)
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)

@@ -6,6 +6,7 @@ Letters: B rows, Y labels a row, D model width, V vocabulary, I image tokens, C 
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 
 import chex
 import jax
@@ -81,23 +82,24 @@ def velocity_mse(
   return _mean(squared.mean(-1), mask.astype(jnp.float32)), squared
 
 
-def shifted_timesteps(normal: chex.Array, *, shift: float) -> chex.Array:
+def shifted_timesteps(normal: chex.ArrayNumpy | chex.Array, *, shift: float) -> chex.Array:
   """Flow times for training, from standard normal draws.
 
-    t = s sigma(z) / (1 + (s - 1) sigma(z))
+    t = s sigma(z) / (1 + (s - 1) sigma(z)) = sigma(z + log s)
 
   Source: official BAGEL `Bagel.forward` (logit-normal times, Esser et al. 2024, eq. 19 and 23). A
   draw of -inf is a clean image, t = 0.
 
   Args:
-    normal: z, any shape.
+    normal: z, any shape; NumPy or JAX, and so is the result.
     shift: s, 1 for none; larger is noisier.
 
   Returns:
     t in [0, 1], float32, 1 is noise.
   """
-  u = jax.nn.sigmoid(normal.astype(jnp.float32))
-  return shift * u / (1 + (shift - 1) * u)
+  xp = normal.__array_namespace__()
+  z = normal.astype(xp.float32) + math.log(shift)
+  return xp.exp(-xp.logaddexp(xp.float32(0), -z))
 
 
 def _mean(values: chex.Array, weight: chex.Array) -> chex.Array:

@@ -15,7 +15,8 @@ from unigrpo_jax.runtime import hosts, sharding, state
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.supervised import feed
 
-MUTABLE_KEYS = {"limits"}
+# The numbers of a step depend on neither, but for rounding.
+MUTABLE_KEYS = {"limits", "microbatch"}
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {"attention": "auto", "keep_every": 0}
 BOUNDS: checks.Bounds = (

@@ -1,7 +1,7 @@
 """What supervised training learns from: examples of drawing, editing and answering.
 
-A corpus is a function of a NumPy generator, so that the examples of a step depend on the seed and
-the step alone, and a resumed run sees what an uninterrupted one would have seen.
+A corpus is a function of the number of a row, counted over all steps and hosts, and of that row's
+NumPy generator: it has no position that a resumed run would have to restore.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from unigrpo_jax.data import lines
 from unigrpo_jax.iconworld import plans, prompts, renderer, tasks
 
 TASKS = ("draw_think", "draw", "answer", "describe", "edit")
+
+# What a generator is for: the second number of its seed.
+ROWS, EPOCHS = 0, 1
 
 # Of a line of a shard.
 _KEYS = ("prompt", "reasoning", "answer", "image", "source")
@@ -47,13 +50,14 @@ class Example:
   where: str = ""
 
 
-Corpus = Callable[[np.random.Generator], Example]
+# (number of the row, its generator) -> its example.
+Corpus = Callable[[int, np.random.Generator], Example]
 
 
 def iconworld(
   mixture: Mapping[str, float], *, wrong_plan_rate: float, split: str = "train"
 ) -> Corpus:
-  """Scenes of IconWorld without end.
+  """Endless scenes of IconWorld, which depend on a row's generator alone.
 
   Args:
     mixture: relative frequency of each of TASKS.
@@ -77,7 +81,8 @@ def iconworld(
   weights = np.array([mixture[name] for name in names], float)
   weights /= weights.sum()
 
-  def draw(rng: np.random.Generator) -> Example:
+  def example_of(row_number: int, rng: np.random.Generator) -> Example:
+    del row_number
     task = names[rng.choice(len(names), p=weights)]
     example = prompts.sample(rng, split)
     if task == "answer":
@@ -102,20 +107,26 @@ def iconworld(
       return Example(example.prompt, target=_picture(example.scene, rng))
     return Example(example.prompt, text, target=_picture(scene, rng))
 
-  return draw
+  return example_of
 
 
 def _picture(scene, rng: np.random.Generator) -> PIL.Image.Image:
   return PIL.Image.fromarray(renderer.render(scene, rng))
 
 
-def shards(folder: pathlib.Path | str) -> Corpus:
+def shards(folder: pathlib.Path | str, *, seed: int) -> Corpus:
   """Examples of local files: every `*.jsonl` in `folder`, one object a line.
 
   An object has a "prompt", and either an "image" (file to draw), with a "reasoning" or without, or
   an "answer"; and a "source" (file to edit or to answer about) or none. Files are relative to the
-  folder. Texts are learnt to the letter: a reasoning has the tags that it is to be written with,
-  "<think>" and "</think>" for what the system prompt of thinking asks for.
+  folder. Texts are learnt exactly as they are: a reasoning has the tags that it is to be written
+  with, "<think>" and "</think>" for what the system prompt of thinking asks for.
+
+  Every epoch, so many rows as there are examples, has each of them once, in an order of its own.
+
+  Args:
+    folder: of the shards.
+    seed: of the orders.
 
   Raises:
     InputError: no shards, a line that is not such an object, or a file that it names is not there;
@@ -132,15 +143,21 @@ def shards(folder: pathlib.Path | str) -> Corpus:
   if not rows:
     raise errors.InputError(f"{folder}: its shards are empty; expected one example a line")
 
-  def draw(rng: np.random.Generator) -> Example:
-    where, row = rows[rng.integers(len(rows))]
+  @functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
+  def order(epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, EPOCHS, epoch)).permutation(len(rows))
+
+  def example_of(row_number: int, rng: np.random.Generator) -> Example:
+    del rng
+    epoch, place = divmod(row_number, len(rows))
+    where, row = rows[order(epoch)[place]]
     load = lambda key: images_lib.load_rgb(folder / row[key]) if key in row else None
     with errors.at(where):
       return Example(
         row["prompt"], row.get("reasoning", row.get("answer")), load("image"), load("source"), where
       )
 
-  return draw
+  return example_of
 
 
 def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:
@@ -149,9 +166,9 @@ def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:
     errors.choose(f"{where}: key", key, _KEYS)
     lines.check_text(row, key, where)
   if ("image" in row) == ("answer" in row):
-    found = "both" if "image" in row else "none"
+    number = "both" if "image" in row else "none"
     raise errors.InputError(
-      f'{where}: has {found} of "image" to draw and "answer" to learn; give one of them'
+      f'{where}: has {number} of "image" to draw and "answer" to learn; give one of them'
     )
   if "reasoning" in row and "answer" in row:
     raise errors.InputError(

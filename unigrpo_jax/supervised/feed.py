@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import concurrent.futures
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -13,6 +15,8 @@ from unigrpo_jax import errors, types
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import packing, programs, requests
+from unigrpo_jax.episodes import script as script_lib
+from unigrpo_jax.losses import supervised as losses
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.supervised import corpus
 
@@ -55,7 +59,12 @@ class Recipe:
 
 
 class Feed:
-  """Packed batches as a function of the step: a resumed run goes on where it stopped."""
+  """Packed batches as a function of the step.
+
+  The rows of all steps are numbered from 0, and each has a generator of its own, seeded with its
+  number. A batch therefore depends neither on the number of hosts nor, but for its layout, on the
+  size of a microbatch, and a resumed run needs no state.
+  """
 
   def __init__(
     self,
@@ -66,147 +75,205 @@ class Feed:
     recipe: Recipe,
     limits: packing.PadTo,
     *,
-    rows: int,
-    microbatches: int,
+    sequences_per_step: int,
+    microbatch: int,
+    local_rows: Sequence[int],
     seed: int,
   ):
-    """`rows` sequences a microbatch on this host, `microbatches` a step.
+    """Every array has the size that `limits` says, whatever the examples: one compilation.
 
-    Every array has the size that `limits` says, whatever the examples: one compilation.
+    Args:
+      examples: what is learnt.
+      config, tokenizer: of the model.
+      encode_fn: the autoencoder.
+      recipe: how an example becomes a sequence.
+      limits: sizes of a microbatch's arrays; `images` are those of this host.
+      sequences_per_step, microbatch: rows of a step and of a microbatch, all hosts together.
+      local_rows: those of each microbatch that this host makes.
+      seed: of everything random.
     """
     self._examples, self._config, self._tokenizer = examples, config, tokenizer
-    self._encode, self._recipe, self._limits = encode_fn, recipe, limits
-    self._rows, self._microbatches, self._seed = rows, microbatches, seed
+    self._encode_fn, self._recipe, self._limits = encode_fn, recipe, limits
+    self._sequences_per_step, self._microbatch = sequences_per_step, microbatch
+    self._local_rows, self._seed = np.asarray(local_rows, np.int32), seed
 
   def batch(self, step: int) -> types.PackedBatch:
-    """The microbatches of a step, NumPy, on a leading axis.
+    """This host's part of a step: NumPy, [microbatches, its rows or ViT images, ...].
+
+    `vit_row` counts the rows of all hosts.
 
     Raises:
-      InputError: an example cannot be read or is beyond the limits; says where it stands.
+      InputError: an example cannot be read or is beyond the limits; names file and line.
     """
-    rng = np.random.default_rng((self._seed, step, jax.process_index()))
-    micro = [self._microbatch(rng) for _ in range(self._microbatches)]
+    first = step * self._sequences_per_step
+    starts = range(first, first + self._sequences_per_step, self._microbatch)
+    rows = [self._row(start + int(row)) for start in starts for row in self._local_rows]
+    self._encode(rows)
+    samples = [self._sample(row) for row in rows]
+    count = len(self._local_rows)
+    micro = [self._pack(samples[at : at + count]) for at in range(0, len(samples), count)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)
 
-  def batches(self, first: int, last: int, ahead: int = 2) -> Iterator[types.PackedBatch]:
-    """The batches of steps first to last - 1, made `ahead` in another thread."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      pending = [pool.submit(self.batch, step) for step in range(first, min(first + ahead, last))]
-      try:
-        for step in range(first, last):
-          if step + ahead < last:
-            pending.append(pool.submit(self.batch, step + ahead))
-          yield pending.pop(0).result()
-      finally:
-        for future in pending:
-          future.cancel()
+  def _row(self, number: int) -> _Row:
+    rng = np.random.default_rng((self._seed, corpus.ROWS, number))
+    example = self._examples(number, rng)
+    with errors.at(example.where):
+      resize = lambda image: image and images_lib.resize(image, self._config.vae_image)
+      return _Row(rng, dataclasses.replace(
+        example, target=resize(example.target), source=resize(example.source)
+      ))
 
-  def _microbatch(self, rng: np.random.Generator) -> types.PackedBatch:
-    examples = [self._examples(rng) for _ in range(self._rows)]
-    latents = self._latents(examples, rng)
-    samples = []
-    for example, target, source in zip(examples, latents[: self._rows], latents[self._rows :]):
-      with errors.at(example.where):
-        samples.append(
-          splits_of(example, target, source, self._config, self._tokenizer, self._recipe, rng)
-        )
-        _check_sample(packing.sizes(samples[-1]), self._limits)
-    images = sum(packing.sizes(sample).images for sample in samples)
+  def _encode(self, rows: Sequence[_Row]) -> None:
+    """Encodes what is drawn or edited, images of one size together.
+
+    An image that is only asked about is not encoded: the answer sees it through the ViT alone.
+    """
+    c = self._config.vae
+    wanted = [
+      (row, name, image) for row in rows if row.example.target is not None
+      for name in ("target", "source") if (image := getattr(row.example, name)) is not None
+    ]
+    noise = [
+      row.rng.standard_normal(
+        (image.height // c.downsample, image.width // c.downsample, c.z_channels), np.float32
+      )
+      for row, _, image in wanted
+    ]
+    sizes = [(image.height, image.width) for *_, image in wanted]
+    for group, _ in requests.by_size(sizes, programs.VAE_PIXELS):
+      pixels = np.stack([images_lib.to_array(wanted[index][2]) for index in group])
+      latents = self._encode_fn(pixels, np.stack([noise[index] for index in group]))
+      for index, tokens in zip(group, latents):
+        row, name, _ = wanted[index]
+        row.latents[name] = tokens
+
+  def _sample(self, row: _Row) -> list[packing.Split]:
+    with errors.at(row.example.where):
+      sample = splits_of(
+        row.example, row.latents, self._config, self._tokenizer, self._recipe, row.rng
+      )
+      sizes = packing.sizes(sample)
+      for name, unit in _UNITS.items():
+        size, limit = getattr(sizes, name), getattr(self._limits, name)
+        if size > limit:
+          raise errors.InputError(
+            f"a sample has {size} {unit}, more than config.limits.{name}={limit}; raise it, or "
+            "leave the sample out"
+          )
+    return sample
+
+  def _pack(self, samples: Sequence[Sequence[packing.Split]]) -> types.PackedBatch:
+    images = sum(isinstance(split, packing.PatchImage) for sample in samples for split in sample)
     if images > self._limits.images:
       raise errors.InputError(
-        f"config.limits.images leaves {self._limits.images} to the {self._rows} sequences of a "
+        f"config.limits.images leaves {self._limits.images} to the {len(samples)} sequences of a "
         f"microbatch on this host, which have {images}; raise it, at most to config.microbatch"
       )
-    return packing.pack(
+    batch = packing.pack(
       samples, image_markers=(self._tokenizer.vision_start, self._tokenizer.vision_end),
       pad_to=self._limits,
       widths=packing.Widths(self._config.vit.patch_dim, self._config.latent_dim),
     )
-
-  def _latents(
-    self, examples: Sequence[corpus.Example], rng: np.random.Generator
-  ) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    """(latent tokens, grid ids) or None: of all targets, then of all sources that are edited.
-
-    Images of one size are encoded together. One that is only asked about is not encoded: the answer
-    sees it through the ViT alone.
-    """
-    c, out = self._config, [None] * 2 * len(examples)
-    edited = [None if example.target is None else example.source for example in examples]
-    wanted = [example.target for example in examples] + edited
-    images, ids = {}, {}
-    for place, (example, image) in enumerate(zip([*examples, *examples], wanted)):
-      if image is not None:
-        with errors.at(example.where):
-          images[place] = image = images_lib.resize(image, c.vae_image)
-          ids[place] = images_lib.position_ids(
-            image.height, image.width, c.latent_stride, c.max_latent_size, c.interpolate_pos
-          )
-    present = list(images)
-    shapes = [(images[place].height, images[place].width) for place in present]
-    for group, size in requests.by_size(shapes, programs.VAE_PIXELS):
-      places = [present[index] for index in group]
-      pixels = np.stack([images_lib.to_array(images[place]) for place in places])
-      shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
-      noise = rng.standard_normal((len(places), *shape), np.float32)
-      for place, tokens in zip(places, self._encode(pixels, noise)):
-        out[place] = (tokens, ids[place])
-    return out
+    return batch.replace(vit_row=self._local_rows[batch.vit_row])
 
 
-def _check_sample(sizes: packing.PadTo, limits: packing.PadTo) -> None:
-  """Refuses a sample that is larger than the arrays of a microbatch."""
-  for name, unit in _UNITS.items():
-    size, limit = getattr(sizes, name), getattr(limits, name)
-    if size > limit:
-      raise errors.InputError(
-        f"a sample has {size} {unit}, more than config.limits.{name}={limit}; raise it, or leave "
-        "the sample out"
-      )
+@dataclasses.dataclass(eq=False)
+class _Row:
+  """A row on its way into the batch: images are resized, `latents` are of those encoded."""
+
+  rng: np.random.Generator
+  example: corpus.Example
+  latents: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def splits_of(
-  example: corpus.Example, target, source, config: config_lib.BagelConfig,
+  example: corpus.Example, latents: Mapping[str, np.ndarray], config: config_lib.BagelConfig,
   tokenizer: tokenizer_lib.Tokenizer, recipe: Recipe, rng: np.random.Generator,
 ) -> list[packing.Split]:
-  """The sequence of an example: [system] [image, VAE then ViT] prompt [text] [noisy image].
+  """The training sequence of an example: the script of its task, its conditions dropped by chance.
+
+  Text that the policy is to write has labels, an image that it is to draw is there as noisy copies.
 
   Args:
-    example: what to learn.
-    target, source: (latent tokens [n, C], grid ids [n]) of its images, or None.
+    example: what to learn; its images have the sizes that the autoencoder sees.
+    latents: tokens [n, C] of its "target", and of the "source" where that is edited.
     config, tokenizer: of the model.
     recipe: noise and dropped conditions.
     rng: generator of both.
   """
-  wrap = lambda words: np.array(
-    [tokenizer.im_start, *tokenizer.encode(words), tokenizer.im_end], np.int32
+  draws = example.target is not None
+  script = script_lib.make(
+    think=draws and example.text is not None, answer=not draws, source=example.source is not None
   )
-  drops = rng.random(3) < (recipe.drop_text, recipe.drop_vit, recipe.drop_vae)
-  drop_text, drop_vit, drop_vae = drops & (example.target is not None)
+  # Only drawing is guided.
+  drop_text, drop_vit, drop_vae = draws & (
+    rng.random(3) < (recipe.drop_text, recipe.drop_vit, recipe.drop_vae)
+  )
+  given = {script_lib.SYSTEM: tokenizer_lib.SYSTEM_PROMPT_GEN, script_lib.PROMPT: example.prompt}
+  ids_of = lambda text: np.array(
+    [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end], np.int32
+  )
+  grid = lambda image: requests.latent_grid(config, [(image.height, image.width)]).ids[0]
   splits: list[packing.Split] = []
-  if example.target is not None and example.text is not None:
-    splits.append(packing.Text(wrap(tokenizer_lib.SYSTEM_PROMPT_GEN)))
-  if source is not None:
-    splits.append(packing.Dropped() if drop_vae else packing.CleanImage(*source))
-  if example.source is not None:
-    patches = requests.image_patches(
-      config, [images_lib.resize(example.source, config.vae_image)]
-    )
-    image = packing.PatchImage(patches.pixels[0], patches.ids[0])
-    splits.append(packing.Dropped() if drop_vit else image)
-  if not drop_text:
-    splits.append(packing.Text(wrap(example.prompt)))
-    if example.text is not None:
-      ids = wrap(example.text)
-      weight = CE_WEIGHTINGS[recipe.ce_weighting](len(ids) - 1)
-      splits.append(
-        packing.Text(ids, packing.next_token_labels(ids), np.full(len(ids), weight))
-      )
-  if target is not None:
-    tokens, ids = target
-    normal = rng.standard_normal(recipe.noise_draws)
-    u, shift = 1 / (1 + np.exp(-normal)), recipe.timestep_shift
-    for t in shift * u / (1 + (shift - 1) * u):
-      noise = rng.standard_normal(tokens.shape, np.float32)
-      splits.append(packing.NoisyImage(tokens, noise, float(t), ids))
+  for segment in script.segments:
+    match segment:
+      case script_lib.Given(name):
+        if name != script_lib.PROMPT or not drop_text:
+          splits.append(packing.Text(ids_of(given[name])))
+      case script_lib.Seen():
+        if segment.latents:
+          clean = packing.CleanImage(latents["source"], grid(example.source))
+          splits.append(packing.Dropped() if drop_vae else clean)
+        patches = requests.image_patches(config, [example.source])
+        seen = packing.PatchImage(patches.pixels[0], patches.ids[0])
+        splits.append(packing.Dropped() if drop_vit else seen)
+      case script_lib.Sampled():
+        if not drop_text:
+          ids = ids_of(example.text)
+          weight = CE_WEIGHTINGS[recipe.ce_weighting](len(ids) - 1)
+          splits.append(
+            packing.Text(ids, packing.next_token_labels(ids), np.full(len(ids), weight))
+          )
+      case script_lib.Drawn():
+        target, places = latents["target"], grid(example.target)
+        normal = rng.standard_normal(recipe.noise_draws)
+        for t in losses.shifted_timesteps(normal, shift=recipe.timestep_shift):
+          noise = rng.standard_normal(target.shape, np.float32)
+          splits.append(packing.NoisyImage(target, noise, float(t), places))
   return splits
+
+
+class Prefetch:
+  """The batches of some steps, made in order by a thread before they are needed.
+
+  `error` looks ahead, so that all hosts can stop before one needs a batch that it cannot make.
+  """
+
+  def __init__(
+    self, batch_fn: Callable[[int], types.PackedBatch], steps: Iterable[int], depth: int = 3
+  ):
+    """`batch_fn` makes the batch of a step, `depth` of them before the first is asked for."""
+    self._pool = concurrent.futures.ThreadPoolExecutor(1)
+    self._futures = (self._pool.submit(batch_fn, step) for step in steps)
+    self._pending = collections.deque(itertools.islice(self._futures, depth))
+
+  def next(self) -> types.PackedBatch:
+    """The batch of the next step; raises what its making raised."""
+    self._pending.extend(itertools.islice(self._futures, 1))
+    return self._pending.popleft().result()
+
+  def error(self, count: int) -> errors.InputError | None:
+    """Waits for the next `count` batches; what is wrong with the first that cannot be made.
+
+    It raises exceptions that no user can cause.
+    """
+    for future in itertools.islice(self._pending, count):
+      try:
+        future.result()
+      except errors.InputError as error:
+        return error
+    return None
+
+  def close(self) -> None:
+    """Ends the thread, when the batch in the making is done."""
+    self._pool.shutdown(cancel_futures=True)
