@@ -1,4 +1,4 @@
-"""Evaluations: fixed rows whatever the batch, other weights for one run, and what the means say."""
+"""Evaluations: rows that no batch changes, other weights for one run, means and intervals."""
 
 import json
 import math
@@ -12,11 +12,12 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation
-from unigrpo_jax.episodes import batches, pipeline
+from unigrpo_jax.episodes import pipeline
+from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import sharding
 from unigrpo_jax.sampling import flow
 
-SETTINGS = batches.Settings(
+SETTINGS = requests_lib.Settings(
   num_timesteps=3, max_tokens=5, temperature=1.0,
   guidance=flow.Guidance(text_scale=3.0, interval=(0.0, 1.0)),
 )
@@ -45,8 +46,8 @@ def pipe(golden):
 
 
 def _evaluation(pipe, score=_score, modes=MODES, **options):
-  options = dict(settings=SETTINGS, batch_size=2, seed=7, keep=2, size=(32, 32)) | options
-  return evaluation.Evaluation(pipe, EXAMPLES, score, modes=modes, **options)
+  defaults = dict(settings=SETTINGS, batch_size=2, seed=7, num_saved_images=2, size=(32, 32))
+  return evaluation.Evaluation(pipe, EXAMPLES, score, modes=modes, **(defaults | options))
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,11 @@ def test_every_row_is_its_prompt_run_alone(pipe, results):
   for mode, think, scale in (("plain + guidance", False, 3.0), ("think", True, 1.0)):
     rows = [row for row in results.rows if row.mode == mode]
     for i in (0, 3):
-      settings = batches.Settings(
+      settings = requests_lib.Settings(
         think=think, num_timesteps=3, max_tokens=5, temperature=1.0,
         guidance=flow.Guidance(text_scale=scale, interval=(0.0, 1.0)),
       )
-      request = batches.Request(PROMPTS[i], seed=7 + i, size=(32, 32))
+      request = requests_lib.Request(PROMPTS[i], seed=7 + i, size=(32, 32))
       [alone] = pipe.run(pipe.prepare([request], settings))
       assert rows[i].text == alone.text
       assert rows[i].rewards["bright"] == pytest.approx(alone.image.mean() / 255, abs=1e-3)
@@ -74,7 +75,7 @@ def test_every_row_is_its_prompt_run_alone(pipe, results):
   assert [row.text for row in results.rows[10:]] == [e.reasoning for e in EXAMPLES]
 
 
-def test_rewards_that_do_not_apply_and_pictures_that_are_not_kept_are_absent(results):
+def test_rewards_that_do_not_apply_and_pictures_that_are_not_saved_are_absent(results):
   assert all(set(row.rewards) == {"bright"} for row in results.rows[:5])
   assert all(set(row.rewards) == {"bright", "words"} for row in results.rows[5:])
   assert [row.image is not None for row in results.rows] == [True, True, False, False, False] * 3
@@ -84,15 +85,15 @@ def test_rewards_that_do_not_apply_and_pictures_that_are_not_kept_are_absent(res
 
 def test_other_parameters_serve_one_run_and_compile_nothing(pipe, results, compilations):
   runs = _evaluation(pipe)
-  own = pipe.params
-  other = jax.tree.map(lambda a: 1.5 * a, own["bagel"])
+  params = pipe.params
+  other = jax.tree.map(lambda a: 1.5 * a, params["bagel"])
   runs.run()
   compilations.clear()
   changed = runs.run(other)
   again = runs.run()
-  assert compilations == [] and pipe.params is own
+  assert compilations == [] and pipe.params is params
   for parts in runs._batches.values():
-    shapes = [jax.tree.map(np.shape, (part.prompt_ids, part.given_ids)) for part in parts]
+    shapes = [str(jax.tree.map(np.shape, part.texts)) for part in parts]
     assert len(parts) == 3 and len(set(shapes)) == 1
   assert [row.rewards for row in again.rows] == [row.rewards for row in results.rows]
   differ = [(changed.images[name] != image).mean() for name, image in results.images.items()]
@@ -103,12 +104,12 @@ def test_other_parameters_serve_one_run_and_compile_nothing(pipe, results, compi
 
   with pytest.raises(KeyError):
     _evaluation(pipe, failing).run(other)
-  assert pipe.params is own
+  assert pipe.params is params
 
 
 def test_progress_counts_the_rows_of_all_modes(pipe):
   seen = []
-  _evaluation(pipe, modes=MODES[:1]).run(progress=lambda *told: seen.append(told))
+  _evaluation(pipe, modes=MODES[:1]).run(progress=lambda *arguments: seen.append(arguments))
   assert seen == [("plain + guidance", done, 5) for done in (2, 4, 5)]
 
 
@@ -187,7 +188,7 @@ def test_impossible_evaluations_are_refused(pipe):
     make(bare, MODES)
   with pytest.raises(errors.InputError, match="at least one prompt"):
     make([], MODES)
-  with pytest.raises(errors.InputError, match="may stand there once"):
+  with pytest.raises(errors.InputError, match="may be given only once"):
     make(bare, MODES[:1] * 2)
   with pytest.raises(errors.InputError, match="batch_size=0"):
     make(bare, MODES[:1], batch_size=0)
@@ -210,17 +211,14 @@ def test_batches_are_no_larger_than_needed_and_share_the_devices_evenly(asked, c
 
 def test_parts_of_a_batch_are_its_rows(pipe):
   images = [PIL.Image.new("RGB", (32 + 16 * i, 48), (60 * i,) * 3) for i in range(3)]
-  requests = [batches.Request("ab" * i + "c", seed=i, image=im) for i, im in enumerate(images)]
+  requests = [requests_lib.Request("ab" * i + "c", seed=i, image=im) for i, im in enumerate(images)]
   whole = pipe.prepare(requests, SETTINGS, 4)
-  first, second = batches.split(whole, 2)
+  first, second = requests_lib.split(whole, 2)
   assert (first.real, second.real, first.capacity) == (2, 1, whole.capacity)
   assert second.seeds == (2, 0) and second.sizes == whole.sizes[2:]
   assert second.images == whole.images[2:]
-  np.testing.assert_array_equal(second.prompt_ids, whole.prompt_ids[2:])
-  for whole_leaf, leaf in zip(
-    jax.tree.leaves((whole.patches, whole.grid)), jax.tree.leaves((second.patches, second.grid)),
-    strict=True,
-  ):
+  arrays = lambda batch: jax.tree.leaves((batch.texts, batch.patches, batch.grid))
+  for whole_leaf, leaf in zip(arrays(whole), arrays(second), strict=True):
     np.testing.assert_array_equal(leaf, whole_leaf[2:])
   with pytest.raises(errors.InputError, match="4 rows cannot be split into parts of 3"):
-    batches.split(whole, 3)
+    requests_lib.split(whole, 3)

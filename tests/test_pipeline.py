@@ -1,4 +1,4 @@
-"""Whole modes: a row alone, in a batch, on a mesh and again."""
+"""All modes: a row alone, in a batch, on a mesh and again."""
 
 import dataclasses
 
@@ -10,11 +10,12 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.episodes import batches, pipeline
-from unigrpo_jax.runtime import folders, sharding
+from unigrpo_jax.episodes import pipeline
+from unigrpo_jax.episodes import requests as requests_lib
+from unigrpo_jax.runtime import sharding
 from unigrpo_jax.sampling import flow
 
-SETTINGS = batches.Settings(
+SETTINGS = requests_lib.Settings(
   num_timesteps=4, max_tokens=6, temperature=1.0,
   guidance=flow.Guidance(image_scale=1.5, interval=(0.0, 1.0)),
 )
@@ -43,12 +44,14 @@ def _requests(with_image):
   prompts = ["a red kite", "two", "three birds above a chair"]
   if not with_image:
     sizes = [(48, 64), (32, 32), (64, 16)]
-    return [batches.Request(p, seed=i, size=s) for i, (p, s) in enumerate(zip(prompts, sizes))]
+    return [requests_lib.Request(p, seed=i, size=s) for i, (p, s) in enumerate(zip(prompts, sizes))]
   images = [
     PIL.Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8))
     for h, w in [(50, 70), (40, 33), (64, 64)]
   ]
-  return [batches.Request(p, seed=i, image=im) for i, (p, im) in enumerate(zip(prompts, images))]
+  return [
+    requests_lib.Request(p, seed=i, image=im) for i, (p, im) in enumerate(zip(prompts, images))
+  ]
 
 
 def _settings(mode):
@@ -68,7 +71,7 @@ def _assert_same(got, want):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_alone_equals_the_row_in_a_batch(one_device, mode):
-  """Whole runs, over texts and images of different sizes."""
+  """From request to result, over texts and images of different sizes."""
   requests, settings = _requests("image" in MODES[mode]), _settings(mode)
   together = _run(one_device, requests, settings)
   for request, got in zip(requests[:2], together):
@@ -119,8 +122,8 @@ def test_given_reasoning_draws_what_sampled_reasoning_drew(one_device):
   settings = dataclasses.replace(_settings("think"), temperature=0)
   request = _requests(False)[0]
   sampled = _run(one_device, [request], settings)[0]
-  words = one_device.tokenizer.decode(sampled.ids)
-  assert tuple(one_device.tokenizer.encode(words)) == sampled.ids and not sampled.finished
+  words = one_device.network.tokenizer.decode(sampled.ids)
+  assert tuple(one_device.network.tokenizer.encode(words)) == sampled.ids and not sampled.finished
   given = _run(one_device, [dataclasses.replace(request, reasoning=words)], settings)[0]
   assert given.text is None
   assert np.abs(given.image.astype(int) - sampled.image).max() <= 1
@@ -131,17 +134,17 @@ def test_given_reasoning_draws_what_sampled_reasoning_drew(one_device):
 def test_only_answering_needs_no_vae(golden):
   answering = pipeline.Pipeline.open(golden).load(("bagel",))
   assert set(answering.params) == {"bagel"}
-  assert _run(answering, [batches.Request("why?")], _settings("understand_think"))[0].ids
+  assert _run(answering, [requests_lib.Request("why?")], _settings("understand_think"))[0].ids
 
 
 @pytest.mark.parametrize(
   "request_, settings, words",
   [
-    (batches.Request("  "), SETTINGS, "prompt 1 is empty"),
-    (batches.Request("x" * 4100), SETTINGS, "prompt 1 has 4100 tokens, at most 409"),
-    (batches.Request("x", size=(40, 64)), SETTINGS, "height=40.*multiple of 16.*try 32"),
-    (batches.Request("x", size=(64, 144)), SETTINGS, "width=144.*128"),
-    (batches.Request("x"), dataclasses.replace(SETTINGS, think=True, max_tokens=4000),
+    (requests_lib.Request("  "), SETTINGS, "prompt 1 is empty"),
+    (requests_lib.Request("x" * 4100), SETTINGS, "prompt 1 has 4100 tokens, at most 409"),
+    (requests_lib.Request("x", size=(40, 64)), SETTINGS, "height=40.*multiple of 16.*try 32"),
+    (requests_lib.Request("x", size=(64, 144)), SETTINGS, "width=144.*128"),
+    (requests_lib.Request("x"), dataclasses.replace(SETTINGS, think=True, max_tokens=4000),
      "at most 0 fit|prompt 1 has"),
   ],
 )
@@ -168,8 +171,8 @@ def test_mixed_batches_are_refused(one_device):
     _run(one_device, [_requests(True)[0], _requests(False)[0]], SETTINGS)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(golden, one_device):
+def test_a_tokenizer_that_does_not_fit_is_refused(golden, monkeypatch):
   too_large = dataclasses.replace(tokenizer_lib.load(golden), size=10_000)
-  folder = folders.open_folder(golden)
+  monkeypatch.setattr(tokenizer_lib, "load", lambda _: too_large)
   with pytest.raises(errors.InputError, match="9999.*vocab_size=300"):
-    pipeline.Pipeline(folder, one_device.model, too_large, one_device.mesh)
+    pipeline.Pipeline.open(golden)

@@ -248,7 +248,7 @@ class Sampler:
     for size in sorted(set(batch.sizes)):
       members = np.flatnonzero([other == size for other in batch.sizes])
       filled = members[np.arange(len(members) + -len(members) % self._ways) % len(members)]
-      some = latents if len(filled) == batch.rows else latents[filled]
+      some = latents if len(members) == batch.rows else latents[filled]
       for place, image in self._decode_one_size(some, size):
         if place < len(members) and members[place] < batch.real:
           rows.append(members[place])
