@@ -1,4 +1,6 @@
-"""Trajectories of the golden BAGEL, sampled as training samples them, for the joint objective."""
+"""Trajectories of the golden BAGEL, sampled as training samples them, and updates by them."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -8,42 +10,62 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import types
-from unigrpo_jax.algorithms import objective, update
-from unigrpo_jax.episodes import batches, phases, policy
+from unigrpo_jax.algorithms import base, forward, grpo, update
+from unigrpo_jax.episodes import programs, replay, requests
+from unigrpo_jax.episodes import script as script_lib
+from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.runtime import optim
-from unigrpo_jax.sampling import flow
+from unigrpo_jax.sampling import flow, sde
 
 PROMPTS = ([280, 40, 41, 42, 281], [280, 50, 281], [280, 60, 61, 281], [280, 70, 71, 72, 73, 281])
-END = 40  # Random weights hardly ever say 281: a token that they do say is the terminator.
+END = 40  # Random weights hardly ever sample 281: a token that they do sample is the terminator.
 SYSTEM = (280, 100, 101, 281)
 GROUP, MAX_TOKENS, POINTS, SHIFT, NOISE = 2, 5, 6, 3.0, 0.8
 STEPS = (0, 2)  # The first, where t = 1, and another.
 NO_GUIDANCE = flow.Guidance(text_scale=1.0)
 GUIDANCE = flow.Guidance(text_scale=3.0, interval=(0.9, 1.0))  # One step within, one without.
+THINK, PLAIN = script_lib.make(think=True), script_lib.make(think=False)
+T_SECOND = float(flow.time_grid(POINTS, SHIFT)[1])
+_SDE = dict(
+  ratio="norm", clip=1e-2, grad_reweight="none", kind="flow", noise_level=NOISE, t_second=T_SECOND
+)
+# Of each algorithm, besides what all have.
+NUMBERS = {
+  grpo.GRPO: _SDE,
+  grpo.DPPO: _SDE | dict(threshold=1e-5),
+  forward.NFT: dict(draws=3, beta=1.0, bound=5.0),
+  forward.AWM: dict(draws=3, clip=1e-2, weighting="uniform"),
+  forward.FPO: dict(draws=3, clip=1e-2),
+}
 
 
 def grid(config, side=2) -> types.LatentGrid:
   """Of one image of side x side latent tokens."""
-  return jax.tree.map(jnp.asarray, batches.latent_grid(config, [(16 * side, 16 * side)]))
+  return jax.tree.map(jnp.asarray, requests.latent_grid(config, [(16 * side, 16 * side)]))
 
 
-def reading(**changes) -> policy.Reading:
-  start = policy.Reading(
-    system_ids=SYSTEM, start_id=280, end_id=END, temperature=1.0, chunk=3, text=True, flow=True,
-    guidance=NO_GUIDANCE, routing="expert",
+def replay_config(script: script_lib.Script = THINK, **changes) -> replay.ReplayConfig:
+  start = replay.ReplayConfig(
+    script=script, system_ids=SYSTEM if script.has(script_lib.Given(script_lib.SYSTEM)) else (),
+    start_id=280, end_id=END, temperature=1.0, chunk=3, text=script.has(script_lib.Sampled),
+    flow=True, guidance=NO_GUIDANCE, routing="expert",
   )
   return dataclasses.replace(start, **changes)
 
 
-def numbers(**changes) -> objective.Objective:
+def text_objective(**changes) -> base.TextObjective:
+  start = base.TextObjective(
+    aggregation="seq-mean-token-mean", max_tokens=MAX_TOKENS, clip_low=0.2, clip_high=0.2,
+    dual_clip=None, kl_weight=0.0,
+  )
+  return dataclasses.replace(start, **changes)
+
+
+def algorithm(kind: type[base.Algorithm] = grpo.GRPO, **changes) -> base.Algorithm:
   """Clips that bind only where the second epoch goes far, and weights that leave no term out."""
-  start = objective.Objective(
-    aggregation="seq-mean-token-mean", max_tokens=MAX_TOKENS, text_clip_low=0.2, text_clip_high=0.2,
-    dual_clip=None, text_kl_weight=0.0, flow_weight=0.7, flow="grpo", ratio="norm",
-    flow_clip_low=1e-2, flow_clip_high=1e-2, grad_reweight="none", dppo_threshold=1e-5,
-    nft_beta=1.0, nft_bound=5.0, awm_weighting="uniform", regulariser="velocity_mse",
-    regulariser_weight=0.1, kind="flow", noise_level=NOISE,
-    t_second=float(flow.time_grid(POINTS, SHIFT)[1]),
+  start = kind(
+    replay=replay_config(), text=text_objective(), flow_weight=0.7, regulariser="velocity_mse",
+    regulariser_weight=0.1, **NUMBERS[kind],
   )
   return dataclasses.replace(start, **changes)
 
@@ -63,35 +85,70 @@ def optimizer(rates=None, *, eps=1e-2, clip_norm=10.0):
   )
 
 
-def sample(model, params, *, think=True, guidance=NO_GUIDANCE, side=2):
-  """An experience of 4 prompts x 2; with thinking, some reasonings end and some are cut."""
-  rows = len(PROMPTS) * GROUP
+def inputs(script: script_lib.Script, source: types.Seen | None = None) -> programs.Inputs:
+  """Padded prompts, and where the script has them the system prompt and source images."""
   length = max(map(len, PROMPTS)) + 1
   ids, mask = np.zeros((len(PROMPTS), length), np.int32), np.zeros((len(PROMPTS), length), bool)
   for row, prompt in enumerate(PROMPTS):
     ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-  system = np.array(SYSTEM, np.int32) if think else None
-  keys = jax.random.split(jax.random.key(0), rows)
-  inputs = phases.Inputs(prompt_ids=ids, prompt_mask=mask, system_ids=system)
+  texts = {script_lib.PROMPT: types.Text(ids, mask)}
+  if script.has(script_lib.Given(script_lib.SYSTEM)):
+    texts[script_lib.SYSTEM] = types.Text(
+      np.array([SYSTEM], np.int32), np.ones((1, len(SYSTEM)), bool)
+    )
+  return programs.Inputs(texts, {} if source is None else {script_lib.SOURCE: source})
 
-  contexts = phases.read(model, params, inputs, capacity=length + len(SYSTEM))
+
+def sample(
+  model, params, script: script_lib.Script = THINK, *, guidance=NO_GUIDANCE, side=2, source=None
+) -> types.Experience:
+  """An experience of 4 prompts x 2; with reasonings, some of which end and some are cut.
+
+  Its prompts are repeated for every trajectory, where there is no source image.
+  """
+  rows, given = len(PROMPTS) * GROUP, inputs(script, source)
+  keys = jax.random.split(jax.random.key(0), rows)
+  fold = lambda number: jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+  capacity = sum(text.ids.shape[1] for text in given.texts.values())
+  if source is not None:
+    capacity += sum(part.mask.shape[1] + 2 for part in (source.grid, source.patches))
+  contexts = programs.prefill(model, params, given, script=script, capacity=capacity)
   text = None
-  if think:
-    contexts = phases.fork(model, contexts, copies=GROUP, capacity=MAX_TOKENS + 2)
-    text, main = phases.write(
+  if script.has(script_lib.Sampled):
+    contexts = programs.fork(model, contexts, copies=GROUP, capacity=MAX_TOKENS + 2)
+    text, main = programs.decode_text(
       model, params, contexts.main, keys, None, start_id=280, end_id=END, max_tokens=MAX_TOKENS,
       temperature=1.0,
     )
     contexts = contexts.replace(main=main)
-  drawn = phases.explore(
-    model, params, contexts, keys, jnp.tile(jnp.array(STEPS, jnp.int32), (rows, 1)),
-    jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), grid(model.config, side)),
+  shape = (side * side, model.config.latent_dim)
+  drawn = programs.denoise(
+    model, params, contexts, jax.vmap(lambda key: jax.random.normal(key, shape))(fold(0)),
+    jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), grid(model.config, side)), fold(1),
+    jnp.tile(jnp.array(STEPS, jnp.int32), (rows, 1)),
     num_timesteps=POINTS, shift=SHIFT, guidance=guidance, kind="flow", noise_level=NOISE,
   )
-  again = lambda a: jnp.repeat(jnp.asarray(a), GROUP, axis=0)
+  prompt = jax.tree.map(jnp.asarray, given.texts[script_lib.PROMPT])
+  if source is None:
+    prompt = jax.tree.map(lambda a: jnp.repeat(a, GROUP, axis=0), prompt)
   # Not the same size in every group, so that no order of rows is like another.
   adv = jnp.array([1.0, -1.0, 0.5, -0.5, -1.5, 1.5, 0.8, -0.8])
-  return types.Experience(again(ids), again(mask), text, drawn, adv, jnp.ones(rows, bool))
+  return types.Experience(
+    prompt, source, (types.Round(text, drawn),), adv, jnp.ones(rows, bool)
+  )
+
+
+def flow_drift(model, output: replay.PolicyOutput, experience: types.Experience, side=2) -> float:
+  """Largest |log ratio| of the replayed velocities and the recorded means."""
+  drawn = experience.only.flow
+  step = sde.transition(
+    drawn.x_t, output.guided, drawn.t, drawn.t_next, jnp.float32(T_SECOND), kind="flow",
+    noise_level=NOISE,
+  )
+  mask = grid(model.config, side).mask[:, None]
+  return float(jnp.abs(
+    flow_losses.log_ratio(step.mean, drawn.mean, drawn.x_next, step.std, mask)
+  ).max())
 
 
 def state(params, transformation, *, ema=False) -> types.TrainState:
@@ -102,26 +159,26 @@ def state(params, transformation, *, ema=False) -> types.TrainState:
 
 def runner(model, params):
   """run(experience, ...) -> (state after one update, state before it, metrics on the host)."""
-  usual = {"reading": reading(), "numbers": numbers(), "schedule": schedule()}
+  usual = {"algorithm": algorithm(), "schedule": schedule()}
 
   @functools.cache
-  def jitted(model, reading, numbers, schedule, rates, reference_model, context, ema_decay):
+  def jitted(model, algorithm, schedule, rates, reference_model, context, ema_decay):
     transformation = optimizer(dict(rates))
     return transformation, jax.jit(update.make_update(
-      model, transformation, grid(model.config), reading, numbers, schedule,
+      model, transformation, grid(model.config), algorithm, schedule,
       trained={group for group, rate in rates if rate}, ema_decay=ema_decay,
       reference_model=reference_model, reference_context=context,
     ))
 
   def run(
-    experience, *, reading=usual["reading"], numbers=usual["numbers"], schedule=usual["schedule"],
-    rates=None, model=model, start=params, reference=params, context=True, ema_decay=None,
+    experience, *, algorithm=usual["algorithm"], schedule=usual["schedule"], rates=None,
+    model=model, start=params, reference=params, context=True, ema_decay=None,
   ):
     """`reference`: its parameters, {} for the policy's own, None for none."""
     rates = dict(und=1e-2, gen=1e-2) if rates is None else rates
     other = None if reference is None else model.clone(lora=None)
     transformation, fn = jitted(
-      model, reading, numbers, schedule, tuple(rates.items()), other, context, ema_decay)
+      model, algorithm, schedule, tuple(rates.items()), other, context, ema_decay)
     before = state(start, transformation, ema=ema_decay is not None)
     after, metrics = fn(before.replace(reference=reference or None), experience)
     return after, before, jax.device_get(metrics)

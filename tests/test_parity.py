@@ -9,7 +9,7 @@ from tests.parity import __main__ as runner
 from tests.parity import cases, network, training
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import packing
-from unigrpo_jax.models import safetensors_io
+from unigrpo_jax.models import safetensors_files
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str]:
@@ -49,12 +49,11 @@ def spoil(path, change) -> None:
 def test_one_wrong_weight_fails(copy, monkeypatch, capsys):
   path = copy / "ema.safetensors"
   name = "language_model.model.layers.0.mlp.down_proj.weight"
-  file = safetensors_io.SafetensorsFile(path)
-  file.close()
-  entry = file.header.entries[name]
+  with safetensors_files.SafetensorsFile(path) as file:
+    entry = file.entries[name]
   assert entry.dtype == np.float32
   with path.open("r+b") as raw:
-    raw.seek(file.header.data_offset + entry.start)
+    raw.seek(entry.start)
     raw.write(np.float32(1.0).tobytes())
   status, output = run(monkeypatch, capsys, copy, "--only", "a_")
   assert status == 1

@@ -1,6 +1,5 @@
 """The update: ratios of 1, order and cuts that do not matter, what is masked, and what moves."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax.algorithms import objective, step
-from unigrpo_jax.episodes import policy
+from unigrpo_jax.algorithms import base, update
+from unigrpo_jax.episodes import replay
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.runtime import optim
@@ -42,7 +41,7 @@ def _close(a, b, atol=ATOL):
 
 
 def _rows(experience, index):
-  return jax.tree.map(lambda a: a[jnp.asarray(index)], experience)
+  return jax.tree.map(lambda a: a[index], experience)
 
 
 def test_ratios_are_one_in_the_first_epoch(one_step):
@@ -73,18 +72,14 @@ def test_a_prompt_read_once_is_the_same_as_once_a_trajectory(
   run, experience, one_step, microbatches, group_parts
 ):
   """However prompts and their groups are cut into microbatches."""
-  shared = experience.replace(
-    prompt_ids=experience.prompt_ids[:: joint.GROUP],
-    prompt_mask=experience.prompt_mask[:: joint.GROUP],
-  )
+  shared = experience.replace(prompt=_rows(experience.prompt, slice(None, None, joint.GROUP)))
   schedule = joint.schedule(microbatches=microbatches, group_parts=group_parts)
   after, _, metrics = run(shared, schedule=schedule)
   _close(after, one_step[0])
   assert metrics["drift/text"][0] < 1e-5
   # It would not be, were prompts and trajectories mixed up.
   if microbatches == 1:
-    turned = shared.replace(
-      prompt_ids=shared.prompt_ids[::-1], prompt_mask=shared.prompt_mask[::-1])
+    turned = shared.replace(prompt=_rows(shared.prompt, slice(None, None, -1)))
     assert run(turned, schedule=schedule)[2]["drift/text"][0] > 1e-3
 
 
@@ -111,7 +106,7 @@ def test_an_invalid_group_equals_none(run, experience):
 def test_zero_advantage_moves_nothing(run, experience):
   flat = experience.replace(adv=jnp.zeros(8))
   after, before, metrics = run(
-    flat, numbers=joint.numbers(regulariser="none"), schedule=joint.schedule(epochs=2),
+    flat, algorithm=joint.algorithm(regulariser="none"), schedule=joint.schedule(epochs=2),
     reference=None,
   )
   assert not metrics["grad_norm/und"].any() and not metrics["grad_norm/gen"].any()
@@ -131,10 +126,10 @@ def test_the_velocity_error_draws_back_to_the_reference(run, experience, params)
   moved = joint.moved(before.params, after.params)
   assert moved["gen"] > 0 and moved["und"] == 0
   _, _, other = run(
-    experience, numbers=joint.numbers(regulariser="latent_kl"), start=away,
+    experience, algorithm=joint.algorithm(regulariser="latent_kl"), start=away,
     reference=params["bagel"],
   )
-  # The distance is told whatever regularises.
+  # The distance is logged whatever regularises.
   np.testing.assert_allclose(other["flow/mse"][0], mse[0], rtol=1e-5)
   assert other["flow/latent_kl"][0] > 0 and "flow/latent_kl" not in metrics
 
@@ -148,41 +143,42 @@ def test_old_values_agree_in_the_first_step(run, experience, one_step, old_value
 
 
 def _by_hand(model, params, transformation, experience, epochs):
-  """Epochs from the parts: say, joint_loss against kept values, and the optimizer."""
-  reading, grid = joint.reading(), joint.grid(model.config)
-  numbers = joint.numbers(regulariser="none")
+  """Epochs from the parts: replay, loss against the first epoch's values, and the optimizer."""
+  algorithm, grid = joint.algorithm(regulariser="none"), joint.grid(model.config)
+  sampled = experience.only.text
   weights = {
     "text": text_losses.token_weights(
-      experience.text.mask, experience.valid, aggregation=numbers.aggregation,
-      max_tokens=numbers.max_tokens),
+      sampled.mask, experience.valid, aggregation=algorithm.text.aggregation,
+      max_tokens=algorithm.text.max_tokens),
     "flow": flow_losses.step_weights(experience.valid, 2),
   }
-  blank = objective.Old(logp=experience.text.logp, flow=experience.flow.mean)
+  recorded = base.Values(logp=sampled.logp, flow=experience.only.flow.mean)
 
   @jax.jit
-  def gradient(params, old, first):
+  def gradient(params, old, is_first_epoch):
     def loss(params):
-      said = policy.say(model, params, experience, grid, reading)
-      return objective.joint_loss(said, experience, old, weights, grid, numbers, first)
+      output = replay.replay(model, params, experience, grid, algorithm.replay)
+      return algorithm.loss(output, experience, old, weights, grid, is_first_epoch)
 
-    (_, (_, own, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return own, grads
+    (_, (_, new, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return new, grads
 
   state, old = joint.state(params, transformation), None
   for epoch in range(epochs):
-    own, grads = gradient(state.params, old or blank, epoch == 0)
-    old = old or own
+    new, grads = gradient(state.params, old or recorded, epoch == 0)
+    old = old or new
     # Only the trained groups have gradients in the update.
     grads = optim.join(
       optim.split(grads, {"und", "gen"})[0], jax.tree.map(jnp.zeros_like, grads))
-    state, _ = step.apply_gradients(state, grads, transformation, ema_decay=None, metrics={})
+    state, _ = update.apply_gradients(
+      state, grads, transformation, ema_decay=None, trained={"und", "gen"})
   return state
 
 
 def test_two_epochs_by_hand(run, experience, small, params):
   """The second epoch's ratios are against the first's own values, and are clipped."""
-  numbers, schedule = joint.numbers(regulariser="none"), joint.schedule(epochs=2)
-  after, before, metrics = run(experience, numbers=numbers, schedule=schedule, reference=None)
+  algorithm, schedule = joint.algorithm(regulariser="none"), joint.schedule(epochs=2)
+  after, before, metrics = run(experience, algorithm=algorithm, schedule=schedule, reference=None)
   want = _by_hand(small, params["bagel"], joint.optimizer(), experience, 2)
   _close(after, want, atol=3 * ATOL)
   assert int(after.step) == 2 and metrics["text/approx_kl"][0] == 0 < metrics["text/approx_kl"][1]
@@ -194,6 +190,6 @@ def test_minibatches_take_a_step_each(run, experience):
   schedule = joint.schedule(epochs=2, minibatches=2, old_values="recomputed", microbatches=1)
   after, _, metrics = run(experience, schedule=schedule)
   assert int(after.step) == 4 == len(metrics["loss/total"])
-  # The second minibatch meets a policy that the first has moved, and so old values tell.
+  # The second minibatch meets a policy that the first has moved, and so old values matter.
   np.testing.assert_allclose(metrics["text/approx_kl"][0], 0, atol=1e-10)
   assert (metrics["text/approx_kl"][1:] > 1e-7).all()

@@ -1,5 +1,7 @@
 """What the update becomes without one modality, with other objectives, and with adapters."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,8 @@ import numpy as np
 import pytest
 
 from tests import joint
-from unigrpo_jax import train
-from unigrpo_jax.algorithms import objective
-from unigrpo_jax.episodes import policy
+from unigrpo_jax.algorithms import base, forward, grpo, update
+from unigrpo_jax.episodes import replay
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel, layers
@@ -33,13 +34,18 @@ def run(small, params):
   return joint.runner(small, params["bagel"])
 
 
+def _of(kind=grpo.GRPO, **changes):
+  """An algorithm whose trajectories are replayed with changes."""
+  return joint.algorithm(kind, replay=joint.replay_config(**changes))
+
+
 def _groups(before, after):
   return {group for group, size in joint.moved(before.params, after.params).items() if size}
 
 
 def test_text_alone(run, experience):
   after, before, metrics = run(
-    experience, reading=joint.reading(flow=False), reference=None)
+    experience, algorithm=_of(flow=False), reference=None)
   assert _groups(before, after) == {"und"} and "loss/flow" not in metrics
   assert metrics["loss/total"] == metrics["loss/text"]
 
@@ -47,36 +53,34 @@ def test_text_alone(run, experience):
 def test_images_alone(run, experience):
   """The reasonings are context."""
   after, before, metrics = run(
-    experience, reading=joint.reading(text=False), reference=None)
+    experience, algorithm=_of(text=False), reference=None)
   assert _groups(before, after) == {"gen"} and "loss/text" not in metrics
 
 
 def test_images_without_thinking(run, small, params):
-  experience = joint.sample(small, params["bagel"], think=False)
+  experience = joint.sample(small, params["bagel"], joint.PLAIN)
   after, before, metrics = run(
-    experience, reading=joint.reading(text=False, system_ids=None), reference=None)
+    experience, algorithm=_of(script=joint.PLAIN), reference=None)
   assert _groups(before, after) == {"gen"} and metrics["drift/flow"][0] < 1e-7
 
 
-@pytest.mark.parametrize("name", objective.FORWARD_OBJECTIVES)
-def test_objectives_that_noise_the_image_again(run, experience, name):
-  noised = train.noise_again(jax.random.key(3), experience, 3)
-  x_t, t = noised.flow.x_t, noised.flow.t[..., None, None]
+@pytest.mark.parametrize("kind", [forward.NFT, forward.AWM, forward.FPO])
+def test_algorithms_that_noise_the_image_again(run, experience, kind):
+  noised = forward.noise_again(jax.random.key(3), experience, 3)
+  x_t, t = noised.only.flow.x_t, noised.only.flow.t[..., None, None]
   np.testing.assert_allclose(
-    x_t, (1 - t) * experience.flow.latents[:, None] + t * noised.noise, atol=1e-6)
-  after, before, metrics = run(
-    noised, reading=joint.reading(text=False), numbers=joint.numbers(flow=name), reference=None)
+    x_t, (1 - t) * experience.only.flow.latents[:, None] + t * noised.only.noise, atol=1e-6)
+  after, before, metrics = run(noised, algorithm=_of(kind, text=False), reference=None)
   assert _groups(before, after) == {"gen"}
-  if name != "nft":
+  if kind is not forward.NFT:
     assert metrics["flow/log_ratio_max"][0] == 0 == metrics["loss/flow"][0]
 
 
 def test_flow_dppo_drops_steps_that_went_too_far(run, experience):
   """Its second epoch is far from the first: the terms that would go further are gone."""
   after, before, metrics = run(
-    experience, reading=joint.reading(text=False), reference=None,
-    schedule=joint.schedule(epochs=2), rates=dict(gen=1e-2),
-    numbers=joint.numbers(flow="dppo", dppo_threshold=1e-9))
+    experience, reference=None, schedule=joint.schedule(epochs=2), rates=dict(gen=1e-2),
+    algorithm=dataclasses.replace(_of(grpo.DPPO, text=False), threshold=1e-9))
   assert _groups(before, after) == {"gen"}
   dropped, gradient = metrics["flow/clip_fraction"], metrics["grad_norm/gen"]
   assert dropped[0] == 0 and dropped[1] > 0.5 and gradient[1] < 0.5 * gradient[0]
@@ -103,25 +107,25 @@ def _adapted(small, params, *, up):
   return network, fill(fresh, params["bagel"], jax.random.key(1))
 
 
-def _say(model, params, experience):
-  grid, reading = joint.grid(model.config), joint.reading()
-  return jax.jit(lambda params: policy.say(model, params, experience, grid, reading))(params)
+def _replay(model, params, experience):
+  grid, config = joint.grid(model.config), joint.replay_config()
+  return jax.jit(lambda params: replay.replay(model, params, experience, grid, config))(params)
 
 
 @pytest.mark.slow
 def test_adapters(run, small, params, experience):
   """At the start nothing changes; later they equal merged kernels, and without them the start."""
-  base = _say(small, params["bagel"], experience)
+  base = _replay(small, params["bagel"], experience)
   network, start = _adapted(small, params, up=0.0)
-  chex.assert_trees_all_close(_say(network, start, experience), base, atol=2e-6)
+  chex.assert_trees_all_close(_replay(network, start, experience), base, atol=2e-6)
   network, later = _adapted(small, params, up=0.03)
-  adapted = _say(network, later, experience)
+  adapted = _replay(network, later, experience)
   assert float(jnp.abs(adapted.velocity - base.velocity).max()) > 0.1
   assert float(jnp.abs(adapted.logp - base.logp).max()) > 0.1
   merged = layers.merge_lora(later, network.lora)
   chex.assert_trees_all_equal_structs(merged, params["bagel"])
-  chex.assert_trees_all_close(_say(small, merged, experience), adapted, atol=5e-5)
-  ignored = _say(network.clone(lora=None), later, experience)
+  chex.assert_trees_all_close(_replay(small, merged, experience), adapted, atol=5e-5)
+  ignored = _replay(network.clone(lora=None), later, experience)
   chex.assert_trees_all_equal(ignored, base)
   # Only they are their experts' groups.
   labels = dict(zip(
@@ -142,25 +146,27 @@ def test_the_reference_of_adapters_is_what_lies_under_them(run, small, params, e
   """No copy of it is kept: 0 from it at the start, more than 0 later; and the base stays."""
   network, later = _adapted(small, params, up=0.03)
   after, before, metrics = run(
-    experience, model=network, start=later, reference={}, numbers=joint.numbers(text_kl_weight=0.1))
-  base, adapted = (_say(m, later, experience).velocity for m in (small, network))
+    experience, model=network, start=later, reference={},
+    algorithm=joint.algorithm(text=joint.text_objective(kl_weight=0.1)))
+  base, adapted = (_replay(m, later, experience).velocity for m in (small, network))
   np.testing.assert_allclose(
     metrics["flow/mse"][0], jnp.square(adapted - base).mean(), rtol=1e-4)
   assert metrics["text/kl_ref"][0] > 1e-4
   assert _groups(before, after) == {"und", "gen"}  # "base" is not among them
 
 
-def test_the_references_words_do_not_come_from_the_policys_context(
+def test_the_references_log_probabilities_do_not_come_from_the_policys_context(
   run, small, params, experience
 ):
   """Over the policy's context, velocities of the reference change; its log-probabilities do not."""
   trained, rest = optim.split(params["bagel"], {"und"})
   away = optim.join(jax.tree.map(lambda a: 1.05 * a, trained), rest)
   kinds = [
-    run(experience, start=away, context=context, numbers=joint.numbers(text_kl_weight=0.1))[2]
+    run(experience, start=away, context=context,
+        algorithm=joint.algorithm(text=joint.text_objective(kl_weight=0.1)))[2]
     for context in (True, False)
   ]
-  np.testing.assert_allclose(*[found["text/kl_ref"] for found in kinds], rtol=1e-4)
+  np.testing.assert_allclose(*[metrics["text/kl_ref"] for metrics in kinds], rtol=1e-4)
   assert kinds[0]["text/kl_ref"][0] > 1e-5
   # Only "und" differs: over one context the velocities differ by the markers alone.
   assert kinds[1]["flow/mse"][0] < 0.9 * kinds[0]["flow/mse"][0]
@@ -175,11 +181,11 @@ def test_what_is_not_finite_leaves_the_state_as_it_was(run, small, params, exper
     start = start | {"norm": jax.tree.map(lambda a: a.at[0].set(jnp.nan), start["norm"])}
   after, before, metrics = run(
     experience, start=start, reference=None, ema_decay=0.9,
-    numbers=joint.numbers(regulariser="none"))
+    algorithm=joint.algorithm(regulariser="none"))
   for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
     np.testing.assert_array_equal(a, b)
   assert not np.isfinite(metrics["loss/total"]).any()
-  assert not np.isfinite(train.summarise(metrics)["loss/total"])
+  assert not np.isfinite(update.summarise(metrics)["loss/total"])
 
 
 def test_the_gradient_of_the_joint_loss_is_numerically_right(small, params, experience):
@@ -187,23 +193,23 @@ def test_the_gradient_of_the_joint_loss_is_numerically_right(small, params, expe
 
   The loss is 1 and rounded to 1e-7, its change over a step of 2e-3 is 1e-2: so are the tolerances.
   """
-  reading, grid = joint.reading(routing="full"), joint.grid(small.config)
-  numbers = joint.numbers(flow_clip_low=1.0, flow_clip_high=1.0, text_clip_low=9.0,
-                          text_clip_high=9.0)
+  grid, algorithm = joint.grid(small.config), joint.algorithm(
+    replay=joint.replay_config(routing="full"), clip=1.0,
+    text=joint.text_objective(clip_low=9.0, clip_high=9.0))
+  text, drawn = experience.only.text, experience.only.flow
   weights = {
     "text": text_losses.token_weights(
-      experience.text.mask, experience.valid, aggregation=numbers.aggregation,
-      max_tokens=numbers.max_tokens),
+      text.mask, experience.valid, aggregation=algorithm.text.aggregation,
+      max_tokens=algorithm.text.max_tokens),
     "flow": flow_losses.step_weights(experience.valid, len(joint.STEPS)),
   }
-  noise = jax.random.normal(jax.random.key(5), experience.flow.mean.shape)
-  old = objective.Old(
-    logp=experience.text.logp - 0.1, flow=experience.flow.mean + 0.01 * noise)
-  given = experience.replace(velocity_ref=0.3 * noise)
+  noise = jax.random.normal(jax.random.key(5), drawn.mean.shape)
+  old = base.Values(logp=text.logp - 0.1, flow=drawn.mean + 0.01 * noise)
+  given = experience.with_only(velocity_ref=0.3 * noise)
 
   def loss(params):
-    said = policy.say(small, params, given, grid, reading)
-    return objective.joint_loss(said, given, old, weights, grid, numbers, None)[0]
+    output = replay.replay(small, params, given, grid, algorithm.replay)
+    return algorithm.loss(output, given, old, weights, grid, None)[0]
 
   both = jax.jit(jax.value_and_grad(loss))
   start = params["bagel"]

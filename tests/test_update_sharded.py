@@ -59,8 +59,8 @@ def _update(network, start, experience, sizes, updates=1, compilations=None):
   state = jax.tree.map(lambda a, place: jax.device_put(np.array(a), place), state, places)
   fn = jax.jit(
     update.make_update(
-      network, transformation, jax.device_get(joint.grid(network.config)), joint.reading(),
-      joint.numbers(), joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.9,
+      network, transformation, jax.device_get(joint.grid(network.config)), joint.algorithm(),
+      joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.9,
       reference_model=network.clone(lora=None),
     ),
     donate_argnums=0, out_shardings=(places, None),
