@@ -1,6 +1,5 @@
 """What a failed or interrupted conversion leaves behind: one line on stderr, and no folder."""
 
-import asyncio
 import os
 import pathlib
 import shutil
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.models import safetensors_io
-from unigrpo_jax.runtime import checkpoints, conversion, folders
+from unigrpo_jax.data import atomic
+from unigrpo_jax.models import safetensors_files
+from unigrpo_jax.runtime import conversion, folders
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,8 +50,9 @@ class Interrupted:
 sys.meta_path.insert(0, Interrupted())
 section("import", forward)
 
-from unigrpo_jax import checkpoints, conversion, folders, generate
-conversion._PIECE_BYTES, checkpoints._BATCH_BYTES = 2**15, 2**16
+from unigrpo_jax import generate
+from unigrpo_jax.runtime import conversion, folders, stored_params
+conversion._PIECE_BYTES, stored_params._COMMIT_BYTES = 2**15, 2**20
 
 class limited:
   def __init__(self, kind, value):
@@ -62,30 +63,34 @@ class limited:
   def __exit__(self, *_):
     resource.setrlimit(self.kind, self.old)
 
-with limited(resource.RLIMIT_FSIZE, 50_000):  # fails as a full disk does, in the same threads
-  section("disk", forward)
-  checkpoints._BATCH_BYTES = 2**27
-  section("batch", forward)
+# Fails as a full disk does, in the same threads: first those of Orbax, then of TensorStore.
+with limited(resource.RLIMIT_FSIZE, 50_000):
+  section("orbax", forward)
+with limited(resource.RLIMIT_FSIZE, 200_000):
+  section("tensorstore", forward)
+  stored_params._COMMIT_BYTES = 2**27
+  section("commit", forward)
 with limited(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + 2):
   section("files", forward)
 
-add = conversion.Progress.add
-for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-  def kill(self, *_):
-    conversion.Progress.add = add
+def signal_in(owner, function, name):
+  # The function sends the process a signal the next time it is called.
+  called = getattr(owner, function)
+  def kill(*arguments, **keywords):
+    setattr(owner, function, called)
     # The second one meets the cleaning that the first one started.
     for _ in range(2):
       os.kill(os.getpid(), getattr(signal, name))
-  conversion.Progress.add = kill
-  section(name, forward)
+    return called(*arguments, **keywords)
+  setattr(owner, function, kill)
 
-read = checkpoints.ocp.metadata
-def interrupted_read(*arguments):
-  os.kill(os.getpid(), signal.SIGINT)
-  return read(*arguments)
-checkpoints.ocp.metadata = interrupted_read
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+  signal_in(stored_params.Writer, "write", name)
+  section(name, forward)
+signal_in(stored_params.ocp, "save", "SIGINT")  # in a thread, which goes on
+section("making", forward)
+signal_in(stored_params.Reader, "read", "SIGINT")
 section("load", [], lambda _: folders.open_folder(converted).load_params())
-checkpoints.ocp.metadata = read
 
 section("generate", [f"--checkpoint={broken}", "--prompt=x", f"--out={work / 'x.png'}"],
         generate.main)
@@ -130,48 +135,26 @@ def test_every_failure_is_one_line_and_leaves_nothing(official, converted, tmp_p
     capture_output=True, text=True, timeout=300,
   )
   assert done.returncode == 0, done.stderr
-  statuses = {"import": 130, "disk": 2, "batch": 2, "files": 2}
-  statuses |= {"SIGINT": 130, "SIGTERM": 130, "SIGHUP": 130, "load": 130, "generate": 2}
+  statuses = {"import": 130, "orbax": 2, "tensorstore": 2, "commit": 2, "files": 2}
+  statuses |= {"SIGINT": 130, "SIGTERM": 130, "SIGHUP": 130, "making": 130, "load": 130}
+  statuses |= {"generate": 2}
   statuses |= {"loud": 0}
   # Name and status: a name after them would be a folder that was left.
   assert done.stdout.splitlines() == [f"{name} {status}" for name, status in statuses.items()]
-  said = {part.split("\n")[0]: part.splitlines()[1:] for part in done.stderr.split("=== ")[1:]}
-  assert said.pop("rest") == []
-  loud = "\n".join(said.pop("loud"))
-  said["generate"] = [line for line in said["generate"] if not line.startswith("loading ")]
-  for name, lines in said.items():
+  printed = {part.split("\n")[0]: part.splitlines()[1:] for part in done.stderr.split("=== ")[1:]}
+  assert printed.pop("rest") == []
+  loud = "\n".join(printed.pop("loud"))
+  printed["generate"] = [x for x in printed["generate"] if not x.startswith("loading ")]
+  for name, lines in printed.items():
     assert len(lines) == 1, (name, lines)
     expected = "interrupted" if statuses[name] == 130 else "error: "
     assert lines[0].startswith(expected), (name, lines)
-  assert "File too large" in said["disk"][0] and ".partial-" not in said["disk"][0]
-  assert "Too many open files" in said["files"][0]
+  for name in ("orbax", "tensorstore", "commit"):
+    assert "File too large" in printed[name][0] and ".partial-" not in printed[name][0]
+  assert "Too many open files" in printed["files"][0]
   assert loud.count("kept") >= 3 and "closed" not in loud
-  assert f"{broken / 'params'}: cannot be loaded" in said["generate"][0]
-
-
-def test_a_failed_call_waits_for_what_it_started():
-  """As Orbax runs its writes: the first failure closes the loop that the others run in."""
-  finished, make_loop = [], asyncio.new_event_loop
-
-  async def slow():
-    await asyncio.sleep(0.05)
-    finished.append(True)
-
-  async def fail():
-    others = asyncio.gather(slow(), slow())
-    await asyncio.sleep(0)
-    raise ValueError("disk full", others)
-
-  def call():
-    loop = asyncio.new_event_loop()
-    try:
-      loop.run_until_complete(fail())
-    finally:
-      loop.close()
-
-  with pytest.raises(ValueError, match="disk full"):
-    checkpoints._to_the_end(call)
-  assert finished == [True, True] and asyncio.new_event_loop is make_loop
+  assert f"{broken / 'params'}: parameter " in printed["generate"][0]
+  assert "cannot be read" in printed["generate"][0]
 
 
 def test_folder_that_is_made_again_while_it_is_removed(tmp_path):
@@ -185,7 +168,7 @@ def test_folder_that_is_made_again_while_it_is_removed(tmp_path):
 
   writer = threading.Thread(target=write_on)
   writer.start()
-  folders._remove(folder)
+  atomic._remove(folder)
   writer.join()
   assert not folder.exists()
 
@@ -194,7 +177,7 @@ def test_ignored_signals_stay_ignored():
   """Under nohup a closing terminal does not stop the conversion."""
   before, terminate = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
   try:
-    with folders._interruptible():
+    with atomic._interruptible():
       os.kill(os.getpid(), signal.SIGHUP)
       with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -237,7 +220,8 @@ def test_damaged_manifest(converted, tmp_path):
   path = broken / folders.MANIFEST
   good = path.read_text()
   for bad in (good[:-100], "[1]", good.replace('"crc32"', '"crc"'), "[" * 100_000,
-              good.replace("F32", "F31", 1), good.replace('\\"dtype', '\\"type', 1)):
+              good.replace("F32", "F31", 1), good.replace('"dtypes"', '"types"', 1),
+              good.replace('"llm2vae.bias"', '"llm2vae.scale"', 1)):
     path.write_text(bad)
     with pytest.raises(errors.InputError) as info:
       conversion.export(broken, tmp_path / "o")
@@ -284,8 +268,8 @@ def nan_and_zero(source: pathlib.Path, target: pathlib.Path, name: str, *bits: i
   """Copies an official folder with the first numbers of a float32 tensor replaced."""
   shutil.copytree(source, target)
   path = target / "ema.safetensors"
-  with safetensors_io.SafetensorsFile(path) as file:
-    offset = file.header.data_offset + file.entries[name].start
+  with safetensors_files.SafetensorsFile(path) as file:
+    offset = file.entries[name].start
   with path.open("r+b") as file:
     file.seek(offset)
     file.write(np.array(bits, np.uint32).tobytes())
