@@ -1,4 +1,4 @@
-"""The evaluate command and IconWorld's own rewards and tasks."""
+"""The evaluate command and the rewards and tasks of IconWorld."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import folders, metrics
+from unigrpo_jax.tools import sampling_flags
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,10 @@ def _run_task(monkeypatch, task, examples, result_of):
     iconworld_evaluation, "_run",
     lambda pipe, requests, settings, rows: [result_of(request, settings) for request in requests],
   )
-  settings = evaluate.settings_of(
+  settings = sampling_flags.settings(
     evaluate.parse_args(["--out=unused"]), config_lib.bagel_7b().generation
   )
-  return getattr(iconworld_evaluation, task)(
+  return iconworld_evaluation.TASKS[task](
     None, examples, settings=settings, batch_size=4, seed=0)
 
 
@@ -115,7 +116,7 @@ def broken(samples):
 
 
 def test_rewards_of_the_users_own(golden, tmp_path, capsys):
-  """Any prompt is scored by them; what one cannot score is said, not a 0."""
+  """Any prompt is scored by them; what one cannot score is reported, not a 0."""
   path = tmp_path / "mine.txt"
   path.write_text("a red kite\ntwo birds\n")
   evaluate.main([
@@ -126,9 +127,9 @@ def test_rewards_of_the_users_own(golden, tmp_path, capsys):
   rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
   assert [set(row["rewards"]) for row in rows] == [{"brightness"}, {"brightness"}]
   assert all(0 < row["rewards"]["brightness"] < 1 for row in rows)
-  said = capsys.readouterr().out
-  assert "reward mine did not score 2 pictures: RuntimeError: no model" in said
-  assert "| brightness |" in said and "not scored" not in said
+  out = capsys.readouterr().out
+  assert "reward mine did not score 2 pictures: RuntimeError: no model" in out
+  assert "| brightness |" in out and "not scored" not in out
 
 
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
@@ -145,9 +146,9 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
 def test_no_picture_of_an_older_evaluation_stays(tmp_path):
   image, row = np.zeros((8, 8, 3), np.uint8), evaluation.Row("plain", "all", "a", None, {}, None)
   rows = [dataclasses.replace(row, image=f"images/plain_0000{i}.png") for i in range(2)]
-  mine = tmp_path / "images" / "train_00001.png"
-  mine.parent.mkdir()
-  mine.write_bytes(b"")
+  other = tmp_path / "images" / "train_00001.png"  # a file of the user's
+  other.parent.mkdir()
+  other.write_bytes(b"")
   files = lambda: sorted(path.name for path in tmp_path.rglob("*.png"))
   evaluation.Results(rows, {row.image: image for row in rows}).save(tmp_path, "a title")
   assert files() == ["contact.png", "plain_00000.png", "plain_00001.png", "train_00001.png"]
@@ -163,7 +164,7 @@ def test_no_picture_of_an_older_evaluation_stays(tmp_path):
     (["--out=o", "--num_timesteps=1"], "--num_timesteps=1"),
     (["--out=o", "--cfg_interval", "1", "0"], "LOW < HIGH"),
     (["--out=o", "--modes", "draw"], "mode='draw' is none of plain"),
-    (["--out=o", "--modes", "plain", "plain"], "may stand there once"),
+    (["--out=o", "--modes", "plain", "plain"], "may be given only once"),
     (["--out=o", "--split=nope"], "split='nope' is none of"),
     (["--out=o", "--prompts_from=nope"], "nope: no such prompt set"),
     (["--out=o", "--prompts_from=p.txt", "--modes", "edit"], "edit needs --prompts_from=iconworld"),
@@ -172,7 +173,7 @@ def test_no_picture_of_an_older_evaluation_stays(tmp_path):
     (["--out=o", "--size", "40", "32", "--prompts=1"], "height=40"),
     (["--out=p.txt"], "--out=p.txt is a file"),
     (["--out=p.txt/o"], "--out=p.txt/o: cannot write there"),
-    (["--out=o", "--rewards", "brightnes"], "did you mean brightness?"),
+    (["--out=o", "--rewards", "brightnes"], "did you mean 'brightness'?"),
     (["--out=o", "--modes", "edit", "--rewards", "brightness"], "nothing is drawn for --rewards"),
     (["--out=o", "--reward_options", '{"a": {}}'], "--reward_options needs --rewards"),
     (["--out=o", "--checkpoint=nope"], "nope: no such folder"),

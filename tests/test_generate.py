@@ -1,4 +1,4 @@
-"""The command line: five modes, several prompts, and every mistake as one clear line."""
+"""The command line: all modes, several prompts, and every mistake as one clear line."""
 
 import functools
 import json
@@ -13,8 +13,9 @@ import pytest
 import safetensors.numpy
 
 from unigrpo_jax import errors, evaluate, generate
+from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans
-from unigrpo_jax.runtime import folders
+from unigrpo_jax.runtime import folders, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--steps=3", "--max_tokens=4", "--temperature=1"]
@@ -49,7 +50,9 @@ def test_modes(golden, picture, tmp_path, capsys, flags, image, drawn):
   _run(golden, "--prompt=a red kite", f"--out={out}", "--seed=3", *flags)
   record = json.loads(out.with_suffix(".json").read_text())
   assert record["prompt"] == "a red kite" and record["seed"] == 3
-  assert record["settings"]["num_timesteps"] == 3 and set(record["seconds"]) >= {"load", "read"}
+  assert record["settings"]["num_timesteps"] == 3
+  phases = {"load", "read"} | ({"denoise", "vae"} if drawn else set())
+  assert set(record["seconds"]) == phases | ({"decode"} if record["text"] is not None else set())
   assert (record["text"] is not None) == ("--think" in flags or "--understand" in flags)
   if drawn:
     picture = PIL.Image.open(out)
@@ -73,6 +76,28 @@ def test_a_file_of_prompts_is_one_batch_and_repeats_row_by_row(golden, tmp_path)
   assert np.abs(load(tmp_path / "one.png") - load(tmp_path / "all/00001.png")).max() <= 1
 
 
+def test_batches_share_their_programs_and_their_bars_begin_anew(
+  golden, tmp_path, capsys, monkeypatch, compilations
+):
+  monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
+  prompts, counts, run = tmp_path / "prompts.txt", [], pipeline.Pipeline.run
+
+  def counted(*args):
+    compilations.clear()
+    results = run(*args)
+    counts.append(len(compilations))
+    return results
+
+  monkeypatch.setattr(pipeline.Pipeline, "run", counted)
+  prompts.write_text("a red kite\n" * 12)
+  _run(golden, f"--prompts_file={prompts}", f"--out={tmp_path / 'all'}", "--batch_size=1",
+       "--think", "--height=32", "--width=32")
+  assert counts[0] > 0 and len(counts) > 1 and not any(counts[1:])
+  err = capsys.readouterr().err
+  for last in ("decode: 4 of 4 tokens at most", "denoise: 2 of 2 steps"):
+    assert err.count(last) >= len(counts)
+
+
 def test_upscaled_pictures_repeat_every_pixel(golden, tmp_path):
   for scale in (1, 3):
     _run(golden, "--prompt=a", "--height=32", "--width=48", f"--out={tmp_path}/{scale}.png",
@@ -83,16 +108,16 @@ def test_upscaled_pictures_repeat_every_pixel(golden, tmp_path):
 
 
 def test_the_embedded_checkpoint_reasons_and_draws(tmp_path):
-  """By default, with its own settings, with nothing said but the prompt."""
+  """By default, with its own settings."""
   out = tmp_path / "kites.png"
   prompt = "draw half of four kites in the colour of grass"
   generate.main([f"--prompt={prompt}", "--think", f"--out={out}"])
   record = json.loads(out.with_suffix(".json").read_text())
   assert record["checkpoint"] == "tiny" and record["text_finished"]
   assert plans.plan_of(record["text"]) is not None
-  own = folders.open_folder("tiny").config.generation
-  assert record["settings"]["num_timesteps"] == own.num_timesteps
-  assert record["settings"]["guidance"]["text_scale"] == own.cfg_text_scale
+  defaults = folders.open_folder("tiny").config.generation
+  assert record["settings"]["num_timesteps"] == defaults.num_timesteps
+  assert record["settings"]["guidance"]["text_scale"] == defaults.cfg_text_scale
   assert PIL.Image.open(out).size == (32, 32)
 
 
@@ -114,9 +139,9 @@ def _refused(capsys, *args):
     errors.report(lambda: generate.main(list(args)))
   assert stop.value.code == 2
   captured = capsys.readouterr()
-  # Before the line may stand what was announced; nothing else.
-  *said, line = captured.err.splitlines()
-  assert all(words.startswith(("loading ", "loaded ", "draw: step")) for words in said), said
+  # Before the line there may be lines of progress, and nothing else.
+  *progress, line = captured.err.splitlines()
+  assert all(text.startswith(("loading ", "loaded ")) for text in progress), progress
   assert line.startswith("error: ") and captured.out == ""
   return line
 

@@ -46,16 +46,18 @@ LIBRARIES = {
   "algorithms": {"jax", "numpy", "flax.struct", "optax"},
   "rewards": {"numpy", "PIL"},
   "supervised": {"jax", "numpy", "PIL", "optax"},
-  "benchmarks": {"numpy", "PIL", "scipy", "tqdm"},
-  "recipe": {"jax", "numpy", "ml_collections"},
+  "benchmarks": {"numpy", "PIL", "scipy"},
+  "recipe": {"jax", "numpy", "optax", "absl", "ml_collections"},
   "finetune": {"jax", "numpy"},
   "tools": {"jax", "numpy", "optax", "PIL", "matplotlib", "jinja2", "ml_collections", "tqdm"},
-  "entry point": {"jax", "numpy", "absl", "ml_collections", "tqdm", "PIL"},
+  "entry point": {"jax", "numpy", "huggingface_hub"},
 }
 # Of a room, what may be imported of a library or of another room only there.
 ONLY_IN = {
-  "ml_collections": {"recipe", "tools", "entry point"},
-  "unigrpo_jax.runtime.hosts": {"runtime", "benchmarks", "finetune", "entry point", "episodes"},
+  "ml_collections": {"recipe", "tools"},
+  "unigrpo_jax.runtime.hosts": {
+    "runtime", "benchmarks", "finetune", "tools", "entry point", "episodes",
+  },
 }
 FORBIDDEN = {"torch", "tensorflow", "clu", "pickle"}
 

@@ -1,4 +1,4 @@
-"""Drawing fixed prompts from fixed noise under several modes, and what their rewards say.
+"""Draws fixed prompts from fixed noise under several modes, and scores the pictures.
 
   evaluation = Evaluation(pipeline, examples, score, settings=settings,
                           modes=[Mode.parse("plain"), Mode.parse("think+guidance")],
@@ -78,11 +78,11 @@ class Row:
 
   Attributes:
     mode: its name.
-    category: what the tables tell apart.
-    prompt: what was asked for.
+    category: the tables have a column for each.
+    prompt: of the picture.
     text: the reasoning, or None.
     rewards: by name; without those that could not score it.
-    image: file of the picture, relative to the saved folder; None where it was not kept.
+    image: file of the picture, relative to the saved folder; None where it is not saved.
   """
 
   mode: str
@@ -94,7 +94,7 @@ class Row:
 
 
 class Results:
-  """The rows of an evaluation, mode by mode, and the pictures that were kept.
+  """The rows of an evaluation, mode by mode, and the pictures to save.
 
   Attributes:
     rows: see `Row`.
@@ -181,8 +181,7 @@ class Evaluation:
   def __init__(
     self, pipeline, examples: Sequence[Any], score: Score, *, settings: requests_lib.Settings,
     modes: Sequence[Mode], batch_size: int, seed: int,
-    num_saved_images: int = 24,
-    size: tuple[int, int] | None = None,
+    num_saved_images: int = 24, size: tuple[int, int] | None = None,
   ):
     """Checks everything that does not need the weights, which may be loaded later.
 
@@ -204,13 +203,13 @@ class Evaluation:
     """
     if not examples or not modes:
       raise errors.InputError("an evaluation needs at least one prompt and one mode")
-    if len({mode.name for mode in modes}) < len(modes):
-      raise errors.InputError(f"modes={[mode.name for mode in modes]}: each may stand there once")
+    names = [mode.name for mode in modes]
+    if len(set(names)) < len(names):
+      raise errors.InputError(f"modes={names}: each may be given only once")
     errors.require("batch_size", batch_size, low=1)
     errors.require("num_saved_images", num_saved_images, low=0)
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
-    self._seed, self._size = seed, size
-    self._num_saved_images = num_saved_images
+    self._seed, self._size, self._num_saved_images = seed, size, num_saved_images
     self._batch_size = pipeline.batch_rows(batch_size, len(examples))
     self._batches = {mode: self._prepare(mode, settings) for mode in modes}
 
@@ -234,20 +233,20 @@ class Evaluation:
     if mode.given and not reasoning:
       raise errors.InputError(
         f"mode {mode.name}: prompt {row + 1} ({example.prompt!r}) has no reasoning; leave out the "
-        "modes that are given one"
+        "modes that draw from one"
       )
     return requests_lib.Request(
       example.prompt, seed=self._seed + row, size=self._size, reasoning=reasoning
     )
 
   def run(self, params: Any = None, progress: Progress | None = None) -> Results:
-    """Draws and scores every prompt under every mode; several hosts call it together.
+    """Draws and scores every prompt under every mode; all hosts call it together.
 
-    Each of them scores its share of every batch, and has all results.
+    Each host scores its share of every batch, and has all results.
 
     Args:
-      params: of the network, on the pipeline's mesh, in place of its own for this run; None keeps
-        those. They are not donated.
+      params: of the network, on the pipeline's mesh, for this run alone; None: the pipeline's.
+        They are not donated.
       progress: called after each batch with the mode's name, and how many rows of how many of all
         modes are done.
 
@@ -255,7 +254,7 @@ class Evaluation:
       InputError: a log-probability, a latent or a reward is not finite.
     """
     rows, images = [], {}
-    with self._using(params):
+    with self._other_params(params):
       for mode, parts in self._batches.items():
         for first, batch in enumerate(parts):
           results = self._pipeline.run(batch)
@@ -265,7 +264,7 @@ class Evaluation:
     return Results(rows, images)
 
   def _add(self, mode: Mode, first: int, results, rows: list[Row], images: dict) -> None:
-    """Scores one batch's results, and keeps what is to be kept."""
+    """Scores one batch's results, and appends them to the rows and the images to save."""
     examples = self._examples[first : first + len(results)]
     samples = [
       rewards.Sample(
@@ -274,31 +273,31 @@ class Evaluation:
       )
       for example, result in zip(examples, results)
     ]
-    own = hosts.share(len(samples))
+    local = hosts.share(len(samples))
     with hosts.raise_on_all_hosts():
-      scores = self._score([samples[row] for row in own])
-    scores = hosts.gather_rows(own, scores, len(samples))
+      scores = self._score([samples[row] for row in local])
+    scores = hosts.gather_rows(local, scores, len(samples))
     for place, (example, sample) in enumerate(zip(examples, samples)):
-      number, name = first + place, None
-      own = {key: float(values[place]) for key, values in scores.items()}
-      bad = [key for key, value in own.items() if math.isinf(value)]
-      if bad:
-        raise errors.InputError(f"reward {bad[0]} of {example.prompt!r} is {own[bad[0]]}")
+      values = {name: float(column[place]) for name, column in scores.items()}
+      for name, value in values.items():
+        if math.isinf(value):
+          raise errors.InputError(f"reward {name} of {example.prompt!r} is {value}")
+      number, file = first + place, None
       if number < self._num_saved_images:
-        name = f"images/{mode.name.replace(' + ', '_')}_{number:05d}.png"
-        images[name] = sample.image
+        file = f"images/{mode.name.replace(' + ', '_')}_{number:05d}.png"
+        images[file] = sample.image
       rows.append(Row(
         mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,
-        {key: value for key, value in own.items() if not math.isnan(value)}, name,
+        {name: value for name, value in values.items() if not math.isnan(value)}, file,
       ))
 
   @contextlib.contextmanager
-  def _using(self, params: Any) -> Iterator[None]:
-    """The pipeline with other parameters of the network, for as long as this lasts."""
-    own = self._pipeline.params
+  def _other_params(self, params: Any) -> Iterator[None]:
+    """The pipeline with other parameters of the network, within this context; None: its own."""
+    before = self._pipeline.params
     if params is not None:
-      self._pipeline.params = own | {"bagel": params}
+      self._pipeline.params = before | {"bagel": params}
     try:
       yield
     finally:
-      self._pipeline.params = own
+      self._pipeline.params = before

@@ -14,8 +14,6 @@ from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
 
-TASKS = ("answer", "edit")
-
 
 def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
   """The rewards "strict", "soft" and "reasoning" of IconWorld, [samples] float32 each.
@@ -33,19 +31,19 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
   Args:
     pipeline: see `pipeline.Pipeline`.
     examples: see `iconworld.prompts.Example`.
-    settings: see `requests_lib.Settings`.
+    settings: of sampling; see `requests.Settings`.
     batch_size: rows run together.
     seed: of scenes and questions.
 
   Returns:
     [rows] `evaluation.Row`, whose category is what was asked about.
   """
-  rng, asked, requests = np.random.default_rng(seed), [], []
+  rng, expected, requests = np.random.default_rng(seed), [], []
   for row, example in enumerate(examples):
     # The categories of prompts take turns; every sort of question is asked about each of them.
     about = tasks.QUESTIONS[row // len(prompts.CATEGORIES) % len(tasks.QUESTIONS)]
     question, right = tasks.question(rng, example.scene, about)
-    asked.append(("color" if right in scenes.COLORS else "count", right))
+    expected.append(("color" if right in scenes.COLORS else "count", right))
     image = PIL.Image.fromarray(renderer.render(example.scene, rng))
     requests.append(requests_lib.Request(question, seed=seed + row, image=image))
   settings = dataclasses.replace(
@@ -57,7 +55,7 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
       "answer", about, request.prompt, result.text,
       {"answer": float(result.text.strip() == right)}, None,
     )
-    for request, (about, right), result in zip(requests, asked, results)
+    for request, (about, right), result in zip(requests, expected, results)
   ]
 
 
@@ -68,12 +66,12 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
     [rows] `evaluation.Row` with the rewards "edit", whether the picture shows the edited scene and
     nothing else, and "untouched", the same of the unedited picture: what doing nothing would score.
   """
-  rng, requests, wanted = np.random.default_rng(seed), [], []
+  rng, requests, edited = np.random.default_rng(seed), [], []
   for row, example in enumerate(examples):
     instruction, scene = tasks.edit(rng, example.scene)
     image = PIL.Image.fromarray(renderer.render(example.scene, rng))
     requests.append(requests_lib.Request(instruction, seed=seed + row, image=image))
-    wanted.append(scene)
+    edited.append(scene)
   off = dataclasses.replace(settings.guidance, text_scale=1.0)
   settings = dataclasses.replace(settings, think=False, understand=False, guidance=off)
   results = _run(pipeline, requests, settings, batch_size)
@@ -83,8 +81,12 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
       {"edit": _shows(result.image, scene), "untouched": _shows(np.array(request.image), scene)},
       None,
     )
-    for request, scene, result in zip(requests, wanted, results)
+    for request, scene, result in zip(requests, edited, results)
   ]
+
+
+# Name -> what it runs; both take the same arguments.
+TASKS = {"answer": answer, "edit": edit}
 
 
 def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
@@ -95,8 +97,8 @@ def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
 
 def _shows(image: np.ndarray, scene: scenes.Scene) -> float:
   """1.0 if a picture shows a scene's things in their cells, and nothing else."""
-  found = {(d.kind, d.color, _cell(d.box)) for d in verifier.detect(image)}
-  return float(found == {(t.kind, t.color, t.cell) for t in scene.things})
+  detected = {(d.kind, d.color, _cell(d.box)) for d in verifier.detect(image)}
+  return float(detected == {(t.kind, t.color, t.cell) for t in scene.things})
 
 
 def _cell(box: tuple[float, float, float, float]) -> str:

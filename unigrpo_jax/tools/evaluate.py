@@ -1,0 +1,151 @@
+"""Evaluation of a checkpoint as the flags of `unigrpo_jax.evaluate` say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Sequence
+import pathlib
+from typing import Any
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import evaluation, iconworld
+from unigrpo_jax.data import atomic
+from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.episodes import pipeline as pipeline_lib
+from unigrpo_jax.iconworld import prompts as iconworld_prompts
+from unigrpo_jax.rewards import arguments
+from unigrpo_jax.runtime import hosts, metrics
+from unigrpo_jax.tools import sampling_flags
+
+DRAWING_MODES = ("plain", "plain+guidance", "think", "think+guidance")
+ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Connects the hosts, then evaluates on all of them.
+
+  Raises:
+    InputError: an input is impossible; says which.
+  """
+  hosts.from_flags(args)
+  hosts.run(lambda: evaluate(args), lambda: "nothing was written")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Draws and scores on all hosts; the first of them prints and writes."""
+  names = mode_names(args)
+  tasks = {name: iconworld.TASKS[name] for name in iconworld.TASKS if name in names}
+  modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
+  if args.rewards and not modes:
+    raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
+  hosts.compare(vars(args) | {"process": None})
+  with hosts.raise_on_all_hosts():
+    if hosts.first():
+      check_out(args.out)
+    examples = read_examples(args)
+    scorer = make_scorer(args)
+    pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
+  hosts.compare({"prompts": [[example.prompt, example.metadata] for example in examples]})
+  settings = sampling_flags.settings(args, pipeline.config.generation)
+  drawing = None
+  if modes:
+    drawing = evaluation.Evaluation(
+      pipeline, examples, iconworld.score if scorer is None else scorer.score, settings=settings,
+      modes=modes, batch_size=args.batch_size, seed=args.seed, num_saved_images=args.keep,
+      size=args.size and tuple(args.size),
+    )
+  hosts.print_first(
+    f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
+  )
+  pipeline.load()
+  results = evaluation.Results([], {})
+  if drawing is not None:
+    results = draw(drawing, len(modes) * len(examples))
+  for name, task in tasks.items():
+    hosts.print_first(f"{name}: {len(examples)} pictures")
+    results.rows += task(
+      pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
+    )
+  if scorer is not None:
+    scorer.close()
+  print_unscored(results, scorer, tasks)
+  hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
+  with hosts.raise_on_all_hosts():
+    if hosts.first():
+      results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
+  hosts.print_first(f"wrote {args.out}")
+
+
+def mode_names(args: argparse.Namespace) -> Sequence[str]:
+  """The modes and tasks that are asked for.
+
+  Raises:
+    InputError: a task needs other prompts.
+  """
+  if args.prompts_from == prompts_lib.ICONWORLD:
+    return args.modes or ICONWORLD_MODES
+  names = args.modes or DRAWING_MODES
+  for name in iconworld.TASKS:
+    if name in names:
+      raise errors.InputError(f"--modes {name} needs --prompts_from={prompts_lib.ICONWORLD}")
+  return names
+
+
+def check_out(folder: pathlib.Path) -> None:
+  """Refuses a folder that cannot be written to, before anything is drawn."""
+  if folder.exists() and not folder.is_dir():
+    raise errors.InputError(f"--out={folder} is a file; give a folder")
+  with errors.at(f"--out={folder}"):
+    atomic.probe(folder / "results.json")
+
+
+def read_examples(args: argparse.Namespace) -> Sequence[Any]:
+  """The prompts; IconWorld's with their scenes and reasonings."""
+  if args.prompts_from == prompts_lib.ICONWORLD:
+    count = args.prompts or prompts_lib.ICONWORLD_COUNTS["test"]
+    return iconworld_prompts.fixed(args.split, count)
+  examples = list(prompts_lib.open_set(args.prompts_from, args.split))
+  if args.prompts is not None and args.prompts > len(examples):
+    raise errors.InputError(
+      f"--prompts={args.prompts}: {args.prompts_from}, split {args.split}, has {len(examples)}"
+    )
+  return examples[: args.prompts]
+
+
+def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
+  """The rewards of `--rewards`; None without."""
+  if args.rewards is None:
+    if args.reward_options != "{}":
+      raise errors.InputError("--reward_options needs --rewards")
+    return None
+  made = arguments.make(args.rewards, args.reward_options)
+  return rewards.Scorer(made, dict.fromkeys(made, 1.0))
+
+
+def draw(drawing: evaluation.Evaluation, total: int) -> evaluation.Results:
+  """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
+  with metrics.progress(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
+    def report(mode: str, done: int, _: int) -> None:
+      bar.set_description_str(mode, refresh=False)
+      bar.update(done - bar.n)
+
+    return drawing.run(progress=report)
+
+
+def print_unscored(
+  results: evaluation.Results, scorer: rewards.Scorer | None, tasks: Collection[str]
+) -> None:
+  """Prints how many pictures have no reward, and why."""
+  if scorer is None:
+    if count := sum(not row.rewards for row in results.rows):
+      hosts.print_first(
+        f"note: {count} of {len(results.rows)} pictures were not scored: their prompts have no "
+        "metadata of IconWorld; --rewards names other rewards"
+      )
+    return
+  for name, failures in scorer.failures.items():
+    reasons = list(filter(None, hosts.gather_texts(failures.last)))
+    count = sum(name not in row.rewards for row in results.rows if row.mode not in tasks)
+    if count:
+      reason = reasons[0] if reasons else "unknown"
+      hosts.print_first(f"note: reward {name} did not score {count} pictures: {reason}")

@@ -1,0 +1,79 @@
+"""The flags of sampling that `generate` and `evaluate` share; quick to import."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from unigrpo_jax import errors
+
+BOUNDS = {
+  "seed": dict(low=0, high=2**31 - 1), "shift": dict(above=0, high=1e6),
+  "cfg_text_scale": dict(low=0, high=1e6), "temperature": dict(low=0, high=1e6),
+  "max_tokens": dict(low=1), "batch_size": dict(low=1),
+}
+
+
+def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) -> None:
+  """Adds the flags to a parser.
+
+  Args:
+    parser: of the command.
+    steps: the flag of the time grid's points.
+    batch_size: rows that are run together by default; None: all.
+  """
+  add = parser.add_argument
+  add(steps, dest="num_timesteps", type=int, help="points of the time grid (default: 50); one "
+      "velocity evaluation less")
+  add("--shift", type=float, help="timestep shift (default: 3)")
+  add("--cfg_text_scale", type=float, help="guidance by the prompt; 1 turns all guidance off "
+      "(default: 4)")
+  add("--cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+      help="guide where LOW < t <= HIGH (default: 0.4 1)")
+  add("--cfg_renorm", choices=("global", "channel", "text_channel"),
+      help="norm that guidance may not exceed (default: global)")
+  add("--seed", type=int, default=0, help="seed of the first row; row i has seed + i "
+      "(default: %(default)s)")
+  add("--temperature", type=float, help="of sampled text; 0 is greedy (default: 0.3)")
+  add("--max_tokens", type=int, help="most tokens of a reasoning or an answer (default: 1000)")
+  add("--batch_size", type=int, default=batch_size,
+      help=f"rows run together (default: {batch_size or 'all'})")
+
+
+def check(args: argparse.Namespace, steps: str) -> None:
+  """Refuses impossible values; `steps` as in `add`.
+
+  Raises:
+    InputError: names the flag, its value, and what it may be.
+  """
+  errors.require(steps, args.num_timesteps, low=2, high=100_000)
+  for name, bounds in BOUNDS.items():
+    errors.require(f"--{name}", getattr(args, name), **bounds)
+  if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
+    low, high = args.cfg_interval
+    raise errors.InputError(f"--cfg_interval={low} {high} must have 0 <= LOW < HIGH")
+
+
+def settings(args: argparse.Namespace, defaults: Any):
+  """The `requests.Settings` of the flags.
+
+  Args:
+    args: parsed flags.
+    defaults: `config.GenerationDefaults` of the checkpoint, for the flags that are not given.
+  """
+  # Only now: importing jax takes seconds.
+  from unigrpo_jax.episodes import requests
+  from unigrpo_jax.sampling import flow
+
+  given = lambda value, default: default if value is None else value
+  return requests.Settings(
+    num_timesteps=given(args.num_timesteps, defaults.num_timesteps),
+    shift=given(args.shift, defaults.timestep_shift),
+    temperature=given(args.temperature, defaults.temperature),
+    max_tokens=given(args.max_tokens, defaults.max_tokens),
+    guidance=flow.Guidance(
+      text_scale=given(args.cfg_text_scale, defaults.cfg_text_scale),
+      interval=tuple(given(args.cfg_interval, defaults.cfg_interval)),
+      renorm=given(args.cfg_renorm, defaults.cfg_renorm_type),
+    ),
+  )
