@@ -18,7 +18,7 @@ from unigrpo_jax import errors, finetune
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import packing, programs
 from unigrpo_jax.recipe import config_files, sft
-from unigrpo_jax.runtime import folders, hosts, sharding
+from unigrpo_jax.runtime import folders, sharding
 from unigrpo_jax.supervised import corpus, feed
 
 LIMITS = packing.PadTo(
@@ -265,7 +265,7 @@ def test_a_host_has_its_share_of_rows_and_images(monkeypatch, golden):
   )
   made = lambda: finetune.make_feed(sft.read(config), network, _random_example)
   assert made()._limits.images == 8 and made()._local_rows.tolist() == [*range(8)]
-  monkeypatch.setattr(hosts, "count", lambda: 4)
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 4 // rows)
   assert made()._limits.images == 2 and made()._local_rows.tolist() == [2, 3]

@@ -1,7 +1,5 @@
 """The supervised step: microbatches add up, masked rows count for nothing, and it learns."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,10 +7,11 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import types
-from unigrpo_jax.algorithms import step
+from unigrpo_jax.algorithms import update
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.models import bagel
 from unigrpo_jax.runtime import optim, sharding
+from unigrpo_jax.supervised import step
 
 WEIGHTS = dict(ce_weight=0.5, mse_weight=2.0, label_chunk=3)
 PAD_TO = packing.PadTo(
@@ -78,14 +77,17 @@ def test_microbatches_add_up_to_the_whole_batch(config, model, params):
 
 
 def test_it_learns_and_leaves_frozen_groups_alone(config, model, params):
-  schedules = {group: (lambda _: 3e-3) if group != "und" else None for group in optim.GROUPS}
+  trained = {*optim.GROUPS} - {"und", "base"}
+  schedules = {group: (lambda _: 3e-3) if group in trained else None for group in optim.GROUPS}
   optimizer = optim.adamw_by_group(
     schedules, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
   )
   start = jax.tree.map(jnp.array, params["bagel"])
   copy = jax.tree.map(jnp.array, start)
   state = types.TrainState(jnp.int32(0), start, optimizer.init(start), copy)
-  run = jax.jit(step.make_supervised_step(model, optimizer, ema_decay=0.9, **WEIGHTS))
+  run = jax.jit(step.make_supervised_step(
+    model, optimizer, trained=trained, ema_decay=0.9, **WEIGHTS
+  ))
   batches, losses = _stack(_batch(config, 2)), []
   for _ in range(8):
     state, values = run(state, batches)
@@ -98,7 +100,7 @@ def test_it_learns_and_leaves_frozen_groups_alone(config, model, params):
   # The average lags behind: it lies between where training began and where it is.
   behind = sum(float(jnp.abs(a - b).sum()) for a, b in zip(ema["gen"], new["gen"]))
   assert 0 < behind < sum(float(jnp.abs(a - b).sum()) for a, b in zip(old["gen"], new["gen"]))
-  assert {f"grad_norm_{group}" for group in optim.GROUPS} <= set(values)
+  assert set(values) == {"ce", "mse", *(f"grad_norm/{group}" for group in trained)}
 
 
 def _steps(model, mesh_sizes, batches, steps=2):
@@ -117,7 +119,9 @@ def _steps(model, mesh_sizes, batches, steps=2):
 
   places = sharding.shardings(jax.eval_shape(fresh, jax.random.key(0)), mesh)
   run = jax.jit(
-    step.make_supervised_step(model, optimizer, ema_decay=0.9, **WEIGHTS),
+    step.make_supervised_step(
+      model, optimizer, trained={*optim.GROUPS} - {"base"}, ema_decay=0.9, **WEIGHTS
+    ),
     out_shardings=(places, None),
   )
   with sharding.activate(mesh):
@@ -178,6 +182,8 @@ def test_the_ema_starts_from_what_there_is():
   )
   state = types.TrainState(
     jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.zeros_like, params))
-  update = functools.partial(step.apply_gradients, optimizer=optimizer, ema_decay=0.999, metrics={})
-  state, _ = update(state, jax.tree.map(jnp.zeros_like, params))
+  state, norms = update.apply_gradients(
+    state, jax.tree.map(jnp.zeros_like, params), optimizer, ema_decay=0.999, trained={"und"}
+  )
+  assert norms == {"grad_norm/und": 0}
   assert float(state.ema["layers"]["und"][0]) == pytest.approx(0.9)

@@ -1,16 +1,16 @@
 """Supervised training end to end, small: stopped and resumed it is the same run, bit for bit."""
 
 import contextlib
-import os
-import signal
+import json
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
-from unigrpo_jax import errors, finetune, train
-from unigrpo_jax.recipe import config_files
-from unigrpo_jax.runtime import folders, resumption, runs
+from unigrpo_jax import errors, finetune
+from unigrpo_jax.recipe import config_files, rl, sft
+from unigrpo_jax.runtime import folders, resumption, run
 from unigrpo_jax.supervised import feed
 
 SMALL = [
@@ -19,8 +19,12 @@ SMALL = [
 ]
 
 
+def _load(variant, *overrides):
+  return config_files.load(f"configs/sft.py:{variant}", [f"--config.{text}" for text in overrides])
+
+
 def _config(shallow, *overrides):
-  config = config_files.load("sft", "tiny", [*SMALL, *overrides])
+  config = _load("tiny", *SMALL, *overrides)
   config.init_from, config.random_init = str(shallow), True
   return config
 
@@ -36,12 +40,12 @@ def _files(folder):
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monkeypatch):
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
-  whole = _train(_config(shallow, f'export_to="{tmp_path / "a"}"'), tmp_path / "whole")
+  whole = _train(_config(shallow, f"export_to={tmp_path / 'a'}"), tmp_path / "whole")
   with monkeypatch.context() as patch:
-    patch.setattr(runs, "stop_on_signal", lambda: contextlib.nullcontext(_Stopping()))
-    stopped = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
+    patch.setattr(run, "stop_on_signal", lambda event: contextlib.nullcontext(event.set()))
+    stopped = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
-  parts = _train(_config(shallow, f'export_to="{tmp_path / "b"}"'), tmp_path / "parts")
+  parts = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_array_equal(a, b)
   metrics = lambda name: (tmp_path / name / "metrics.jsonl").read_text()
@@ -54,47 +58,40 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monke
   )
 
 
-class _Stopping:
-  """An event that is set from the first look on."""
-
-  def is_set(self):
-    return True
-
-
 def test_a_diverged_state_is_not_saved(shallow, tmp_path):
-  """Also where the step that would be saved is not one that is told."""
+  """Also where the step that would be saved is not one that is logged."""
   config = _config(shallow, "log_every=9", "learning_rate.gen=1e30", "warmup_steps=0")
-  with pytest.raises(errors.InputError, match=r"step 2: .*mse.* not finite; the run starts anew"):
+  with pytest.raises(errors.InputError, match=r"step 2: .*mse not finite; .*; the run starts anew"):
     _train(config, tmp_path)
   assert _steps(tmp_path) == []
 
 
-def _mistake(patch, step):
-  """Lets what a user's file did wrong come with the batch of a step, counted from 0."""
+def _break(patch, step):
+  """Makes the batch of a step, counted from 0, one that holds a bad example."""
   batch = feed.Feed.batch
 
-  def mistaken(made, number):
+  def broken(made, number):
     if number == step:
       raise errors.InputError("shards/a.jsonl, line 3: a sample has 9 labels")
     return batch(made, number)
 
-  patch.setattr(feed.Feed, "batch", mistaken)
+  patch.setattr(feed.Feed, "batch", broken)
 
 
 def _steps(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
-def test_a_mistake_in_the_data_loses_no_step(shallow, tmp_path, monkeypatch):
-  """The step before it is saved; mended, the run goes on from there as if there had been none."""
-  config = _config(shallow, "steps=2", "checkpoint_every=9", 'schedule="constant"')
+def test_a_bad_example_loses_no_step(shallow, tmp_path, monkeypatch):
+  """The step before it is saved; mended, the run continues from there as if there had been none."""
+  config = _config(shallow, "steps=2", "checkpoint_every=9", "schedule=constant")
   words = "^shards/a.jsonl, line 3: a sample has 9 labels$"
   with monkeypatch.context() as patch, pytest.raises(errors.InputError, match=words):
-    _mistake(patch, step=0)
+    _break(patch, step=0)
     _train(config, tmp_path / "parts")
   assert _steps(tmp_path / "parts") == []  # nothing was learnt
   with monkeypatch.context() as patch, pytest.raises(errors.InputError, match=words):
-    _mistake(patch, step=1)
+    _break(patch, step=1)
     _train(config, tmp_path / "parts")
   assert _steps(tmp_path / "parts") == [1]
   parts, whole = _train(config, tmp_path / "parts"), _train(config, tmp_path / "whole")
@@ -102,10 +99,10 @@ def test_a_mistake_in_the_data_loses_no_step(shallow, tmp_path, monkeypatch):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_mistake_in_the_data_does_not_save_what_diverged(shallow, tmp_path, monkeypatch):
+def test_a_bad_example_does_not_save_what_diverged(shallow, tmp_path, monkeypatch):
   config = _config(shallow, "log_every=9", "checkpoint_every=9", "learning_rate.gen=1e30",
                    "warmup_steps=0")
-  _mistake(monkeypatch, step=3)
+  _break(monkeypatch, step=3)
   with pytest.raises(errors.InputError, match="a sample has 9 labels"):
     _train(config, tmp_path)
   assert _steps(tmp_path) == []
@@ -116,13 +113,13 @@ def test_a_place_for_the_export_is_looked_at_first(shallow, tmp_path):
   mine.mkdir()
   (mine / "notes.txt").write_text("")
   with pytest.raises(errors.InputError, match="config.export_to: target .*mine is not a model fol"):
-    _train(_config(shallow, f'export_to="{mine}"'), tmp_path / "run")
+    _train(_config(shallow, f"export_to={mine}"), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_tiny_variants_go_on_from_the_embedded_checkpoint():
+def test_the_tiny_variants_start_from_the_embedded_checkpoint():
   for name in ("tiny", "tiny_look"):
-    config = config_files.load("sft", name)
+    config = _load(name)
     assert (config.init_from, config.random_init) == ("tiny", False)
 
 
@@ -135,26 +132,72 @@ def test_another_configuration_does_not_resume(shallow, tmp_path):
     _train(_config(shallow, "steps=2"), tmp_path)
 
 
-@pytest.mark.parametrize("free", [finetune.RESUMABLE, train.RESUMABLE], ids=["sft", "unigrpo"])
-def test_what_every_run_may_change_when_it_goes_on(free):
-  """What it tells, saves and exports, and where it runs; how long, where no rate depends on it."""
+@pytest.mark.parametrize("kind", [sft, rl], ids=["sft", "unigrpo"])
+def test_what_every_run_may_change_when_it_resumes(kind):
+  """What it logs, saves and exports, where it runs, and how much at once; how long, where no rate
+  depends on it.
+  """
+  mutable = resumption.MUTABLE_KEYS | kind.MUTABLE_KEYS
   before = {"learning_rate": {"und": 1.0}, "schedule": "constant", "seed": 0}
-  for key in ("writers", "export_to", "export_dtype", "checkpoint_every", "mesh", "steps"):
+  for key in ("writers", "export_to", "export_dtype", "checkpoint_every", "mesh", "steps",
+              "microbatch"):
     old, new = before | {key: 1}, before | {key: 2}
-    resumption.check(old, new, resumption.may_change(old, new, free))
+    resumption.check(old, new, resumption.mutable_keys(old, new, mutable), {})
   other = before | {"seed": 1}
   with pytest.raises(errors.InputError, match="config.seed=1 but the run"):
-    resumption.check(before, other, resumption.may_change(before, other, free))
+    resumption.check(before, other, resumption.mutable_keys(before, other, mutable), {})
+
+
+def test_another_microbatch_is_the_same_run(shallow, tmp_path):
+  """Two steps of two microbatches, two of one: the metrics of four steps, but for rounding."""
+  # A large epsilon: an update is then as exact as its gradient, and not the sign of a rounding.
+  config = lambda *overrides: _config(
+    shallow, "schedule=constant", "warmup_steps=0", "eps=1e-2", *overrides
+  )
+  whole = _train(config(), tmp_path / "whole")
+  first = _train(config("steps=2"), tmp_path / "parts")
+  parts = _train(config("microbatch=8", "limits.images=8"), tmp_path / "parts")
+  rows = [
+    [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for name in ("whole", "parts")
+  ]
+  assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+  for a, b in zip(*rows, strict=True):
+    assert a.keys() == b.keys() and {"ce", "mse", "grad_norm/und"} <= a.keys()
+    assert a == pytest.approx(b, rel=1e-4)
+  largest = lambda one, other: max(
+    float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (one.params, other.params)))
+  )
+  assert largest(whole, parts) < 1e-5 and largest(first, parts) > 1e-3
+
+
+def test_an_unreadable_image_stops_by_file_and_line(shallow, tmp_path):
+  """Of an epoch of eight examples, in steps of four, one is bad: what came before it is saved."""
+  shards = tmp_path / "shards"
+  shards.mkdir()
+  for number in range(8):
+    PIL.Image.new("RGB", (32, 32), (30 * number,) * 3).save(shards / f"{number}.png")
+  lines = [{"prompt": "a kite", "image": f"{number}.png"} for number in range(8)]
+  (shards / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  order = np.random.default_rng((0, 1, 0)).permutation(8)  # of seed 0 in epoch 0
+  bad = order[6]
+  (shards / f"{bad}.png").write_bytes(b"")
+  config = _config(
+    shallow, f"data.folder={shards}", "sequences_per_step=4", "checkpoint_every=9", "log_every=9"
+  )
+  with pytest.raises(errors.InputError, match=f"a.jsonl, line {bad + 1}: .*{bad}.png: not reada"):
+    _train(config, tmp_path / "run")
+  assert _steps(tmp_path / "run") == [1]
 
 
 @pytest.mark.parametrize(
   "override, words",
   [
     ("microbatch=3", "sequences_per_step=8 is not a multiple"),
-    ('schedule="linear"', "schedule='linear'"),
+    ("schedule=linear", "schedule='linear'"),
     ("mesh.data=3", "mesh data=3"),
     ("data.wrong_plan_rate=7.0", "config.data.wrong_plan_rate=7.0"),
-    ('data.folder="nowhere"', "nowhere: no .*jsonl shards"),
+    ("data.folder=nowhere", "nowhere: no .*jsonl shards"),
     ("log_every=0", "config.log_every=0"),
   ],
 )
@@ -166,15 +209,4 @@ def test_impossible_configurations_are_refused(shallow, tmp_path, override, word
 
 def test_overrides_of_unknown_keys_are_refused():
   with pytest.raises(errors.InputError, match="stpes"):
-    config_files.load("sft", "tiny", ["stpes=3"])
-
-
-def test_signals_are_caught_only_while_training():
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.getsignal(number) for number in numbers]
-  for number in numbers:
-    with runs.stop_on_signal() as stopping:
-      assert not stopping.is_set()
-      os.kill(os.getpid(), number)
-      assert stopping.is_set()
-  assert [signal.getsignal(number) for number in numbers] == before
+    _load("tiny", "stpes=3")

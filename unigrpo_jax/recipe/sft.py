@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.recipe import checks, sections
-from unigrpo_jax.runtime import hosts, sharding, state
 from unigrpo_jax.runtime import run as run_lib
+from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.supervised import feed
 
 # The numbers of a step depend on neither, but for rounding.
@@ -95,14 +96,14 @@ def check_fits(spec: Spec, mesh) -> None:
   Raises:
     InputError: names the key, its value, and what to do.
   """
-  ways = sharding.batch_multiple(mesh)
+  ways, hosts = sharding.batch_multiple(mesh), jax.process_count()
   for key, size in (("microbatch", spec.microbatch), ("limits.images", spec.limits.images)):
-    if size % ways or size % hosts.count():
+    if size % ways or size % hosts:
       raise errors.InputError(
-        f"config.{key}={size} does not divide over data x fsdp = {ways} devices and "
-        f"{hosts.count()} hosts; make it a multiple of both"
+        f"config.{key}={size} does not divide over data x fsdp = {ways} devices and {hosts} hosts; "
+        "make it a multiple of both"
       )
-  shares = np.bincount(sharding.row_hosts(mesh, spec.microbatch), minlength=hosts.count())
+  shares = np.bincount(sharding.row_hosts(mesh, spec.microbatch), minlength=hosts)
   if mesh.is_multi_process and shares.min() < shares.max():
     raise errors.InputError(
       f"config.mesh.tensor={mesh.shape['tensor']} joins devices of several hosts, which would each "
