@@ -83,7 +83,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   ))
 
   # --- The loop.
-  with run, contextlib.closing(rewards):
+  with contextlib.closing(rewards), run:
     run.evaluate(evaluation, train_state)
     for step in run.steps():
       key = jax.random.fold_in(jax.random.key(spec.prompts.seed), step)
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   config = config_files.load(args.config, overrides)
   algorithms = {"sft": finetune.train, "unigrpo": train}
-  errors.choose("config.algorithm", config.algorithm, algorithms)
+  errors.choose("config.algorithm", config.get("algorithm"), algorithms)
   if importlib.util.find_spec("libtpu") is None:  # That a laptop has no TPU is no news.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
   hosts.from_flags(args)
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hosts.compare({"--workdir": str(args.workdir), "config": sections.plain(config)})
     algorithms[config.algorithm](config, args.workdir)
 
-  hosts.run(run, lambda: run_lib.advice_after_loss(args.workdir))
+  hosts.run(run, lambda: run_lib.continue_from(args.workdir))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from unigrpo_jax.runtime import (
 
 WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
 STOPPED = "stopped by a signal at step {}; run the same command again to continue"
+EVALUATION_SECONDS = "seconds/evaluate"  # Only rows of evaluations have it.
 
 
 class Stopped(Exception):
@@ -116,7 +117,8 @@ class Run:
       spec: what the run is.
       network: what is trained.
       positions: by name: kept with every checkpoint and restored from it.
-      pinned: {name: value} that must be the same on all hosts and as when the run began.
+      pinned: {section of the config: fingerprint of what it reads}, which must be the same on all
+        hosts and as when the run began.
       deferred_stop: hosts agree on a stop one step late, without waiting for each other.
 
     Raises:
@@ -129,17 +131,19 @@ class Run:
     self._stop_requested, self._stack = threading.Event(), contextlib.ExitStack()
     self._state: types.TrainState | None = None
     self._record: dict[str, Any] = {}
-    self._best: dict[str, float] | None = None
     self._worth_saving = self._stopped = False
     self._last_metrics: Mapping[str, Any] = {}
+    # {step: its `best_metric`, or None} of the evaluations that are logged.
+    self._evaluations: dict[int, float | None] = {}
     hosts.compare(self._pinned)
     if spec.export_to and hosts.count() == 1:
       with errors.at("config.export_to"):
         folders.check_target(network.folder.path, pathlib.Path(spec.export_to), overwrite=True)
     self._saved = checkpoints.TrainCheckpoints(
-      workdir / "checkpoints", keep=spec.keep_checkpoints, every=spec.keep_every, best="reward",
+      workdir / "checkpoints", keep=spec.keep_checkpoints, every=spec.keep_every,
+      score=self._evaluations.get,
     )
-    self._resumed_from = hosts.broadcast(self._saved.latest)
+    self._resumed_from = self._newest = hosts.broadcast(self._saved.latest)
 
   @property
   def is_new(self) -> bool:
@@ -178,8 +182,8 @@ class Run:
     for name, value in self._pinned.items():
       if record.get(name, value) != value:
         raise errors.InputError(
-          f"{name} are not those that the run in the workdir began with; give them back, or choose "
-          "a new --workdir"
+          f"config.{name} reads other contents than when the run in the workdir began; restore "
+          "them, or choose a new --workdir"
         )
 
   def _make_record(self) -> dict[str, Any]:
@@ -236,6 +240,7 @@ class Run:
           self._spec.config, first_step=-1 if self.is_new else self.step,
         )
       stack.callback(self._log.close)
+      self._evaluations.update(self._logged_evaluations())
       stack.enter_context(sharding.activate(self._network.mesh))
       self._compiling = stack.enter_context(CompileTimer())
       stack.enter_context(stop_on_signal(self._stop_requested))
@@ -245,7 +250,10 @@ class Run:
     return self
 
   def __exit__(self, kind, error, trace) -> bool:
-    """Saves what is worth saving, after a stop or an error of the user's."""
+    """Saves what is worth saving, after a stop or an error of the user's.
+
+    Not after a failed save: it may have failed on this host alone, and a save needs all of them.
+    """
     with self._stack:
       if error is None:
         self._saved.close()
@@ -254,41 +262,45 @@ class Run:
         self._save_if_missing(self._state)
         self._saved.close()
         hosts.print_first(STOPPED.format(self.step))
-      elif isinstance(error, errors.InputError):
-        kept = self._save_after(error)
-        self._saved.close()
-        if isinstance(error, errors.UpdateRejected):
-          raise errors.InputError(f"step {self.step + 1}: {error}; {kept}") from None
+      elif isinstance(error, errors.InputError) and not isinstance(error, errors.Storage):
+        self._save_before(error)
     return isinstance(error, Stopped)
 
-  def _save_after(self, error: errors.InputError) -> str:
-    """Saves the state before an error, unless it diverged; returns what a new start begins from."""
-    rejected = isinstance(error, errors.UpdateRejected)
-    before = error.state if rejected else self._state
-    usable = before is not None and not isinstance(error, errors.Diverged)
-    if usable and not not_finite(jax.device_get(self._last_metrics)):
+  def _save_before(self, error: errors.InputError) -> None:
+    """Saves the state before an error, unless it diverged.
+
+    Raises:
+      InputError: for an update that was rejected: `error` with its step and what happened to the
+        state.
+    """
+    rejected, is_saved = isinstance(error, errors.UpdateRejected), False
+    if not isinstance(error, errors.Diverged):
       self._worth_saving |= rejected
-      self._save_if_missing(before)
-      return "the state before it is saved"
-    return continue_from(self._saved.latest)
+      is_saved = self._save_if_missing(error.state if rejected else self._state)
+    self._saved.close()
+    if rejected:
+      outcome = "the state before it is saved" if is_saved else continue_from(self._workdir)
+      raise errors.InputError(f"step {self._current_step}: {error}; {outcome}") from None
 
   def steps(self) -> Iterator[int]:
     """The numbers of the steps still to take; a step ends with `commit`.
 
     Raises:
-      Stopped: a signal reached a host.
+      Stopped: a signal reached a host, and steps are left.
+      UpdateRejected: the state is to be saved, but the metrics of its step are not finite.
     """
     while self.step < self._spec.steps:
       self.timer.read_and_reset()
-      before = self.step
-      yield before + 1
-      if self.step == before:
-        raise RuntimeError(f"step {before + 1} was not committed")
+      self._current_step = self.step + 1
+      yield self._current_step
+      if self.step != self._current_step:
+        raise RuntimeError(f"step {self._current_step} was not committed")
       stopped = self._agree_on_stop()
       due = self.step % self._spec.checkpoint_every == 0 or self.step == self._spec.steps
-      if self._worth_saving and (due or stopped or self._best is not None):
+      if due or stopped or self.step in self._evaluations:
+        check_finite(jax.device_get(self._last_metrics))
         self._save()
-      if stopped:
+      if stopped and self.step < self._spec.steps:
         raise Stopped
 
   def _agree_on_stop(self) -> bool:
@@ -318,22 +330,15 @@ class Run:
       values: {name: number}, on the host or on the devices.
 
     Raises:
-      InputError: a number that is logged is not finite.
+      UpdateRejected: a number that is logged, or of a step that is saved, is not finite.
     """
-    spec = self._spec
-    self.step += 1
-    due = self.step % spec.log_every == 0 or self.step in (self._first_step, spec.steps)
-    if due or self.step % spec.checkpoint_every == 0:
+    spec, step = self._spec, self._current_step
+    due = step % spec.log_every == 0 or step in (self._first_step, spec.steps)
+    if due or step % spec.checkpoint_every == 0:
       values = jax.device_get(values)
-      if bad := not_finite(values):
-        self.step -= 1
-        self._state = None
-        raise errors.UpdateRejected(
-          f"{', '.join(bad)} not finite; lower the learning rate and resume"
-        )
-    self._state, self._last_metrics = train_state, values
-    self._worth_saving, self._best = True, None
-    self._record = self._make_record()
+      check_finite(values)
+    self.step, self._state, self._last_metrics = step, train_state, values
+    self._worth_saving, self._record = True, self._make_record()
     if not due:
       return
     if spec.rate is not None:
@@ -360,35 +365,39 @@ class Run:
       Stopped: a signal reached a host; the next start makes it up.
     """
     every = self._spec.evaluate_every
-    if not every or (self.step % every and self.step != self._spec.steps):
-      return
-    if self._is_evaluated():
+    due = every and (self.step % every == 0 or self.step == self._spec.steps)
+    if not due or self.step in self._evaluations:
       return
     self.raise_if_stopped()
     start = time.monotonic()
     results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped))
-    self._log.write(self.step, results | {"seconds/evaluate": time.monotonic() - start})
-    if self._spec.best_metric in results:
-      self._best = {"reward": results[self._spec.best_metric]}
+    self._log.write(self.step, results | {EVALUATION_SECONDS: time.monotonic() - start})
+    self._evaluations[self.step] = results.get(self._spec.best_metric)
     self._worth_saving = True
 
-  def _is_evaluated(self) -> bool:
-    """Whether the log, which the first host has, holds an evaluation of this step."""
-    log = self._workdir / "metrics.jsonl"
-    return hosts.broadcast(hosts.first() and log.exists() and any(
-      row["step"] == self.step and any(name.startswith("eval/") for name in row)
-      for row in metrics.read(log)[0]
-    ))
+  def _logged_evaluations(self) -> dict[int, float | None]:
+    """Those of the log, which the first host has."""
+    log, rows = self._workdir / "metrics.jsonl", []
+    if hosts.first() and log.exists():
+      rows, _ = metrics.read(log)
+    return dict(hosts.broadcast([
+      [row["step"], row.get(self._spec.best_metric)] for row in rows if EVALUATION_SECONDS in row
+    ]))
 
   def _save(self) -> None:
-    self._saved.save(self.step, self._state, self._record, self._best)
-    self._worth_saving, self._best = False, None
+    self._saved.save(self.step, self._state, self._record)
+    self._newest, self._worth_saving = self.step, False
 
-  def _save_if_missing(self, train_state: types.TrainState | None) -> None:
-    if train_state is not None and self._worth_saving:
-      if hosts.broadcast(self._saved.latest) != self.step:
-        self._state = train_state
-        self._save()
+  def _save_if_missing(self, train_state: types.TrainState | None) -> bool:
+    """Saves a state of `step`, unless it diverged or a new start would lose nothing without it.
+
+    Returns whether the step has a checkpoint now.
+    """
+    usable = train_state is not None and not not_finite(jax.device_get(self._last_metrics))
+    if usable and self._worth_saving and self._newest != self.step:
+      self._state = train_state
+      self._save()
+    return usable and self._newest == self.step
 
   def finish(self, train_state: types.TrainState) -> None:
     """Exports what a run that is complete asked for."""
@@ -421,19 +430,21 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   atomic.write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def check_finite(values: Mapping[str, Any]) -> None:
+  """Raises UpdateRejected, which names those that are not, unless all values are finite."""
+  if bad := not_finite(values):
+    raise errors.UpdateRejected(f"{', '.join(bad)} not finite; lower the learning rate and resume")
+
+
 def not_finite(values: Mapping[str, Any]) -> list[str]:
   """The names of the values that are not finite."""
   return sorted(name for name, value in values.items() if not np.isfinite(value))
 
 
-def advice_after_loss(workdir: pathlib.Path) -> str:
-  """What a run continues from whose host was lost; asks nobody, as other hosts may be dead."""
+def continue_from(workdir: pathlib.Path) -> str:
+  """From which step a run continues; without the other hosts, which may be dead."""
   steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-  return continue_from(max(steps, default=None))
-
-
-def continue_from(step: int | None) -> str:
-  return "the run starts anew" if step is None else f"the run continues from step {step}"
+  return f"the run continues from step {max(steps)}" if steps else "the run starts anew"
 
 
 @contextlib.contextmanager
