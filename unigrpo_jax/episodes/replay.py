@@ -172,21 +172,21 @@ def _velocities(
   images = lambda a: jnp.broadcast_to(a, (rows * steps, *a.shape[1:]))
   grid = jax.tree.map(images, grid)
   flat = lambda a: a.reshape(rows * steps, *a.shape[2:])
-  x_t, t = flat(drawn.x_t), flat(drawn.t)
+  t = flat(drawn.t)
 
   def velocity(context):
-    return model.apply({"params": params}, context, x_t, t, grid, method="velocity")
+    v = model.apply({"params": params}, context, flat(drawn.x_t), t, grid, method="velocity")
+    return v.reshape(drawn.x_t.shape)
 
   v, g = velocity(context), config.guidance
   if g.text_scale <= 1:
-    v = v.reshape(drawn.x_t.shape)
     return v, v
   position = jnp.repeat(before_prompt.position, rows // before_prompt.position.shape[0])
   without_prompt = context.as_of(before_prompt.replace(position=position))
-  guided = flow.guide(v, velocity(without_prompt), None, g)
+  guided = flow.guide(flat(v), flat(velocity(without_prompt)), None, g)
   low, high = g.interval
-  guided = jnp.where(((t > low) & (t <= high))[:, None, None], guided, v)
-  return v.reshape(drawn.x_t.shape), guided.reshape(drawn.x_t.shape)
+  guided = jnp.where(((t > low) & (t <= high))[:, None, None], guided, flat(v))
+  return v, guided.reshape(v.shape)
 
 
 def reasoning_tokens(sampled: types.TextRollout, config: ReplayConfig):
