@@ -25,6 +25,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
   Raises:
     InputError: the file cannot be read or fails, or a variant, key or value does not fit.
   """
+  for argument in overrides:
+    if argument.partition("=")[0] in ("-config", "--config"):
+      raise errors.InputError(f"{argument}: the config is {name}; give --config.KEY=VALUE")
   path, _, variants = name.partition(":")
   _run(pathlib.Path(path), variants)  # so that its own faults are not taken for those of a flag
   values = flags.FlagValues()

@@ -74,13 +74,24 @@ class MetricsLog:
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends a row; values are numbers or arrays without axes."""
+    """Appends a row; values are numbers or arrays without axes.
+
+    Raises:
+      Storage: the file cannot be written.
+    """
     values = floats(values)
     if self._path:
       # JSON has no NaN and no infinity: `read` gives NaN for null.
       row = {name: v if math.isfinite(v) else None for name, v in values.items()}
-      with self._path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+      text = json.dumps({"step": step} | row, allow_nan=False) + "\n"
+      try:
+        with self._path.open("a", encoding="utf-8") as file:
+          file.write(text)
+      except OSError as error:
+        raise errors.Storage(
+          f"{self._path}: cannot be written ({error.strerror}); check free disk space and "
+          "permissions"
+        ) from None
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
@@ -114,6 +125,14 @@ def read(path: pathlib.Path) -> tuple[list[dict[str, float]], int]:
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   rows = [_parse(line) for line in lines]
   return [row for row in rows if row is not None], sum(row is None for row in rows[:-1])
+
+
+def by_step(rows: Sequence[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+  """{step: all metrics of it}: training and an evaluation may have a row each for the same step."""
+  steps: dict[int, dict[str, float]] = {}
+  for row in rows:
+    steps.setdefault(row["step"], {}).update(row)
+  return steps
 
 
 def _parse(line: str) -> dict[str, Any] | None:

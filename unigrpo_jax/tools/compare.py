@@ -3,98 +3,183 @@
   python -m unigrpo_jax.compare --workdir=runs/compare
 
 Every method and seed is a run of `unigrpo_jax.train` in a folder of its own, with the same prompts,
-rollouts and steps; a run that is interrupted goes on, one that is finished is only read.
+rollouts and steps. An interrupted run is resumed; a finished one is only read.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.recipe import config_files, rl
+from unigrpo_jax.runtime import metrics, resumption
 
-# Name -> (config file, variants, the evaluation mode that the method is made for).
-METHODS = {
-  "UniGRPO": ("unigrpo", "", "think"),
-  "TextGRPO": ("text_grpo", "", "think"),
-  "FlowGRPO with thinking": ("flow_grpo", "", "think"),
-  "FlowGRPO": ("flow_grpo", "no_think", "plain"),
-}
 REWARDS = ("reward", "iconworld_strict", "iconworld_soft", "iconworld_reasoning")
+# {"eval/<mode>/<reward>": mean}, before and after a run.
+Outcome = dict[str, Mapping[str, float]]
 
 
-def run(
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What is compared.
+
+  Attributes:
+    config: name of its config file.
+    variant: of that, besides those that all methods share; "" for none.
+    mode: of the evaluation that the method is judged by.
+  """
+
+  config: str
+  variant: str
+  mode: str
+
+
+METHODS = {
+  "UniGRPO": Method("unigrpo", "", "think"),
+  "TextGRPO": Method("text_grpo", "", "think"),
+  "FlowGRPO with thinking": Method("flow_grpo", "", "think"),
+  "FlowGRPO": Method("flow_grpo", "no_think", "plain"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The run of one method with one seed.
+
+  Attributes:
+    name: "METHOD, seed SEED".
+    mode: of the evaluation that it is judged by.
+    folder: its workdir.
+    steps: in all.
+    arguments: of `unigrpo_jax.train`.
+  """
+
+  name: str
+  mode: str
+  folder: pathlib.Path
+  steps: int
+  arguments: Sequence[str]
+
+  def outcome(self) -> Outcome | None:
+    """{"before", "after": metrics of the evaluation}; None while the run is not finished."""
+    log = self.folder / "metrics.jsonl"
+    rows = metrics.by_step(metrics.read(log)[0]) if log.exists() else {}
+    evaluated = [step for step, row in rows.items() if f"eval/{self.mode}/reward" in row]
+    if self.steps not in evaluated:
+      return None
+    return {"before": rows[min(evaluated)], "after": rows[self.steps]}
+
+
+def prepare(
   method: str, seed: int, workdir: pathlib.Path, variants: str, overrides: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-  """Trains one method with one seed, or reads what it gave.
-
-  Returns:
-    {"before", "after": {"eval/<mode>/<reward>": mean}}.
+) -> Training:
+  """The run of a method with a seed, in or from its folder.
 
   Raises:
-    InputError: the folder's run is of another configuration, or is not evaluated.
+    InputError: the config is impossible or does not evaluate the method, or the folder has a run of
+      another configuration.
   """
-  from unigrpo_jax import train
-  from unigrpo_jax.recipe import config_files, recipe
-  from unigrpo_jax.runtime import metrics, resumption
-
-  name, own, mode = METHODS[method]
-  config = config_files.load(name, ",".join(filter(None, (variants, own))), overrides)
-  config.seed = seed
-  if not config.eval.every or mode not in config.eval.modes:
+  m = METHODS[method]
+  variants = ",".join(filter(None, (variants, m.variant)))
+  file = f"{config_files.FOLDER / m.config}.py{':' * bool(variants)}{variants}"
+  overrides = [*overrides, f"--config.seed={seed}"]
+  spec = rl.read(config_files.load(file, overrides))
+  every, modes = spec.evaluation.every, tuple(spec.evaluation.modes)
+  if not every or m.mode not in modes:
     raise errors.InputError(
-      f"config.eval.every={config.eval.every}, config.eval.modes={tuple(config.eval.modes)}: "
-      f"{method} is compared by its evaluations with mode {mode}; ask for them"
+      f"config.eval.every={every}, config.eval.modes={modes}: {method} is compared by its "
+      f"evaluations with mode {m.mode}; make the run evaluate it"
     )
-  folder = workdir / f"{name}{'_' + own if own else ''}_{seed}"
-  log, before = folder / "metrics.jsonl", folder / "config.json"
-  if before.exists():
-    # What is finished is not trained again, so it must have been trained like this.
-    old, new = json.loads(before.read_text()), json.loads(config.to_json())
-    free = train.RESUMABLE - {"eval"} | recipe.transport(config)
+  folder = workdir / f"{m.config}{'_' * bool(m.variant)}{m.variant}_{seed}"
+  record = folder / "config.json"
+  if record.exists():
+    # A finished run is not trained again, so it must have been trained with this configuration.
+    before, now = json.loads(record.read_text()), spec.run.config
+    mutable = resumption.mutable_keys(before, now, spec.run.mutable_keys - {"eval"})
     with errors.at(str(folder)):
-      resumption.check(old, new, resumption.may_change(old, new, free) - {"learning_rate"})
-  rows = {row["step"]: row for row in metrics.read(log)[0]} if log.exists() else {}
-  if config.steps not in rows:
-    print(f"== {method}, seed {seed}", flush=True)
-    train.train(config, folder)
-    rows = {row["step"]: row for row in metrics.read(log)[0]}
-  if config.steps not in rows:
-    raise KeyboardInterrupt  # It was stopped by a signal.
-  return {"before": rows[0], "after": rows[config.steps]}
+      resumption.check(before, now, mutable - {"learning_rate"}, spec.run.defaults)
+  return Training(
+    f"{method}, seed {seed}", m.mode, folder, spec.run.steps,
+    (f"--config={file}", f"--workdir={folder}", *overrides),
+  )
 
 
-def table(found: dict[str, dict[int, dict[str, Any]]]) -> str:
-  """Markdown: a line a method, means over seeds and each seed's own.
+def train(training: Training, cache: pathlib.Path) -> Outcome:
+  """Trains in a process of its own, and returns the outcome.
+
+  SIGTERM and SIGINT are passed on to it: it saves itself, and this process exits.
 
   Args:
-    found: method -> seed -> what `run` returns.
+    training: what is trained.
+    cache: folder of compiled programs, which all runs share.
+
+  Raises:
+    SystemExit: the training failed or was stopped; the reason is printed.
+  """
+  print(f"== {training.name}", flush=True)
+  command = [sys.executable, "-m", "unigrpo_jax.train", *training.arguments]
+  stopped = False
+  with subprocess.Popen(
+    command, env={"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ
+  ) as process:
+
+    def stop(*_) -> None:
+      nonlocal stopped
+      stopped = True
+      process.terminate()
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      status = process.wait()
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+  outcome = training.outcome()
+  if stopped or (outcome is None and status == 0):
+    print(f"stopped in {training.name}; run the same command again to continue", file=sys.stderr)
+    sys.exit(130)
+  if outcome is None or status:
+    print(f"error: {training.name}: training ended with status {status}", file=sys.stderr)
+    sys.exit(status if status > 0 else 1)
+  return outcome
+
+
+def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> str:
+  """Markdown: a line a method, means over seeds, and the gain of each seed.
+
+  Args:
+    outcomes: method -> seed -> outcome.
   """
   lines = [
     "| method | mode | " + " | ".join(REWARDS) + " | gain in reward, by seed |",
     "|" + " --- |" * (len(REWARDS) + 3),
   ]
-  start = [numbers["before"] for seeds in found.values() for numbers in seeds.values()]
+  first = [outcome["before"] for seeds in outcomes.values() for outcome in seeds.values()]
   for mode in ("think", "plain"):
-    cells = [_mean(start, mode, reward) for reward in REWARDS]
+    cells = [_mean(first, mode, reward) for reward in REWARDS]
     lines.append(f"| SFT | {mode} | " + " | ".join(cells) + " | |")
-  for method, seeds in found.items():
-    mode = METHODS[method][2]
-    cells = [_mean([n["after"] for n in seeds.values()], mode, reward) for reward in REWARDS]
+  for method, seeds in outcomes.items():
+    mode = METHODS[method].mode
+    last = [outcome["after"] for outcome in seeds.values()]
+    cells = [_mean(last, mode, reward) for reward in REWARDS]
     key = f"eval/{mode}/reward"
-    gains = [n["after"][key] - n["before"][key] for n in seeds.values()]
+    gains = [outcome["after"][key] - outcome["before"][key] for outcome in seeds.values()]
     shown = ", ".join(f"{gain:+.3f}" for gain in gains)
     lines.append(f"| {method} | {mode} | " + " | ".join(cells) + f" | {shown} |")
   return "\n".join(lines) + "\n"
 
 
-def _mean(rows: Sequence[dict[str, Any]], mode: str, reward: str) -> str:
+def _mean(rows: Sequence[Mapping[str, float]], mode: str, reward: str) -> str:
   values = [row[f"eval/{mode}/{reward}"] for row in rows if f"eval/{mode}/{reward}" in row]
   return f"{np.mean(values):.3f}" if values else ""
 
@@ -103,25 +188,26 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.compare", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="--config.KEY=VALUE changes a key of every method's config.",
   )
   add = parser.add_argument
   add("--workdir", type=pathlib.Path, required=True, help="folder of the runs and of results.md")
-  add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
+  add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
       help=f"of {', '.join(METHODS)} (default: all)")
-  add("--seeds", nargs="*", type=int, default=[0, 1, 2], help="default: 0 1 2")
+  add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
   add("--variants", default="tiny", help="of the configs (default: %(default)s)")
-  add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every config")
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-  import jax
-
-  jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
-  found: dict[str, dict[int, dict[str, Any]]] = {}
-  for seed in args.seeds:
-    for method in args.methods:
-      result = run(method, seed, args.workdir, args.variants, args.set)
-      found.setdefault(method, {})[seed] = result
-      # After every run, so that an interrupted comparison can be read.
-      text = table(found)
-      (args.workdir / "results.md").write_text(text, encoding="utf-8")
-      (args.workdir / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+  args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  # All of them, so that a mistake in the last one is found before the first is trained.
+  trainings = {
+    (method, seed): prepare(method, seed, args.workdir, args.variants, overrides)
+    for seed in args.seeds for method in args.methods
+  }
+  outcomes: dict[str, dict[int, Outcome]] = {}
+  for (method, seed), training in trainings.items():
+    outcome = training.outcome() or train(training, args.workdir / "compiled")
+    outcomes.setdefault(method, {})[seed] = outcome
+    # After every run, so that the table of an interrupted comparison can be read.
+    text = table(outcomes)
+    (args.workdir / "results.md").write_text(text, encoding="utf-8")
+    (args.workdir / "results.json").write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
   print(text)

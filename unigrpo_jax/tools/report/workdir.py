@@ -89,10 +89,7 @@ def read(folder: pathlib.Path) -> Run:
   rows, skipped = metrics.read(path)
   if not rows:
     raise errors.InputError(f"{path} holds no metrics yet; wait for the first step of the run")
-  # Training and an evaluation may have logged a row each for the same step.
-  steps: dict[int, dict[str, float]] = {}
-  for row in rows:
-    steps.setdefault(row["step"], {}).update(row)
+  steps = metrics.by_step(rows)
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
   config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
   places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
