@@ -84,6 +84,7 @@ def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
   Yields:
     The path of the temporary folder. Its parents are made too, and removed with it.
   """
+  target = target.resolve()
   missing = [folder for folder in target.parents if not folder.exists()]
   prefix = f"{target.name}.partial-"
   for other in target.parent.glob(f"{prefix}*"):

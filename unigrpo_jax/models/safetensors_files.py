@@ -121,20 +121,20 @@ class SafetensorsFile:
     full = tuple(slice(0, size, 1) for size in entry.shape)
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape))
     index += full[len(index):]
-    out = np.empty([max(part.stop - part.start, 0) for part in index], _bits(entry.dtype))
+    out = np.empty([max(part.stop - part.start, 0) for part in index], entry.dtype)
     if not out.size:
-      return out.view(entry.dtype)
+      return out
     first = entry.start + (index[0].start * entry.row_bytes if index else 0)
     if index[1:] == full[1:]:
       self._fill(out, first)
-      return out.view(entry.dtype)
+      return out
     step = max(_ROWS_BYTES // entry.row_bytes, 1)
-    rows = np.empty([min(step, out.shape[0]), *entry.shape[1:]], out.dtype)
-    for start in range(0, out.shape[0], step):
+    rows = np.empty([min(step, len(out)), *entry.shape[1:]], entry.dtype)
+    for start in range(0, len(out), step):
       block = out[start : start + step]
       self._fill(rows[: len(block)], first + start * entry.row_bytes)
       block[...] = rows[(slice(0, len(block)), *index[1:])]
-    return out.view(entry.dtype)
+    return out
 
   def _fill(self, out: np.ndarray, offset: int) -> None:
     """Reads the bytes of `out`, which is contiguous, from `offset` on."""
@@ -166,7 +166,6 @@ def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Ent
 
   Raises:
     ValueError: a tensor is not described, or the offsets contradict the shapes.
-    InputError: a dtype is not supported.
   """
   entries = {name: _parse_entry(name, value, first) for name, value in header.items()}
   end = first
@@ -183,70 +182,69 @@ def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Ent
 def _parse_entry(name: str, value: Any, first: int) -> Entry:
   try:
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    known = dtype in DTYPES
-  except (KeyError, TypeError, ValueError):
-    raise ValueError(
-      f"tensor {name} is described by {str(value)[:80]}, not by dtype, shape and two data_offsets"
-    ) from None
-  if not known:
-    raise errors.InputError(
-      f"tensor {name} has dtype {dtype!r}; supported: {', '.join(DTYPES)}"
-    )
-  if not all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, stop)):
-    raise ValueError(
-      f"shape {str(list(shape))[:80]} or data_offsets {str([start, stop])[:80]} of tensor {name} are not "
-      "whole numbers"
-    )
-  entry = Entry(DTYPES[dtype], shape, first + start)
-  if stop - start != entry.nbytes:
-    raise ValueError(
-      f"data_offsets [{start}, {stop}] of tensor {name} do not fit its shape {list(shape)}"
-    )
-  return entry
+    entry = Entry(DTYPES[dtype], shape, first + start)
+    integers = all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, stop))
+    if integers and stop - start == entry.nbytes:
+      return entry
+  except (KeyError, TypeError, ValueError, OverflowError):
+    pass
+  raise ValueError(
+    f"tensor {name} is described by {str(value)[:120]}, not by a dtype of {', '.join(DTYPES)}, a "
+    "shape and the two data_offsets that fit it"
+  )
 
 
-def write(
-  path: pathlib.Path,
-  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-  pieces: Iterable[tuple[str, int, np.ndarray]],
-  metadata: Any = None,
-) -> None:
-  """Writes a file a piece at a time.
+@dataclasses.dataclass(frozen=True)
+class Contents:
+  """What a file is made of.
 
-  Args:
-    path: the file to make.
-    tensors: {name: (dtype, shape)} of the whole file.
+  Attributes:
+    tensors: {name: (dtype, shape)}.
     pieces: (tensor name, first row, rows of that tensor), consumed one at a time and cast to the
       tensor's dtype. Together they cover every tensor once.
     metadata: for the header's `__metadata__`, which None leaves out.
+  """
+
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+  pieces: Iterable[tuple[str, int, np.ndarray]]
+  metadata: Any = None
+
+
+def total_bytes(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
+  """Of the data of tensors, {name: (dtype, shape)}."""
+  return sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
+
+
+def write(path: pathlib.Path, contents: Contents) -> None:
+  """Writes a file a piece at a time.
 
   Raises:
     ValueError: the pieces do not cover every tensor exactly once, or have another shape.
   """
+  header = {} if contents.metadata is None else {"__metadata__": contents.metadata}
+  starts, end = {}, 0
   # As the safetensors library orders them: aligned data, then names.
-  order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-  header, end = {} if metadata is None else {"__metadata__": metadata}, 0
-  for name in order:
-    dtype, shape = tensors[name]
-    start, end = end, end + math.prod(shape) * dtype.itemsize
+  for name, (dtype, shape) in sorted(
+    contents.tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])
+  ):
+    starts[name], end = end, end + math.prod(shape) * dtype.itemsize
     header[name] = {
-      "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
+      "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end],
     }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # The data starts at a multiple of eight bytes.
   first = 8 + len(text)
-  missing = {name: math.prod(tensors[name][1]) for name in order}
+  missing = {name: math.prod(shape) for name, (_, shape) in contents.tensors.items()}
   with path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(first + end)
-    for name, row, piece in pieces:
-      dtype, shape = tensors[name]
+    for name, row, piece in contents.pieces:
+      dtype, shape = contents.tensors[name]
       if piece.shape[1:] != shape[1:]:
         raise ValueError(f"{name}: a piece of shape {piece.shape} is no slice of {shape}")
       data = contiguous(piece).astype(dtype, copy=False)
       missing[name] -= data.size
-      row_bytes = math.prod(shape[1:]) * dtype.itemsize
-      file.seek(first + header[name]["data_offsets"][0] + row * row_bytes)
+      file.seek(first + starts[name] + row * math.prod(shape[1:]) * dtype.itemsize)
       file.write(data.reshape(-1).view(np.uint8))
     file.flush()
     # The folder is renamed into place afterwards: a power cut must not leave it with empty files.
@@ -256,27 +254,13 @@ def write(
     raise ValueError(f"not covered exactly once: {', '.join(incomplete[:10])}")
 
 
-def _bits(dtype: np.dtype) -> np.dtype:
-  """The unsigned integer of the same size: numpy copies bfloat16 element by element."""
-  return np.dtype(f"u{np.dtype(dtype).itemsize}")
-
-
-def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-  """`target[...] = source` for equal shapes, casting; at memory speed where nothing is cast."""
-  if target.dtype == source.dtype:
-    target, source = target.view(_bits(target.dtype)), source.view(_bits(source.dtype))
-  target[...] = source
-
-
 def contiguous(array: np.ndarray) -> np.ndarray:
   """`np.ascontiguousarray`, several times as fast for a transposed matrix."""
-  if array.flags.c_contiguous:
-    return array
+  if array.ndim != 2 or array.flags.c_contiguous:
+    return np.ascontiguousarray(array)
   out = np.empty(array.shape, array.dtype)
-  transposed = array.ndim == 2 and abs(array.strides[0]) < abs(array.strides[1])
   # Strips keep both sides of the transpose in the processor's cache.
-  step = 128 if transposed else max(array.shape[-1], 1)
-  for start in range(0, array.shape[-1], step):
-    strip = (..., slice(start, start + step))
-    copy_into(out[strip], array[strip])
+  for start in range(0, array.shape[1], 128):
+    strip = slice(start, start + 128)
+    out[:, strip] = array[:, strip]
   return out

@@ -356,8 +356,7 @@ class OfficialReader:
     if leaf.stacked:
       names, targets, inner = leaf.names[index[0]], out, index[1:]
     for name, target in zip(names, targets):
-      layer = leaf.read_layer(functools.partial(read, name), inner)
-      safetensors_files.copy_into(target, layer)
+      target[...] = leaf.read_layer(functools.partial(read, name), inner)
     return out
 
   def close(self) -> None:

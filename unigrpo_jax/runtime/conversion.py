@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, types
+from unigrpo_jax.data import atomic
 from unigrpo_jax.models import bagel, safetensors_files, weights
 from unigrpo_jax.runtime import checkpoints, folders, metrics, stored_params
 
@@ -68,8 +69,9 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
     others = folders.other_files(folder.path, note=True)
     needed = total + sum(file.stat().st_size for file in others)
     print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
+    folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
     with (
-      folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged,
+      atomic.staging(target) as staged,
       metrics.progress(total, "converting", unit="B") as progress,
     ):
       (staged / folders.OFFICIAL).mkdir()
@@ -180,31 +182,25 @@ def export(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fals
     InputError: the source is not a complete converted folder, or the target cannot be made.
   """
   folder = _open(source, "converted")
-  files = _read_manifest(folder)
+  recorded = _read_manifest(folder)
   with folder.open_params() as reader:
     tensors = {
       file: {
         name: (record.dtypes[name], leaf.official_shape)
         for leaf in reader.leaves if leaf.file == file for name in leaf.names
       }
-      for file, record in files.items()
+      for file, record in recorded.items()
     }
-    total = sum(
-      math.prod(shape) * dtype.itemsize
-      for file in tensors.values() for dtype, shape in file.values()
-    )
-    others = folders.other_files(folder.files, note=True)
-    needed = total + sum(file.stat().st_size for file in others)
+    total = sum(map(safetensors_files.total_bytes, tensors.values()))
     print(f"exporting {folder.path}: {total / 1e9:.2f} GB", flush=True)
-    with (
-      folders.staging(folder.path, target, overwrite=overwrite, needed_bytes=needed) as staged,
-      metrics.progress(total, "exporting", unit="B") as progress,
-    ):
-      for file in others:
-        shutil.copyfile(file, staged / file.name)
-      for file, record in files.items():
-        pieces = _verified_rows(reader, file, record, progress)
-        safetensors_files.write(staged / file, tensors[file], pieces, record.metadata)
+    with metrics.progress(total, "exporting", unit="B") as progress:
+      files = {
+        file: safetensors_files.Contents(
+          tensors[file], _verified_rows(reader, file, record, progress), record.metadata
+        )
+        for file, record in recorded.items()
+      }
+      folders.write_files(folder, target, files, overwrite=overwrite)
   print(f"wrote {target}", flush=True)
 
 

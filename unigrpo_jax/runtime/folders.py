@@ -8,10 +8,9 @@ A converted folder holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import shutil
@@ -172,7 +171,13 @@ def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Pat
 def check_target(
   source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0
 ) -> None:
-  """Refuses a place where no model folder can be made; arguments as of `staging`.
+  """Refuses a place where no model folder can be made.
+
+  Args:
+    source: the folder that is read.
+    target: the folder to be made.
+    overwrite: whether `target` may be replaced, if it is itself a model folder.
+    needed_bytes: size of what will be written.
 
   Raises:
     InputError: the target exists, overlaps the source, or the disk is too full.
@@ -205,27 +210,30 @@ def check_target(
     )
 
 
-@contextlib.contextmanager
-def staging(
-  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int
-) -> Iterator[pathlib.Path]:
-  """A new folder that becomes the model folder `target` on success and is removed otherwise.
+def write_files(
+  folder: ModelFolder, target: pathlib.Path, files: Mapping[str, safetensors_files.Contents], *,
+  overwrite: bool,
+) -> None:
+  """Makes an official folder, or replaces one, on success only.
 
   Args:
-    source: the folder that is read; never written to.
-    target: replaced, only on success, when `overwrite` and it is itself a model folder.
-    overwrite: whether an existing target may be replaced.
-    needed_bytes: size of what will be written.
-
-  Yields:
-    The path of the temporary folder.
+    folder: where the configs and the tokenizer come from.
+    target: the folder to make.
+    files: the weight files.
+    overwrite: see `check_target`.
 
   Raises:
-    InputError: the target exists, overlaps the source, or the disk is too full.
+    InputError: the target cannot be made.
   """
-  check_target(source, target, overwrite=overwrite, needed_bytes=needed_bytes)
-  with atomic.staging(pathlib.Path(target).resolve()) as staged:
-    yield staged
+  others = other_files(folder.files, note=True)
+  needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
+  needed += sum(path.stat().st_size for path in others)
+  check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
+  with atomic.staging(target) as staged:
+    for path in others:
+      shutil.copyfile(path, staged / path.name)
+    for name, contents in files.items():
+      safetensors_files.write(staged / name, contents)
 
 
 def write_official(
@@ -242,30 +250,19 @@ def write_official(
   Raises:
     InputError: the target cannot be made.
   """
+  files = {}
   with contextlib.ExitStack() as stack:
-    readers = {
-      part: _InMemory(weights.table(folder.config, (part,)), params, np.dtype(dtype))
-      if part in params else stack.enter_context(folder.open_params((part,)))
-      for part in weights.PARTS
-    }
-    tensors = {
-      part: {
+    for part, file in weights.FILES.items():
+      if part in params:
+        reader = _InMemory(weights.table(folder.config, (part,)), params, np.dtype(dtype))
+      else:
+        reader = stack.enter_context(folder.open_params((part,)))
+      tensors = {
         name: (reader.dtype(leaf), leaf.official_shape)
         for leaf in reader.leaves for name in leaf.names
       }
-      for part, reader in readers.items()
-    }
-    needed = sum(
-      math.prod(shape) * dtype.itemsize
-      for part in tensors.values() for dtype, shape in part.values()
-    )
-    staged = stack.enter_context(
-      staging(folder.path, target, overwrite=True, needed_bytes=needed)
-    )
-    for path in other_files(folder.files, note=True):
-      shutil.copyfile(path, staged / path.name)
-    for part, reader in readers.items():
-      safetensors_files.write(staged / weights.FILES[part], tensors[part], _tensors(reader))
+      files[file] = safetensors_files.Contents(tensors, _official_tensors(reader))
+    write_files(folder, target, files, overwrite=True)
 
 
 class _InMemory:
@@ -281,7 +278,7 @@ class _InMemory:
     return np.asarray(weights.lookup(self._params, leaf.path))
 
 
-def _tensors(reader) -> Iterator[tuple[str, int, np.ndarray]]:
+def _official_tensors(reader) -> Iterator[tuple[str, int, np.ndarray]]:
   """The official tensors of all parameters of a reader: (name, 0, tensor)."""
   for leaf in reader.leaves:
     value = reader.read(leaf)
