@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
 from unigrpo_jax import types
 from unigrpo_jax.algorithms import base, forward, grpo, update
@@ -25,6 +26,9 @@ STEPS = (0, 2)  # The first, where t = 1, and another.
 NO_GUIDANCE = flow.Guidance(text_scale=1.0)
 GUIDANCE = flow.Guidance(text_scale=3.0, interval=(0.9, 1.0))  # One step within, one without.
 THINK, PLAIN = script_lib.make(think=True), script_lib.make(think=False)
+THINK_EDIT = script_lib.make(think=True, source=True)
+EDIT = script_lib.make(think=False, source=True)
+ANSWER = script_lib.make(think=False, answer=True, source=True)
 T_SECOND = float(flow.time_grid(POINTS, SHIFT)[1])
 _SDE = dict(
   ratio="norm", clip=1e-2, grad_reweight="none", kind="flow", noise_level=NOISE, t_second=T_SECOND
@@ -48,7 +52,7 @@ def replay_config(script: script_lib.Script = THINK, **changes) -> replay.Replay
   start = replay.ReplayConfig(
     script=script, system_ids=SYSTEM if script.has(script_lib.Given(script_lib.SYSTEM)) else (),
     start_id=280, end_id=END, temperature=1.0, chunk=3, text=script.has(script_lib.Sampled),
-    flow=True, guidance=NO_GUIDANCE, routing="expert",
+    flow=script.has(script_lib.Drawn), guidance=NO_GUIDANCE, routing="expert",
   )
   return dataclasses.replace(start, **changes)
 
@@ -85,7 +89,19 @@ def optimizer(rates=None, *, eps=1e-2, clip_norm=10.0):
   )
 
 
-def inputs(script: script_lib.Script, source: types.Seen | None = None) -> programs.Inputs:
+def source(config) -> types.Seen:
+  """An image a prompt, of different sizes: as latents and as patches, padded."""
+  rng = np.random.default_rng(0)
+  sizes = [(32, 32), (16, 32), (32, 16), (16, 16)]
+  places = requests.latent_grid(config, sizes)
+  latents = rng.normal(size=(*places.ids.shape, config.latent_dim)).astype(np.float32)
+  images = [
+    PIL.Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
+  ]
+  return types.Seen(latents, places, requests.image_patches(config, images))
+
+
+def inputs(config, script: script_lib.Script) -> programs.Inputs:
   """Padded prompts, and where the script has them the system prompt and source images."""
   length = max(map(len, PROMPTS)) + 1
   ids, mask = np.zeros((len(PROMPTS), length), np.int32), np.zeros((len(PROMPTS), length), bool)
@@ -96,24 +112,26 @@ def inputs(script: script_lib.Script, source: types.Seen | None = None) -> progr
     texts[script_lib.SYSTEM] = types.Text(
       np.array([SYSTEM], np.int32), np.ones((1, len(SYSTEM)), bool)
     )
-  return programs.Inputs(texts, {} if source is None else {script_lib.SOURCE: source})
+  seen = any(isinstance(segment, script_lib.Seen) for segment in script.shared)
+  return programs.Inputs(texts, {script_lib.SOURCE: source(config)} if seen else {})
 
 
 def sample(
-  model, params, script: script_lib.Script = THINK, *, guidance=NO_GUIDANCE, side=2, source=None
+  model, params, script: script_lib.Script = THINK, *, guidance=NO_GUIDANCE, side=2
 ) -> types.Experience:
-  """An experience of 4 prompts x 2; with reasonings, some of which end and some are cut.
+  """An experience of 4 prompts x 2; of the texts that are sampled some end and some are cut.
 
-  Its prompts are repeated for every trajectory, where there is no source image.
+  Prompts without a source image are repeated for every trajectory.
   """
-  rows, given = len(PROMPTS) * GROUP, inputs(script, source)
+  rows, given = len(PROMPTS) * GROUP, inputs(model.config, script)
+  image = given.images.get(script_lib.SOURCE)
   keys = jax.random.split(jax.random.key(0), rows)
   fold = lambda number: jax.vmap(jax.random.fold_in, (0, None))(keys, number)
   capacity = sum(text.ids.shape[1] for text in given.texts.values())
-  if source is not None:
-    capacity += sum(part.mask.shape[1] + 2 for part in (source.grid, source.patches))
+  if image is not None:
+    capacity += sum(part.mask.shape[1] + 2 for part in (image.grid, image.patches))
   contexts = programs.prefill(model, params, given, script=script, capacity=capacity)
-  text = None
+  text = drawn = None
   if script.has(script_lib.Sampled):
     contexts = programs.fork(model, contexts, copies=GROUP, capacity=MAX_TOKENS + 2)
     text, main = programs.decode_text(
@@ -121,20 +139,21 @@ def sample(
       temperature=1.0,
     )
     contexts = contexts.replace(main=main)
-  shape = (side * side, model.config.latent_dim)
-  drawn = programs.denoise(
-    model, params, contexts, jax.vmap(lambda key: jax.random.normal(key, shape))(fold(0)),
-    jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), grid(model.config, side)), fold(1),
-    jnp.tile(jnp.array(STEPS, jnp.int32), (rows, 1)),
-    num_timesteps=POINTS, shift=SHIFT, guidance=guidance, kind="flow", noise_level=NOISE,
-  )
-  prompt = jax.tree.map(jnp.asarray, given.texts[script_lib.PROMPT])
-  if source is None:
+  if script.has(script_lib.Drawn):
+    shape = (side * side, model.config.latent_dim)
+    drawn = programs.denoise(
+      model, params, contexts, jax.vmap(lambda key: jax.random.normal(key, shape))(fold(0)),
+      jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), grid(model.config, side)), fold(1),
+      jnp.tile(jnp.array(STEPS, jnp.int32), (rows, 1)),
+      num_timesteps=POINTS, shift=SHIFT, guidance=guidance, kind="flow", noise_level=NOISE,
+    )
+  prompt, image = jax.tree.map(jnp.asarray, (given.texts[script_lib.PROMPT], image))
+  if image is None:
     prompt = jax.tree.map(lambda a: jnp.repeat(a, GROUP, axis=0), prompt)
   # Not the same size in every group, so that no order of rows is like another.
   adv = jnp.array([1.0, -1.0, 0.5, -0.5, -1.5, 1.5, 0.8, -0.8])
   return types.Experience(
-    prompt, source, (types.Round(text, drawn),), adv, jnp.ones(rows, bool)
+    prompt, image, (types.Round(text, drawn),), adv, jnp.ones(rows, bool)
   )
 
 

@@ -1,5 +1,7 @@
 """A context that several rows go on from is, to each of them, its own."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -107,3 +109,82 @@ def test_reading_at_once_equals_appending(config, call):
   alone, _ = call("read_text", ids[:1][:, mask[0]].repeat(4, axis=0), jnp.ones((4, 5), bool))
   np.testing.assert_allclose(
     _velocity(config, call, alone)[:IMAGES], _velocity(config, call, read)[:IMAGES], atol=ATOL)
+
+
+# Kind of each segment -> how it is appended; every one fills as many slots.
+APPEND = {"text": "append_text", "latents": "append_latents", "patches": "append_patches"}
+SLOTS = 6
+
+
+def _segment(rng, config, kind, rows):
+  """Arguments of a segment of `rows` rows, padded; the last row of an image has none."""
+  if kind == "text":
+    return _text(rng, rng.integers(1, SLOTS, rows), SLOTS)
+  mask = np.arange(SLOTS - 2) < np.append(rng.integers(1, SLOTS - 1, rows - 1), 0)[:, None]
+  ids = jnp.asarray(rng.integers(0, 9, mask.shape), jnp.int32)
+  width = config.latent_dim if kind == "latents" else config.vit.patch_dim
+  values = jnp.asarray(rng.uniform(-1, 1, (*mask.shape, width)), jnp.float32)
+  if kind == "latents":
+    return values, types.LatentGrid(ids, jnp.asarray(mask))
+  return (types.Patches(values, ids, jnp.asarray(mask)),)
+
+
+def _grow(config, call, context, segments):
+  """(context, what each segment gave: hidden states of its text or None, positions)."""
+  given = []
+  for kind, arguments in segments:
+    hidden = None
+    context = call(APPEND[kind], context, *arguments)
+    if kind == "text":
+      context, hidden = context
+      hidden = jnp.where(arguments[1][..., None], hidden, 0)
+    given.append((hidden, context.position))
+  return context, given
+
+
+@pytest.mark.parametrize("sizes, kinds", [
+  ((6,), "text latents patches text patches text"),
+  ((3, 3), "text patches latents text latents text"),
+  ((2, 2, 2), "latents patches text text latents text"),
+  ((2, 1, 2, 1), "patches text latents patches text text"),
+  ((1, 2, 1, 1, 1), "text latents text patches latents text"),
+  ((1, 1, 1, 1, 1, 1), "text latents patches text patches text"),
+], ids=lambda value: len(value) if isinstance(value, tuple) else "")
+def test_a_sequence_in_parts_is_the_uncut_one(config, call, sizes, kinds):
+  """Parts chain, with slots left over in each; four rows go on from the two of the last prefix."""
+  rng, kinds, last = np.random.default_rng(2), kinds.split(), sum(sizes[:-1])
+  segments = [
+    (kind, _segment(rng, config, kind, 2 if i < last else 4)) for i, kind in enumerate(kinds)
+  ]
+  again = lambda tree: jax.tree.map(lambda a: jnp.repeat(a, COPIES, axis=0), tree)
+  repeated = [(kind, again(a) if i < last else a) for i, (kind, a) in enumerate(segments)]
+  room = SLOTS * len(kinds)
+  before, want = _grow(
+    config, call, bagel.empty_context(config, 4, room + 3, jnp.float32), repeated[:-1])
+  whole, want_last = _grow(config, call, before, repeated[-1:])
+
+  context, got, rest = None, [], iter(segments)
+  for part, size in enumerate(sizes):
+    slots, copies = SLOTS * size + 1, COPIES if part == len(sizes) - 1 else 1
+    if part:
+      context = bagel.fork(config, context, copies, slots)
+    else:
+      context = bagel.empty_context(config, 2 * copies, slots, jnp.float32)
+    for segment in itertools.islice(rest, size):
+      mark = context.mark()
+      context, given = _grow(config, call, context, [segment])
+      got += given
+  assert len(context.parts) == len(sizes)
+  for i, ((hidden, position), (want_hidden, want_position)) in enumerate(
+    zip(got, want + want_last, strict=True)
+  ):
+    if i < last:
+      hidden, position = again((hidden, position))
+    np.testing.assert_array_equal(position, want_position)
+    if hidden is not None:
+      np.testing.assert_allclose(hidden, want_hidden, atol=ATOL)
+  now, then = _velocity(config, call, context), _velocity(config, call, context.as_of(mark))
+  np.testing.assert_allclose(now, _velocity(config, call, whole), atol=ATOL)
+  np.testing.assert_allclose(
+    then, _velocity(config, call, whole.as_of(before.mark())), atol=ATOL)
+  assert float(jnp.abs(now - then).max()) > 1e-3
