@@ -59,15 +59,10 @@ def test_backward_is_twice_forward_and_a_frozen_part_skips_its_weights():
     work.backward(("vit",))
 
 
-def test_updates_are_the_sum_of_their_parts():
-  drawn, context = flops.velocity(SIZES, 4, context=12), flops.text(SIZES, 12)
-  # 12 tokens read or written, 7 of them scored.
+def test_a_reading_is_the_sum_of_its_parts():
+  """12 tokens read or written, 7 of them scored."""
   prompt, reasoning = flops.text(SIZES, 5), flops.decode(SIZES, 7, context=5)
   assert prompt + reasoning == flops.text(SIZES, 12, scored=7)
-  update = functools.partial(flops.image_update, SIZES, context=12, latents=4, window=3)
-  assert update() == context.forward + 3 * drawn.update(("gen", "latent"))
-  assert update(trained=flops.PARTS) == 3 * (context.forward + 3 * drawn.forward)
-  assert flops.text_update(SIZES, prompt=5, tokens=7) == 3 * flops.text(SIZES, 12, scored=7).forward
 
 
 def test_parts_are_groups_of_the_optimizer():

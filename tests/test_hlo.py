@@ -39,7 +39,8 @@ def test_flops_of_a_scanned_stack_with_gradient(remat, passes):
   assert _read(loss, _shape(B, D), weights).flops == forward
   gradient = _read(jax.grad(loss, argnums=(0, 1)), _shape(B, D), weights)
   assert gradient.flops == passes * forward
-  assert not gradient.unknown_loops
+  known = _read(jax.grad(loss, argnums=(0, 1)), _shape(B, D), weights, unknown_trips=99)
+  assert known.flops == gradient.flops, "all trips are known"
 
 
 def test_loops_in_loops_multiply():
@@ -79,7 +80,7 @@ def test_the_most_expensive_branch_counts():
   assert program.flops == 2 * 2 * D**3
 
 
-def test_a_loop_that_ends_early_is_listed_and_takes_the_given_trips():
+def test_a_loop_that_ends_early_takes_the_given_trips():
   def early(x):
     go_on = lambda carry: (carry[0] < 50) & (jnp.sum(carry[1]) < 10)
     return lax.while_loop(go_on, lambda carry: (carry[0] + 1, jnp.sin(carry[1] @ x)), (0, x))[1]
@@ -88,8 +89,6 @@ def test_a_loop_that_ends_early_is_listed_and_takes_the_given_trips():
   once, often = (_read(repeated, _shape(D, D), unknown_trips=trips) for trips in (1, 20))
   assert once.flops == 3 * 2 * D**3
   assert often.flops == 20 * once.flops
-  (loop,) = often.unknown_loops
-  assert loop.times == 3 and "while" in loop.op_name
 
 
 def test_collectives_of_a_hand_sharded_scan():

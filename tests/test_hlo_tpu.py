@@ -115,8 +115,6 @@ def test_a_recorded_program_of_two_loops():
   token = hlo.read(text)
   assert token.devices == 8
   assert token.flops == 4 * 2 * (2 * 4 * 512 * 1024)
-  (loop,) = token.unknown_loops
-  assert (loop.limit, loop.times, loop.op_name) == (100, 1, "jit(f)/while")
   layers, stop = hlo.read(text, unknown_trips=100).collectives
   mesh = {"fsdp": 4, "tensor": 2}
   assert (layers.kind, layers.shape, layers.bytes) == ("all-reduce", "bf16[4,512]", 4096)

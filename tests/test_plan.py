@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.recipe import config_files
-from unigrpo_jax.runtime import runs
+from unigrpo_jax.recipe import config_files, rl
+from unigrpo_jax.runtime import state
 from unigrpo_jax.tools.plan import (
   advice,
   chips,
@@ -20,8 +20,8 @@ from unigrpo_jax.tools.plan import (
   hlo,
   hlo_text,
   page,
+  planner,
   plans,
-  programs,
   topology,
 )
 
@@ -31,7 +31,7 @@ CHIP = chips.CHIPS["v6e"]
 
 
 def _phase(name, temporaries=0.0, flops=1e12, exceeds=None, collectives=()):
-  program = None if exceeds else hlo.Program(flops, 1e9, tuple(collectives), (), (), 8)
+  program = None if exceeds else hlo.Program(flops, 1e9, tuple(collectives), (), 8)
   sizes = {} if exceeds else {
     "arguments": 0, "results": 0, "temporaries": int(temporaries * GIB)
   }
@@ -53,10 +53,9 @@ def tiny():
     "--config.prompts_per_step=2", "--config.rollout.prompts_at_once=1", "--config.group_size=4",
     "--config.microbatch=4",
   ])
-  network = runs.open_network(config, jax.devices()[:1])
-  named = []
-  planner = programs.Planner(config, network)
-  return config, planner.run(named.append), named
+  spec, named = rl.read(config), []
+  network = state.open_network(spec.network, jax.devices()[:1])
+  return spec, planner.Planner(spec, network, named.append).run(), named
 
 
 def test_every_phase_is_compiled_once_and_named(tiny):
@@ -68,21 +67,21 @@ def test_every_phase_is_compiled_once_and_named(tiny):
 
 def test_held_bytes_are_those_of_a_real_state(tiny):
   """Against the state that training makes from the same config."""
-  config, planned, _ = tiny
-  network = runs.open_network(config, jax.devices()[:1])
-  optimizer = runs.make_optimizer(config)
-  abstract, where = runs.state_layout(network, optimizer, ema=False, reference=True)
-  state = runs.first_state(network, optimizer, where, random_init=False, seed=0)
+  spec, planned, _ = tiny
+  network = state.open_network(spec.network, jax.devices()[:1])
+  optimizer = spec.optimizer.make()
+  layout = state.layout(network, optimizer, ema=False, reference=True)
+  first = state.first_state(network, optimizer, layout, random_init=False, seed=0)
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  assert planned.held["parameters"] == size(state.params) == planned.held["sampler"]
-  assert planned.held["optimizer"] == size(state.opt_state)
-  assert planned.held["reference"] == size(state.reference)
+  assert planned.held["parameters"] == size(first.params) == planned.held["sampler"]
+  assert planned.held["optimizer"] == size(first.opt_state)
+  assert planned.held["reference"] == size(first.reference)
   assert planned.held["moving average"] == 0
   # Keys and values of 4 trajectories, 64 tokens and 2 more each, after 86 of one prompt; and some
   # integers.
-  llm = network.folder.config.llm
+  llm = network.config.llm
   token = 2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim
-  slots = 4 * (config.rollout.max_tokens + 2) + 46 + config.rollout.prompt_tokens
+  slots = 4 * (spec.rollout.settings.max_tokens + 2) + 46 + spec.rollout.prompt_tokens
   assert 0 < planned.held["cache"] - token * slots < 0.1 * token * slots
 
 
@@ -215,8 +214,8 @@ def test_overrides_are_those_of_training(monkeypatch):
   """With an equals sign or a space, before and after the command's own arguments."""
   seen = {}
 
-  def stop(config, name, *_):
-    seen[name] = (config.microbatch, config.rollout.layout)
+  def stop(spec, name, *_):
+    seen[name] = (spec.update.microbatch, spec.rollout.layout)
     raise errors.InputError("far enough")
 
   monkeypatch.setattr(topology, "plan", stop)

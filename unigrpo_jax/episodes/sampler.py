@@ -190,7 +190,7 @@ class Sampler:
     if text is not None:
       rows, host_text = self._read(text, batch.real)
     images = None
-    if flow is not None:
+    if flow is not None and self.vae_params is not None:
       with timer("vae"):
         rows, images = self._decode(flow.latents, batch)
     return Episode(inputs, text, flow, rows, host_text, self._words(host_text), images)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import resource
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types as builtin_types
 from typing import Any
 
 import jax
@@ -24,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.algorithms import update
-from unigrpo_jax.episodes import batches, phases, policy
-from unigrpo_jax.models import attention, bagel, layers
-from unigrpo_jax.recipe import recipe
-from unigrpo_jax.runtime import metrics, runs, sharding
-from unigrpo_jax.sampling import text
+from unigrpo_jax.data import prompts
+from unigrpo_jax.episodes import rollout, sampler
+from unigrpo_jax.models import layers
+from unigrpo_jax.recipe import parts, rl
+from unigrpo_jax.runtime import metrics as metrics_lib
+from unigrpo_jax.runtime import run, sharding, state
 from unigrpo_jax.tools import workloads
 
 DESCRIPTION = """Times one joint iteration of UniGRPO for a group of one prompt, on random weights.
@@ -59,126 +57,71 @@ examples:
 A busy machine slows everything: compare the column "of matmul", which the same rounds measured.
 One device is used. With --shape=all every shape has a process, and so a peak memory, of its own."""
 
-
-# Fed after the last token, as the last row of the embeddings; no sampled id is ever equal to it.
-NEVER = -1
-START = 1
+PROMPT = prompts.Prompt("whose ids the workload's tokenizer makes up", {})
 
 
 class Bench:
-  """A network with random weights, and the programs of an iteration."""
+  """A network with random weights, and what an iteration runs."""
 
   def __init__(self, work: workloads.Workload, *, dtype: str, remat: bool, device: jax.Device):
-    config, sizes = workloads.training_config(work, dtype, remat), workloads.network_config(work)
-    self.work, self.config = work, config
-    self.mesh = sharding.make_mesh(devices=[device])
-    self.model = bagel.Bagel(
-      sizes, (work.vocab - 3, work.vocab - 2), dtype=jnp.dtype(dtype), remat=remat,
-      backend=attention.choose_backend("auto", device.platform, dtype),
-    )
-    folder = builtin_types.SimpleNamespace(config=sizes)
-    network = runs.Network(folder, None, self.model, self.mesh)
-    self.settings = recipe.rollout_settings(config, self.mesh)
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.integers(3, work.vocab - 3, shape).astype(np.int32)
-    self.prompt_ids, self.system_ids = draw(1, work.prompt), draw(work.system)
-    self.adv = jnp.asarray(rng.normal(size=work.group), jnp.float32)
-    pixels = (config.rollout.height, config.rollout.width)
-    one = batches.latent_grid(sizes, [pixels])
-    self.grid = jax.tree.map(lambda a: np.repeat(a, work.group, axis=0), one)
+    self.work, self.spec = work, rl.read(workloads.training_config(work, dtype, remat))
+    network = workloads.network(work, self.spec.network, device)
+    self.mesh = network.mesh
+    self.rollout = rollout.Rollout(network, None, self.spec.rollout)
     self.updates, self.opt_states = {}, {}
-    with sharding.activate(self.mesh):
-      self.params = jax.jit(self._init)(jax.random.key(0))
-      for name, trained in workloads.TRAINED.items():
-        own = config.copy_and_resolve_references()
-        own.learning_rate = {group: config.learning_rate[group] for group in trained}
-        optimizer = runs.make_optimizer(own)
-        reading = policy.Reading(
-          system_ids=tuple(int(i) for i in self.system_ids), start_id=START, end_id=NEVER,
-          temperature=self.settings.temperature, chunk=config.text.chunk, text="und" in trained,
-          flow="gen" in trained, guidance=self.settings.guidance, routing=config.flow.routing,
-        )
-        self.updates[name] = jax.jit(
-          update.make_update(
-            self.model, optimizer, one, reading, recipe.make_objective(config, network),
-            recipe.schedule(config, self.mesh), trained=trained, ema_decay=None,
-          ),
-          donate_argnums=0,
-        )
-        self.opt_states[name] = jax.jit(optimizer.init)(self.params)
+    for name, trained in workloads.TRAINED.items():
+      spec = rl.read(workloads.training_config(work, dtype, remat, trained))
+      optimizer = spec.optimizer.make()
+      layout = state.layout(network, optimizer, ema=False, reference=False)
+      self.algorithm = parts.make_algorithm(spec, network, self.rollout)
+      self.updates[name] = parts.make_update(
+        spec, network, self.algorithm, optimizer, self.rollout.grid, layout
+      )
+      first = state.first_state(network, optimizer, layout, random_init=True, seed=0)
+      self.params, self.opt_states[name] = _with_velocities(first.params), first.opt_state
+    rng = np.random.default_rng(0)
+    self.adv = rng.normal(size=work.group).astype(np.float32)
     self.matrix = jnp.asarray(rng.normal(size=(workloads.MATMUL_SIDE,) * 2), dtype)
     precision = layers.matmul_precision(dtype)
     self.product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
 
-  def _init(self, key):
-    key, head = jax.random.split(key)
-    boxed = self.model.init(key, bagel.example_batch(self.model.config))["params"]
-    params = sharding.unbox(boxed)
-    # Otherwise it starts at zero: no velocity, and no gradient to what lies under it.
-    kernel = params["llm2vae"]["kernel"]
-    params["llm2vae"]["kernel"] = 0.02 * jax.random.normal(head, kernel.shape, kernel.dtype)
-    return params
+  def multiply(self) -> None:
+    """The plain product, before every phase: what else the machine does changes within a round."""
+    for _ in range(workloads.MATMULS):
+      jax.block_until_ready(self.product(self.matrix))
 
-  def iteration(self, number: int, timer) -> dict[str, float]:
-    """Runs every phase once and tells `timer` its seconds; returns the updates' metrics."""
-    work, s = self.work, self.settings
-    key = jax.random.fold_in(jax.random.key(1), number)
-    keys = [jax.random.split(jax.random.fold_in(key, use), work.group) for use in range(2)]
-    steps = jnp.asarray(recipe.window_steps(self.config, number))
-    mask = np.ones(self.prompt_ids.shape, bool)
-    again = lambda a: jnp.repeat(jnp.asarray(a), work.group, axis=0)
-    prompt_ids, prompt_mask = again(self.prompt_ids), again(mask)
-    jax.block_until_ready((keys, steps, prompt_ids, prompt_mask))
-    self._multiply(timer)
-    with timer("read"):
-      inputs = phases.Inputs(
-        prompt_ids=self.prompt_ids, prompt_mask=mask, system_ids=self.system_ids
-      )
-      contexts = phases.read(
-        self.model, self.params, inputs, capacity=work.system + work.prompt
-      )
-      jax.block_until_ready(contexts)
-    self._multiply(timer)
-    with timer("decode"):
-      contexts = phases.fork(
-        self.model, contexts, copies=work.group, capacity=work.tokens + text.EXTRA_SLOTS
-      )
-      written, main = phases.write(
-        self.model, self.params, contexts.main, keys[0], None, start_id=START, end_id=NEVER,
-        max_tokens=work.tokens, temperature=s.temperature,
-      )
-      contexts = contexts.replace(main=main)
-      jax.block_until_ready(written)
-    self._multiply(timer)
-    with timer("denoise"):
-      drawn = phases.explore(
-        self.model, self.params, contexts, keys[1], steps, self.grid,
-        num_timesteps=s.num_timesteps, shift=s.shift, guidance=s.guidance, kind=s.kind,
-        noise_level=s.noise_level,
-      )
-      jax.block_until_ready(drawn)
-    experience = types.Experience(
-      prompt_ids, prompt_mask, written, drawn, self.adv, jnp.ones(work.group, bool)
+  def iteration(self, number: int, timer: sampler.Timer) -> dict[str, float]:
+    """Runs every phase once within `timer`; returns what the updates measured.
+
+    Raises:
+      UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
+    """
+    key, window = jax.random.key(number), rl.window_steps(self.spec, number + 1)
+    params = self.rollout.sampler.cast_and_reshard(self.params)
+    episode = self.rollout.sample(params, [PROMPT], key, 0, window, timer)
+    valid = np.ones(self.work.group, bool)
+    experience = self.algorithm.experience(
+      [episode], *(sharding.put_rows(self.mesh, a) for a in (self.adv, valid)), key
     )
-    values = {"tokens": int(written.mask.sum())}
-    for name, run in self.updates.items():
-      state = types.TrainState(
-        step=jnp.int32(number), params=self.params, opt_state=self.opt_states[name], ema=None
-      )
-      self._multiply(timer)
+    metrics = {"tokens": int(episode.host_text.mask.sum())}
+    for name, update in self.updates.items():
+      # Each starts from the policy that sampled; the last one's result samples next.
+      params = jax.tree.map(jnp.copy, self.params)
+      before = types.TrainState(jnp.int32(number), params, self.opt_states[name], ema=None)
       with timer(name):
-        state, found = jax.block_until_ready(run(state, experience))
-      self.params, self.opt_states[name] = state.params, state.opt_state
-      # By the joint update both experts have moved on from the policy that sampled.
-      if name != "joint_update":
-        values |= {key: float(v[-1]) for key, v in found.items() if key.startswith("drift/")}
-    return values
+        after, measured = update(before, experience)
+      self.opt_states[name] = after.opt_state
+      metrics |= measured
+    self.params = after.params
+    return metrics
 
-  def _multiply(self, timer) -> None:
-    """The matmul, before every phase: what else the machine does changes within a round."""
-    with timer("matmul"):
-      for _ in range(workloads.MATMULS):
-        jax.block_until_ready(self.product(self.matrix))
+
+def _with_velocities(params):
+  """Random parameters with a velocity head that is not zero, which no gradient would pass."""
+  head = params["llm2vae"]
+  kernel = 0.02 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
+  kernel = jax.device_put(kernel, head["kernel"].sharding)
+  return params | {"llm2vae": head | {"kernel": kernel}}
 
 
 def measure(
@@ -197,52 +140,44 @@ def measure(
     InputError: the trainer does not compute what the sampler did.
   """
   load = os.getloadavg()[0]
-  timer, compiled = metrics.PhaseTimer(), {}
-  seconds, values = [], []  # of each round
-  with runs.CompileTimer() as compiling:
+  timer, compiled = metrics_lib.PhaseTimer(), {}
+  seconds, measured = [], []  # of each round
+  with run.CompileTimer() as compiling:
     bench = Bench(work, dtype=dtype, remat=remat, device=jax.devices()[0])
 
     @contextlib.contextmanager
-    def timed(phase: str) -> Iterator[None]:
-      compiling.take()
+    def one(phase: str) -> Iterator[None]:
+      compiling.read_and_reset()
       with timer(phase):
         yield
-      compiled.setdefault(phase, []).append(compiling.take())
+      compiled.setdefault(phase, []).append(compiling.read_and_reset())
 
-    with sharding.activate(bench.mesh):
+    @contextlib.contextmanager
+    def timed(phase: str) -> Iterator[None]:
+      with one("matmul"):
+        bench.multiply()
+      with one(phase):
+        yield
+
+    with sharding.activate(bench.mesh), errors.at("nothing was measured"):
       for number in range(repeats + 1):
         timer.read_and_reset()
-        values.append(bench.iteration(number, timed))
+        measured.append(bench.iteration(number, timed))
         seconds.append(timer.read_and_reset())
         what = f"round {number} of {repeats}" if number else "compiled"
         print(f"{name}: {what}, {seconds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
   return {
     "shape": name, "workload": dataclasses.asdict(work), "load_average": load,
-    "trajectory_tokens": values[-1].pop("tokens") // work.group,
-    "drift": largest_drift(values, dtype),
+    "trajectory_tokens": measured[-1]["tokens"] // work.group,
+    "drift": {
+      kind: max(values[f"drift/{kind}"] for values in measured) for kind in ("text", "flow")
+    },
     "warm_compile_seconds": sum(sum(parts[1:]) for parts in compiled.values()),
     "peak_memory_bytes": peak_memory(),
   } | summary(
     work, {phase: [each[f"seconds/{phase}"] for each in seconds[1:]] for phase in compiled},
     {phase: parts[0] for phase, parts in compiled.items()},
   )
-
-
-def largest_drift(rounds: Sequence[Mapping[str, float]], dtype: str) -> dict[str, float]:
-  """Largest difference of sampler and trainer by kind: what is timed must also be right.
-
-  Raises:
-    InputError: it is more than `dtype` explains, or not finite.
-  """
-  # np.max is NaN where a round's is.
-  drift = {
-    kind: float(np.max([values[f"drift/{kind}"] for values in rounds])) for kind in ("text", "flow")
-  }
-  if not drift["text"] <= recipe.TEXT_DRIFT[dtype] or not math.isfinite(drift["flow"]):
-    raise errors.InputError(
-      f"the trainer does not compute what the sampler did: drift {drift}; nothing was measured"
-    )
-  return drift
 
 
 def summary(
@@ -373,7 +308,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--json", type=pathlib.Path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
       help="rounds that are timed, at least 3 for a meaningful median (default: %(default)s)")
-  add("--dtype", choices=tuple(recipe.TEXT_DRIFT), default="float32",
+  add("--dtype", choices=state.DTYPES, default="float32",
       help="of activations and of the matmul; parameters are float32 (default: %(default)s)")
   add("--remat", action="store_true",
       help="recompute each layer in the backward pass, as the released size needs")

@@ -152,23 +152,3 @@ def velocity(sizes: Sizes, latents: int, *, context: int) -> Work:
     )
     + attend(sizes, queries * (context + queries))
   )
-
-
-def image_update(
-  sizes: Sizes, *, context: int, latents: int, window: int,
-  trained: Collection[str] = ("gen", "latent"),
-) -> int:
-  """FLOPs of the image loss of one trajectory: W velocities over one context of S text tokens.
-
-  The context runs once, whatever W. It has a backward pass only where "und" is trained.
-  """
-  prefill = text(sizes, context)
-  shared = prefill.update(trained) if "und" in trained else prefill.forward
-  return shared + (window * velocity(sizes, latents, context=context)).update(trained)
-
-
-def text_update(
-  sizes: Sizes, *, prompt: int, tokens: int, trained: Collection[str] = ("und", "text")
-) -> int:
-  """FLOPs of the text loss of one trajectory: N teacher-forced tokens after a prompt, N scored."""
-  return text(sizes, prompt + tokens, scored=tokens).update(trained)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import dataclasses
 import math
 
+import numpy as np
+
 from unigrpo_jax import errors
+from unigrpo_jax.data import tokenizer
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files
+from unigrpo_jax.runtime import folders, state
 from unigrpo_jax.tools import flops
 
 
@@ -55,6 +60,8 @@ TRAINED = {
 }
 MATMUL_SIDE = 2048
 MATMULS = 2  # before each phase
+# The terminator, read as the last row of the embeddings; no sampled id is ever equal to it.
+NEVER = -1
 
 
 def network_config(work: Workload) -> config_lib.BagelConfig:
@@ -75,7 +82,25 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
   )
 
 
-def training_config(work: Workload, dtype: str, remat: bool):
+def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
+  """The network of a workload on a device, without weights."""
+  folder = folders.ModelFolder(None, "official", None, network_config(work))
+
+  def encode(text: str) -> list[int]:
+    """Random ids; with the two markers as many as the workload says, whatever the text."""
+    count = (work.system if text == tokenizer.SYSTEM_PROMPT_GEN else work.prompt) - 2
+    return np.random.default_rng(count).integers(3, work.vocab - 3, count).tolist()
+
+  stub = tokenizer.Tokenizer(
+    None, im_start=1, im_end=NEVER, vision_start=work.vocab - 3, vision_end=work.vocab - 2,
+    size=work.vocab, encode_text=encode, decode_ids=lambda ids: "",
+  )
+  return state.build_network(spec, folder, stub, [device])
+
+
+def training_config(
+  work: Workload, dtype: str, remat: bool, trained: Collection[str] = ("und", "gen")
+):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
   config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
@@ -83,11 +108,15 @@ def training_config(work: Workload, dtype: str, remat: bool):
     dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
     microbatch=work.group,
   ))
+  config.mesh.tensor = 1
   config.rollout.update(dict(
     prompts_at_once=1, prompt_tokens=work.prompt, max_tokens=work.tokens, height=pixels,
     width=pixels, num_timesteps=work.points, window_size=work.window,
     window_range=(0, min(max(5, work.window), work.points - 1)),
   ))
+  config.text.train, config.flow.train = "und" in trained, "gen" in trained
+  for group, rate in config.learning_rate.items():
+    config.learning_rate[group] = rate if group in trained else 0.0
   return config
 
 
@@ -97,22 +126,16 @@ def phase_flops(work: Workload) -> dict[str, int]:
   before = work.system + work.prompt
   context = before + work.tokens
   velocity = flops.velocity(sizes, work.latents, context=context)
-  image = flops.image_update(
-    sizes, context=context, latents=work.latents, window=work.window,
-    trained=TRAINED["image_update"],
-  )
-  text = flops.text_update(
-    sizes, prompt=before, tokens=work.tokens, trained=TRAINED["text_update"]
-  )
-  # Jointly the context runs once, and no gradient of the image reaches it.
-  joint = text + (work.window * velocity).update(TRAINED["image_update"])
+  # The context has no backward pass where the generation expert alone trains.
+  window = (work.window * velocity).update(TRAINED["image_update"])
+  text = flops.text(sizes, context, scored=work.tokens).update(TRAINED["text_update"])
   decode = flops.decode(sizes, work.tokens, context=before)
   return {
     "matmul": len(PHASES) * MATMULS * 2 * MATMUL_SIDE**3,
     "read": flops.text(sizes, before).forward,
     "decode": work.group * decode.forward,
     "denoise": work.group * (work.points - 1) * velocity.forward,
-    "image_update": work.group * image,
+    "image_update": work.group * (flops.text(sizes, context).forward + window),
     "text_update": work.group * text,
-    "joint_update": work.group * joint,
+    "joint_update": work.group * (text + window),  # the context is read once
   }

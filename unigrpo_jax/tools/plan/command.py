@@ -14,7 +14,7 @@ import time
 import jax
 
 from unigrpo_jax import errors
-from unigrpo_jax.recipe import config_files
+from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.tools.plan import advice, figures, page, plans, topology
 
 DESCRIPTION = """\
@@ -51,14 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   # There may be no chips here, and the compiler must not look for any.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   jax.config.update("jax_platforms", "cpu")
+  spec = rl.read(config)
 
   records = {}
   for name in args.topology:
     texts = args.texts and args.texts / name.replace(":", "_")
     progress = functools.partial(_print_progress, name, time.monotonic())
-    plan, chip = topology.plan(config, name, progress, args.phases, texts)
+    plan, chip = topology.plan(spec, name, progress, args.phases, texts)
     records[name] = figures.record(plan, chip)
-    print(page.render(name, records[name], chip, topology.summary(config)))
+    print(page.render(name, records[name], chip, topology.summary(spec)))
     print("\n".join(advice.lines(config, plan, records[name], chip)), flush=True)
     if args.json:
       args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

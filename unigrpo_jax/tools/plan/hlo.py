@@ -66,22 +66,6 @@ class CustomCall:
   flops: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Loop:
-  """A loop whose number of trips the text does not say.
-
-  Attributes:
-    name, op_name: as of a `Collective`.
-    limit: the most trips that it can make; None where that is not known either.
-    times: how often it is entered.
-  """
-
-  name: str
-  op_name: str
-  limit: int | None
-  times: float
-
-
 @dataclasses.dataclass
 class Program:
   """What one device does in one run of a program or of one of its computations.
@@ -96,7 +80,6 @@ class Program:
       (VMEM) are free, and so is what moves nothing: tuples, parameters, bitcasts. What a kernel or
       fusion reads twice is counted once.
     collectives, custom_calls: in the order of the text.
-    unknown_loops: loops that were counted with `unknown_trips`.
     devices: how many run it.
   """
 
@@ -104,14 +87,13 @@ class Program:
   bytes: float = 0.0
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
-  unknown_loops: list[Loop] = dataclasses.field(default_factory=list)
   devices: int = 1
 
   def add(self, called: Program, times: float, op_name: str) -> None:
     """Adds `times` runs of what `op_name` calls, which names what has no name of its own."""
     self.flops += times * called.flops
     self.bytes += times * called.bytes
-    for field in ("collectives", "custom_calls", "unknown_loops"):
+    for field in ("collectives", "custom_calls"):
       getattr(self, field).extend(
         dataclasses.replace(item, times=times * item.times, op_name=item.op_name or op_name)
         for item in getattr(called, field)
@@ -163,10 +145,8 @@ class _Reader:
     elif opcode == "custom-call" and instruction.target not in hlo_costs.NO_KERNELS:
       total.custom_calls.append(_custom_call(instruction))
     elif opcode == "while":
-      trips, limit = hlo_costs.trips(instruction)
-      if trips is None:
-        trips = self._unknown_trips
-        total.unknown_loops.append(Loop(instruction.name, instruction.op_name, limit, 1))
+      trips = hlo_costs.trips(instruction)
+      trips = self._unknown_trips if trips is None else trips
       body, condition = instruction.called("body", "condition")
       total.add(self.program(body, fused), trips, instruction.op_name)
       total.add(self.program(condition, fused), trips + 1, instruction.op_name)

@@ -139,25 +139,15 @@ def _bytes_written(fused: hlo_text.Computation) -> list[float]:
   return sizes
 
 
-def trips(loop: hlo_text.Instruction) -> tuple[int | None, int | None]:
-  """Trips of a "while", and the most that it can make; None where the text does not say.
+def trips(loop: hlo_text.Instruction) -> int | None:
+  """Trips of a "while"; None where the text does not say.
 
   Read from what XLA notes at the loop, or from its condition: a counter that starts at a constant
-  and grows by a constant, and is less than another. Of two conditions that must both hold, each is
-  a limit.
+  and grows by a constant, and is less than another.
   """
   if known := _KNOWN_TRIPS.search(loop.attributes):
-    return int(known[1]), int(known[1])
-  root = loop.called("condition")[0].root
-  if root.opcode == "and":
-    limits = [_trips_while(condition, loop) for condition in root.operands]
-    return None, min((limit for limit in limits if limit is not None), default=None)
-  count = _trips_while(root, loop)
-  return count, count
-
-
-def _trips_while(condition: hlo_text.Instruction, loop: hlo_text.Instruction) -> int | None:
-  """Trips until `counter < bound` or `counter <= bound` is false."""
+    return int(known[1])
+  condition = loop.called("condition")[0].root
   direction = condition.attribute("direction")
   if condition.opcode != "compare" or direction not in ("LT", "LE"):
     return None

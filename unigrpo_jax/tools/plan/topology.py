@@ -1,37 +1,21 @@
-"""A config on a TPU topology that is only named."""
+"""A run on a TPU topology that is only named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-import dataclasses
 import pathlib
 
 import jax
 from jax.experimental import topologies
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.recipe import recipe
-from unigrpo_jax.runtime import folders, runs
-from unigrpo_jax.tools.plan import chips, plans, programs
+from unigrpo_jax.recipe import rl
+from unigrpo_jax.runtime import folders, state
+from unigrpo_jax.tools.plan import chips, planner, plans
 
 INSTALL = "install the TPU compiler, pip install -r requirements-tpu.txt"
-
-
-@dataclasses.dataclass(frozen=True)
-class Words:
-  """What a plan needs of the tokenizer of BAGEL-7B-MoT: its special ids and lengths.
-
-  The system prompt before a reasoning has 46 tokens in its vocabulary.
-  """
-
-  im_start: int = 151644
-  im_end: int = 151645
-  vision_start: int = 151652
-  vision_end: int = 151653
-
-  def encode(self, text: str) -> list[int]:
-    return [0] * 46
 
 
 def devices(name: str) -> tuple[chips.Chip, list]:
@@ -40,53 +24,61 @@ def devices(name: str) -> tuple[chips.Chip, list]:
   Raises:
     InputError: no compiler, or no such topology.
   """
-  kind = name.partition(":")[0]
-  if kind not in chips.CHIPS or not name.partition(":")[2]:
+  kind, _, shape = name.partition(":")
+  if kind not in chips.CHIPS or not shape:
     raise errors.InputError(
       f"--topology={name!r}: expected {', '.join(chips.CHIPS)}, a colon and a shape, e.g. v5p:4x4x4"
     )
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
   except (RuntimeError, ImportError) as error:
-    words = " ".join(str(error).split())
-    missing = "not installed" in words or "libtpu" in words
+    reason = " ".join(str(error).split())
+    missing = "not installed" in reason or "libtpu" in reason
     raise errors.InputError(
-      f"--topology={name}: {INSTALL} ({words})" if missing else f"--topology={name}: {words}"
+      f"--topology={name}: {INSTALL} ({reason})" if missing else f"--topology={name}: {reason}"
     ) from None
-  return chips.CHIPS[kind], list(found)
+  return chips.CHIPS[kind], list(topology.devices)
 
 
-def open_network(config, found: list) -> runs.Network:
-  """The network of a config on devices that may not be there, without weights."""
-  if config.init_from:
-    return runs.open_network(config, found)
-  sizes = config_lib.bagel_7b()
-  folder = folders.ModelFolder(None, "official", None, sizes)
-  return runs.build_network(config, folder, Words(), found)
+def open_network(spec: state.NetworkSpec, chip_devices: list) -> state.Network:
+  """A network, by default BAGEL-7B-MoT, on devices that may not be there; without weights."""
+  if spec.init_from:
+    return state.open_network(spec, chip_devices)
+  folder = folders.ModelFolder(None, "official", None, config_lib.bagel_7b())
+  return state.build_network(spec, folder, stub_tokenizer(), chip_devices)
+
+
+def stub_tokenizer() -> tokenizer_lib.Tokenizer:
+  """The special ids of BAGEL-7B-MoT; of texts it knows the length of the system prompt alone."""
+  lengths = {tokenizer_lib.SYSTEM_PROMPT_GEN: 46}
+  return tokenizer_lib.Tokenizer(
+    None, im_start=151644, im_end=151645, vision_start=151652, vision_end=151653, size=151665,
+    encode_text=lambda text: [0] * lengths.get(text, 1), decode_ids=lambda ids: "",
+  )
 
 
 def plan(
-  config, name: str, progress: Callable[[str], None] = lambda phase: None,
+  spec: rl.Spec, name: str, progress: Callable[[str], None] = lambda phase: None,
   only: Collection[str] = plans.PHASES, texts: pathlib.Path | None = None,
 ) -> tuple[plans.Plan, chips.Chip]:
-  """Compiles the phases of a config, or some of them, for a topology.
+  """Compiles the phases of a run, or some of them, for a topology.
 
   Raises:
-    InputError: no compiler, no such topology, or the config does not fit it.
+    InputError: no compiler, no such topology, or the run does not fit it.
   """
-  chip, found = devices(name)
-  network = open_network(config, found)
-  return programs.Planner(config, network).run(progress, only, texts), chip
+  chip, chip_devices = devices(name)
+  network = open_network(spec.network, chip_devices)
+  return planner.Planner(spec, network, progress, only, texts).run(), chip
 
 
-def summary(config) -> list[str]:
-  """What an iteration of the config is."""
-  r = config.rollout
-  thought = f"{r.max_tokens} tokens of reasoning" if r.think else "no reasoning"
-  how = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tuning"
+def summary(spec: rl.Spec) -> list[str]:
+  """What an iteration of the run is."""
+  r, s, lora = spec.rollout, spec.rollout.settings, spec.network.lora
+  text = f"{s.max_tokens} tokens of reasoning" if s.think else "no reasoning"
+  method = f"LoRA of rank {lora.rank}" if lora else "full fine-tuning"
   return [
-    f"{config.prompts_per_step} prompts x {config.group_size} = {recipe.trajectories_of(config)} "
-    f"trajectories of {r.height} x {r.width} pixels, {thought}, {r.num_timesteps - 1} steps",
-    f"{how}, {config.epochs} epoch(s), microbatch {config.microbatch}, "
+    f"{spec.prompts.per_step} prompts x {r.group_size} = {spec.trajectories} trajectories of "
+    f"{r.height} x {r.width} pixels, {text}, {s.num_timesteps - 1} steps",
+    f"{method}, {spec.update.epochs} epoch(s), microbatch {spec.update.microbatch}, "
     f"{r.prompts_at_once} prompts at once; jax {jax.__version__}",
   ]

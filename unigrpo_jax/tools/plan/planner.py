@@ -1,0 +1,228 @@
+"""The programs of an iteration of UniGRPO, compiled for chips that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax.episodes import programs, rollout, sampler, script
+from unigrpo_jax.models import vae
+from unigrpo_jax.recipe import parts, rl
+from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.tools import flops
+from unigrpo_jax.tools.plan import plans
+
+
+class Planner:
+  """A run's programs, from its spec and the sizes of its network."""
+
+  def __init__(
+    self, spec: rl.Spec, network: state.Network,
+    progress: Callable[[str], None] = lambda name: None,
+    only: Collection[str] = plans.PHASES, texts: pathlib.Path | None = None,
+  ):
+    """Checks the spec as training does; compiles nothing yet.
+
+    Args:
+      spec: of the run.
+      network: whose folder needs a config only, and whose mesh may be of chips that are not there.
+      progress: called with the name of each program before it is compiled.
+      only: which phases are compiled.
+      texts: folder for the compiled texts; None saves none.
+
+    Raises:
+      InputError: the spec is impossible on this mesh.
+    """
+    parts.check_fits(spec, network)
+    self.spec, self.network, self.mesh = spec, network, network.mesh
+    self._progress, self._only, self._texts = progress, set(only), texts
+    self._phases: dict[str, plans.Phase] = {}
+    # All before the mesh is active: there are no chips to compute anything on.
+    optimizer = spec.optimizer.make()
+    layout = state.layout(
+      network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference
+    )
+    self.state = layout.abstract
+    self.rollout = rollout.Rollout(network, None, spec.rollout)
+    self.batch = self.rollout.prepare(["a"] * spec.rollout.prompts_at_once)
+    self.algorithm = parts.make_algorithm(spec, network, self.rollout)
+    self.update = parts.make_update(
+      spec, network, self.algorithm, optimizer, self.rollout.grid, layout
+    )
+    self.vae_params = _vae_params(network)
+    self.chunks = spec.prompts.per_step // spec.rollout.prompts_at_once
+    self.model_flops = self._model_flops()
+
+  def run(self) -> plans.Plan:
+    """Compiles the phases."""
+    s = self.state
+    self._held = {
+      name: bytes_on_chip(tree) for name, tree in (
+        ("parameters", s.params), ("optimizer", s.opt_state), ("moving average", s.ema),
+        ("reference", s.reference),
+      )
+    }
+    with sharding.activate(self.mesh):
+      self._compile_update(self._compile_rollout())
+    return plans.Plan(dict(self.mesh.shape), self._held, self._phases, self.spec.trajectories)
+
+  def _compile_rollout(self) -> sampler.Episode:
+    """The programs of a chunk; returns the shapes of what they give.
+
+    What each reads comes from the one before it, laid out as the compiler left it.
+    """
+    batch, its_sampler = self.batch, self.rollout.sampler
+    run = its_sampler.programs(batch, self.spec.rollout.sde)
+    self._compile("layout", its_sampler.cast, self.state.params, runs=1)
+    params = jax.tree.map(
+      _placed, jax.eval_shape(its_sampler.cast, self.state.params), its_sampler.layout
+    )
+    self._held["sampler"] = bytes_on_chip(params)
+    inputs = self._by_rows(programs.Inputs(batch.texts))
+    randomness = self._randomness()
+    contexts = self._compile("read", run.prefill, params, inputs)
+    text = None
+    if batch.script.has(script.Sampled):
+      if batch.copies > 1:
+        contexts = self._compile("fork", run.fork, contexts)
+      active = self._by_rows(np.ones(batch.rows, bool))
+      text, main = self._compile(
+        "decode", run.decode_text, params, contexts.main, randomness.text, active,
+        trips=batch.settings.max_tokens,
+      )
+      # An update in place: where it was not compiled, its layout is that from before.
+      if "decode" in self._phases and self._phases["decode"].exceeds is None:
+        contexts = contexts.replace(main=main)
+    window = rl.window_steps(self.spec, 1)[:batch.rows]
+    flow = self._compile(
+      "denoise", run.denoise, params, contexts, randomness.noise, self._by_rows(batch.grid),
+      randomness.steps, self._by_rows(window),
+    )
+    if "denoise" in self._phases:
+      self._held["cache"] = bytes_on_chip(contexts.main)
+    self._compile_vae()
+    return sampler.Episode(inputs, text, flow, np.arange(batch.rows), None, None, None)
+
+  def _randomness(self) -> sampler.Randomness:
+    """Noise lies by rows; every device has all keys."""
+    shapes = jax.eval_shape(lambda: self.rollout.randomness(jax.random.key(0), 0, self.batch))
+    place = sharding.replicated(self.mesh)
+    keys = {"text": _placed(shapes.text, place), "steps": _placed(shapes.steps, place)}
+    return self._by_rows(shapes).replace(**keys)
+
+  def _compile_vae(self) -> None:
+    """Decoding of as many images as `Sampler` gives the devices at once."""
+    c, r, rows = self.network.config.vae, self.spec.rollout, self.batch.rows
+    spread = sharding.along_all if rows % self.mesh.size == 0 else sharding.along_batch
+    place = spread(self.mesh)
+    (share,) = place.shard_shape((rows,))
+    at_once = min(self.rollout.sampler.images_at_once((r.height, r.width)), share)
+    shape = (rows // share * at_once, r.height // c.downsample, r.width // c.downsample)
+    latents = jax.ShapeDtypeStruct((*shape, c.z_channels), jnp.float32, sharding=place)
+    self._compile(
+      "vae", self.rollout.sampler.decode_images, self.vae_params, latents,
+      runs=self.chunks * -(-share // at_once),
+    )
+
+  def _compile_update(self, chunk: sampler.Episode) -> None:
+    def experience(inputs, text, flow, adv, valid):
+      episode = sampler.Episode(inputs, text, flow, chunk.rows, None, None, None)
+      return self.algorithm.experience([episode] * self.chunks, adv, valid, jax.random.key(0))
+
+    count = self.spec.trajectories
+    experience = self._by_rows(jax.eval_shape(
+      experience, chunk.inputs, chunk.text, chunk.flow, np.zeros(count, np.float32),
+      np.ones(count, bool),
+    ))
+    self._compile("update", self.update.jitted, self.state, experience, runs=1)
+    if "update" in self._phases:
+      self._held["recorded"] = bytes_on_chip(experience)
+
+  def _compile(self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1):
+    """The results of a program, as shapes with shardings; records its phase.
+
+    Results of what was not compiled, or does not fit, are laid out by rows. What decoding and
+    denoising read is always compiled with them, since only the compiler knows its layout.
+
+    Args:
+      name: of the phase, or "fork".
+      fn: a jitted function, or a partial of one.
+      *args: its arguments.
+      runs: in an iteration; None: one a chunk.
+      trips: of a loop that ends early.
+    """
+    results = None
+    before = ("read", "fork") if {"decode", "denoise"} & self._only else ()
+    if name in self._only or name in before:
+      self._progress(name)
+      phase, results = plans.compile_phase(
+        name, fn, *args, runs=self.chunks if runs is None else runs, trips=trips,
+        model_flops=self.model_flops.get(name), texts=self._texts,
+      )
+      if name in plans.PHASES:
+        self._phases[name] = phase
+    return self._by_rows(jax.eval_shape(fn, *args)) if results is None else results
+
+  def _by_rows(self, tree: Any) -> Any:
+    """Shapes of arrays, each along the batch where that divides its first axis."""
+    place = lambda a: (
+      sharding.row_sharding(self.mesh, a.shape[0]) if a.ndim else sharding.replicated(self.mesh)
+    )
+    return jax.tree.map(lambda a: _placed(a, place(a)), tree)
+
+  def _model_flops(self) -> dict[str, float]:
+    """Model FLOPs of the phases in an iteration; reasonings as long as they may be.
+
+    Those of the update contain the forward that `remat` computes again.
+    """
+    spec, s, count = self.spec, self.spec.rollout.settings, self.spec.trajectories
+    sizes, tokens = flops.Sizes.of(self.network.config), s.max_tokens if s.think else 0
+    shared = len(self.rollout.system_ids) + spec.rollout.prompt_tokens
+    prefill = flops.text(sizes, shared)
+    written = flops.decode(sizes, tokens, context=shared) * count
+    velocity = flops.velocity(sizes, self.rollout.grid.ids.shape[1], context=shared + tokens)
+    reads = parts.schedule(spec, self.mesh).group_parts * spec.rollout.prompt_copies(self.mesh)
+    text = prefill * (reads * spec.prompts.per_step) + written
+    steps = spec.run.config["rollout"]["window_size"] if spec.flow.train else 0
+    image = velocity * (steps * count)
+    # Under adapters, whose own products are not counted, the weights have no gradient.
+    trained = set() if spec.network.lora else spec.optimizer.trained & set(flops.PARTS)
+    forwards = 1 + spec.network.remat
+    epoch = forwards * image.forward + image.backward(trained & {"gen", "latent"})
+    if spec.trains_text:
+      epoch += forwards * text.forward + text.backward(trained & {"und", "text"})
+    else:
+      epoch += text.forward
+    reference = text.forward + image.forward if spec.needs_reference else 0
+    return {
+      "read": prefill.forward * spec.prompts.per_step, "decode": written.forward,
+      "denoise": velocity.forward * (s.num_timesteps - 1) * count,
+      "update": spec.update.epochs * epoch + reference,
+    }
+
+
+def bytes_on_chip(tree: Any) -> int:
+  """Bytes that a chip holds of arrays with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _vae_params(network: state.Network) -> Any:
+  """Parameters of its autoencoder, as shapes."""
+  c = network.config
+  pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
+  boxed = jax.eval_shape(vae.VAE(c.vae).init, jax.random.key(0), pixels)["params"]
+  places = state.param_shardings(network.model, network.mesh, ("vae",))["vae"]
+  return jax.tree.map(_placed, sharding.unbox(boxed), places)
+
+
+def _placed(array, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
