@@ -139,7 +139,7 @@ def _always(example):
 
 def _feed(config, tokenizer, examples=_random_example, limits=LIMITS, recipe=RECIPE, **options):
   options = dict(sequences_per_step=12, microbatch=6, seed=0) | options
-  options.setdefault("local_rows", range(options["microbatch"]))
+  options.setdefault("local_rows", np.arange(options["microbatch"], dtype=np.int32))
   return feed.Feed(examples, config, tokenizer, _encode(config), recipe, limits, **options)
 
 
@@ -195,9 +195,9 @@ def test_latents_belong_to_their_own_example(config, tokenizer, monkeypatch, at_
   made = _feed(
     config, tokenizer, _always(EXAMPLES["edit"]), sequences_per_step=4, microbatch=2
   )
-  encode, counts = made._encode_fn, []
-  made._encode_fn = lambda pixels, noise: counts.append(len(pixels)) or encode(pixels, noise)
-  made.batch(0)
+  encode, counts = _encode(config), []
+  counted = lambda pixels, noise: counts.append(len(pixels)) or encode(pixels, noise)
+  dataclasses.replace(made, encode_fn=counted).batch(0)
   assert counts == {1: [1] * 8, 2: [2] * 4, 1024: [8]}[at_once]
   batch = _feed(config, tokenizer, sequences_per_step=8, microbatch=1).batch(0)
   brightness = lambda value: np.float32(value / 255 * 2 - 1)
@@ -229,7 +229,7 @@ def test_a_batch_does_not_depend_on_the_hosts(config, tokenizer, owners):
   options = dict(sequences_per_step=16, microbatch=8)
   [want, parts] = _by_row(_feed(config, tokenizer, _shaded, limits, **options).batch(1)), []
   for host in range(owners.max() + 1):
-    local = np.flatnonzero(owners == host)
+    local = np.flatnonzero(owners == host).astype(np.int32)
     images = dataclasses.replace(limits, images=8 // (owners.max() + 1))
     parts.append(
       _feed(config, tokenizer, _shaded, images, local_rows=local, **options).batch(1)
@@ -264,12 +264,12 @@ def test_a_host_has_its_share_of_rows_and_images(monkeypatch, golden):
     folder=folders.open_folder(golden), config=None, tokenizer=None, mesh=mesh
   )
   made = lambda: finetune.make_feed(sft.read(config), network, _random_example)
-  assert made()._limits.images == 8 and made()._local_rows.tolist() == [*range(8)]
+  assert made().limits.images == 8 and made().local_rows.tolist() == [*range(8)]
   monkeypatch.setattr(jax, "process_count", lambda: 4)
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 4 // rows)
-  assert made()._limits.images == 2 and made()._local_rows.tolist() == [2, 3]
-  assert made()._limits.tokens == config.limits.tokens
+  assert made().limits.images == 2 and made().local_rows.tolist() == [2, 3]
+  assert made().limits.tokens == config.limits.tokens
   config.limits.images = 6
   message = refusals.refusal(sft.check_fits, sft.read(config), mesh)
   assert "config.limits.images=6 does not divide" in message and "4 hosts" in message

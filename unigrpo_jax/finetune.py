@@ -90,12 +90,12 @@ def _raise_if_bad(batches: feed.Prefetch, count: int) -> None:
 
 def make_feed(spec: sft.Spec, network: state.Network, examples: corpus.Corpus) -> feed.Feed:
   """What makes this host's part of every batch."""
-  local = sharding.row_hosts(network.mesh, spec.microbatch) == jax.process_index()
+  is_local = sharding.row_hosts(network.mesh, spec.microbatch) == jax.process_index()
   limits = dataclasses.replace(spec.limits, images=spec.limits.images // hosts.count())
   return feed.Feed(
     examples, network.config, network.tokenizer, make_encoder(network.folder), spec.feed, limits,
     sequences_per_step=spec.sequences_per_step, microbatch=spec.microbatch,
-    local_rows=np.flatnonzero(local), seed=spec.seed,
+    local_rows=np.flatnonzero(is_local).astype(np.int32), seed=spec.seed,
   )
 
 

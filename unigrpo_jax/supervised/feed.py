@@ -58,44 +58,35 @@ class Recipe:
   ce_weighting: str = "token"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Feed:
-  """Packed batches as a function of the step.
+  """Packed batches as a function of the step, whose arrays have the same sizes in all of them.
 
   The rows of all steps are numbered from 0, and each has a generator of its own, seeded with its
   number. A batch therefore depends neither on the number of hosts nor, but for its layout, on the
   size of a microbatch, and a resumed run needs no state.
+
+  Attributes:
+    examples: what is learnt.
+    config, tokenizer: of the model.
+    encode_fn: the autoencoder.
+    recipe: how an example becomes a sequence.
+    limits: sizes of a microbatch's arrays; `images` are those of this host.
+    sequences_per_step, microbatch: rows of a step and of a microbatch, all hosts together.
+    local_rows: those of each microbatch that this host makes, [n] int32.
+    seed: of everything random.
   """
 
-  def __init__(
-    self,
-    examples: corpus.Corpus,
-    config: config_lib.BagelConfig,
-    tokenizer: tokenizer_lib.Tokenizer,
-    encode_fn: EncodeFn,
-    recipe: Recipe,
-    limits: packing.PadTo,
-    *,
-    sequences_per_step: int,
-    microbatch: int,
-    local_rows: Sequence[int],
-    seed: int,
-  ):
-    """Every array has the size that `limits` says, whatever the examples: one compilation.
-
-    Args:
-      examples: what is learnt.
-      config, tokenizer: of the model.
-      encode_fn: the autoencoder.
-      recipe: how an example becomes a sequence.
-      limits: sizes of a microbatch's arrays; `images` are those of this host.
-      sequences_per_step, microbatch: rows of a step and of a microbatch, all hosts together.
-      local_rows: those of each microbatch that this host makes.
-      seed: of everything random.
-    """
-    self._examples, self._config, self._tokenizer = examples, config, tokenizer
-    self._encode_fn, self._recipe, self._limits = encode_fn, recipe, limits
-    self._sequences_per_step, self._microbatch = sequences_per_step, microbatch
-    self._local_rows, self._seed = np.asarray(local_rows, np.int32), seed
+  examples: corpus.Corpus
+  config: config_lib.BagelConfig
+  tokenizer: tokenizer_lib.Tokenizer
+  encode_fn: EncodeFn
+  recipe: Recipe
+  limits: packing.PadTo
+  sequences_per_step: int
+  microbatch: int
+  local_rows: np.ndarray
+  seed: int
 
   def batch(self, step: int) -> types.PackedBatch:
     """This host's part of a step: NumPy, [microbatches, its rows or ViT images, ...].
@@ -105,20 +96,20 @@ class Feed:
     Raises:
       InputError: an example cannot be read or is beyond the limits; names file and line.
     """
-    first = step * self._sequences_per_step
-    starts = range(first, first + self._sequences_per_step, self._microbatch)
-    rows = [self._row(start + int(row)) for start in starts for row in self._local_rows]
+    first = step * self.sequences_per_step
+    starts = range(first, first + self.sequences_per_step, self.microbatch)
+    rows = [self._row(start + int(row)) for start in starts for row in self.local_rows]
     self._encode(rows)
     samples = [self._sample(row) for row in rows]
-    count = len(self._local_rows)
+    count = len(self.local_rows)
     micro = [self._pack(samples[at : at + count]) for at in range(0, len(samples), count)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *micro)
 
   def _row(self, number: int) -> _Row:
-    rng = np.random.default_rng((self._seed, corpus.ROWS, number))
-    example = self._examples(number, rng)
+    rng = np.random.default_rng((self.seed, corpus.ROWS, number))
+    example = self.examples(number, rng)
     with errors.at(example.where):
-      resize = lambda image: image and images_lib.resize(image, self._config.vae_image)
+      resize = lambda image: image and images_lib.resize(image, self.config.vae_image)
       return _Row(rng, dataclasses.replace(
         example, target=resize(example.target), source=resize(example.source)
       ))
@@ -128,7 +119,7 @@ class Feed:
 
     An image that is only asked about is not encoded: the answer sees it through the ViT alone.
     """
-    c = self._config.vae
+    c = self.config.vae
     wanted = [
       (row, name, image) for row in rows if row.example.target is not None
       for name in ("target", "source") if (image := getattr(row.example, name)) is not None
@@ -142,7 +133,7 @@ class Feed:
     sizes = [(image.height, image.width) for *_, image in wanted]
     for group, _ in requests.by_size(sizes, programs.VAE_PIXELS):
       pixels = np.stack([images_lib.to_array(wanted[index][2]) for index in group])
-      latents = self._encode_fn(pixels, np.stack([noise[index] for index in group]))
+      latents = self.encode_fn(pixels, np.stack([noise[index] for index in group]))
       for index, tokens in zip(group, latents):
         row, name, _ = wanted[index]
         row.latents[name] = tokens
@@ -150,11 +141,11 @@ class Feed:
   def _sample(self, row: _Row) -> list[packing.Split]:
     with errors.at(row.example.where):
       sample = splits_of(
-        row.example, row.latents, self._config, self._tokenizer, self._recipe, row.rng
+        row.example, row.latents, self.config, self.tokenizer, self.recipe, row.rng
       )
       sizes = packing.sizes(sample)
       for name, unit in _UNITS.items():
-        size, limit = getattr(sizes, name), getattr(self._limits, name)
+        size, limit = getattr(sizes, name), getattr(self.limits, name)
         if size > limit:
           raise errors.InputError(
             f"a sample has {size} {unit}, more than config.limits.{name}={limit}; raise it, or "
@@ -164,17 +155,17 @@ class Feed:
 
   def _pack(self, samples: Sequence[Sequence[packing.Split]]) -> types.PackedBatch:
     images = sum(isinstance(split, packing.PatchImage) for sample in samples for split in sample)
-    if images > self._limits.images:
+    if images > self.limits.images:
       raise errors.InputError(
-        f"config.limits.images leaves {self._limits.images} to the {len(samples)} sequences of a "
+        f"config.limits.images leaves {self.limits.images} to the {len(samples)} sequences of a "
         f"microbatch on this host, which have {images}; raise it, at most to config.microbatch"
       )
     batch = packing.pack(
-      samples, image_markers=(self._tokenizer.vision_start, self._tokenizer.vision_end),
-      pad_to=self._limits,
-      widths=packing.Widths(self._config.vit.patch_dim, self._config.latent_dim),
+      samples, image_markers=(self.tokenizer.vision_start, self.tokenizer.vision_end),
+      pad_to=self.limits,
+      widths=packing.Widths(self.config.vit.patch_dim, self.config.latent_dim),
     )
-    return batch.replace(vit_row=self._local_rows[batch.vit_row])
+    return batch.replace(vit_row=self.local_rows[batch.vit_row])
 
 
 @dataclasses.dataclass(eq=False)
