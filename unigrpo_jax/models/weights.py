@@ -135,10 +135,11 @@ def _linear(source, target, inputs: Sequence[int], outputs: Sequence[int], *, bi
     yield _vector(f"{source}.bias", f"{target}/bias", *outputs)
 
 
-def _norm(source: str, target: str, size: int) -> Iterator[Leaf]:
-  """LayerNorm or GroupNorm."""
+def _norm(source: str, target: str, size: int, *, bias: bool = True) -> Iterator[Leaf]:
+  """LayerNorm or GroupNorm; RMSNorm without bias."""
   yield _vector(f"{source}.weight", f"{target}/scale", size)
-  yield _vector(f"{source}.bias", f"{target}/bias", size)
+  if bias:
+    yield _vector(f"{source}.bias", f"{target}/bias", size)
 
 
 def _conv(source: str, target: str, inputs: int, outputs: int, kernel: int) -> Iterator[Leaf]:
@@ -151,41 +152,40 @@ def _conv(source: str, target: str, inputs: int, outputs: int, kernel: int) -> I
 def _llm_layers(llm) -> Iterator[Leaf]:
   D, F, H = llm.hidden_size, llm.intermediate_size, llm.head_dim
   N, K = llm.num_heads, llm.num_kv_heads
-  for expert, suffix in (("und", ""), ("gen", "_moe_gen")):
-    theirs, ours = "language_model.model.layers.{layer}", f"layers/{expert}"
-    yield _vector(f"{theirs}.input_layernorm{suffix}.weight", f"{ours}/input_norm/scale", D)
-    yield _vector(
-      f"{theirs}.post_attention_layernorm{suffix}.weight", f"{ours}/post_attention_norm/scale", D
+  source = "language_model.model.layers.{layer}"
+  for expert, suffix in (("layers/und", ""), ("layers/gen", "_moe_gen")):
+    attention, mlp = f"{source}.self_attn", f"{source}.mlp{suffix}"
+    yield from _norm(f"{source}.input_layernorm{suffix}", f"{expert}/input_norm", D, bias=False)
+    yield from _norm(
+      f"{source}.post_attention_layernorm{suffix}", f"{expert}/post_attention_norm", D, bias=False
     )
     for name, heads in (("q", N), ("k", K), ("v", K)):
       yield from _linear(
-        f"{theirs}.self_attn.{name}_proj{suffix}", f"{ours}/attention/{name}", (D,), (heads, H)
+        f"{attention}.{name}_proj{suffix}", f"{expert}/attention/{name}", (D,), (heads, H)
       )
     yield from _linear(
-      f"{theirs}.self_attn.o_proj{suffix}", f"{ours}/attention/o", (N, H), (D,), bias=False
+      f"{attention}.o_proj{suffix}", f"{expert}/attention/o", (N, H), (D,), bias=False
     )
     for name in ("q_norm", "k_norm"):
-      yield _vector(
-        f"{theirs}.self_attn.{name}{suffix}.weight", f"{ours}/attention/{name}/scale", H
-      )
-    for name, inputs, outputs in (("gate", D, F), ("up", D, F), ("down", F, D)):
+      yield from _norm(f"{attention}.{name}{suffix}", f"{expert}/attention/{name}", H, bias=False)
+    for name, size_in, size_out in (("gate", D, F), ("up", D, F), ("down", F, D)):
       yield from _linear(
-        f"{theirs}.mlp{suffix}.{name}_proj", f"{ours}/mlp/{name}", (inputs,), (outputs,), bias=False
+        f"{mlp}.{name}_proj", f"{expert}/mlp/{name}", (size_in,), (size_out,), bias=False
       )
 
 
 def _vit_layers(vit) -> Iterator[Leaf]:
   Dv, Fv, Nv, Hv = vit.hidden_size, vit.intermediate_size, vit.num_heads, vit.head_dim
-  theirs, ours = "vit_model.vision_model.encoder.layers.{layer}", "vit/layers"
-  yield from _norm(f"{theirs}.layer_norm1", f"{ours}/norm1", Dv)
-  yield from _norm(f"{theirs}.layer_norm2", f"{ours}/norm2", Dv)
+  source, target = "vit_model.vision_model.encoder.layers.{layer}", "vit/layers"
+  yield from _norm(f"{source}.layer_norm1", f"{target}/norm1", Dv)
+  yield from _norm(f"{source}.layer_norm2", f"{target}/norm2", Dv)
   for name in ("q", "k", "v"):
     yield from _linear(
-      f"{theirs}.self_attn.{name}_proj", f"{ours}/attention/{name}", (Dv,), (Nv, Hv)
+      f"{source}.self_attn.{name}_proj", f"{target}/attention/{name}", (Dv,), (Nv, Hv)
     )
-  yield from _linear(f"{theirs}.self_attn.out_proj", f"{ours}/attention/out", (Nv, Hv), (Dv,))
-  yield from _linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1", (Dv,), (Fv,))
-  yield from _linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2", (Fv,), (Dv,))
+  yield from _linear(f"{source}.self_attn.out_proj", f"{target}/attention/out", (Nv, Hv), (Dv,))
+  yield from _linear(f"{source}.mlp.fc1", f"{target}/mlp/fc1", (Dv,), (Fv,))
+  yield from _linear(f"{source}.mlp.fc2", f"{target}/mlp/fc2", (Fv,), (Dv,))
 
 
 def _bagel_rest(config) -> Iterator[Leaf]:
@@ -194,8 +194,8 @@ def _bagel_rest(config) -> Iterator[Leaf]:
   D, V, Dv, C = llm.hidden_size, llm.vocab_size, vit.hidden_size, config.latent_dim
   yield _matrix("language_model.model.embed_tokens.weight", "embed_tokens/embedding", V, D)
   yield from _linear("language_model.lm_head", "lm_head", (D,), (V,), bias=False)
-  yield _vector("language_model.model.norm.weight", "norm/und/scale", D)
-  yield _vector("language_model.model.norm_moe_gen.weight", "norm/gen/scale", D)
+  yield from _norm("language_model.model.norm", "norm/und", D, bias=False)
+  yield from _norm("language_model.model.norm_moe_gen", "norm/gen", D, bias=False)
   tower = "vit_model.vision_model"
   yield from _linear(
     f"{tower}.embeddings.patch_embedding", "vit/patch_embed", (vit.patch_dim,), (Dv,)
@@ -219,22 +219,22 @@ def _bagel_rest(config) -> Iterator[Leaf]:
     yield _matrix(f"{name}.pos_embed", f"{name}/embedding", side**2, D)
 
 
-def _res_block(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Leaf]:
-  yield from _norm(f"{theirs}.norm1", f"{ours}/norm1", inputs)
-  yield from _conv(f"{theirs}.conv1", f"{ours}/conv1", inputs, outputs, 3)
-  yield from _norm(f"{theirs}.norm2", f"{ours}/norm2", outputs)
-  yield from _conv(f"{theirs}.conv2", f"{ours}/conv2", outputs, outputs, 3)
+def _res_block(source: str, target: str, inputs: int, outputs: int) -> Iterator[Leaf]:
+  yield from _norm(f"{source}.norm1", f"{target}/norm1", inputs)
+  yield from _conv(f"{source}.conv1", f"{target}/conv1", inputs, outputs, 3)
+  yield from _norm(f"{source}.norm2", f"{target}/norm2", outputs)
+  yield from _conv(f"{source}.conv2", f"{target}/conv2", outputs, outputs, 3)
   if inputs != outputs:
-    yield from _conv(f"{theirs}.nin_shortcut", f"{ours}/nin_shortcut", inputs, outputs, 1)
+    yield from _conv(f"{source}.nin_shortcut", f"{target}/nin_shortcut", inputs, outputs, 1)
 
 
 def _vae_middle(side: str, width: int) -> Iterator[Leaf]:
   for block in (1, 2):
     yield from _res_block(f"{side}.mid.block_{block}", f"{side}/mid_block_{block}", width, width)
-  theirs, ours = f"{side}.mid.attn_1", f"{side}/mid_attention"
-  yield from _norm(f"{theirs}.norm", f"{ours}/norm", width)
+  source, target = f"{side}.mid.attn_1", f"{side}/mid_attention"
+  yield from _norm(f"{source}.norm", f"{target}/norm", width)
   for name in ("q", "k", "v", "proj_out"):
-    yield from _conv(f"{theirs}.{name}", f"{ours}/{name}", width, width, 1)
+    yield from _conv(f"{source}.{name}", f"{target}/{name}", width, width, 1)
 
 
 def _vae(vae) -> Iterator[Leaf]:

@@ -47,10 +47,10 @@ class NewArray(NamedTuple):
 
 
 class Writer:
-  """Writes parameters in pieces; holds about two transactions of them in memory.
+  """Writes parameters in pieces; a context that waits for all writes when it is left.
 
-  Entered as a context, which on leaving waits for all writes. Not atomic: an interrupted one leaves
-  an incomplete folder, which the caller removes.
+  Holds about two transactions in memory. Not atomic: an interrupted one leaves an incomplete
+  folder, which the caller removes.
 
   Raises:
     InputError: a write fails.
@@ -62,7 +62,7 @@ class Writer:
     small = {name: np.zeros(1, array.dtype) for name, array in arrays.items()}
     with checkpoints.writing(self._path):
       checkpoints.drop_lost_traces()
-      # In a thread, which Ctrl-C does not reach: Orbax would write on in the background.
+      # In a thread, which Ctrl-C does not reach: Orbax would continue in the background.
       with concurrent.futures.ThreadPoolExecutor(1) as thread:
         thread.submit(ocp.save, self._path, traverse_util.unflatten_dict(small)).result()
       context, making = tensorstore.Context(), tensorstore.Transaction(atomic=True)
@@ -99,15 +99,15 @@ class Writer:
     return self
 
   def __exit__(self, kind: type | None, *_: object) -> None:
-    if kind is None:
-      with checkpoints.writing(self._path):
-        self._start_commit()
-        self._commit.result()
-      return
-    self._transaction.abort()
-    # Left alone, the commit would go on adding files to a folder that is about to be removed.
-    if self._commit is not None:
-      self._commit.exception()
+    try:
+      if kind is None:
+        with checkpoints.writing(self._path):
+          self._start_commit()
+          self._commit.result()
+    finally:
+      # Left alone, it would go on adding files to a folder that is about to be removed.
+      if self._commit is not None:
+        self._commit.exception()
 
 
 class Reader:
@@ -180,7 +180,7 @@ def _spec(path: pathlib.Path, name: weights.Path) -> dict[str, Any]:
 
 
 def _chunk_shape(array: NewArray) -> tuple[int, ...]:
-  """A piece, its longest side halved until it is small; so no chunk is written twice."""
+  """A piece with its longest sides halved until it is small, so that chunks divide pieces."""
   chunk = list(array.piece)
   while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
     longest = int(np.argmax(chunk))
