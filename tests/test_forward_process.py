@@ -126,13 +126,10 @@ def test_awm_gradient_numerically(weighting):
 
 def test_ratios_by_hand_and_through_the_surrogate():
   new, old = jnp.array([[0.3, -0.1], [0.0, 5.0]]), jnp.array([[0.1, 0.1], [0.0, 0.0]])
-  awm = lambda order: forward_process.awm_log_ratio(new, old, order=order)
-  np.testing.assert_allclose(awm("exp_first"), [[0.2, -0.2], [0, 5]], atol=1e-7)
-  np.testing.assert_allclose(awm("mean_first"), [[0], [2.5]], atol=1e-7)
+  np.testing.assert_allclose(
+    forward_process.awm_log_ratio(new, old), [[0.2, -0.2], [0, 5]], atol=1e-7)
   # Smaller losses are likelier.
   np.testing.assert_allclose(forward_process.fpo_log_ratio(new, old), [[0], [-2.5]], atol=1e-7)
-  each = forward_process.fpo_log_ratio(new, old, average=False)
-  np.testing.assert_allclose(each, [[-0.2, 0.2], [0, -3]], atol=1e-7)
 
   def loss(new):
     ratio = forward_process.fpo_log_ratio(new, old)
@@ -144,16 +141,8 @@ def test_ratios_by_hand_and_through_the_surrogate():
   gradient = jax.grad(loss)(new)
   np.testing.assert_allclose(gradient, [[0.25] * 2, [0.25 * math.exp(-2.5)] * 2], rtol=1e-5)
   for ratio in (lambda old: forward_process.fpo_log_ratio(new, old),
-                lambda old: forward_process.awm_log_ratio(new, old, order="exp_first")):
+                lambda old: forward_process.awm_log_ratio(new, old)):
     np.testing.assert_array_equal(jax.grad(lambda o, ratio=ratio: ratio(o).sum())(old), 0)
-
-
-def test_decays_by_hand():
-  steps = jnp.array([0, 75, 100, 400, 1000])
-  run = lambda kind: forward_process.old_decay(steps, kind=kind)
-  np.testing.assert_array_equal(run("off"), 0)
-  np.testing.assert_allclose(run("slow"), [0, 0.075, 0.1, 0.4, 0.5], rtol=1e-6)
-  np.testing.assert_allclose(run("late"), [0, 0, 0.1875, 0.999, 0.999], rtol=1e-6)
 
 
 def test_refusals():
@@ -161,8 +150,6 @@ def test_refusals():
   cases = [
     ("'some'", lambda: forward_process.optimality(t, bound=1.0, kind="some")),
     ("'t3'", lambda: forward_process.awm_log_prob(v, x_0, noise, t, mask, weighting="t3")),
-    ("'sum'", lambda: forward_process.awm_log_ratio(v[0], v[0], order="sum")),
-    ("'fast'", lambda: forward_process.old_decay(t, kind="fast")),
   ]
   for words, call in cases:
     with pytest.raises(ValueError, match=words):

@@ -11,7 +11,7 @@ import pytest
 
 from tests import packed_reference
 from unigrpo_jax import types
-from unigrpo_jax.episodes import phases
+from unigrpo_jax.episodes import programs
 from unigrpo_jax.models import bagel
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import sharding
@@ -227,7 +227,7 @@ def test_writing_does_not_copy_the_cache(config):
   boxed = jax.eval_shape(model.init, jax.random.key(0), bagel.example_batch(config))
   context = jax.eval_shape(lambda: bagel.empty_context(config, 4, 4096, jnp.float32))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-  compiled = phases.write.lower(
+  compiled = programs.decode_text.lower(
     model, _unboxed(boxed)["params"], context, keys, jnp.ones(4, bool),
     start_id=1, end_id=2, max_tokens=8, temperature=1.0,
   ).compile()

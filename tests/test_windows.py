@@ -9,10 +9,11 @@ from unigrpo_jax.sampling import windows
 RANGE = dict(low=0, high=5, size=3, num_steps=24)
 
 
-def draw(convention, iteration=0, *, seed=0, prompts=2, group_size=2, **options):
+def draw(convention, iteration=0, *, seed=0, prompts=2, group_size=2, ranks=None, **options):
+  ranks = np.arange(prompts * group_size) if ranks is None else ranks
   return windows.draw(
     convention, seed=seed, iteration=iteration, prompts=prompts, group_size=group_size,
-    **(RANGE | options),
+    ranks=ranks, **(RANGE | options),
   )
 
 
@@ -32,7 +33,7 @@ def test_one_window_an_iteration_from_seed_and_iteration_alone():
   starts = np.array([steps[0, 0] for steps in drawn])
   # 0, 1, 2, each as likely: 100 +- four standard deviations of a binomial draw.
   assert (np.abs(np.bincount(starts, minlength=3) - 100) < 4 * np.sqrt(300 * 2 / 9)).all()
-  again = [draw("per_iteration", i, prompts=5, group_size=7, rank=3)[-1, 0] for i in range(300)]
+  again = [draw("per_iteration", i, prompts=5, group_size=7)[-1, 0] for i in range(300)]
   np.testing.assert_array_equal(starts, again)
   assert any(draw("per_iteration", i, seed=1)[0, 0] != starts[i] for i in range(9))
 
@@ -45,10 +46,13 @@ def test_a_window_a_prompt_is_the_groups():
 
 def test_a_rank_keeps_its_window():
   """The starts of ranks 0 to 7 of the range [0, 5] with 3 steps, as BAGEL's Flow-GRPO has them."""
-  starts = [draw("per_rank_const", rank=rank)[0, 0] for rank in range(8)]
-  assert starts == [1, 0, 0, 0, 0, 2, 2, 1]
-  late = [draw("per_rank_const", 99, seed=5, rank=rank)[0, 0] for rank in range(8)]
-  assert late == starts
+  starts = np.array([1, 0, 0, 0, 0, 2, 2, 1])
+  for iteration, seed in ((0, 0), (99, 5)):
+    steps = draw("per_rank_const", iteration, seed=seed, prompts=4, group_size=2)
+    np.testing.assert_array_equal(steps, starts[:, None] + np.arange(3))
+  # A trajectory's window is that of its rank, wherever it lies.
+  ranks = np.array([7, 7, 1, 5])
+  np.testing.assert_array_equal(draw("per_rank_const", ranks=ranks)[:, 0], starts[ranks])
 
 
 def test_scattered_steps_are_distinct_and_reach_everywhere():
