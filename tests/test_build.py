@@ -1,18 +1,19 @@
 """The build of the tiny checkpoint: interrupted in each stage, it ends in the same bytes."""
 
-import contextlib
 import json
 
 import jax
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax.runtime import folders, runs
+from unigrpo_jax.runtime import folders
+from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.tools import build
 
 SMALL = [
-  "steps=3", "sequences_per_step=4", "microbatch=4", "noise_draws=1", "checkpoint_every=1",
-  "log_every=1", "limits.images=4", "ema_decay=0.9",
+  "--config.steps=3", "--config.sequences_per_step=4", "--config.microbatch=4",
+  "--config.noise_draws=1", "--config.checkpoint_every=1", "--config.log_every=1",
+  "--config.limits.images=4", "--config.ema_decay=0.9",
 ]
 
 
@@ -27,19 +28,8 @@ def _files(folder):
   return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-class _AfterTwo:
-  """An event that is set from the second look at it on; the trainer looks once a step."""
-
-  def __init__(self):
-    self._looks = 0
-
-  def is_set(self):
-    self._looks += 1
-    return self._looks >= 2
-
-
 def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkeypatch):
-  _build(tmp_path / "whole", tmp_path / "a")
+  _build(tmp_path / "once", tmp_path / "a")
 
   parts, out, seen = tmp_path / "parts", tmp_path / "b", []
   with monkeypatch.context() as patch:
@@ -61,17 +51,24 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
       seen.append(step)
       return pictures(seed, step, count)
 
+    commit = run_lib.Run.commit
+
+    def stopping(run, *args):
+      commit(run, *args)
+      if run.step == 2:
+        run.request_stop()
+
     patch.setattr(build, "pictures", counted)
-    patch.setattr(runs, "stop_on_signal", lambda: contextlib.nullcontext(_AfterTwo()))
+    patch.setattr(run_lib.Run, "commit", stopping)
     _build(parts, out)
-  # The autoencoder went on from its checkpoint of step 2; the last call measures its latents.
+  # The autoencoder resumed from its checkpoint of step 2; the last call measures its latents.
   assert seen == [0, 1, 2, 3, 2, 3, 4, 5] and (parts / "base").exists() and not out.exists()
   steps = [json.loads(line)["step"] for line in (parts / "sft/metrics.jsonl").open()]
   assert steps == [1, 2]
 
   monkeypatch.setattr(build, "train_vae", None)  # It is made already.
   _build(parts, out)
-  assert _files(parts / "base") == _files(tmp_path / "whole/base")
+  assert _files(parts / "base") == _files(tmp_path / "once/base")
   assert _files(out) == _files(tmp_path / "a")
   assert {"ae.safetensors", "ema.safetensors", "bagel_config.json", "tokenizer.json"} <= set(
     _files(out)
@@ -85,7 +82,8 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
   [
     (["--seed=-1"], "--seed=-1 must be at least 0"),
     (["--vae_steps=0"], "--vae_steps=0 must be at least 1"),
-    (["--set", "stepz=1"], "stepz"),
+    (["--config.stepz=1"], "stepz"),
+    (["--set", "steps=3"], "Unknown command line flag 'set'"),
     (["--workdir=w2", "--out=there"], "there exists already; choose another folder"),
     (["--out=file/o"], "--out: target "),
     (["--out=w/look"], "overlaps its source"),
@@ -93,7 +91,7 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
     (["--workdir=file"], "--workdir="),
     (["--seed=1"], "--seed=1 but the build in"),
     (["--vae_rows=8"], "--vae_rows=8 but the build in"),
-    (["--set", "steps=3"], "--set=['steps=3'] but the build in"),
+    (["--config.steps=3"], "--config=['--config.steps=3'] but the build in"),
   ],
 )
 def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch, args, words):
@@ -109,7 +107,7 @@ def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch
   assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_build_goes_on_under_another_spelling_of_its_folder(tmp_path, monkeypatch):
+def test_a_build_resumes_under_another_spelling_of_its_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   seen = []
   made = lambda folder, **_: (folder / "first").mkdir(exist_ok=True)

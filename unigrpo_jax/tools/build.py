@@ -2,8 +2,8 @@
 
   1. a tokenizer of IconWorld's prompts and reasoning, in the Qwen2 file format;
   2. a small FLUX autoencoder of its pictures;
-  3. supervised training of the network on it: to think and draw (`configs/sft.py:tiny`), then to
-     look as well (`configs/sft.py:tiny_look`);
+  3. supervised training of the network: to think and draw (`configs/sft.py:tiny`), then to see as
+     well (`configs/sft.py:tiny_look`);
   4. the official folder.
 
 Each stage resumes where it was interrupted, and the same seed gives the same bytes.
@@ -32,7 +32,8 @@ from unigrpo_jax.iconworld import prompts, renderer, tasks
 from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files
-from unigrpo_jax.runtime import checkpoints, folders, metrics, optim, runs, sharding
+from unigrpo_jax.runtime import checkpoints, folders, metrics, optim, sharding
+from unigrpo_jax.runtime import run as run_lib
 
 VOCABULARY = 640
 LLM = {
@@ -57,7 +58,7 @@ IMAGES = {
   "vae": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
   "vit": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
 }
-# How the tiny model is meant to be sampled: its reasonings are short, and so is its context.
+# Defaults of sampling: the reasonings are short, and so is the context.
 GENERATION = {
   "num_timesteps": 25, "timestep_shift": 1.0, "cfg_text_scale": 2.0, "cfg_interval": [0.0, 1.0],
   "temperature": 1.0, "max_tokens": 64,
@@ -72,7 +73,7 @@ def write_base(folder: pathlib.Path, seed: int) -> None:
   texts = [text for example in examples for text in (example.prompt, example.reasoning)]
   for example in examples:
     texts += [*tasks.question(rng, example.scene), tasks.edit(rng, example.scene)[0]]
-  # Often enough that the system prompts, read before every drawing, become few tokens.
+  # So often that the system prompts, which precede every drawing, become few tokens.
   texts += [tokenizer_lib.SYSTEM_PROMPT_GEN, tokenizer_lib.SYSTEM_PROMPT_VLM] * 400
   bpe.train_tokenizer(texts, VOCABULARY, folder)
   (folder / config_lib.LLM_FILE).write_text(json.dumps(LLM, indent=2) + "\n")
@@ -93,7 +94,7 @@ def train_vae(
 
   The objective is the evidence bound of pixels with standard deviation 0.017, divided by their
   number (Kingma and Welling 2014): squared error + 1e-4 KL, both as means. The run saves itself
-  every `checkpoint_every` steps, and goes on from its latest checkpoint.
+  every `checkpoint_every` steps, and resumes from its latest checkpoint.
   """
   values = {k: v for k, v in VAE.items() if k not in ("resolution", "downsample", "out_ch")}
   config = config_lib.VAEConfig(
@@ -139,7 +140,7 @@ def train_vae(
       if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
         saved.save(step + 1, state, {})
   finally:
-    # Also when interrupted: the save under way is finished.
+    # Also when interrupted: waits for the save under way.
     saved.close()
   encode = jax.jit(functools.partial(model.apply, {"params": state["params"]}, method="encode"))
   mean, logvar = encode(pictures(seed, steps, 256))
@@ -155,24 +156,25 @@ def build(
 
   Args:
     workdir: holds the stages.
-    out: the official folder to make.
+    out: official folder to make.
     seed: of everything.
     vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
-    overrides: KEY=VALUE of both configs of the supervised training.
+    overrides: `--config.KEY=VALUE` of both configs of the supervised training.
     devices: of the supervised training; None: all of them.
 
   Raises:
     InputError: an argument is impossible, or differs from what the workdir was begun with; before
       anything is trained.
   """
-  workdir = workdir.resolve()  # As a stage finds it that goes on from elsewhere.
-  first, look = (config_files.load("sft", name, overrides) for name in ("tiny", "tiny_look"))
+  workdir = workdir.resolve()  # The paths in its configs must be the same from any directory.
+  file = config_files.FOLDER / "sft.py"
+  first, look = (config_files.load(f"{file}:{name}", overrides) for name in ("tiny", "tiny_look"))
   with errors.at("--out"):
     for stage in ("base", "draft", "vae", "sft", "first", "look"):
       folders.check_target(workdir / stage, out, overwrite=True)
-  _remember(workdir, {
-    "seed": seed, "vae_steps": vae_steps, "vae_rows": vae_rows, "set": list(overrides),
-    "out": str(out.resolve()),
+  _check_arguments(workdir, {
+    "seed": seed, "vae_steps": vae_steps, "vae_rows": vae_rows, "out": str(out.resolve()),
+    "config": list(overrides),
   })
   make_base(
     workdir, seed=seed, vae_steps=vae_steps, vae_rows=vae_rows,
@@ -180,32 +182,32 @@ def build(
   )
   if not (workdir / "first").exists():
     first.seed, first.init_from, first.random_init = seed, str(workdir / "base"), True
-    # Whole, since the training goes on from it.
+    # Not rounded: the next stage continues from it.
     first.export_to, first.export_dtype = str(workdir / "first"), "float32"
     finetune.train(first, workdir / "sft", devices)
-  if (workdir / "first").exists():  # It is not where a signal stopped the training.
+  if (workdir / "first").exists():  # Unless a signal stopped its training.
     look.seed, look.init_from = seed + 1, str(workdir / "first")
     look.export_to = str(out)
     finetune.train(look, workdir / "look", devices)
 
 
-def _remember(workdir: pathlib.Path, asked: Mapping[str, Any]) -> None:
-  """Keeps what a build was asked for; refuses to go on with anything else."""
-  record, before = workdir / "build.json", asked
+def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> None:
+  """Records the arguments of a build; refuses to resume it with others."""
+  record = workdir / "build.json"
   if record.exists():
-    before = json.loads(record.read_text())
-  elif pathlib.Path(asked["out"]).exists():
-    raise errors.InputError(f"--out={asked['out']} exists already; choose another folder")
-  for name, value in asked.items():
-    if before[name] != value:
-      raise errors.InputError(
-        f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its value, "
-        "or choose a new --workdir"
-      )
+    before = {"config": []} | json.loads(record.read_text())
+    for name, value in arguments.items():
+      if value != before[name]:
+        raise errors.InputError(
+          f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its "
+          "value, or choose a new --workdir"
+        )
+  elif pathlib.Path(arguments["out"]).exists():
+    raise errors.InputError(f"--out={arguments['out']} exists already; choose another folder")
   with errors.at(f"--workdir={workdir}"):
     atomic.probe(record)
   workdir.mkdir(parents=True, exist_ok=True)
-  runs.write_json(record, asked)
+  run_lib.write_json(record, arguments)
 
 
 def make_base(
@@ -240,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.build", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="--config.KEY=VALUE changes a key of both configs of the supervised training.",
   )
   add = parser.add_argument
   add("--workdir", type=pathlib.Path, required=True, help="folder of the stages; resumes from it")
@@ -247,12 +250,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--seed", type=int, default=0)
   add("--vae_steps", type=int, default=3000, help="default: %(default)s")
   add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
-  add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of both configs")
-  args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+  args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.require("--seed", args.seed, low=0)
   errors.require("--vae_steps", args.vae_steps, low=1)
   errors.require("--vae_rows", args.vae_rows, low=1)
   build(
     args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
-    overrides=args.set,
+    overrides=overrides,
   )
