@@ -153,12 +153,7 @@ class ImageSizeRule:
 class GenerationDefaults:
   """How a checkpoint is meant to be sampled; defaults are the release's for drawing.
 
-  Attributes:
-    num_timesteps: points of the time grid.
-    timestep_shift: of the grid.
-    cfg_text_scale, cfg_interval, cfg_renorm_type: of guidance.
-    temperature: of sampled text.
-    max_tokens: of reasoning or an answer.
+  `num_timesteps` counts the points of the time grid, `max_tokens` those of reasoning or an answer.
   """
 
   num_timesteps: int = _key(_integer(low=2), 50)

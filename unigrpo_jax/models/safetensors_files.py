@@ -81,16 +81,14 @@ class SafetensorsFile:
 
   def _read_header(self) -> None:
     size = os.fstat(self._file.fileno()).st_size
-    prefix = self._file.read(8)
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-    if length is None or length > _MAX_HEADER_BYTES:
+    length = int.from_bytes(self._file.read(8), "little")
+    if size < 8 or length > _MAX_HEADER_BYTES:
       raise errors.InputError(
         "not a safetensors file (its first 8 bytes are not a header length); download it again"
       )
     if 8 + length > size:
       raise errors.InputError(
-        f"truncated: {size} bytes, but its header alone ends at byte {8 + length}; "
-        "download it again"
+        f"truncated: {size} bytes, but its header ends at byte {8 + length}; download it again"
       )
     try:
       header = json.loads(self._file.read(length).decode("utf-8"))
@@ -162,11 +160,7 @@ class SafetensorsFile:
 
 
 def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Entry], int]:
-  """The tensors of a header and the byte where the last ends; the data starts at byte `first`.
-
-  Raises:
-    ValueError: a tensor is not described, or the offsets contradict the shapes.
-  """
+  """The tensors of a header and the byte where the last ends; the data starts at byte `first`."""
   entries = {name: _parse_entry(name, value, first) for name, value in header.items()}
   end = first
   for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):

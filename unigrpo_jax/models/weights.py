@@ -371,12 +371,7 @@ class OfficialReader:
 
 
 def _check(file: safetensors_files.SafetensorsFile, leaves: Sequence[Leaf]) -> None:
-  """Compares the tensors of a file with those that the table asks for.
-
-  Raises:
-    InputError: a tensor is missing, unused or has another shape; names the first ten of each, with
-      the shapes and the config file that asks for them.
-  """
+  """Refuses a file whose tensors are not those of the table; names the first ten of each kind."""
   expected = {name: leaf.official_shape for leaf in leaves for name in leaf.names}
   actual = {name: entry.shape for name, entry in file.entries.items()}
   problems = {

@@ -33,32 +33,29 @@ def drop_lost_traces() -> None:
   closed when TensorStore answers, of tasks that are collected. What failed is raised by Orbax all
   the same. Its other log records, and traces of others, are shown.
   """
-  logging.getLogger("absl").addFilter(lambda record: not _is_background_trace(record))
-  logging.getLogger("asyncio").addFilter(lambda record: not _is_lost_task(record))
+  def is_of_orbax(path: str) -> bool:
+    return "orbax" in pathlib.PurePath(path).parts
+
+  def is_background_trace(record: logging.LogRecord) -> bool:
+    name = pathlib.PurePath(record.pathname).name
+    return bool(record.exc_info) and name in _BACKGROUND_FILES and is_of_orbax(record.pathname)
+
+  def is_lost_task(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    is_lost = "was never retrieved" in message or "was destroyed but it is pending" in message
+    return is_lost and "/orbax/" in message
+
   show = sys.unraisablehook
 
   def show_others(unraisable) -> None:
     code = getattr(unraisable.object, "cr_code", None)
-    closed_loop = str(unraisable.exc_value) == "Event loop is closed"
-    if not closed_loop and not (code is not None and _is_of_orbax(code.co_filename)):
+    is_closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+    if not is_closed_loop and not (code is not None and is_of_orbax(code.co_filename)):
       show(unraisable)
 
+  logging.getLogger("absl").addFilter(lambda record: not is_background_trace(record))
+  logging.getLogger("asyncio").addFilter(lambda record: not is_lost_task(record))
   sys.unraisablehook = show_others
-
-
-def _is_of_orbax(path: str) -> bool:
-  return "orbax" in pathlib.PurePath(path).parts
-
-
-def _is_background_trace(record: logging.LogRecord) -> bool:
-  in_background = pathlib.PurePath(record.pathname).name in _BACKGROUND_FILES
-  return bool(record.exc_info) and in_background and _is_of_orbax(record.pathname)
-
-
-def _is_lost_task(record: logging.LogRecord) -> bool:
-  message = record.getMessage()
-  lost = "was never retrieved" in message or "was destroyed but it is pending" in message
-  return lost and "/orbax/" in message
 
 
 @contextlib.contextmanager

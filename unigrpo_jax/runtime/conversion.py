@@ -14,7 +14,7 @@ import math
 import pathlib
 import re
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import jax
@@ -38,15 +38,8 @@ class Checksums(dict[str, int]):
     self[name] = zlib.crc32(data, self.get(name, 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class OfficialFile:
-  """What the manifest of a converted folder records of an official weight file.
-
-  Attributes:
-    metadata: of the file's header; None where it has none.
-    dtypes: {tensor: dtype}.
-    checksums: {tensor: crc32}.
-  """
+class OfficialFile(NamedTuple):
+  """What the manifest of a converted folder records of a weight file; dicts are by tensor name."""
 
   metadata: Any
   dtypes: dict[str, np.dtype]
@@ -146,11 +139,7 @@ def _write_manifest(
 
 
 def _read_manifest(folder: folders.ModelFolder) -> dict[str, OfficialFile]:
-  """{official weight file: OfficialFile} of a converted folder.
-
-  Raises:
-    InputError: the manifest is damaged, or of other tensors than the config's.
-  """
+  """{official weight file: OfficialFile}; refuses a damaged record, or one of other tensors."""
   manifest, files = folders.read_manifest(folder.path), {}
   for part, file in weights.FILES.items():
     try:
@@ -207,11 +196,7 @@ def export(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fals
 def _verified_rows(
   reader: stored_params.Reader, file: str, record: OfficialFile, progress
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-  """The tensors of an official file in pieces: (name, first row, rows), a parameter at a time.
-
-  Raises:
-    InputError: a tensor is not what it was when it was converted.
-  """
+  """The tensors of an official file in pieces, (name, first row, rows); refuses a damaged one."""
   checksums = Checksums()
   for leaf in reader.leaves:
     for layer, name in enumerate(leaf.names if leaf.file == file else ()):

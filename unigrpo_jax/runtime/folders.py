@@ -9,7 +9,6 @@ A converted folder holds
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -79,17 +78,15 @@ class ModelFolder:
     """
     if shardings is None:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def load(reader, leaf: weights.Leaf) -> jax.Array:
-      one = isinstance(shardings, jax.sharding.Sharding)
-      return weights.load(
-        reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
-        shardings if one else weights.lookup(shardings, leaf.path),
-      )
-
+    arrays = {}
     try:
       with self.open_params(parts) as reader:
-        arrays = {leaf.path: load(reader, leaf) for leaf in reader.leaves}
+        for leaf in reader.leaves:
+          is_tree = not isinstance(shardings, jax.sharding.Sharding)
+          arrays[leaf.path] = weights.load(
+            reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
+            weights.lookup(shardings, leaf.path) if is_tree else shardings,
+          )
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise
@@ -250,37 +247,26 @@ def write_official(
   Raises:
     InputError: the target cannot be made.
   """
-  files = {}
-  with contextlib.ExitStack() as stack:
-    for part, file in weights.FILES.items():
-      if part in params:
-        reader = _InMemory(weights.table(folder.config, (part,)), params, np.dtype(dtype))
-      else:
-        reader = stack.enter_context(folder.open_params((part,)))
-      tensors = {
-        name: (reader.dtype(leaf), leaf.official_shape)
-        for leaf in reader.leaves for name in leaf.names
-      }
-      files[file] = safetensors_files.Contents(tensors, _official_tensors(reader))
-    write_files(folder, target, files, overwrite=True)
+  missing = [part for part in weights.PARTS if part not in params]
+  unchanged, files = folder.load_params(parts=missing) if missing else {}, {}
+  for part, file in weights.FILES.items():
+    values = {
+      leaf: weights.lookup(params if part in params else unchanged, leaf.path)
+      for leaf in weights.table(folder.config, (part,))
+    }
+    tensors = {
+      name: (np.dtype(dtype if part in params else value.dtype), leaf.official_shape)
+      for leaf, value in values.items() for name in leaf.names
+    }
+    files[file] = safetensors_files.Contents(tensors, _official_tensors(values))
+  write_files(folder, target, files, overwrite=True)
 
 
-class _InMemory:
-  """Reads `params` as `ModelFolder.open_params` reads a folder."""
-
-  def __init__(self, leaves: Sequence[weights.Leaf], params: dict[str, Any], dtype: np.dtype):
-    self.leaves, self._params, self._dtype = leaves, params, dtype
-
-  def dtype(self, leaf: weights.Leaf) -> np.dtype:
-    return self._dtype
-
-  def read(self, leaf: weights.Leaf) -> np.ndarray:
-    return np.asarray(weights.lookup(self._params, leaf.path))
-
-
-def _official_tensors(reader) -> Iterator[tuple[str, int, np.ndarray]]:
-  """The official tensors of all parameters of a reader: (name, 0, tensor)."""
-  for leaf in reader.leaves:
-    value = reader.read(leaf)
+def _official_tensors(
+  values: Mapping[weights.Leaf, jax.Array]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+  """The official tensors of parameters in memory: (name, 0, tensor)."""
+  for leaf, value in values.items():
+    value = np.asarray(value)
     for layer, name in enumerate(leaf.names):
       yield name, 0, leaf.to_official(value[layer] if leaf.stacked else value)
