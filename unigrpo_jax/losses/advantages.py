@@ -1,7 +1,4 @@
-"""Rewards -> advantages, relative to the other trajectories of the same prompt.
-
-Letters: B trajectories.
-"""
+"""Rewards -> advantages, relative to the other trajectories of the same prompt."""
 
 from __future__ import annotations
 
@@ -13,14 +10,8 @@ STDS = ("group", "batch", "none")
 
 
 def group_advantages(
-  rewards: chex.Array,
-  group: chex.Array,
-  *,
-  num_groups: int,
-  std: str = "group",
-  ddof: int = 0,
-  eps: float = 1e-4,
-  clip: float | None = None,
+  rewards: chex.Array, group: chex.Array, *,
+  num_groups: int, std: str = "group", ddof: int = 0, eps: float = 1e-4, clip: float | None = None,
 ) -> tuple[chex.Array, chex.Array, dict[str, chex.Array]]:
   """How much better each trajectory is than its group, in standard deviations.
 
@@ -29,29 +20,21 @@ def group_advantages(
   Source: UniGRPO eq. 1. The defaults are Flow-GRPO's; others take squares over n - 1 (ddof=1, with
   eps 1e-4, 1e-6 or 1e-8), the standard deviation of the batch, or none (Dr. GRPO).
 
-  A group with a reward that is not finite is dropped whole: scoring a failure as 0 would shift the
-  advantages of its neighbours.
-
   Args:
-    rewards: R, [B]; taken to float32. NaN where scoring failed.
-    group: which group, 0 to num_groups - 1, [B] int; members need not be neighbours.
-    num_groups: how many there are at most; empty ones do not count.
+    rewards: R, [B]; NaN where scoring failed. A group with such a reward is dropped whole: scoring
+      a failure as 0 would shift the advantages of its neighbours.
+    group: 0 to num_groups - 1, [B] int; members need not be neighbours, groups may be empty.
     std: of the `group`, of all valid rewards of the `batch`, or `none`.
-    ddof: 0 divides the squares by n, 1 by n - 1.
-    eps: added to the standard deviation.
-    clip: bound on |adv|; None for none.
+    clip: bound on |adv|.
 
   Returns:
     (adv [B] float32, 0 where invalid; valid [B] bool; metrics, each [] float32:
     `zero_std_fraction` of the valid groups, `dropped_groups`, `reward_mean` and `reward_std` of the
     valid rewards, `group_std_mean`).
-
-  Raises:
-    ValueError: `std` is none of the names above.
   """
   if std not in STDS:
     raise ValueError(f"std={std!r} is none of {STDS}")
-  chex.assert_rank([rewards, group], 1)
+  chex.assert_rank(rewards, 1)
   chex.assert_equal_shape([rewards, group])
   rewards = rewards.astype(jnp.float32)
   total = lambda values: jax.ops.segment_sum(values, group, num_groups)  # [B] -> [num_groups]

@@ -1,10 +1,9 @@
 """The objective of the sampled images: importance ratios of the steps of a window, and their clip.
 
-Letters: B trajectories, W window steps, I latent tokens, C features of a token; D the elements of
-one image that count. <.> is the mean over those D elements.
-
 A ratio differs from 1 by 1e-6 and less, where float32 has steps of 1e-7: so ratios are kept as
-their logarithm, computed from differences of means, and clipped as rho = ratio - 1.
+their logarithm, computed from differences of means, and clipped as rho = ratio - 1. <.> is the mean
+over the D latent elements of an image that count; `mask`, [..., I] bool, is True at its tokens that
+count, and its leading axes may be 1. What lies at padding is never read.
 """
 
 from __future__ import annotations
@@ -20,14 +19,9 @@ LOG_RATIO_BOUND = 20.0
 
 
 def element_mean(values: chex.Array, mask: chex.Array) -> chex.Array:
-  """The mean over the latent elements of each image that count.
+  """The mean of values [..., I, C] float32 over the elements that count: [...], 0 where none does.
 
-  Args:
-    values: [..., I, C] float32; padding must be finite, and cleared where a gradient is taken.
-    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
-
-  Returns:
-    [...] float32; 0 where no token counts.
+  Padding must be finite, and cleared where a gradient is taken.
   """
   chex.assert_type(values, jnp.float32)
   chex.assert_type(mask, bool)
@@ -37,25 +31,15 @@ def element_mean(values: chex.Array, mask: chex.Array) -> chex.Array:
 
 
 def difference(a: chex.Array, b: chex.Array, mask: chex.Array) -> chex.Array:
-  """a - b in float32, cleared at padding: 0 * NaN is NaN, in the gradient too.
-
-  Args:
-    a, b: [..., I, C]; anything at padding.
-    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
-  """
+  """a - b [..., I, C] in float32, cleared at padding: 0 * NaN is NaN, in the gradient too."""
   chex.assert_equal_shape([a, b])
   chex.assert_rank(mask, a.ndim - 1)
   return jnp.where(mask[..., None], a.astype(jnp.float32) - b.astype(jnp.float32), 0.0)
 
 
 def log_ratio(
-  mean: chex.Array,
-  mean_old: chex.Array,
-  x_next: chex.Array,
-  std: chex.Array,
-  mask: chex.Array,
-  *,
-  kind: str = "norm",
+  mean: chex.Array, mean_old: chex.Array, x_next: chex.Array, std: chex.Array, mask: chex.Array,
+  *, kind: str = "norm",
 ) -> chex.Array:
   """Log importance ratio of steps between two Gaussians of the same std, in difference form.
 
@@ -68,18 +52,12 @@ def log_ratio(
   `norm` is eq. 5 with its quadratic term cancelled: std (log r + <d^2> / (2 std^2)).
 
   Args:
-    mean: of the policy, [..., I, C] float32; anything at padding.
-    mean_old: of the policy that sampled, likewise; no gradient.
-    x_next: what was sampled, likewise; no gradient.
+    mean, mean_old, x_next: [..., I, C] float32; no gradient but to `mean`.
     std: of the noise, [...] or broadcasting to it, float32, more than 0.
-    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
-    kind: one of RATIOS.
+    mask: [..., I] bool.
 
   Returns:
     [...] float32.
-
-  Raises:
-    ValueError: `kind` is none of RATIOS.
   """
   if kind not in RATIOS:
     raise ValueError(f"kind={kind!r} is none of {RATIOS}")
@@ -95,14 +73,9 @@ def log_ratio(
 
 
 def policy_loss(
-  log_ratio: chex.Array,
-  adv: chex.Array,
-  weights: chex.Array,
-  *,
-  clip_low: chex.Numeric,
-  clip_high: chex.Numeric,
-  loss_mask: chex.Array | None = None,
-  loss_weight: chex.Array | None = None,
+  log_ratio: chex.Array, adv: chex.Array, weights: chex.Array, *,
+  clip_low: chex.Numeric, clip_high: chex.Numeric,
+  loss_mask: chex.Array | None = None, loss_weight: chex.Array | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """The clipped surrogate of PPO over the steps of a window, less its constant.
 
@@ -118,8 +91,7 @@ def policy_loss(
     adv: A, [B] float32.
     weights: w, [B, W] float32; see `step_weights`.
     clip_low, clip_high: how far the ratio may fall below 1 and rise above it; [] or [B, W].
-    loss_mask: steps that count, [B, W] bool, or None for all, clipped.
-    loss_weight: u, [B, W] float32, or None for 1.
+    loss_mask: steps that count, [B, W] bool. loss_weight: u, [B, W] float32; None for 1.
 
   Returns:
     (loss [] float32; dict of `log_ratio` [B, W] float32 and `clipped` [B, W] bool, where the clip
@@ -147,16 +119,9 @@ def policy_loss(
 
 
 def step_weights(valid: chex.Array, steps: int) -> chex.Array:
-  """The weight of each step, 1 / (B W) with B the valid trajectories, so that a loss is a sum.
+  """The weight of each step, 1 / (B W) with B the valid trajectories: [B, W] float32 of valid [B].
 
   Taken of a whole batch and then cut into microbatches, the microbatches' losses add up exactly.
-
-  Args:
-    valid: trajectories that count, [B] bool.
-    steps: W, 0 for no window.
-
-  Returns:
-    [B, W] float32, 0 where nothing counts.
   """
   chex.assert_rank(valid, 1)
   chex.assert_type(valid, bool)
@@ -165,18 +130,7 @@ def step_weights(valid: chex.Array, steps: int) -> chex.Array:
 
 
 def reweight(kind: str, dt: chex.Array) -> chex.Array:
-  """The weight u of each step's surrogate: 1, or 1 / |dt| (GRPO-Guard's gradient reweighting).
-
-  Args:
-    kind: one of REWEIGHTS. UniGRPO uses `none`.
-    dt: signed, any shape, float32.
-
-  Returns:
-    The shape of `dt`, float32.
-
-  Raises:
-    ValueError: `kind` is none of REWEIGHTS.
-  """
+  """The weight u of each step's surrogate, as `dt`: 1, or 1 / |dt| (`inv_dt`, GRPO-Guard)."""
   if kind not in REWEIGHTS:
     raise ValueError(f"kind={kind!r} is none of {REWEIGHTS}")
   return jnp.ones_like(dt) if kind == "none" else 1 / jnp.abs(dt)
@@ -187,13 +141,7 @@ def divergence(
 ) -> chex.Array:
   """KL divergence of two Gaussians of the same std, a mean over elements: <d^2> / (2 std^2).
 
-  Args:
-    mean, mean_old: [..., I, C] float32; anything at padding.
-    std: [...] or broadcasting to it, float32, more than 0.
-    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
-
-  Returns:
-    [...] float32.
+  mean, mean_old [..., I, C] float32; std more than 0, [...] or broadcasting to it -> [...] float32.
   """
   squared = jnp.square(difference(mean, mean_old, mask))
   return element_mean(squared, mask) / (2 * jnp.square(std))
@@ -221,19 +169,10 @@ def dppo_mask(
   return ~((divergence >= threshold) & away)
 
 
-def scaled_clip(
-  clip: chex.Numeric, elements: chex.Numeric, reference: int = 262144
-) -> chex.Numeric:
-  """A clip range, or a weight of the velocity error, for images of another size than its own.
-
-    clip sqrt(reference / D)
+def scaled_clip(clip: chex.Numeric, elements: chex.Numeric, reference: int = 262144):
+  """A clip range, or velocity-error weight, for images of D elements: clip sqrt(reference / D).
 
   A log ratio is a mean over D elements, so it shrinks as 1 / sqrt(D) at the same drift per element.
   UniGRPO's 1e-6 and 1.5e-5 are of 1024 x 1024 pixels: 4096 tokens of 64 features.
-
-  Args:
-    clip: the value at `reference` elements.
-    elements: D, a number or an array.
-    reference: elements of the images that `clip` was chosen for.
   """
   return clip * (reference / elements) ** 0.5

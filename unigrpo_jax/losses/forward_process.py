@@ -1,10 +1,7 @@
 """Objectives that noise a finished image again instead of keeping the steps that drew it.
 
 x_t = (1 - t) x_0 + t noise, with x_0 the generated image. The ratios of AWM and FPO go through
-`flow.policy_loss`, with a column a time.
-
-Letters: B trajectories, N times (with their noise) an image, I latent tokens, C features of a
-token. <.> is the mean over the latent elements of one image that count.
+`flow.policy_loss`, with a column for each of N times. <.> and `mask` are those of `flow`.
 """
 
 from __future__ import annotations
@@ -20,19 +17,11 @@ WEIGHTINGS = ("uniform", "t", "t2", "huber", "ghuber")
 
 
 def optimality(adv: chex.Array, *, bound: float, kind: str = "all") -> chex.Array:
-  """The probability that a trajectory is a good one: 1/2 + clip(A / bound, -1, 1) / 2.
+  """The probability that a trajectory is a good one: 1/2 + clip(A / bound, -1, 1) / 2, as `adv`.
 
   Source: DiffusionNFT (Zheng et al. 2025), eq. 7 and the `adv_mode` of its code: `positive_only`
   and `negative_only` take the other advantages for 0, `binary` takes their sign, `one_only` 1 where
   A > 0 and 0 elsewhere.
-
-  Args:
-    adv: A, any shape, float32.
-    bound: more than 0.
-    kind: one of OPTIMALITIES.
-
-  Raises:
-    ValueError: `kind` is none of OPTIMALITIES.
   """
   if kind not in OPTIMALITIES:
     raise ValueError(f"kind={kind!r} is none of {OPTIMALITIES}")
@@ -49,16 +38,8 @@ def optimality(adv: chex.Array, *, bound: float, kind: str = "all") -> chex.Arra
 
 
 def nft_losses(
-  v: chex.Array,
-  v_old: chex.Array,
-  x_0: chex.Array,
-  noise: chex.Array,
-  t: chex.Array,
-  optimal: chex.Array,
-  mask: chex.Array,
-  *,
-  beta: float,
-  scale: float,
+  v: chex.Array, v_old: chex.Array, x_0: chex.Array, noise: chex.Array, t: chex.Array,
+  optimal: chex.Array, mask: chex.Array, *, beta: float, scale: float,
 ) -> chex.Array:
   """The loss of DiffusionNFT: pulls one mixture of velocities to the image, and pushes its mirror.
 
@@ -70,13 +51,10 @@ def nft_losses(
   al. 2025), eq. 9 and its code.
 
   Args:
-    v: of the policy at x_t, [..., I, C], taken to float32; anything at padding.
-    v_old: of the policy that generated, likewise; no gradient.
+    v, v_old: of the policy and of the one that generated, [..., I, C] at x_t; no gradient to v_old.
     x_0, noise: [..., I, C] float32.
-    t: [...] float32.
-    optimal: r, [...] float32; see `optimality`.
-    mask: latent tokens that count, [..., I] bool.
-    beta: how far the mixtures reach, more than 0.
+    t, optimal: t and r, [...] float32; see `optimality`.
+    mask: [..., I] bool.
     scale: the bound of the advantages.
 
   Returns:
@@ -98,14 +76,8 @@ def nft_losses(
 
 
 def awm_log_prob(
-  v: chex.Array,
-  x_0: chex.Array,
-  noise: chex.Array,
-  t: chex.Array,
-  mask: chex.Array,
-  *,
-  weighting: str = "uniform",
-  power: float = 0.25,
+  v: chex.Array, x_0: chex.Array, noise: chex.Array, t: chex.Array, mask: chex.Array, *,
+  weighting: str = "uniform", power: float = 0.25,
 ) -> chex.Array:
   """The matching error of a noised image, taken for its log-probability.
 
@@ -114,25 +86,11 @@ def awm_log_prob(
     huber   -t (sqrt(m + 1e-10) - 1e-5)
     ghuber  -t ((m + 1e-10)^power - 1e-10^power) / power
 
-  Source: advantage weighted matching (Xue et al. 2025, 2509.25050), `compute_log_prob_awm`. The
-  negative of `uniform` is the loss that FPO compares.
-
-  Args:
-    v: of the policy at x_t, [..., I, C], taken to float32; anything at padding.
-    x_0, noise: [..., I, C] float32.
-    t: [...] float32.
-    mask: latent tokens that count, [..., I] bool; its leading axes may be 1.
-    weighting: one of WEIGHTINGS.
-    power: of `ghuber`.
-
-  Returns:
-    [...] float32.
-
-  Raises:
-    ValueError: `weighting` is none of WEIGHTINGS.
+  v at x_t, x_0, noise [..., I, C], t [...], mask [..., I] -> [...] float32. Source: advantage
+  weighted matching (Xue et al. 2025, 2509.25050), `compute_log_prob_awm`. The negative of `uniform`
+  is the loss that FPO compares.
   """
-  if weighting not in WEIGHTINGS:
-    raise ValueError(f"weighting={weighting!r} is none of {WEIGHTINGS}")
+
   chex.assert_equal_shape([v, x_0, noise])
   chex.assert_shape(t, v.shape[:-2])
   miss = jnp.where(mask[..., None], v.astype(jnp.float32) - (noise - x_0), 0.0)
@@ -145,31 +103,18 @@ def awm_log_prob(
 
 
 def awm_log_ratio(logp: chex.Array, logp_old: chex.Array) -> chex.Array:
-  """Log importance ratios of AWM, one a time.
-
-  Args:
-    logp: of the policy, [B, N] float32; see `awm_log_prob`.
-    logp_old: of the policy that generated, likewise; no gradient.
-
-  Returns:
-    [B, N] float32.
-  """
+  """Log importance ratios of AWM, one a time, [B, N]; no gradient to `logp_old`."""
   chex.assert_rank(logp, 2)
   chex.assert_equal_shape([logp, logp_old])
   return logp - jax.lax.stop_gradient(logp_old)
 
 
 def fpo_log_ratio(losses: chex.Array, losses_old: chex.Array) -> chex.Array:
-  """Log importance ratios of flow policy optimization (2507.21053), one an image.
+  """Log importance ratios of flow policy optimization (2507.21053), one an image: [B, 1] float32.
 
     mean_j l_old_j - mean_j l_j
 
-  Args:
-    losses: matching losses l of the policy at N times with their noise, [B, N] float32.
-    losses_old: of the policy that generated, likewise; no gradient.
-
-  Returns:
-    [B, 1] float32.
+  `losses`, [B, N] float32, are the matching errors l at N times; no gradient to `losses_old`.
   """
   chex.assert_rank(losses, 2)
   chex.assert_equal_shape([losses, losses_old])

@@ -1,7 +1,4 @@
-"""The objectives of supervised training: next-token cross entropy and velocity regression.
-
-Letters: B rows, Y labels a row, D model width, V vocabulary, I image tokens, C features of a token.
-"""
+"""The objectives of supervised training: next-token cross entropy and velocity regression."""
 
 from __future__ import annotations
 
@@ -16,36 +13,24 @@ from unigrpo_jax.losses import text
 
 
 def cross_entropy(
-  logits_fn: Callable[[chex.Array], chex.Array],
-  hidden: chex.Array,
-  label_ids: chex.Array,
-  label_weight: chex.Array,
-  *,
-  chunk: int,
+  logits_fn: Callable[[chex.Array], chex.Array], hidden: chex.Array, label_ids: chex.Array,
+  label_weight: chex.Array, *, chunk: int,
 ) -> tuple[chex.Array, chex.Array]:
   """Weighted mean cross entropy of the labels, never holding [B, Y, V] logits.
 
     ce_y = log sum_v exp(logits_yv) - logits_y[label_y],    loss = sum_y w_y ce_y / sum_y w_y
 
-  A chunk of labels a row at a time, forward and backward: its logits are recomputed, not kept.
   Source: official BAGEL `Bagel.forward`; with w = 1 / sqrt(labels of the text) its
   `ce_loss_reweighting`.
 
   Args:
-    logits_fn: [B, chunk, D] -> [B, chunk, V], any float dtype.
-    hidden: hidden states that predict the labels, [B, Y, D].
+    logits_fn, hidden, chunk: see `text.by_chunk`.
     label_ids: [B, Y] int32.
-    label_weight: [B, Y] float32, not negative; 0 for padding, whatever `hidden` holds there.
-    chunk: labels of each row whose logits exist at once.
+    label_weight: w, [B, Y] float32, not negative; 0 for padding, whatever `hidden` holds there.
 
   Returns:
     (loss [] float32, 0 where all weights are 0; ce [B, Y] float32 in nats, 0 at weight 0).
-
-  Raises:
-    ValueError: `chunk` is less than 1.
   """
-  chex.assert_rank([hidden, label_ids, label_weight], [3, 2, 2])
-  chex.assert_equal_shape([hidden[..., 0], label_ids, label_weight])
 
   def measure(logits, ids):
     picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
@@ -67,7 +52,7 @@ def velocity_mse(
   `Bagel.forward`. There is no weight in t.
 
   Args:
-    velocity, target, noise: [..., I, C]; taken to float32.
+    velocity, target, noise: [..., I, C].
     mask: tokens that count, [..., I] bool.
 
   Returns:
@@ -83,19 +68,12 @@ def velocity_mse(
 
 
 def shifted_timesteps(normal: chex.ArrayNumpy | chex.Array, *, shift: float) -> chex.Array:
-  """Flow times for training, from standard normal draws.
+  """Flow times for training, from standard normal draws z: float32 in [0, 1], 1 is noise.
 
     t = s sigma(z) / (1 + (s - 1) sigma(z)) = sigma(z + log s)
 
-  Source: official BAGEL `Bagel.forward` (logit-normal times, Esser et al. 2024, eq. 19 and 23). A
-  draw of -inf is a clean image, t = 0.
-
-  Args:
-    normal: z, any shape; NumPy or JAX, and so is the result.
-    shift: s, 1 for none; larger is noisier.
-
-  Returns:
-    t in [0, 1], float32, 1 is noise.
+  A larger s is noisier; a draw of -inf is a clean image, t = 0. NumPy in, NumPy out. Source:
+  official BAGEL `Bagel.forward` (logit-normal times, Esser et al. 2024, eq. 19 and 23).
   """
   xp = normal.__array_namespace__()
   z = normal.astype(xp.float32) + math.log(shift)

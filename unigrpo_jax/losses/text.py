@@ -1,8 +1,4 @@
-"""The objective of the sampled text: clipped importance ratios, a token at a time.
-
-Letters: B trajectories, T sampled tokens, Y tokens whose log-probability is asked for, D model
-width, V vocabulary.
-"""
+"""The objective of the sampled text: clipped importance ratios, a token at a time."""
 
 from __future__ import annotations
 
@@ -32,17 +28,7 @@ def token_weights(
   with sums over the trajectories that count, and B their number: valid, with a token. Taken of a
   whole batch and then cut into microbatches, the microbatches' losses add up exactly.
 
-  Args:
-    mask: tokens that count, [B, T] bool.
-    valid: trajectories that count, [B] bool.
-    aggregation: one of AGGREGATIONS.
-    max_tokens: L_max of `constant`.
-
-  Returns:
-    [B, T] float32, 0 where nothing counts.
-
-  Raises:
-    ValueError: `aggregation` is none of AGGREGATIONS.
+  mask [B, T], valid [B] bool -> [B, T] float32, 0 where nothing counts.
   """
   if aggregation not in AGGREGATIONS:
     raise ValueError(f"aggregation={aggregation!r} is none of {AGGREGATIONS}")
@@ -60,17 +46,9 @@ def token_weights(
 
 
 def policy_loss(
-  logp: chex.Array,
-  logp_old: chex.Array,
-  adv: chex.Array,
-  weights: chex.Array,
-  *,
-  clip_low: float,
-  clip_high: float,
-  dual_clip: float | None = None,
-  ratio: str = "token",
-  logp_ref: chex.Array | None = None,
-  kl_weight: float = 0.0,
+  logp: chex.Array, logp_old: chex.Array, adv: chex.Array, weights: chex.Array, *,
+  clip_low: float, clip_high: float, dual_clip: float | None = None, ratio: str = "token",
+  logp_ref: chex.Array | None = None, kl_weight: float = 0.0,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """The clipped surrogate of PPO over tokens, with an optional penalty for leaving a reference.
 
@@ -82,14 +60,12 @@ def policy_loss(
   (GSPO, Zheng et al. 2025).
 
   Args:
-    logp: of the policy, [B, T] float32; anything where the weight is 0.
-    logp_old: of the policy that sampled, [B, T] float32, likewise; no gradient.
+    logp, logp_old, logp_ref: of the policy, of the one that sampled and of the reference, [B, T]
+      float32; anything where the weight is 0; no gradient but to `logp`.
     adv: A, [B] float32.
     weights: w, [B, T] float32; see `token_weights`.
     clip_low, clip_high: how far r may fall below 1 and rise above it.
-    dual_clip: c, more than 1; None for none.
-    ratio: one of RATIOS.
-    logp_ref: of the reference policy, [B, T] float32; no gradient. None where kl_weight is 0.
+    dual_clip: c, more than 1.
     kl_weight: of the k3 estimate of KL(policy || reference).
 
   Returns:
@@ -98,7 +74,7 @@ def policy_loss(
     False where the weight is 0).
 
   Raises:
-    ValueError: `ratio` is none of RATIOS, or kl_weight lacks its `logp_ref`.
+    ValueError: kl_weight lacks its `logp_ref`.
   """
   if ratio not in RATIOS:
     raise ValueError(f"ratio={ratio!r} is none of {RATIOS}")
@@ -133,11 +109,7 @@ def policy_loss(
 
 
 def k1(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:
-  """logp - logp_ref: unbiased for KL(policy || reference) of samples of the policy (Schulman 2020).
-
-  Args:
-    logp, logp_ref: of the same samples, any shape, float32.
-  """
+  """logp - logp_ref: unbiased for KL(policy || reference) of policy samples (Schulman 2020)."""
   chex.assert_equal_shape([logp, logp_ref])
   return logp - logp_ref
 
@@ -152,31 +124,17 @@ def k3(logp: chex.Array, logp_ref: chex.Array) -> chex.Array:
 
 
 def token_logprobs(
-  logits_fn: Callable[[chex.Array], chex.Array],
-  hidden: chex.Array,
-  ids: chex.Array,
-  mask: chex.Array,
-  *,
-  temperature: float,
-  chunk: int,
+  logits_fn: Callable[[chex.Array], chex.Array], hidden: chex.Array, ids: chex.Array,
+  mask: chex.Array, *, temperature: float, chunk: int,
 ) -> tuple[chex.Array, chex.Array]:
   """Log-probabilities of given tokens at the sampling temperature, never holding [B, Y, V] logits.
 
     logp_y = log softmax(logits_y / temperature)[ids_y],   entropy_y = -sum_v p_yv log p_yv
 
-  Args:
-    logits_fn: [B, chunk, D] -> [B, chunk, V], any float dtype.
-    hidden: hidden states that predict the tokens, [B, Y, D].
-    ids: [B, Y] int32.
-    mask: tokens that count, [B, Y] bool.
-    temperature: more than 0.
-    chunk: tokens of each row whose logits exist at once.
+  Arguments as of `by_chunk`; the temperature is more than 0.
 
   Returns:
     (logp [B, Y], entropy [B, Y]), float32 in nats, 0 where mask is False.
-
-  Raises:
-    ValueError: `chunk` is less than 1.
   """
 
   def measure(logits, ids):
@@ -188,13 +146,8 @@ def token_logprobs(
 
 
 def by_chunk(
-  measure: Callable[[chex.Array, chex.Array], Any],
-  logits_fn: Callable[[chex.Array], chex.Array],
-  hidden: chex.Array,
-  ids: chex.Array,
-  mask: chex.Array,
-  *,
-  chunk: int,
+  measure: Callable[[chex.Array, chex.Array], Any], logits_fn: Callable[[chex.Array], chex.Array],
+  hidden: chex.Array, ids: chex.Array, mask: chex.Array, *, chunk: int,
 ) -> Any:
   """Measures tokens by their logits, a chunk of tokens of each row at a time.
 
@@ -203,9 +156,8 @@ def by_chunk(
   Args:
     measure: (logits [B, chunk, V] float32, ids [B, chunk]) -> tree of [B, chunk].
     logits_fn: [B, chunk, D] -> [B, chunk, V], any float dtype.
-    hidden: [B, Y, D]; anything where mask is False.
-    ids: [B, Y] int32.
-    mask: tokens that count, [B, Y] bool.
+    hidden: hidden states that predict the tokens, [B, Y, D]; anything where mask is False.
+    ids, mask: [B, Y] int32, and bool: tokens that count.
     chunk: tokens of each row whose logits exist at once.
 
   Returns:

@@ -16,12 +16,9 @@ RENORMS = ("global", "channel", "text_channel")
 
 
 def time_grid(num_timesteps: int, shift: float):
-  """Shifted schedule t = shift u / (1 + (shift - 1) u), u from 1 to 0.
+  """Shifted schedule t = shift u / (1 + (shift - 1) u), u from 1 to 0: [num_timesteps] float32.
 
   `num_timesteps` points make `num_timesteps - 1` velocity evaluations (BAGEL, `generate_image`).
-
-  Returns:
-    [num_timesteps] float32 from 1 to 0.
   """
   # Counted down exactly: linspace is off by 6e-8, which is much beside the smallest t. And on the
   # host: compiled, a division by a constant is a product, and 47 * (1 / 47) is not 1.
@@ -32,23 +29,15 @@ def time_grid(num_timesteps: int, shift: float):
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """Classifier-free guidance (Ho and Salimans 2022) as BAGEL applies it.
+  """Classifier-free guidance (Ho and Salimans 2022) as BAGEL applies it."""
 
-  Attributes:
-    text_scale: 1 or less turns all guidance off, the image branch too.
-    image_scale: 1 or less leaves the image branch out.
-    interval: guidance acts where low < t <= high, on the shifted t.
-    renorm: one of RENORMS.
-    renorm_min: lower clip of the renorm factor; 1 turns renorm off.
-    pack_coupled: takes the `global` norm over all images together, as the official code does to
-      a pack; otherwise an image's result is its own.
-  """
-
-  text_scale: float = 4.0
-  image_scale: float = 1.0
-  interval: tuple[float, float] = (0.4, 1.0)
-  renorm: str = "global"
-  renorm_min: float = 0.0
+  text_scale: float = 4.0  # 1 or less turns all guidance off, the image branch too
+  image_scale: float = 1.0  # 1 or less leaves the image branch out
+  interval: tuple[float, float] = (0.4, 1.0)  # acts where low < t <= high, t shifted
+  renorm: str = "global"  # one of RENORMS
+  renorm_min: float = 0.0  # lower clip of the renorm factor; 1 turns renorm off
+  # Takes the `global` norm over all images together, as the official code does to a pack; otherwise
+  # an image's result is its own.
   pack_coupled: bool = False
 
 
@@ -59,13 +48,8 @@ def guide(v, v_text, v_image, guidance: Guidance):
   scaled by clip(|v| / |w|, renorm_min, 1), over a token's features (`channel`), a whole image
   (`global`), or a token's features before the image step (`text_channel`). BAGEL, `_forward_flow`.
 
-  Args:
-    v: conditional velocity, [M, I, C] float32, zero at padding.
-    v_text: velocity without the last text, likewise.
-    v_image: velocity without images, or None where image_scale <= 1.
-
-  Returns:
-    [M, I, C] float32.
+  All [M, I, C] float32, zero at padding: v conditional, v_text without the last text, v_image
+  without images, or None where image_scale <= 1.
   """
   chex.assert_rank(v, 3)
   chex.assert_equal_shape([v, v_text])
@@ -86,17 +70,12 @@ def guide(v, v_text, v_image, guidance: Guidance):
 
 
 def guided(
-  velocity_fn: VelocityFn,
-  text_fn: VelocityFn | None,
-  image_fn: VelocityFn | None,
+  velocity_fn: VelocityFn, text_fn: VelocityFn | None, image_fn: VelocityFn | None,
   guidance: Guidance,
 ) -> VelocityFn:
-  """A velocity function that evaluates the branches only where the interval asks for them.
+  """A velocity function, (x [M, I, C], t []) -> [M, I, C], with guidance where the interval asks.
 
-  Args:
-    velocity_fn: conditional velocity, (x [M, I, C], t []) -> [M, I, C].
-    text_fn, image_fn: the branches, needed where their scale exceeds 1.
-    guidance: scales, interval and renorm.
+  `text_fn` and `image_fn` are the branches, needed where their scale exceeds 1.
   """
   if guidance.renorm not in RENORMS:
     raise ValueError(f"renorm={guidance.renorm!r} is none of {RENORMS}")
@@ -117,11 +96,7 @@ def guided(
 
 
 def integrate(
-  velocity_fn: VelocityFn,
-  noise,
-  times,
-  *,
-  record: bool = False,
+  velocity_fn: VelocityFn, noise, times, *, record: bool = False,
   on_step: Callable[[chex.Array], None] | None = None,
 ):
   """Euler steps x <- x - v (t_i - t_{i+1}) down the grid, as one `lax.scan`.
@@ -130,7 +105,6 @@ def integrate(
     velocity_fn: (x, t []) -> velocity of the same shape.
     noise: x at times[0], float32.
     times: [N] float32, decreasing; see `time_grid`.
-    record: also returns every step.
     on_step: called on the host with the index of each finished step.
 
   Returns:

@@ -20,30 +20,17 @@ KINDS = ("flow", "dance", "cps")
 
 @struct.dataclass
 class Transition:
-  """p(x_next | x) = N(mean, std^2), and how its mean moves with the velocity.
+  """p(x_next | x) = N(mean, std^2), and how its mean moves with the velocity; float32."""
 
-  Attributes:
-    mean: [..., I, C] float32.
-    std: standard deviation of the injected noise, [...] float32; 0 for a step without noise.
-    dt: t_next - t, negative, [...] float32.
-    slope: d mean / d velocity, [...] float32.
-  """
-
-  mean: chex.Array
-  std: chex.Array
-  dt: chex.Array
-  slope: chex.Array
+  mean: chex.Array  # [..., I, C]
+  std: chex.Array  # of the injected noise, [...]; 0 for a step without noise
+  dt: chex.Array  # t_next - t, negative, [...]
+  slope: chex.Array  # d mean / d velocity, [...]
 
 
 def transition(
-  x: chex.Array,
-  v: chex.Array,
-  t: chex.Array,
-  t_next: chex.Array,
-  t_second: chex.Array,
-  *,
-  kind: str,
-  noise_level: float,
+  x: chex.Array, v: chex.Array, t: chex.Array, t_next: chex.Array, t_second: chex.Array, *,
+  kind: str, noise_level: float,
 ) -> Transition:
   """One step from t to t_next with noise: an Euler step and a push g along the predicted noise.
 
@@ -59,16 +46,13 @@ def transition(
   sampling (Wang and Yu 2025), regrouped.
 
   Args:
-    x, v: latents and their velocity at t, [..., I, C]; taken to float32.
+    x, v: latents and their velocity at t, [..., I, C].
     t, t_next: flow times, [...] or broadcasting to it; 0 <= t_next < t <= 1.
     t_second: second time of the schedule, [].
-    kind: one of KINDS.
     noise_level: a (eta for `dance`), not negative; for `cps` at most 2.
-
-  Raises:
-    ValueError: `kind` is none of KINDS.
   """
-  _require_kind(kind)
+  if kind not in KINDS:
+    raise ValueError(f"kind={kind!r} is none of {KINDS}")
   chex.assert_equal_shape([x, v])
   x, v, t, t_next, t_second = (jnp.asarray(a, jnp.float32) for a in (x, v, t, t_next, t_second))
   chex.assert_is_broadcastable(t.shape, x.shape[:-2])
@@ -89,36 +73,25 @@ def transition(
 
 
 def log_prob(
-  x_next: chex.Array,
-  mean: chex.Array,
-  std: chex.Array,
-  mask: chex.Array,
-  *,
-  kind: str,
-  normalised: bool = False,
+  x_next: chex.Array, mean: chex.Array, std: chex.Array, mask: chex.Array, *,
+  kind: str, normalised: bool = False,
 ) -> chex.Array:
-  """Log-density of a step, as the mean over the latent elements that count.
+  """Log-density of a step of a `transition`, as the mean over the latent elements that count.
 
     flow, dance: -<(x_next - mean)^2> / (2 std^2)   [- log std - log(2 pi) / 2 if normalised]
     cps:         -<(x_next - mean)^2>
 
-  The mean instead of the sum is what gives clip ranges of 1e-6 their meaning. No gradient flows
-  into `x_next`. Source: Flow-GRPO eq. 10 as coded there; `cps` as its authors drop all constants.
+  The mean instead of the sum is what gives clip ranges of 1e-6 their meaning. Source: Flow-GRPO
+  eq. 10 as coded there; `cps` as its authors drop all constants.
 
   Args:
-    x_next, mean: [..., I, C] float32.
+    x_next, mean: [..., I, C] float32; no gradient to x_next.
     std: [...] or broadcasting to it, float32; 0 has no density and gives NaN.
     mask: latent tokens that count, [..., I] bool.
-    kind: one of KINDS.
-    normalised: with the constants of the density; `cps` has none.
 
   Returns:
     [...] float32.
-
-  Raises:
-    ValueError: `kind` is none of KINDS.
   """
-  _require_kind(kind)
   chex.assert_equal_shape([x_next, mean])
   chex.assert_type([x_next, mean, std], jnp.float32)
   chex.assert_type(mask, bool)
@@ -134,16 +107,9 @@ def log_prob(
 
 
 def integrate(
-  velocity_fn: Callable[[chex.Array, chex.Array], chex.Array],
-  noise: chex.Array,
-  times: chex.Array,
-  steps: chex.Array,
-  keys: chex.Array,
-  mask: chex.Array,
-  *,
-  kind: str,
-  noise_level: float,
-  on_step: Callable[[chex.Array], None] | None = None,
+  velocity_fn: Callable[[chex.Array, chex.Array], chex.Array], noise: chex.Array,
+  times: chex.Array, steps: chex.Array, keys: chex.Array, mask: chex.Array, *,
+  kind: str, noise_level: float, on_step: Callable[[chex.Array], None] | None = None,
 ) -> types.FlowRollout:
   """From noise to data as one `lax.scan`: noise at the steps of each row's window, Euler elsewhere.
 
@@ -157,13 +123,8 @@ def integrate(
     steps: which of the N - 1 steps of each row have noise, [B, W] int32, in any order; traced.
     keys: a typed PRNG key a row, [B].
     mask: latent tokens that count, [B, I] bool.
-    kind, noise_level: of the `transition`.
     on_step: called on the host with the index of each finished step.
-
-  Raises:
-    ValueError: `kind` is none of KINDS.
   """
-  _require_kind(kind)
   chex.assert_type([noise, times], jnp.float32)
   chex.assert_type(steps, jnp.int32)
   chex.assert_rank([noise, times, steps], [3, 1, 2])
@@ -210,7 +171,3 @@ def integrate(
   (x, window), _ = jax.lax.scan(step, (noise, window), (index, times[:-1], times[1:], noisy))
   return types.FlowRollout(latents=x, **window)
 
-
-def _require_kind(kind: str) -> None:
-  if kind not in KINDS:
-    raise ValueError(f"kind={kind!r} is none of {KINDS}")

@@ -18,12 +18,10 @@ StepFn = Callable[[Any, chex.Array, chex.Array], tuple[Any, chex.Array]]
 
 
 def sample_tokens(logits, keys, temperature: float):
-  """Draws one token a row.
+  """Draws one token a row from logits [B, V], the softmax in float32.
 
-  Args:
-    logits: [B, V], any float dtype; the softmax is taken in float32.
-    keys: [B] typed PRNG keys, one a row, so that a row's draw ignores its neighbours.
-    temperature: 0 takes the largest logit, the lowest id among ties.
+  Each row has its own typed PRNG key, [B], so that its draw ignores its neighbours. Temperature 0
+  takes the largest logit, the lowest id among ties.
 
   Returns:
     (ids [B] int32, log-probabilities [B] float32 under softmax(logits / temperature); under
@@ -41,15 +39,8 @@ def sample_tokens(logits, keys, temperature: float):
 
 
 def sample(
-  step_fn: StepFn,
-  context: Any,
-  *,
-  keys,
-  start_id: int,
-  end_id: int,
-  max_tokens: int,
-  temperature: float,
-  active=None,
+  step_fn: StepFn, context: Any, *,
+  keys, start_id: int, end_id: int, max_tokens: int, temperature: float, active=None,
   on_step: Callable[[chex.Array], None] | None = None,
 ) -> tuple[types.TextRollout, Any]:
   """Samples until every row has ended, and leaves each row's text closed in its context.
@@ -63,10 +54,7 @@ def sample(
       the active rows and leaves the others as they were.
     context: what `step_fn` carries, with room for `max_tokens + EXTRA_SLOTS` more tokens.
     keys: [B] typed PRNG keys; token i of a row uses its key folded with i.
-    start_id: token fed first.
-    end_id: terminator.
     max_tokens: most tokens sampled a row, the terminator included.
-    temperature: see `sample_tokens`.
     active: rows that take part, [B] bool; None: all of them.
     on_step: called on the host with the number of tokens sampled so far.
 
@@ -81,10 +69,6 @@ def sample(
     mask=jnp.zeros((rows, max_tokens), bool),
     finished=jnp.zeros(rows, bool),
   )
-
-  def unfinished(state):
-    _, _, active, _, _ = state
-    return active.any()
 
   def feed_and_sample(state):
     context, feed, active, step, out = state
@@ -106,5 +90,6 @@ def sample(
     return context, jnp.where(sampled, ids, end_id), active & ~ended, step + 1, out
 
   state = (context, jnp.full(rows, start_id, jnp.int32), active, jnp.int32(0), blank)
+  unfinished = lambda state: state[2].any()
   context, _, _, _, out = jax.lax.while_loop(unfinished, feed_and_sample, state)
   return out, context

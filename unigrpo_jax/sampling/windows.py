@@ -16,35 +16,19 @@ DWELLS = ("constant", "linear", "exponential")
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-  """How the window of MixGRPO (Li et al. 2025) moves from noise to data.
+  """How the window of MixGRPO (Li et al. 2025) moves from noise to data."""
 
-  Attributes:
-    iterations: that the window stays where it starts.
-    stride: steps by which it moves; None for its own size.
-    roll_back: starts over after the end of the range, instead of staying there.
-    dwell: one of DWELLS. How long it stays further on: as long; falling linearly to a quarter (at
-      least 1) at the end of the range; or iterations * exp(-0.1 max(steps done - 13, 0)).
-  """
-
-  iterations: int = 25
-  stride: int | None = None
-  roll_back: bool = False
+  iterations: int = 25  # that the window stays where it starts
+  stride: int | None = None  # steps by which it moves; None: its own size
+  roll_back: bool = False  # starts over after the end of the range, instead of staying there
+  # How long it stays further on, one of DWELLS: as long; falling linearly to a quarter (at least 1)
+  # at the end of the range; or iterations * exp(-0.1 max(steps done - 13, 0)).
   dwell: str = "constant"
 
 
 def draw(
-  convention: str,
-  *,
-  low: int,
-  high: int,
-  size: int,
-  seed: int,
-  iteration: int,
-  prompts: int,
-  group_size: int,
-  num_steps: int,
-  ranks: np.ndarray | None = None,
-  moving: Moving = Moving(),
+  convention: str, *, low: int, high: int, size: int, seed: int, iteration: int, prompts: int,
+  group_size: int, num_steps: int, ranks: np.ndarray | None = None, moving: Moving = Moving(),
 ) -> np.ndarray:
   """The steps with noise of each trajectory of an iteration.
 
@@ -57,15 +41,12 @@ def draw(
     progressive     one window for all, moving (MixGRPO); the last one is full: it ends at `high`
 
   Args:
-    convention: one of CONVENTIONS.
     low, high, size: the range, `high` excluded, and the steps of a window; size 0 is no window.
-    seed, iteration: not negative.
     prompts, group_size: trajectories are `group_size` neighbours a prompt. All of the iteration's
       prompts, so that what is drawn does not depend on the number of processes.
     num_steps: of the schedule; one less than its points.
-    ranks: which process samples each trajectory, [prompts * group_size]; read by per_rank_const
-      only.
-    moving: read by progressive only.
+    ranks: which process samples each trajectory, [prompts * group_size], for per_rank_const.
+    moving: for progressive.
 
   Returns:
     [prompts * group_size, size] int32, increasing along each row.
@@ -121,21 +102,10 @@ def rank_start(rank: int, *, low: int, high: int, size: int) -> int:
 def moving_start(
   moving: Moving, iteration: int, *, steps: int, size: int, full: bool = False
 ) -> int:
-  """The first step of the moving window, counted from the start of the range.
+  """The first step of the moving window, counted from the start of a range of `steps`.
 
-  Args:
-    moving: how it moves.
-    iteration: not negative.
-    steps: of the range.
-    size: steps of the window.
-    full: keeps the whole window within the range. Without, as MixGRPO's code does, it moves on
-      until it starts at the end of the range, where it is empty.
-
-  Returns:
-    0 to `steps`; with `full`, to steps - size.
-
-  Raises:
-    InputError: `moving` says nothing that moves.
+  With `full` the whole window stays within the range. Without, as MixGRPO's code does, it moves on
+  until it starts at the end of the range, where it is empty.
   """
   stride = size if moving.stride is None else moving.stride
   if moving.dwell not in DWELLS:
