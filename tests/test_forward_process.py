@@ -146,11 +146,5 @@ def test_ratios_by_hand_and_through_the_surrogate():
 
 
 def test_refusals():
-  v, _, x_0, noise, t, mask = batch()
-  cases = [
-    ("'some'", lambda: forward_process.optimality(t, bound=1.0, kind="some")),
-    ("'t3'", lambda: forward_process.awm_log_prob(v, x_0, noise, t, mask, weighting="t3")),
-  ]
-  for words, call in cases:
-    with pytest.raises(ValueError, match=words):
-      call()
+  with pytest.raises(ValueError, match="'some'"):
+    forward_process.optimality(batch()[4], bound=1.0, kind="some")

@@ -105,8 +105,6 @@ def test_no_window():
   (dict(size=6), "size 6 must be 0 to 5"),
   (dict(size=-1), "size -1"),
   (dict(seed=-1), "seed=-1"),
-  (dict(convention="progressive", moving=windows.Moving(0)), "iterations=0"),
-  (dict(convention="progressive", moving=windows.Moving(1, stride=0)), "stride=0"),
   (dict(convention="progressive", moving=windows.Moving(dwell="no")), "dwell='no'"),
 ])
 def test_refusals(options, words):

@@ -28,14 +28,10 @@ Signals = dict[str, jax.Array]
 
 @struct.dataclass
 class Values:
-  """What ratios are taken of: the policy's own values, or those of the policy that sampled.
+  """What ratios are taken of: the policy's own values, or those of the policy that sampled."""
 
-  Attributes:
-    logp: of the sampled tokens, [B, T]; or None.
-    flow: [B, W, I, C]: means of the SDE's steps, or velocities for forward processes; or None.
-  """
-
-  logp: Any = None
+  logp: Any = None  # of the sampled tokens, [B, T]
+  # Means of the SDE's steps, or velocities for forward processes, [B, W, I, C].
   flow: Any = None
 
 
@@ -54,30 +50,19 @@ class TextObjective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm(abc.ABC):
-  """An algorithm and its numbers; clips and weights are as they are applied.
+  """An algorithm and its numbers; clips and weights are as they are applied."""
 
-  Attributes:
-    replay: how trajectories are replayed, and which of text and flow are trained.
-    text: of the text's objective.
-    flow_weight: lambda.
-    regulariser: one of REGULARISERS; its `regulariser_weight`.
-  """
-
-  replay: replay.ReplayConfig
+  replay: replay.ReplayConfig  # how, and which of text and flow are trained
   text: TextObjective
-  flow_weight: float
-  regulariser: str
+  flow_weight: float  # lambda
+  regulariser: str  # one of REGULARISERS
   regulariser_weight: float
 
-  def experience(
-    self, episodes: Sequence[sampler.Episode], adv, valid, key
-  ) -> types.Experience:
+  def experience(self, episodes: Sequence[sampler.Episode], adv, valid, key) -> types.Experience:
     """What an iteration's episodes leave to learn from.
 
-    Args:
-      episodes: chunks of trajectories.
-      adv, valid: of all of them, [B] float32 and bool; see `advantages.group_advantages`.
-      key: of the iteration.
+    The episodes are chunks of B trajectories; `adv` and `valid`, [B] float32 and bool, are of all
+    of them, see `advantages.group_advantages`.
     """
     return join(
       [(e.inputs.texts[script.PROMPT], e.inputs.images.get(script.SOURCE), e.text, e.flow)
@@ -110,11 +95,10 @@ class Algorithm(abc.ABC):
     self, output: replay.PolicyOutput, micro: types.Experience, old: Values,
     weights: dict[str, Any], grid: types.LatentGrid, is_first_epoch: jax.Array | None,
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Values, Signals]]:
-    """The loss of a microbatch, as its share of the whole batch's.
+    """The loss of a microbatch of B trajectories, as its share of the whole batch's.
 
     Args:
       output: of the policy.
-      micro: B trajectories.
       old: values of the policy that sampled.
       weights: see `weights`; [B, T] and [B, W].
       grid: of one image.
@@ -196,7 +180,6 @@ class Algorithm(abc.ABC):
     Args:
       velocity: of the policy, with guidance, [B, W, I, C].
       reference_point: the policy's own values -> those that ratios are taken against.
-      micro: B trajectories.
       weights: of the steps, [B, W].
       mask: latent tokens that count, [1, 1, I].
 

@@ -21,17 +21,11 @@ from unigrpo_jax.losses import forward_process
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardProcess(base.Algorithm):
-  """What the three have in common.
+  """What the three have in common."""
 
-  Attributes:
-    draws: times and noises of each image.
-  """
+  draws: int  # times and noises of each image
 
-  draws: int
-
-  def experience(
-    self, episodes: Sequence[sampler.Episode], adv, valid, key
-  ) -> types.Experience:
+  def experience(self, episodes: Sequence[sampler.Episode], adv, valid, key) -> types.Experience:
     experience = super().experience(episodes, adv, valid, key)
     if not self.replay.flow:
       return experience
@@ -57,15 +51,10 @@ class ForwardProcess(base.Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NFT(ForwardProcess):
-  """DiffusionNFT (Zheng et al. 2025); see `forward_process.nft_losses`.
+  """DiffusionNFT (Zheng et al. 2025); see `forward_process.nft_losses`."""
 
-  Attributes:
-    beta: how far its mixtures reach.
-    bound: of the advantages.
-  """
-
-  beta: float
-  bound: float
+  beta: float  # how far its mixtures reach
+  bound: float  # of the advantages
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
     optimal = forward_process.optimality(adv, bound=self.bound)
@@ -78,20 +67,13 @@ class NFT(ForwardProcess):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWM(ForwardProcess):
-  """Advantage weighted matching (Xue et al. 2025): a ratio a time.
+  """Advantage weighted matching (Xue et al. 2025): a ratio a time."""
 
-  Attributes:
-    clip: how far a ratio may differ from 1, both ways.
-    weighting: of the matching error, one of `forward_process.WEIGHTINGS`.
-  """
-
-  clip: float
-  weighting: str
+  clip: float  # how far a ratio may differ from 1, both ways
+  weighting: str  # of the matching error, one of `forward_process.WEIGHTINGS`
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
-    match = functools.partial(
-      forward_process.awm_log_prob, weighting=self.weighting, **matching
-    )
+    match = functools.partial(forward_process.awm_log_prob, weighting=self.weighting, **matching)
     log_ratio = self._log_ratio(match(v), match(v_old))
     if log_ratio.shape != weights.shape:  # one ratio an image
       weights = weights.sum(axis=1, keepdims=True)
@@ -125,7 +107,5 @@ def noise_again(key, experience: types.Experience, draws: int) -> types.Experien
   noise = jax.random.normal(noise_key, (rows, draws, *x_0.shape[2:]))
   x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise
   zero = jnp.zeros_like(t)
-  flow = flow.replace(
-    x_t=x_t, x_next=x_t, mean=jnp.zeros_like(x_t), t=t, t_next=zero, logp=zero
-  )
+  flow = flow.replace(x_t=x_t, x_next=x_t, mean=jnp.zeros_like(x_t), t=t, t_next=zero, logp=zero)
   return experience.with_only(flow=flow, noise=noise)

@@ -16,18 +16,12 @@ from unigrpo_jax.sampling import sde
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPO(base.Algorithm):
-  """The clipped surrogate over the steps of a window.
+  """The clipped surrogate over the steps of a window."""
 
-  Attributes:
-    ratio: "norm" (RatioNorm, eq. 5) or "plain".
-    clip: how far a ratio may differ from 1, both ways.
-    grad_reweight: "none" or "inv_dt".
-    kind, noise_level, t_second: of the SDE.
-  """
-
-  ratio: str
-  clip: float
-  grad_reweight: str
+  ratio: str  # "norm" (RatioNorm, eq. 5) or "plain"
+  clip: float  # how far a ratio may differ from 1, both ways
+  grad_reweight: str  # "none" or "inv_dt"
+  # Of the SDE; see `sde.transition`.
   kind: str
   noise_level: float
   t_second: float
@@ -70,13 +64,9 @@ class GRPO(base.Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPPO(GRPO):
-  """Flow-DPPO (2606.11025): a step counts as long as its divergence stays within a threshold.
+  """Flow-DPPO (2606.11025): a step counts as long as its divergence stays within a threshold."""
 
-  Attributes:
-    threshold: divergence from which on a step that moves further away is dropped.
-  """
-
-  threshold: float
+  threshold: float  # divergence from which on a step that moves further away is dropped
 
   def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
     # It bounds how far a step moves by itself: its ratio is the plain one.

@@ -66,7 +66,6 @@ def draw(
       f"window size {size} must be 0 to {high - low}, the steps of the range [{low}, {high}]"
     )
   errors.require("seed", seed, low=0)
-  errors.require("iteration", iteration, low=0)
   if size == 0:
     return np.zeros((prompts * group_size, 0), np.int32)
   if convention == "per_rank_const":
@@ -110,8 +109,7 @@ def moving_start(
   stride = size if moving.stride is None else moving.stride
   if moving.dwell not in DWELLS:
     raise errors.InputError(f"window dwell={moving.dwell!r} is unknown; choose one of {DWELLS}")
-  errors.require("window iterations", moving.iterations, low=1)
-  errors.require("window stride", stride, low=1)
+
   last = steps - size if full else steps
   start = spent = 0
   for _ in range(iteration):
