@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import math
 import pathlib
+import threading
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -31,6 +32,8 @@ _DATA_FILE_BYTES = 128 * 2**20
 _COMMIT_BYTES = 128 * 2**20
 # Orbax keeps the tree under this name inside a checkpoint folder, and joins keys with dots.
 _ITEM = "state"
+# Saves that overlap would signal each other's threads.
+_orbax_lock = threading.Lock()
 AGAIN = "convert the official folder again"
 
 
@@ -63,7 +66,7 @@ class Writer:
     with checkpoints.writing(self._path):
       checkpoints.drop_lost_traces()
       # In a thread, which Ctrl-C does not reach: Orbax would continue in the background.
-      with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      with _orbax_lock, concurrent.futures.ThreadPoolExecutor(1) as thread:
         thread.submit(ocp.save, self._path, traverse_util.unflatten_dict(small)).result()
       context, making = tensorstore.Context(), tensorstore.Transaction(atomic=True)
       futures = {
