@@ -30,15 +30,10 @@ class Keys(NamedTuple):
 
 
 def choose_backend(name: str, platform: str, dtype) -> str:
-  """The backend for `attend`, checked against the devices.
+  """The backend for `attend` by its name, checked against the devices ("cpu", "gpu" or "tpu").
 
   "auto" is the kernel for TPUs where it can be used, and "plain" elsewhere. The kernels round the
   products of float32 arrays or do not take them: exact products are the plain path's.
-
-  Args:
-    name: one of `BACKENDS`.
-    platform: of the devices: "cpu", "gpu" or "tpu".
-    dtype: of the network's activations.
 
   Raises:
     InputError: the kernel asked for is none of these devices', or not of this dtype.
@@ -69,7 +64,6 @@ def attend(
     reach: [B, T] int32, the last order each query sees.
     parts: keys and values; their partial softmaxes are merged by log-sum-exp, so that a cache and
       the new tokens need not be concatenated.
-    precision: matmul precision.
     query_block: queries scored at once; the scores held are [B, N, query_block, S].
     backend: "plain", or the kernel to use where it serves: see `kernels`.
     one_reach: whether in each row all queries that see anything have the same reach, which the
@@ -147,13 +141,8 @@ def _partial_softmax(q, reach, keys: Keys, precision):
 def rotate(x, position, theta: float):
   """Rotary position embedding, half-split convention (Su et al. 2021, as in Qwen2).
 
-  Args:
-    x: [B, T, N, H] float32. Angles at bf16 would merge neighbouring positions beyond 256.
-    position: [B, T] int32.
-    theta: base of the frequencies theta^(-2j/H).
-
-  Returns:
-    [B, T, N, H] float32.
+  x [B, T, N, H] float32, position [B, T] int32, frequencies theta^(-2j/H) -> [B, T, N, H] float32.
+  Angles at bf16 would merge neighbouring positions beyond 256.
   """
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -21,28 +21,19 @@ from unigrpo_jax.models import layers, mot, siglip
 
 
 class Bagel(nn.Module):
-  """The network without its VAE.
-
-  Attributes:
-    config: sizes.
-    image_markers: ids of <|vision_start|> and <|vision_end|>.
-    dtype: of activations and caches. float32 also asks for exact float32 products.
-    param_dtype: of parameters made by `init`.
-    remat: recomputes each layer of the decoder in the backward pass instead of keeping it.
-    lora: adapters on every projection of both experts. Without them the same parameters are the
-      network that the adapters started from.
-    backend: how attention is computed; see `attention.attend`.
-    unroll: compiles layers one after the other, not as a loop.
-  """
+  """The network without its VAE."""
 
   config: config_lib.BagelConfig
-  image_markers: tuple[int, int]
+  image_markers: tuple[int, int]  # ids of <|vision_start|> and <|vision_end|>
+  # Of activations and caches. float32 also asks for exact float32 products.
   dtype: jnp.dtype = jnp.bfloat16
-  param_dtype: jnp.dtype = jnp.float32
-  remat: bool = True
+  param_dtype: jnp.dtype = jnp.float32  # of parameters made by `init`
+  remat: bool = True  # recomputes each decoder layer in the backward pass
+  # Adapters on every projection of both experts. Without them the same parameters are the network
+  # that the adapters started from.
   lora: layers.Lora | None = None
-  backend: str = "plain"
-  unroll: bool = False
+  backend: str = "plain"  # see `attention.attend`
+  unroll: bool = False  # compiles layers one after the other, not as a loop
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
@@ -94,21 +85,12 @@ class Bagel(nn.Module):
   # The decoder.
 
   def decode(
-    self,
-    und: types.Tokens | None,
-    gen: types.Tokens | None,
-    context: types.Context | None,
-    *,
-    keep_kv: bool = False,
-    one_reach: bool = False,
+    self, und: types.Tokens | None, gen: types.Tokens | None, context: types.Context | None, *,
+    keep_kv: bool = False, one_reach: bool = False,
   ):
     """Runs one stream of tokens for each expert over `context`.
 
-    Args:
-      und, gen: the streams.
-      context: what they may see besides themselves.
-      keep_kv: whether to return the new keys and values.
-      one_reach: that of all tokens of a row, but for padding, is the same.
+    `one_reach`: that of all tokens of a row, but for padding, is the same.
 
     Returns:
       (hidden of und [B, T, D] or None, hidden of gen or None, new (k, v) or None), both after
@@ -144,23 +126,15 @@ class Bagel(nn.Module):
     """
     slots = context.place + jnp.arange(ids.shape[1])
     count = jnp.cumsum(mask, axis=1)
-    tokens = types.Tokens(
-      x=self.embed_text(ids),
-      position=context.position[:, None] + count - 1,
-      order=jnp.where(mask, slots, types.UNSEEN),
-      reach=jnp.where(mask, slots, types.BLIND),
-    )
+    position = context.position[:, None] + count - 1
+    tokens = _tokens(self.embed_text(ids), mask, position, slots, slots)
     hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
     return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
 
   def read_text(self, ids, mask, prefix: types.Context | None = None):
     """What `append_text` makes of an empty context, without empty slots to attend to.
 
-    Rows may have padding anywhere.
-
-    Args:
-      ids, mask: [B, T] int32 and bool.
-      prefix: what the rows go on from, each of its rows for B / rows of them; see `Context`.
+    Rows [B, T] may have padding anywhere, and go on from `prefix`; see `Context`.
 
     Returns:
       (context without room for more, hidden [B, T, D]).
@@ -172,12 +146,7 @@ class Bagel(nn.Module):
       position = jnp.repeat(prefix.position, rows // prefix.position.shape[0])
     slots = place + jnp.arange(length, dtype=jnp.int32)
     count = position[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32)
-    tokens = types.Tokens(
-      x=self.embed_text(ids),
-      position=count - 1,
-      order=jnp.where(mask, slots, types.UNSEEN),
-      reach=jnp.where(mask, slots, types.BLIND),
-    )
+    tokens = _tokens(self.embed_text(ids), mask, count - 1, slots, slots)
     hidden, _, kv = self.decode(tokens, None, prefix, keep_kv=True)
     context = types.Context(
       *kv, order=tokens.order, position=count[:, -1], cursor=jnp.int32(length), prefix=prefix
@@ -212,15 +181,8 @@ class Bagel(nn.Module):
   # Predicting an image.
 
   def velocity(
-    self,
-    context: types.Context | None,
-    x,
-    t,
-    grid: types.LatentGrid,
-    *,
-    reach=None,
-    position=None,
-    return_hidden: bool = False,
+    self, context: types.Context | None, x, t, grid: types.LatentGrid, *,
+    reach=None, position=None, return_hidden: bool = False,
   ):
     """Velocity of noisy images that see their context and themselves.
 
@@ -228,14 +190,12 @@ class Bagel(nn.Module):
       context: B rows; None means that the images see only themselves, at position 0.
       x: noisy latents, [M, I, C] float32; M = B * R, the R images of a row consecutive.
       t: flow time, [M] float32.
-      grid: places of the latents.
       reach: last place of the context that each image sees, [M] int32; None: all of it.
       position: RoPE position of each image, [M] int32; None: its context's next.
-      return_hidden: also returns what the heads see.
 
     Returns:
-      [M, I, C] float32, zero at padding; with `return_hidden` a pair with the hidden states
-      ([M, 2, D], [M, I, D]).
+      [M, I, C] float32, zero at padding; with `return_hidden` a pair with what the heads see, the
+      hidden states ([M, 2, D], [M, I, D]).
     """
     images = x.shape[0]
     if position is None:
@@ -244,14 +204,7 @@ class Bagel(nn.Module):
     if reach is None:
       reach = jnp.full(images, types.EVERYTHING)
 
-    def tokens(x, mask):
-      return types.Tokens(
-        x=x,
-        position=jnp.broadcast_to(position[:, None], mask.shape),
-        order=jnp.where(mask, types.OWN, types.UNSEEN),
-        reach=jnp.where(mask, reach[:, None], types.BLIND),
-      )
-
+    tokens = lambda x, mask: _tokens(x, mask, position[:, None], types.OWN, reach[:, None])
     markers = jnp.concatenate(self._embed_markers(images), axis=1)
     und = tokens(markers, jnp.ones((images, 2), bool))
     gen = tokens(self.embed_latents(x, t, grid.ids), grid.mask)
@@ -356,11 +309,14 @@ def fork(
 def _image_split(x, mask, slots, context: types.Context, last=None) -> types.Tokens:
   """Tokens of an image split: one position, everything up to the split's last slot in reach."""
   last = slots[-1] if last is None else last
+  return _tokens(x, mask, context.position[:, None], slots, last)
+
+
+def _tokens(x, mask, position, order, reach) -> types.Tokens:
+  """Tokens x [B, T, D] where mask is True; of padding elsewhere."""
   return types.Tokens(
-    x=x,
-    position=jnp.broadcast_to(context.position[:, None], mask.shape),
-    order=jnp.where(mask, slots, types.UNSEEN),
-    reach=jnp.where(mask, last, types.BLIND),
+    x=x, position=jnp.broadcast_to(position, mask.shape),
+    order=jnp.where(mask, order, types.UNSEEN), reach=jnp.where(mask, reach, types.BLIND),
   )
 
 

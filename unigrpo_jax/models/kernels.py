@@ -2,21 +2,7 @@
 
 The plain path writes and reads [N, T, S] float32 scores several times: at 1024 pixels 2.6 GB an
 image and layer, which takes longer than the products themselves. A kernel goes through the keys in
-blocks with a running softmax, and its backward pass computes the scores again from the queries,
-keys, output and log-sum-exp that it kept (Dao et al. 2022). Where a layer is rematerialised, those
-are not kept either, and the forward kernel runs once more.
-
-Rows of keys are repeated for the rows of queries that share them, and the parts of the keys
-concatenated: a temporary of one layer, 12 MB an image at 1024 pixels, whose bytes take some
-hundredths of the time of the kernel's products. Partial softmaxes could not be merged instead: the
-kernels have no gradient for the log-sum-exp.
-
-`splash` is jax's Pallas kernel for TPUs. It masks by segment: a query meets the keys of its own
-segment. So it expresses who sees whom where all queries of a row see the same keys, which is every
-image: noisy, clean, or cut into patches. A packed training sequence would need a mask for every
-pair. Text after its context would need a causal one, for less than a tenth of an image's scores,
-and a token being decoded has hardly any scores. These stay with the plain path. `cudnn` is cuDNN's
-kernel, which jax calls on GPUs, and takes any mask.
+blocks with a running softmax, and computes the scores again backward (Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -32,6 +18,10 @@ from jax.sharding import PartitionSpec
 
 from unigrpo_jax import types
 
+# Rows of keys are repeated for the rows of queries that share them, and the parts of the keys
+# concatenated: a temporary of one layer, 12 MB an image at 1024 pixels. Partial softmaxes could not
+# be merged instead: the kernels have no gradient for the log-sum-exp.
+
 # Fewer queries are the plain path's: their scores are small, and padding to a block is not.
 LEAST_QUERIES = 512
 # Block sizes are multiples of a register's lanes.
@@ -44,7 +34,7 @@ KEY_BLOCK = 512
 
 
 def cudnn(q, reach, parts, *, implementation: str = "cudnn"):
-  """Attention by cuDNN; arguments and result as of `attention.attend`.
+  """Attention by cuDNN's kernel for GPUs, which takes any mask; see `attention.attend`.
 
   The mask is one for all heads, [B, 1, T, S] in the dtype of `q`.
   """
@@ -60,18 +50,12 @@ def cudnn(q, reach, parts, *, implementation: str = "cudnn"):
 
 
 def splash(q, reach, parts, *, interpret: bool = False):
-  """Attention by the Pallas kernel, of queries which in each row see the same keys or none.
+  """Attention by jax's Pallas kernel for TPUs: in each row, queries see the same keys or none.
 
-  Under a mesh each device attends for its own rows and heads.
-
-  Args:
-    q: [B, T, N, H] queries; query head n reads key-value head n // (N / K).
-    reach: [B, T] int32; all of a row the same, but for `types.BLIND`.
-    parts: `attention.Keys`, k and v [Bk, S, K, H] and order [Bk, S] of each; Bk divides B.
-    interpret: run the kernel as ordinary operations, on a device that is no TPU.
-
-  Returns:
-    [B, T, N, H] in the dtype of `q`; exactly zero for a query that sees nothing.
+  It masks by segment, so it serves images (noisy, clean, or cut into patches); text after its
+  context and packed sequences stay with the plain path. Under a mesh each device attends for its
+  own rows and heads. Arguments and result are those of `attention.attend`; `reach` is the same
+  for all of a row but for `types.BLIND`. With `interpret` it runs on a device that is no TPU.
   """
   chex.assert_rank([q, reach], [4, 2])
   rows, parts = q.shape[0], [tuple(part) for part in parts]

@@ -33,25 +33,15 @@ class Lora:
 
 
 class Linear(nn.Module):
-  """Contraction of the last axes of x with a kernel of any rank.
+  """Contraction of the last axes of x with a kernel of any rank."""
 
-  Attributes:
-    features: output axes.
-    axes: logical name of every kernel axis, input axes first.
-    use_bias: adds a bias over the output axes.
-    dtype: of the operands. param_dtype: of the parameters.
-    out_dtype: of the product; None is `dtype`.
-    zero: starts the kernel at zero (output heads of a flow model).
-    lora: low-rank adapter; None for none.
-  """
-
-  features: Sequence[int]
-  axes: tuple[str | None, ...]
+  features: Sequence[int]  # output axes
+  axes: tuple[str | None, ...]  # logical name of every kernel axis, input axes first
   use_bias: bool = True
-  dtype: jnp.dtype = jnp.float32
+  dtype: jnp.dtype = jnp.float32  # of the operands
   param_dtype: jnp.dtype = jnp.float32
-  out_dtype: jnp.dtype | None = None
-  zero: bool = False
+  out_dtype: jnp.dtype | None = None  # of the product; None is `dtype`
+  zero: bool = False  # starts the kernel at zero (output heads of a flow model)
   lora: Lora | None = None
 
   @nn.compact
@@ -104,6 +94,18 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1, precision="highest"))
     merged["kernel"] = params["kernel"] + product(down, up) * (lora.alpha / lora.rank)
   return merged
+
+
+def scan_layers(block, length: int, *, in_axes, remat: bool = True, unroll: bool = False):
+  """`length` layers of `block`: scanned, so that they trace as one, and rematerialised if asked.
+
+  With `unroll` the compiled program has the layers one after the other in place of a loop.
+  """
+  return nn.scan(
+    nn.remat(block, prevent_cse=False) if remat else block,
+    variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
+    unroll=length if unroll else 1, metadata_params={nn.PARTITION_NAME: "layers"},
+  )
 
 
 class Table(nn.Module):
@@ -167,14 +169,9 @@ class TwoLayer(nn.Module):
 
 
 def time_features(t, size: int = 256):
-  """[cos(t f), sin(t f)], f_k = 10000^(-2k/size); t in [0, 1] is not scaled by 1000.
+  """[cos(t f), sin(t f)], f_k = 10000^(-2k/size), [..., size] float32 of flow times t [...].
 
-  Args:
-    t: flow times of any shape, float32.
-    size: number of features.
-
-  Returns:
-    [..., size] float32.
+  t in [0, 1] is not scaled by 1000.
   """
   half = size // 2
   frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)

@@ -64,9 +64,7 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kinds = dict(
-      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False, lora=self.lora
-    )
+    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False, lora=self.lora)
     wide, width = self.config.intermediate_size, self.config.hidden_size
     gate = layers.Linear((wide,), ("embed", "mlp"), name="gate", **kinds)(x)
     up = layers.Linear((wide,), ("embed", "mlp"), name="up", **kinds)(x)
@@ -100,19 +98,12 @@ class Expert(nn.Module):
 
 @struct.dataclass
 class Layout:
-  """What every layer is told about the tokens, besides their activations.
+  """What every layer is told about the tokens, besides their activations."""
 
-  Attributes:
-    streams: for each expert its `Tokens` without embeddings, or None.
-    context_orders: order of the cached keys of each part of the context, [Bc, S] int32.
-    keep_kv: whether the layers return their keys and values.
-    one_reach: see `attention.attend`.
-  """
-
-  streams: dict[str, types.Tokens | None]
-  context_orders: tuple[chex.Array, ...]
-  keep_kv: bool = struct.field(pytree_node=False)
-  one_reach: bool = struct.field(pytree_node=False, default=False)
+  streams: dict[str, types.Tokens | None]  # by expert, without embeddings
+  context_orders: tuple[chex.Array, ...]  # of the cached keys of each part, [Bc, S] int32
+  keep_kv: bool = struct.field(pytree_node=False)  # whether layers return their keys and values
+  one_reach: bool = struct.field(pytree_node=False, default=False)  # see `attention.attend`
 
 
 class Block(nn.Module):
@@ -159,17 +150,8 @@ def stack(
   config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None,
   backend: str = "plain", unroll: bool = False,
 ) -> nn.Module:
-  """The layer stack: scanned, so that 28 layers trace as one, and rematerialised if asked.
-
-  With `unroll` the compiled program has the layers one after the other in place of a loop.
-  """
-  scanned = nn.scan(
-    nn.remat(Block, prevent_cse=False) if remat else Block,
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    in_axes=(0, nn.broadcast),
-    length=config.num_layers,
-    unroll=config.num_layers if unroll else 1,
-    metadata_params={nn.PARTITION_NAME: "layers"},
+  """The layer stack; see `layers.scan_layers`."""
+  scanned = layers.scan_layers(
+    Block, config.num_layers, in_axes=(0, nn.broadcast), remat=remat, unroll=unroll
   )
   return scanned(config, dtype, param_dtype, lora, backend)

@@ -1,7 +1,5 @@
 """SigLIP vision tower: patches of an image to one feature vector a patch.
 
-Letters: M images, P patches of an image (padded), D width, N heads, H head dim, F ffn width.
-
 The tower is BAGEL's: linear patch embedding, an absolute learned position table addressed by
 row * table_side + column, pre-norm blocks with tanh-GELU, then `post_norm`. No class token, no
 pooling. The released checkpoint uses all SigLIP layers but the last, *followed by* the final norm.
@@ -75,13 +73,10 @@ class MLP(nn.Module):
 def layer_norm(epsilon: float, param_dtype: jnp.dtype, name: str) -> nn.LayerNorm:
   """LayerNorm in float32 whatever the network's dtype; two-pass variance, so no cancellation."""
   return nn.LayerNorm(
-    epsilon=epsilon,
-    dtype=jnp.float32,
-    param_dtype=param_dtype,
+    epsilon=epsilon, dtype=jnp.float32, param_dtype=param_dtype,
     scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-    use_fast_variance=False,
-    name=name,
+    use_fast_variance=False, name=name,
   )
 
 
@@ -120,8 +115,8 @@ class SigLIP(nn.Module):
     Args:
       patches: [M, P, patch_dim] float32 in [-1, 1], features ordered (py, px, rgb).
       position_ids: [M, P] int32, row * table_side + column.
-      mask: [M, P] bool, True = a patch, False = padding. What padding holds is never read, and an
-        image that is all padding gives finite numbers.
+      mask: [M, P] bool, False = padding. What padding holds is never read, and an image that is all
+        padding gives finite numbers.
 
     Returns:
       [M, P, D] in `dtype`; rows of padding carry no meaning.
@@ -141,14 +136,8 @@ class SigLIP(nn.Module):
         **kinds,
       )(position_ids)
     with jax.named_scope("vit_layers"):
-      stack = nn.scan(
-        nn.remat(Block, prevent_cse=False),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=config.num_layers,
-        unroll=config.num_layers if self.unroll else 1,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+      stack = layers.scan_layers(
+        Block, config.num_layers, in_axes=nn.broadcast, unroll=self.unroll
       )
       x, _ = stack(config, self.dtype, self.param_dtype, self.backend, name="layers")(x, mask)
     return layer_norm(config.layer_norm_eps, self.param_dtype, "post_norm")(x).astype(self.dtype)

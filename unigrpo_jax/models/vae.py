@@ -1,14 +1,9 @@
 """The FLUX autoencoder: images to latents and back. Everything is float32, images are NHWC.
 
-Letters: M images, H and W pixels, h and w latents (H / downsample), z latent channels, p latent
-patch side, C channels of a layer.
-
 Pixels are in [-1, 1]. A latent in *model units* is `scale * (moment - shift)`, about unit variance;
-it is what the flow transports, and what `encode` followed by `latents_from_moments` gives and
-`decode` takes.
-
-Only images of one size belong in a batch. Padding smaller ones changes their latents, because the
-convolutions near the border, the group norms and the mid attention all see the padding.
+it is what the flow transports. Only images of one size belong in a batch: padding smaller ones
+changes their latents, because convolutions near the border, group norms and the mid attention see
+it. H, W are pixels; h, w latents (H / downsample), of z channels; p is the latent patch side.
 """
 
 from __future__ import annotations
@@ -143,8 +138,7 @@ class VAE(nn.Module):
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and log-variance of the posterior, each [M, h, w, z] float32, in posterior units.
 
-    Args:
-      images: [M, H, W, in_channels] in [-1, 1]; H and W multiples of `config.downsample`.
+    images [M, H, W, in_channels] are in [-1, 1]; H and W multiples of `config.downsample`.
     """
     with jax.named_scope("vae_encode"):
       mean, logvar = jnp.split(self.encoder(images.astype(jnp.float32)), 2, axis=-1)
@@ -168,11 +162,8 @@ def latents_from_moments(
 ) -> jax.Array:
   """A latent in model units: `scale * (mean + exp(logvar / 2) * noise - shift)`.
 
-  Args:
-    mean, logvar: posterior moments, one shape. The log-variance is not clamped, as officially.
-    noise: standard normal of that shape, or None for the mean itself. BAGEL's own encode always
-      samples, when it edits as when it trains.
-    scale, shift: `VAEConfig.scale_factor` and `shift_factor`.
+  The log-variance is not clamped, as officially. noise is standard normal, or None for the mean
+  itself; BAGEL's own encode always samples, when it edits as when it trains.
   """
   mean = mean.astype(jnp.float32)
   if noise is not None:
@@ -187,11 +178,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def pack_latents(latents: jax.Array, patch_size: int) -> jax.Array:
-  """[M, h p, w p, z] -> tokens [M, h w, p p z]: row-major grid, features ordered (py, px, channel).
-
-  Raises:
-    ValueError: a side is not a multiple of `patch_size`.
-  """
+  """[M, h p, w p, z] -> tokens [M, h w, p p z]: row-major grid, features (py, px, channel)."""
   num_images, height, width, channels = latents.shape
   p = patch_size
   if height % p or width % p:
