@@ -28,19 +28,12 @@ from unigrpo_jax.runtime import checkpoints, sharding, state
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a request gave.
+  """What a request gave."""
 
-  Attributes:
-    text: reasoning or answer; None when none was asked for.
-    ids: its sampled ids, the terminator included.
-    finished: False when the text was cut at `max_tokens`.
-    image: [H, W, 3] uint8, or None.
-  """
-
-  text: str | None
-  ids: tuple[int, ...]
-  finished: bool
-  image: np.ndarray | None
+  text: str | None  # reasoning or answer; None when none was asked for
+  ids: tuple[int, ...]  # its sampled ids, the terminator included
+  finished: bool  # False when the text was cut at `max_tokens`
+  image: np.ndarray | None  # [H, W, 3] uint8
 
 
 class Pipeline:
@@ -57,10 +50,8 @@ class Pipeline:
   def open(cls, path: pathlib.Path | str, *, dtype=None, mesh=None) -> Pipeline:
     """Opens an official or a converted folder; loads no weights yet.
 
-    Args:
-      path: the folder.
-      dtype: of the network (the VAE is float32 always); None: float32 on CPU, bfloat16 elsewhere.
-      mesh: devices; None: all of them.
+    `dtype` is the network's (the VAE is float32 always), by default float32 on CPU and bfloat16
+    elsewhere; `mesh` is by default all devices.
 
     Raises:
       InputError: it is no such folder, or its config or tokenizer cannot be used.
@@ -68,10 +59,7 @@ class Pipeline:
     return cls(state.open_for_sampling(path, dtype=dtype, mesh=mesh))
 
   def load(self, parts: Sequence[str] = ("bagel", "vae")) -> Pipeline:
-    """Loads the weights, each parameter straight into its shards.
-
-    Args:
-      parts: what to load; ("bagel",) suffices to answer.
+    """Loads the weights, each parameter straight into its shards; ("bagel",) suffices to answer.
 
     Raises:
       InputError: the weights are missing, broken, or do not agree with the config.
@@ -107,9 +95,7 @@ class Pipeline:
   ) -> list[Result]:
     """Runs a batch; several hosts call it together, and each has all results.
 
-    Args:
-      batch: see `prepare`.
-      progress: called with a phase, what is done of it, and its total; on several hosts never.
+    `progress` is called with a phase, what is done of it, and its total; on several hosts never.
 
     Returns:
       One result a request, in order. `seconds` holds the time of each phase.

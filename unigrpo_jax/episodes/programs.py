@@ -31,18 +31,12 @@ class Inputs:
 
 @struct.dataclass
 class Contexts:
-  """What the rows have read.
+  """What the rows have read."""
 
-  Attributes:
-    main: everything so far.
-    before_prompt, after_prompt: moments of `main`, for guidance.
-    without_image: a context that never saw an image; None where `main` has none.
-  """
-
-  main: types.Context
-  before_prompt: types.Mark
+  main: types.Context  # everything so far
+  before_prompt: types.Mark  # moments of `main`, for guidance
   after_prompt: types.Mark
-  without_image: types.Context | None
+  without_image: types.Context | None  # never saw an image; None where `main` has none
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("script", "capacity"))
@@ -85,9 +79,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("copies", "capacity"))
-def fork(
-  model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: int
-) -> Contexts:
+def fork(model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: int) -> Contexts:
   """Continues every row `copies` times over the same past; see `bagel.fork`."""
   main = bagel_lib.fork(model.config, contexts.main, copies, capacity)
   return contexts.replace(main=main)
@@ -123,13 +115,10 @@ def denoise(
   """Denoises images, a multiple of the rows of `contexts`: by the ODE, or with a window of noise.
 
   Args:
-    model, params: the network.
-    contexts: what conditions the images.
     noise: [B, I, C] float32.
     grid: of the images, B rows.
     keys: typed PRNG keys of the steps with noise, [B]; None without a window.
     window: which steps have noise, [B, W] int32; None: none, the ODE. See `sde.integrate`.
-    num_timesteps, shift: of the time grid.
     guidance: a text_scale of 1 is none.
     kind, noise_level: of the SDE.
     on_step: called on the host with the index of each finished step.
@@ -154,8 +143,7 @@ def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.Velo
 
     return velocity
 
-  main = contexts.main
-  without_image = contexts.without_image
+  main, without_image = contexts.main, contexts.without_image
   if without_image is None:
     without_image = main.as_of(contexts.after_prompt)
   return flow.guided(
@@ -168,9 +156,8 @@ def encode_images(vae: vae_lib.VAE, params, pixels, noise):
   """Pixels [M, H, W, 3] in [-1, 1], noise [M, h, w, z] -> sampled latents [M, h, w, z]."""
   mean, logvar = vae.apply({"params": params}, pixels, method="encode")
   c = vae.config
-  return vae_lib.latents_from_moments(
-    mean, logvar, noise, scale=c.scale_factor, shift=c.shift_factor
-  )
+  scale, shift = c.scale_factor, c.shift_factor
+  return vae_lib.latents_from_moments(mean, logvar, noise, scale=scale, shift=shift)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,9 +1,8 @@
 """Replaying an experience: one differentiable pass of a policy over its trajectories.
 
-It follows the script that the sampler followed. What a group shares is read once for its
-trajectories; each reads its reasoning over that, whose hidden states give its log-probabilities;
-and the recorded steps of its image run as rows over the same context. The policy, the reference
-and recomputed old values all come from here, so they cannot differ.
+It follows the script that the sampler followed; what a group shares is read once for its
+trajectories. The policy, the reference and recomputed old values all come from here, so they cannot
+differ.
 """
 
 from __future__ import annotations
@@ -29,63 +28,41 @@ ROUTINGS = ("expert", "markers", "full")
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-  """How an experience is replayed; all of it static.
+  """How an experience is replayed; all of it static."""
 
-  Attributes:
-    script: of the trajectories, of one round.
-    system_ids: of the system prompt; () where the script has none.
-    start_id, end_id: the tokens around a reasoning.
-    temperature: that the tokens were sampled at.
-    chunk: tokens of a reasoning whose logits exist at once.
-    text, flow: what is wanted.
-    guidance: of the velocities; a text_scale of 1 is none.
-    routing: where gradients of the flow go. "expert": the generation expert alone, the context is
-      constant and so is what the understanding expert adds to the image's two markers; "markers":
-      not to the context; "full": wherever the value came from.
-  """
-
-  script: script_lib.Script
-  system_ids: tuple[int, ...]
-  start_id: int
+  script: script_lib.Script  # of the trajectories, of one round
+  system_ids: tuple[int, ...]  # of the system prompt; () where the script has none
+  start_id: int  # the tokens around a reasoning
   end_id: int
-  temperature: float
-  chunk: int
-  text: bool
+  temperature: float  # that the tokens were sampled at
+  chunk: int  # tokens of a reasoning whose logits exist at once
+  text: bool  # what is wanted
   flow: bool
-  guidance: flow.Guidance
+  guidance: flow.Guidance  # of the velocities; a text_scale of 1 is none
+  # Where gradients of the flow go. "expert": the generation expert alone, the context is constant
+  # and so is what the understanding expert adds to the image's two markers; "markers": not to the
+  # context; "full": wherever the value came from.
   routing: str
 
 
 @struct.dataclass
 class PolicyOutput:
-  """What a policy computes for B trajectories.
+  """What a policy computes for B trajectories."""
 
-  Attributes:
-    logp, entropy: of each sampled token, [B, T] float32, 0 beyond the end; or None.
-    velocity: without guidance, at each recorded step, [B, W, I, C] float32; or None.
-    guided: with it, which is the same without guidance.
-  """
-
-  logp: Any = None
-  entropy: Any = None
-  velocity: Any = None
-  guided: Any = None
+  logp: Any = None  # of each sampled token, [B, T] float32, 0 beyond the end
+  entropy: Any = None  # likewise
+  velocity: Any = None  # without guidance, at each recorded step, [B, W, I, C] float32
+  guided: Any = None  # with it; the same where there is none
 
 
 def replay(
   model: bagel_lib.Bagel, params, experience: types.Experience, grid: types.LatentGrid,
   config: ReplayConfig, velocity_params=None, velocity_model=None,
 ) -> PolicyOutput:
-  """Runs a policy over the trajectories of `experience`, of one round.
+  """Runs a policy over the B trajectories of `experience`, of one round; `grid` is of one image.
 
-  Args:
-    model: the network.
-    params: its parameters.
-    experience: B trajectories.
-    grid: of one image, [1, I].
-    config: what is wanted and how.
-    velocity_params, velocity_model: for the images alone, over the context of `params`; None: the
-      same.
+  `velocity_params` and `velocity_model` are for the images alone, over the context of `params`;
+  None: the same.
   """
   read = functools.partial(model.apply, {"params": params}, method="read_text")
   context, before_prompt = read_shared(model, params, experience, config)

@@ -29,28 +29,17 @@ DIVERGED = (
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
-  """How trajectories are sampled.
+  """How trajectories are sampled."""
 
-  Attributes:
-    settings: of text and images; a guidance of text_scale 1 is none.
-    group_size: trajectories of a prompt.
-    prompts_at_once: prompts of a chunk, all hosts together.
-    prompt_tokens: most tokens of a prompt, its two markers included.
-    height, width: of an image, in pixels.
-    sde: noise of the steps in a window.
-    same_noise: a group starts from the same noise.
-    layout: of the parameters while sampling, one of `sharding.LAYOUTS`.
-  """
-
-  settings: requests.Settings
-  group_size: int
-  prompts_at_once: int
-  prompt_tokens: int
-  height: int
+  settings: requests.Settings  # of text and images; a guidance of text_scale 1 is none
+  group_size: int  # trajectories of a prompt
+  prompts_at_once: int  # prompts of a chunk, all hosts together
+  prompt_tokens: int  # most tokens of a prompt, its two markers included
+  height: int  # of an image, in pixels
   width: int
-  sde: sampler_lib.SDE
-  same_noise: bool = False
-  layout: str = "stationary"
+  sde: sampler_lib.SDE  # noise of the steps in a window
+  same_noise: bool = False  # a group starts from the same noise
+  layout: str = "stationary"  # of the parameters while sampling, one of `sharding.LAYOUTS`
 
   def prompt_copies(self, mesh) -> int:
     """How often a prompt is read, each for a part of its group, so that prompts divide over it."""
@@ -96,16 +85,13 @@ class Rollout:
       key: of the iteration.
       first: number of the chunk's first trajectory in the iteration.
       window: SDE steps of each trajectory, [P * group_size, W] int32.
-      timer: see `Sampler.sample`.
 
     Raises:
       Diverged: a log-probability or a latent is not finite.
     """
     s, batch = self.spec, self.prepare([prompt.prompt for prompt in prompts])
     randomness = self.randomness(key, first, batch)
-    episode = self.sampler.sample(
-      params, batch, randomness, window=window, sde=s.sde, timer=timer
-    )
+    episode = self.sampler.sample(params, batch, randomness, window=window, sde=s.sde, timer=timer)
     with hosts.raise_on_all_hosts():
       _check_text(episode.host_text)
     if not bool(jnp.isfinite(episode.flow.latents).all()):
@@ -117,8 +103,7 @@ class Rollout:
     shape = (self.grid.ids.shape[1], self.network.config.latent_dim)
     same = self.spec.group_size if self.spec.same_noise else 1
     place = sharding.row_sharding(self.network.mesh, batch.rows)
-    make = _randomness(batch.rows, shape, same, place)
-    return make(key, first)
+    return _randomness(batch.rows, shape, same, place)(key, first)
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,53 +28,33 @@ Timer = Callable[[str], contextlib.AbstractContextManager]
 
 @dataclasses.dataclass(frozen=True)
 class SDE:
-  """Noise of the denoising steps in a window; see `sde.transition`.
+  """Noise of the denoising steps in a window; see `sde.transition`."""
 
-  Attributes:
-    kind: one of `sde.KINDS`.
-    noise_level: not negative.
-  """
-
-  kind: str
+  kind: str  # one of `sde.KINDS`
   noise_level: float
 
 
 @struct.dataclass
 class Randomness:
-  """Everything random about B rows; it comes from outside, so a row depends on its own alone.
+  """Everything random about B rows; it comes from outside, so a row depends on its own alone."""
 
-  Attributes:
-    text: typed PRNG keys of the sampled tokens, [B].
-    noise: that the images start from, [B, I, C] float32; None where nothing is drawn.
-    steps: typed PRNG keys of the SDE's noise, [B]; None for the ODE.
-  """
-
-  text: Any
-  noise: Any = None
-  steps: Any = None
+  text: Any  # typed PRNG keys of the sampled tokens, [B]
+  noise: Any = None  # that the images start from, [B, I, C] float32; None where nothing is drawn
+  steps: Any = None  # typed PRNG keys of the SDE's noise, [B]; None for the ODE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Episode:
-  """What B rows gave.
+  """What B rows gave."""
 
-  Attributes:
-    inputs: what they read, on the devices.
-    text: sampled tokens on the devices, or None.
-    flow: images and recorded steps on the devices, or None.
-    rows: which of the rows lie in the host arrays that follow, [n].
-    host_text: their sampled tokens, NumPy; or None.
-    texts: the same in words; or None.
-    images: their images, [H, W, 3] uint8 each; or None.
-  """
-
-  inputs: programs.Inputs
-  text: types.TextRollout | None
-  flow: types.FlowRollout | None
+  inputs: programs.Inputs  # what they read, on the devices
+  text: types.TextRollout | None  # sampled tokens on the devices
+  flow: types.FlowRollout | None  # images and recorded steps on the devices
+  # The rest lies on the host, of these rows: [n].
   rows: np.ndarray
-  host_text: types.TextRollout | None
-  texts: list[str] | None
-  images: list[np.ndarray] | None
+  host_text: types.TextRollout | None  # their sampled tokens, NumPy
+  texts: list[str] | None  # the same, decoded
+  images: list[np.ndarray] | None  # [H, W, 3] uint8 each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +81,7 @@ class Sampler:
     """Compiles nothing yet.
 
     Args:
-      network: what is sampled from.
-      vae_params: parameters of its autoencoder; None: no pixels are needed.
+      vae_params: parameters of the network's autoencoder; None: no pixels are needed.
       layout: of the network's parameters, one of `sharding.LAYOUTS`.
       all_rows: every host reads all rows of an `Episode`; else its own.
     """
@@ -157,9 +136,8 @@ class Sampler:
     """Reads what is given and seen, then samples text and images as the batch's script says.
 
     Args:
-      params: of the network.
-      batch: see `requests`.
-      randomness: of its rows.
+      params: of the network; see `cast_and_reshard`.
+      batch, randomness: see `requests`, and of its rows.
       window: SDE steps of each row, [B, W] int32; None: images come from the ODE.
       sde: of the steps in the window.
       timer: of the phases "read", "decode", "denoise" and "vae".
@@ -193,7 +171,7 @@ class Sampler:
     if flow is not None and self.vae_params is not None:
       with timer("vae"):
         rows, images = self._decode(flow.latents, batch)
-    return Episode(inputs, text, flow, rows, host_text, self._words(host_text), images)
+    return Episode(inputs, text, flow, rows, host_text, self._decoded(host_text), images)
 
   def _read(self, arrays, real: int) -> tuple[np.ndarray, Any]:
     """(Rows, arrays of these rows as NumPy) of arrays on the devices, rows first."""
@@ -201,14 +179,14 @@ class Sampler:
       return np.arange(real), jax.tree.map(lambda a: a[:real], sharding.fetch(arrays))
     return sharding.local_rows(self.mesh, arrays)
 
-  def _words(self, text: types.TextRollout | None) -> list[str] | None:
+  def _decoded(self, text: types.TextRollout | None) -> list[str] | None:
     if text is None:
       return None
-    words = []
+    texts = []
     for ids, mask, finished in zip(text.ids, text.mask, text.finished):
       ids = [int(i) for i in ids[mask]]
-      words.append(self.network.tokenizer.decode(ids[:-1] if finished else ids))
-    return words
+      texts.append(self.network.tokenizer.decode(ids[:-1] if finished else ids))
+    return texts
 
   def _inputs(self, batch: requests.Batch) -> programs.Inputs:
     images = {}

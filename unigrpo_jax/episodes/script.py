@@ -1,18 +1,17 @@
 """A trajectory is a static script of segments; requests and the policy fill in the arrays.
 
-  draw          prompt // image               think, draw   system prompt // text image
-  edit          [system] source prompt // [text] image
-  answer        [system] [source] prompt // text
+  draw    prompt // image                      think, draw   system prompt // text image
+  edit    [system] source prompt // [text] image      answer   [system] [source] prompt // text
 
-What stands before `//` is the same for all trajectories of a group and is read once. The sampler
-(`sampler`), the replay in training (`replay`) and supervised packing (`packing`) read the same
-scripts; a new kind of trajectory is a new script, not a new code path.
+What stands before `//` is the same for all trajectories of a group and is read once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+# The sampler (`sampler`), the replay in training (`replay`) and supervised packing (`packing`) read
+# the same scripts; a new kind of trajectory is a new script, not a new code path.
 SYSTEM, PROMPT, REASONING, SOURCE = "system", "prompt", "reasoning", "source"
 
 
@@ -25,17 +24,11 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """An image that is looked at; `name` is its key among the arrays.
-
-  Attributes:
-    name: of the image.
-    latents: as clean VAE latents, through the generation expert.
-    patches: as ViT patches, through the understanding expert.
-  """
+  """An image that is looked at; `name` is its key among the arrays."""
 
   name: str
-  latents: bool
-  patches: bool
+  latents: bool  # as clean VAE latents, through the generation expert
+  patches: bool  # as ViT patches, through the understanding expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +46,10 @@ Segment = Given | Seen | Sampled | Drawn
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-  """What a trajectory consists of, in order.
+  """What a trajectory consists of, in order."""
 
-  Attributes:
-    shared: read once for all trajectories of a group; Given and Seen only.
-    own: each trajectory's own.
-  """
-
-  shared: tuple[Segment, ...]
-  own: tuple[Segment, ...]
+  shared: tuple[Segment, ...]  # read once for all trajectories of a group; Given and Seen only
+  own: tuple[Segment, ...]  # each trajectory's own
 
   @property
   def segments(self) -> tuple[Segment, ...]:
