@@ -11,7 +11,7 @@ from unigrpo_jax.rewards import base
 
 
 def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
-  """Adds the two arguments that `make` reads; `default` ends the help of an optional one."""
+  """Adds the arguments that `make` reads; `default` ends the help of an optional one."""
   parser.add_argument(
     "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
     help=f"{', '.join(base.names())}, module:function, or the URL of a server that has NAME"

@@ -1,4 +1,4 @@
-"""What a reward is, and how one is found by its name.
+"""What a reward is, how one is found by its name, and two of pixels alone.
 
 Letters: N samples, H, W pixels.
 """
@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import io
 import threading
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from unigrpo_jax import errors
 
@@ -87,11 +89,7 @@ def names() -> list[str]:
 
 
 def make(name: str, /, **options: Any) -> Reward:
-  """A reward by its name.
-
-  Args:
-    name: a registered one, or "module:function" (or "module:Class") for one that can be imported.
-    **options: the reward's own.
+  """A reward by its registered name, or by "module:function" or "module:Class", with its options.
 
   Raises:
     InputError: no such reward or option, or an option that the reward refuses.
@@ -134,12 +132,10 @@ def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
 def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   """Calls a reward, unless there are no samples, and checks its result.
 
-  Returns:
-    values [N] float32, each finite or NaN; a reason where there is a NaN.
+  Returns values [N] float32, each finite or NaN, and a reason where there is a NaN.
 
   Raises:
-    ValueError: the result has a wrong shape or dtype.
-    Exception: whatever the reward raises.
+    ValueError: the result has a wrong shape or dtype; and whatever the reward raises.
   """
   count = len(samples)
   if not count:
@@ -165,3 +161,24 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
     reason = f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
     return Scores(values, result.reason or reason)
   return Scores(values)
+
+
+@register("brightness")
+def brightness(samples: Sequence[Sample]) -> np.ndarray:
+  """Mean of all pixels and channels over 255: [N] float32, 0 is black and 1 is white."""
+  return np.array([sample.image.mean() / 255 for sample in samples], np.float32)
+
+
+@register("jpeg_size")
+def jpeg_size(samples: Sequence[Sample], *, quality: int = 95) -> np.ndarray:
+  """Kilobytes (1000 bytes) of the picture as JPEG of `quality` 1 to 95: [N] float32.
+
+  A positive weight rewards detail, a negative one compressibility. Source: the
+  (in)compressibility tasks of DDPO, Black et al. (arXiv 2305.13301), section 5.1.
+  """
+  sizes = []
+  for sample in samples:
+    file = io.BytesIO()
+    PIL.Image.fromarray(sample.image).save(file, "JPEG", quality=quality)
+    sizes.append(file.tell() / 1000)
+  return np.array(sizes, np.float32)

@@ -28,19 +28,18 @@ class _Failed(Exception):
 
 
 class _Temporary(_Failed):
-  """It may be scored if tried again."""
+  """It may be scored if tried again; without an answer, `_Unreachable`."""
 
 
 class _Unreachable(_Temporary):
-  """No answer came."""
+  pass
 
 
 def read_token(token: str | None, token_env: str | None) -> str | None:
-  """The token itself, or the one that the environment variable `token_env` holds.
+  """The token, or the one in the environment variable `token_env`; no message shows it.
 
   Raises:
-    InputError: both are given, the variable is not set, or a header cannot hold the token, which
-      no message shows.
+    InputError: both are given, the variable is not set, or a header cannot hold the token.
   """
   if token is not None and token_env is not None:
     raise errors.InputError(f"token_env={token_env!r}: give either token or token_env, not both")
@@ -59,9 +58,8 @@ class Http:
 
   A failed connection, a time-out, a 5xx, 408 or 429 is tried again; attempt k (from 0) is followed
   by min(backoff 2^k u, 30) seconds of waiting, u uniform in [0.5, 1.5]. Other statuses are final.
-  After a chunk that no attempt reached the server with, the call's other chunks are not tried, so
-  a call to a server that is gone takes one chunk's time. Proxies of the environment and redirects
-  are not followed.
+  After a chunk that never reached the server, the call's other chunks are not tried. Proxies of the
+  environment and redirects are not followed.
   """
 
   concurrent = True
@@ -76,18 +74,16 @@ class Http:
       url: of the server, http or https, before "/v1/rewards".
       reward: the reward's name there.
       timeout: seconds that connecting, sending, or waiting for the next bytes may take.
-      retries: attempts of a chunk after the first.
-      backoff: seconds before the first of them, about.
+      retries: attempts of a chunk after the first, the first of them after about `backoff` seconds.
       batch_size: samples of a chunk.
-      token: bearer token; no message shows it.
-      token_env: the environment variable that holds it, so that no config does.
+      token, token_env: bearer token, or the environment variable that holds it.
       seed: of the jitter.
 
     Raises:
       InputError: an argument is out of range or not a URL.
     """
-    parts = urllib.parse.urlsplit(url)
     try:
+      parts = urllib.parse.urlsplit(url)
       host, port = parts.hostname, parts.port
     except ValueError as error:
       raise errors.InputError(f"url of reward {reward}: {error}") from None

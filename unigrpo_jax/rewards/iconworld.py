@@ -36,15 +36,12 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
 def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the reasoning ends in the plan of a correct scene, else 0.
 
-  The image is not looked at. Reasoning without a plan scores 0; no reasoning at all (text None)
-  scores NaN, so it never passes for wrong reasoning.
+  The image is not looked at. No reasoning at all (text None) scores NaN.
   """
-
   def score(sample: base.Sample) -> float:
     if sample.text is None:
       return np.nan
     return float(plans.is_correct(sample.text, sample.metadata))
-
   return _scores(samples, score)
 
 

@@ -1,7 +1,4 @@
-"""Several rewards together: run in threads beside the device, weighed, and watched for failures.
-
-Letters: N samples.
-"""
+"""Several rewards of N samples together: run in threads, weighed, and watched for failures."""
 
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass
 class Failures:
   """How many samples a reward could not score so far, and the last reason."""
-
   count: int = 0
   last: str = ""
 
@@ -55,8 +51,7 @@ class Scorer:
   """Scores samples by several rewards.
 
   A reward that raises, or returns something else than N real numbers, scores NaN for all samples of
-  that call; one infinite score is NaN for its sample. Each is counted in `failures` and logged once
-  a message, an exception with its traceback. A failure never becomes a 0.
+  that call; an infinite score is NaN. Each is counted in `failures` and logged once a message.
   """
 
   def __init__(
@@ -72,8 +67,7 @@ class Scorer:
       max_failed_fraction: of the samples of one `check`, in [0, 1].
 
     Raises:
-      InputError: a name is reserved, the names differ, all weights are 0, or a number is out of
-        range.
+      InputError: a reserved name, other names in `weights`, no weight but 0, a number out of range.
     """
     for name in rewards:
       if name in RESERVED:
@@ -141,23 +135,19 @@ class Scorer:
     self, scores: Mapping[str, np.ndarray], group: np.ndarray | None = None,
     normalise: bool = False,
   ) -> np.ndarray:
-    """The weighted sum of scores.
+    """The weighted sum of scores, [N] float32; NaN where a reward of non-zero weight is.
 
       R_i = sum_k w_k r_ki,   or with `normalise`
       R_i = sum_k w_k (r_ki - mean_g(i) r_k) / (std_g(i) r_k + 1e-4)
 
-    over the rewards of non-zero weight. Mean and standard deviation (ddof 0) are those of the
-    group's samples that have a score. Source: standardising before the sum, so that no reward
-    drowns another by its scale, is the first step of GDPO (arXiv 2601.05242); eps and ddof are
+    Mean and standard deviation (ddof 0) are those of the group's samples that have a score. Source:
+    standardising before the sum is the first step of GDPO (arXiv 2601.05242); eps and ddof are
     those of Flow-GRPO's code (arXiv 2505.05470).
 
     Args:
       scores: what `score` gives, {name: [N]}.
       group: which samples share a prompt, [N] integers; None for all. Only `normalise` reads it.
       normalise: standardise each reward within its group first.
-
-    Returns:
-      [N] float32; NaN where a reward of non-zero weight is.
 
     Raises:
       ValueError: the arrays differ in length.
@@ -174,14 +164,7 @@ class Scorer:
     return total.astype(np.float32)
 
   def check(self, total: np.ndarray) -> None:
-    """Stops a run whose rewards do not work.
-
-    Args:
-      total: [N], what `total` gives.
-
-    Raises:
-      InputError: more than `max_failed_fraction` of it is NaN.
-    """
+    """Raises InputError if more than `max_failed_fraction` of `total`, [N], is NaN."""
     failed = int(np.isnan(total).sum())
     if failed > self._max_failed_fraction * len(total):
       raise errors.InputError(

@@ -51,14 +51,9 @@ class Server(http.server.ThreadingHTTPServer):
     self, rewards: Mapping[str, base.Reward], *, host: str = "127.0.0.1", port: int = 0,
     token: str | None = None, max_bytes: int = 256 << 20,
   ):
-    """Binds and listens; `serve_forever` answers.
+    """Binds and listens at `host`; port 0 takes a free one, which `address` has.
 
-    Args:
-      rewards: by the names that they are served under.
-      host: address to listen on.
-      port: 0 takes a free one, which `address` has.
-      token: what clients must send; None for no check.
-      max_bytes: of a request's body.
+    Clients must send the `token`, if there is one, and at most `max_bytes` in a body.
 
     Raises:
       InputError: a host that others can reach has no token, or the address cannot be had.

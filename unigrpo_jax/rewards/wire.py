@@ -30,8 +30,7 @@ def pack(samples: Sequence[base.Sample]) -> bytes:
   """The body of a request: N >= 1 samples whose images all have one shape.
 
   Raises:
-    ValueError: an image is not [H, W, 3] uint8, their shapes differ, or metadata is not JSON.
-    TypeError: metadata is not JSON.
+    ValueError, TypeError: an image is not [H, W, 3] uint8, shapes differ, or metadata is not JSON.
   """
   images = np.stack([sample.image for sample in samples])
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
