@@ -109,18 +109,16 @@ def test_collectives_of_a_hand_sharded_scan():
   )
   program = _read(run, _shape(32, 16))
   assert program.devices == 8
-  found = {
-    c.kind: (c.bytes, c.shape, hlo.axes(c.groups, dict(mesh.shape)), c.times)
-    for c in program.collectives
+  collectives = {
+    c.kind: (c.bytes, hlo.axes(c.groups, dict(mesh.shape)), c.times) for c in program.collectives
   }
-  assert found == {
-    "all-reduce": (8 * 16 * 4, "f32[8,16]", ("tensor",), 6),
-    "all-gather": (16 * 16 * 4, "f32[16,16]", ("fsdp",), 6),
-    "reduce-scatter": (16 * 16 * 4, "f32[4,16]", ("data", "fsdp"), 6),
-    "collective-permute": (4 * 16 * 4, "f32[4,16]", ("data",), 6),
-    "all-to-all": (4 * 16 * 4, found["all-to-all"][1], ("tensor",), 6),
+  assert collectives == {
+    "all-reduce": (8 * 16 * 4, ("tensor",), 6),
+    "all-gather": (16 * 16 * 4, ("fsdp",), 6),
+    "reduce-scatter": (16 * 16 * 4, ("data", "fsdp"), 6),
+    "collective-permute": (4 * 16 * 4, ("data",), 6),
+    "all-to-all": (4 * 16 * 4, ("tensor",), 6),
   }
-  assert all("while/body" in c.op_name for c in program.collectives)
 
 
 @pytest.mark.parametrize("text, ids", [
@@ -172,7 +170,7 @@ def test_axes_of_other_groups_and_of_pairs():
 ])
 def test_bytes_on_the_wire_of_a_ring_of_four(kind, sent):
   groups = ((0, 1), (1, 2), (2, 3), (3, 0)) if "permute" in kind else ((0, 1, 2, 3), (4, 5, 6, 7))
-  assert hlo.wire_bytes(hlo.Collective(kind, 100, groups, 1, "", "", "")) == sent
+  assert hlo.wire_bytes(hlo.Collective(kind, 100, groups, 1)) == sent
 
 
 def test_other_texts_are_refused():

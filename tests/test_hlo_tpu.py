@@ -117,9 +117,8 @@ def test_a_recorded_program_of_two_loops():
   assert token.flops == 4 * 2 * (2 * 4 * 512 * 1024)
   layers, stop = hlo.read(text, unknown_trips=100).collectives
   mesh = {"fsdp": 4, "tensor": 2}
-  assert (layers.kind, layers.shape, layers.bytes) == ("all-reduce", "bf16[4,512]", 4096)
+  assert (layers.kind, layers.bytes) == ("all-reduce", 4 * 512 * 2)
   assert (layers.times, hlo.axes(layers.groups, mesh)) == (400, ("tensor",))
-  assert layers.op_name == "jit(f)/while/body/while/body/closed_call/dot_general"
   assert (stop.times, stop.bytes, hlo.axes(stop.groups, mesh)) == (101, 2, ("fsdp",))
 
 
@@ -139,12 +138,10 @@ def test_of_a_stack_of_weights_a_trip_reads_its_layer():
 def test_a_reduce_scatter_in_a_fusion():
   """Of two arrays of 2**20 bytes at once; one of them lies in VMEM, and so do the results."""
   program = hlo.read(REDUCE_SCATTER)
-  (found,) = program.collectives
-  assert (found.kind, found.bytes) == ("reduce-scatter", 2 * 2**20)
-  assert found.shape == "bf16[1024,256], bf16[256,1024]"
-  assert found.op_name == "jit(step)/dot_general"
-  assert hlo.axes(found.groups, {"fsdp": 2, "tensor": 2}) == ("fsdp",)
-  assert hlo.wire_bytes(found) == 2**20
+  (collective,) = program.collectives
+  assert (collective.kind, collective.bytes) == ("reduce-scatter", 2 * 2**20)
+  assert hlo.axes(collective.groups, {"fsdp": 2, "tensor": 2}) == ("fsdp",)
+  assert hlo.wire_bytes(collective) == 2**20
   assert program.bytes == 2**20
 
 
@@ -155,16 +152,13 @@ def test_an_update_in_place_moves_the_update():
 def test_kernels_and_asynchronous_exchanges_count_once():
   program = hlo.read(KERNEL_AND_PERMUTE)
   (kernel,) = program.custom_calls
-  assert (kernel.target, kernel.flops, kernel.times) == ("tpu_custom_call", 123456, 1)
-  assert kernel.op_name == "jit(f)/shard_map/doubled/pallas_call"
-  assert list(map(str, kernel.operands + kernel.results)) == ["f32[256,512]"] * 2
+  assert (kernel.name, kernel.flops, kernel.times) == ("doubled.1", 123456, 1)
+  assert [(array.dtype, array.dims) for array in kernel.operands] == [("f32", (256, 512))]
   permute, exchange = program.collectives
   size = 256 * 512 * 4
   assert (permute.kind, permute.bytes) == ("collective-permute", size)
-  assert permute.shape == "f32[256,512]"
   assert hlo.axes(permute.groups, {"fsdp": 4, "tensor": 2}) == ("fsdp",)
   assert (exchange.kind, exchange.bytes) == ("all-to-all", size)
-  assert exchange.op_name == "jit(f)/shard_map/all_to_all"
   # The kernel, the permute and the exchange read and write; the copy to VMEM only reads. What the
   # exchange is given lies in VMEM, which its own computation does not say.
   assert program.bytes == 7 * size

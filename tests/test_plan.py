@@ -96,7 +96,7 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
 
 def test_record_by_hand():
   gather = hlo.Collective(
-    "all-gather", 8e9, tuple((i, i + 2, i + 4, i + 6) for i in (0, 1)), 3, "x", "", "")
+    "all-gather", 8e9, tuple((i, i + 2, i + 4, i + 6) for i in (0, 1)), 3)
   record = figures.record(_plan(denoise=_phase("denoise", 5, collectives=[gather])), CHIP)
   # state 7 GiB, sampler 3, cache 2, recorded 1, and 5 of its own
   assert record["peak"]["denoise"] == 18 * GIB == max(record["peak"].values())
@@ -120,8 +120,8 @@ def test_flops_of_kernels_by_hand():
   queries, keys = (
     hlo_text.Array("bf16", (2, heads, length, 64)) for heads, length in ((4, 256), (1, 512))
   )
-  splash = hlo.CustomCall("splash_mha_fwd.3", "", "", (blocks, queries, keys, keys), (), 5)
-  others = [hlo.CustomCall("other", "", "", (), (), 3, flops) for flops in (7.0, None)]
+  splash = hlo.CustomCall("splash_mha_fwd.3", (blocks, queries, keys, keys), 5)
+  others = [hlo.CustomCall("other", (), 3, flops) for flops in (7.0, None)]
   phase = _phase("denoise")
   program = dataclasses.replace(phase.program, flops=0.0, custom_calls=[splash, *others])
   record = figures.record(_plan(denoise=dataclasses.replace(phase, program=program)), CHIP)

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 
-from unigrpo_jax import errors
 from unigrpo_jax.data import tokenizer
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files
@@ -66,9 +65,6 @@ NEVER = -1
 
 def network_config(work: Workload) -> config_lib.BagelConfig:
   """Sizes of the network; the ViT, which takes no part, as small as can be."""
-  side = math.isqrt(work.latents)
-  if side**2 != work.latents:
-    raise errors.InputError(f"latents={work.latents} is not a square; choose one, e.g. {side**2}")
   return config_lib.BagelConfig(
     llm=config_lib.LLMConfig(
       hidden_size=work.width, intermediate_size=work.ffn, num_layers=work.layers,
@@ -78,7 +74,7 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
     vit=config_lib.ViTConfig(
       hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, patch_size=2, image_size=8
     ),
-    max_latent_size=max(side, 8), vit_max_patches_per_side=4,
+    max_latent_size=max(math.isqrt(work.latents), 8), vit_max_patches_per_side=4,
   )
 
 

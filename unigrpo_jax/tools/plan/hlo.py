@@ -32,18 +32,12 @@ class Collective:
     groups: positions of the devices that exchange with each other; of a collective-permute its
       pairs of source and target.
     times: how often it runs.
-    name: of the instruction.
-    op_name: the operation of the traced program that it belongs to; may be empty.
-    shape: its results, such as "bf16[512,1024]".
   """
 
   kind: str
   bytes: float
   groups: hlo_text.Groups
   times: float
-  name: str
-  op_name: str
-  shape: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +45,14 @@ class CustomCall:
   """A call of a kernel, whose FLOPs the text does not say.
 
   Attributes:
-    name, op_name, times: as of a `Collective`.
-    target: "tpu_custom_call" is a Pallas kernel.
-    operands, results: arrays on one device.
+    name: of the instruction.
+    operands: arrays on one device.
+    times: how often it runs.
     flops: of one run, by its author (Pallas: `cost_estimate`); None where there is none.
   """
 
   name: str
-  target: str
-  op_name: str
   operands: tuple[hlo_text.Array, ...]
-  results: tuple[hlo_text.Array, ...]
   times: float
   flops: float | None = None
 
@@ -89,14 +80,13 @@ class Program:
   custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
   devices: int = 1
 
-  def add(self, called: Program, times: float, op_name: str) -> None:
-    """Adds `times` runs of what `op_name` calls, which names what has no name of its own."""
+  def add(self, called: Program, times: float) -> None:
+    """Adds `times` runs of what is called."""
     self.flops += times * called.flops
     self.bytes += times * called.bytes
     for field in ("collectives", "custom_calls"):
       getattr(self, field).extend(
-        dataclasses.replace(item, times=times * item.times, op_name=item.op_name or op_name)
-        for item in getattr(called, field)
+        dataclasses.replace(item, times=times * item.times) for item in getattr(called, field)
       )
 
 
@@ -148,39 +138,32 @@ class _Reader:
       trips = hlo_costs.trips(instruction)
       trips = self._unknown_trips if trips is None else trips
       body, condition = instruction.called("body", "condition")
-      total.add(self.program(body, fused), trips, instruction.op_name)
-      total.add(self.program(condition, fused), trips + 1, instruction.op_name)
+      total.add(self.program(body, fused), trips)
+      total.add(self.program(condition, fused), trips + 1)
     elif opcode == "conditional":
       branches = instruction.called("branch_computations", "true_computation", "false_computation")
       dearest = max((self.program(branch, fused) for branch in branches), key=_weight)
-      total.add(dearest, 1, instruction.op_name)
+      total.add(dearest, 1)
     elif opcode in ("fusion", "call", "async"):
       for called in instruction.called("calls", "to_apply"):
-        total.add(self.program(called, fused or opcode == "fusion"), 1, instruction.op_name)
+        total.add(self.program(called, fused or opcode == "fusion"), 1)
 
   def _collective(self, instruction, computation, fused: bool) -> Collective:
-    kind, results = instruction.opcode, instruction.arrays
+    kind = instruction.opcode
     key = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
     groups = hlo_text.groups(instruction.attribute(key), self._devices)
     size, sent = len(groups[0]), sum(operand.bytes for operand in instruction.operands)
     if kind == "all-reduce" and fused and size > 1:
       # A TPU writes a reduce-scatter as a fusion of an all-reduce and a device's slice of it.
-      slices = tuple(array for result in computation.results for array in result.arrays)
-      if size * sum(array.bytes for array in slices) == sent:
-        kind, results = "reduce-scatter", slices
-    return Collective(
-      kind, sent * size if kind == "all-gather" else sent, groups, 1, instruction.name,
-      instruction.op_name, ", ".join(map(str, results)),
-    )
+      if size * sum(result.bytes for result in computation.results) == sent:
+        kind = "reduce-scatter"
+    return Collective(kind, sent * size if kind == "all-gather" else sent, groups, 1)
 
 
 def _custom_call(instruction: hlo_text.Instruction) -> CustomCall:
   noted = _NOTED_FLOPS.search(instruction.attributes)
-  return CustomCall(
-    instruction.name, instruction.target, instruction.op_name,
-    tuple(array for operand in instruction.operands for array in operand.arrays),
-    instruction.arrays, 1, float(noted[1]) if noted else None,
-  )
+  operands = tuple(array for operand in instruction.operands for array in operand.arrays)
+  return CustomCall(instruction.name, operands, 1, float(noted[1]) if noted else None)
 
 
 def _weight(branch: Program) -> tuple[float, ...]:

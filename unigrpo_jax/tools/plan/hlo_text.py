@@ -19,7 +19,6 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}  # other types name their size: bf1
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([^\s,(){}=]+)")
-_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _CONTINUED = re.compile(r'\n(?="|\}[^\n])')
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH_AXIS = re.compile(r"'?([^\[\]',]+?)'?=(\d+)")
@@ -48,9 +47,6 @@ class Array:
     digits = re.search(r"\d+", self.dtype)
     bits = _BITS[self.dtype] if self.dtype in _BITS else int(digits[0]) if digits else 0
     return math.prod(self.dims) * bits / 8
-
-  def __str__(self) -> str:
-    return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -82,12 +78,6 @@ class Instruction:
   @property
   def bytes(self) -> float:
     return sum(array.bytes for array in self.arrays)
-
-  @functools.cached_property
-  def op_name(self) -> str:
-    """The operation of the traced program that it belongs to; may be empty."""
-    match = _OP_NAME.search(self.attributes)
-    return re.sub(r"\\(.)", r"\1", match[1]) if match else ""
 
   @functools.cached_property
   def target(self) -> str:
