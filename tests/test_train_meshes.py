@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from unigrpo_jax import train
-from unigrpo_jax.recipe import config_files
-from unigrpo_jax.runtime import runs
+from unigrpo_jax.recipe import config_files, rl
+from unigrpo_jax.runtime import state
 
 MESHES = {"1x8x1": (1, 8, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 STEPS = 5
@@ -16,7 +16,7 @@ slow = pytest.mark.slow
 
 
 def _config(base, variant, sizes, steps=STEPS):
-  config = config_files.load("unigrpo", ",".join(filter(None, ("tiny", variant))))
+  config = config_files.load("configs/unigrpo.py:" + ",".join(filter(None, ("tiny", variant))))
   # Fewer prompts than devices along the batch: each is read for parts of its group.
   config.update_from_flattened_dict({
     "init_from": str(base), "steps": steps, "prompts_per_step": 4, "rollout.prompts_at_once": 2,
@@ -36,29 +36,29 @@ def _config(base, variant, sizes, steps=STEPS):
 
 def _run(config, workdir):
   count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
-  state = train.train(config, workdir, jax.devices()[:count])
+  last = train.train(config, workdir, jax.devices()[:count])
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return jax.device_get(state), rows
+  return jax.device_get(last), rows
 
 
 @pytest.fixture(scope="module")
 def alone(shallow, tmp_path_factory):
   """(state, metrics, workdir) of one device, for each kind of training."""
-  found = {}
+  runs = {}
   for variant in ("", "lora"):
     workdir = tmp_path_factory.mktemp("alone")
-    found[variant] = (*_run(_config(shallow, variant, (1, 1, 1)), workdir), workdir)
-  return found
+    runs[variant] = (*_run(_config(shallow, variant, (1, 1, 1)), workdir), workdir)
+  return runs
 
 
 @pytest.mark.parametrize("variant", ["", "lora"], ids=["full", "lora"])
 @pytest.mark.parametrize("name", MESHES)
 @slow
 def test_meshes_equal_one_device_and_compile_once(shallow, alone, tmp_path, name, variant):
-  state, rows = _run(_config(shallow, variant, MESHES[name]), tmp_path)
+  last, rows = _run(_config(shallow, variant, MESHES[name]), tmp_path)
   want, expected, _ = alone[variant]
-  chex.assert_trees_all_close(state.params, want.params, rtol=1e-4, atol=3e-6)
-  start = _start(shallow, alone[variant][2])
+  chex.assert_trees_all_close(last.params, want.params, rtol=1e-4, atol=3e-6)
+  start = _start(_config(shallow, variant, (1, 1, 1)))
   moved = jax.tree.map(lambda a, b: abs(a - b).max(), want.params, start)
   assert max(jax.tree.leaves(moved)) > 1e-4
   for row, other in zip(rows, expected, strict=True):
@@ -68,24 +68,22 @@ def test_meshes_equal_one_device_and_compile_once(shallow, alone, tmp_path, name
   assert [row["seconds/compile"] for row in rows[2:]] == [0.0] * (STEPS - 2)
 
 
-def _start(base, workdir):
-  saved = runs.read_checkpoints(workdir)
-  config = _config(base, "", (1, 1, 1))
-  record = saved.record(saved.steps[0])
-  config.lora.rank = record["config"]["lora"]["rank"]
-  network = runs.open_network(config, jax.devices()[:1])
-  _, where = runs.state_layout(network, runs.make_optimizer(config), ema=False, reference=False)
-  return jax.device_get(runs.first_state(
-    network, runs.make_optimizer(config), where, random_init=False, seed=config.seed
+def _start(config):
+  """The parameters before the first step."""
+  spec = rl.read(config)
+  network, optimizer = state.open_network(spec.network, jax.devices()[:1]), spec.optimizer.make()
+  layout = state.layout(network, optimizer, ema=False, reference=False)
+  return jax.device_get(state.first_state(
+    network, optimizer, layout, random_init=False, seed=spec.network.seed
   ).params)
 
 
 @pytest.mark.parametrize("there, here", [("2x2x2", "1x8x1"), ("1x8x1", None), (None, "2x4x1")])
 @slow
-def test_a_checkpoint_of_one_mesh_goes_on_on_another(shallow, alone, tmp_path, there, here):
+def test_a_checkpoint_of_one_mesh_resumes_on_another(shallow, alone, tmp_path, there, here):
   """Two steps there and the rest here are the run of one device."""
   one = (1, 1, 1)
   _run(_config(shallow, "", MESHES.get(there, one), steps=2), tmp_path)
-  state, rows = _run(_config(shallow, "", MESHES.get(here, one)), tmp_path)
-  chex.assert_trees_all_close(state.params, alone[""][0].params, rtol=1e-4, atol=3e-6)
+  last, rows = _run(_config(shallow, "", MESHES.get(here, one)), tmp_path)
+  chex.assert_trees_all_close(last.params, alone[""][0].params, rtol=1e-4, atol=3e-6)
   assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]

@@ -35,7 +35,7 @@ ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", 
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
-  "rollout.moving_stride": 0, "rollout.moving_dwell": "constant",
+  "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
 }
 BOUNDS: checks.Bounds = (
   ({"low": 0}, (

@@ -1,0 +1,74 @@
+"""The command line of training: what is wrong with it is one line, before anything is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+
+from unigrpo_jax import errors, train
+
+TINY = "--config=configs/unigrpo.py:tiny"
+BROKEN = """
+from ml_collections import ConfigDict
+
+def get_config(variants=""):
+  config = ConfigDict()
+  config.steps = {}
+  return config
+"""
+
+
+def _error(capsys, *arguments):
+  """The line that the command prints before it ends with status 2."""
+  with pytest.raises(SystemExit) as stop:
+    errors.report(lambda: train.main(arguments))
+  printed = capsys.readouterr()
+  assert stop.value.code == 2 and printed.out == ""
+  [line] = printed.err.splitlines()
+  return line
+
+
+@pytest.mark.parametrize("arguments, message", [
+  ((TINY,), "required: --workdir; --help shows"),
+  (("--workdir={tmp}",), "required: --config; --help shows"),
+  (("--config", "--workdir={tmp}"), "--config: expected one argument"),
+  ((TINY, "--workdir={tmp}", "--stpes=3"), "Unknown command line flag 'stpes'"),
+  ((TINY, "--workdir={tmp}", "more"), "unrecognized arguments: more"),
+  ((TINY, "--workdir={tmp}", "--processes=two"), "--processes: invalid int value: 'two'"),
+  ((TINY, "--workdir={tmp}", "--processes=2"), "give all of --coordinator, --processes and"),
+  ((TINY, "--workdir={tmp}", "--config.stpes=3"), "'stpes'. Did you mean \"steps\""),
+  ((TINY, "--workdir={tmp}", "--config.steps=many"), "steps"),
+  (("--config=configs/unigrpo.py:tony", "--workdir={tmp}"), "variant 'tony' is none of tiny"),
+  (("--config=nowhere.py", "--workdir={tmp}"), "nowhere.py: cannot be read (No such file or"),
+])
+def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+  monkeypatch.chdir(train.__file__.rsplit("/", 2)[0])
+  line = _error(capsys, *(text.format(tmp=tmp_path / "run") for text in arguments))
+  assert line.startswith("error: ") and message in line
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code, message", [
+  # An attribute that is missing in the file is no key that is missing in the config.
+  ("config.stpes.more", "{file}, line 6: AttributeError: "),
+  ("'a' + 1", "{file}, line 6: TypeError: "),
+  ("nothing", "{file}, line 6: NameError: name 'nothing' is not defined"),
+  ("1; config.algorithm = 'grpo'", "config.algorithm='grpo' is none of sft, unigrpo"),
+  ("1", "config.algorithm=None is none of sft, unigrpo"),
+])
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, capsys, code, message):
+  file = tmp_path / "mine.py"
+  file.write_text(BROKEN.format(code))
+  line = _error(capsys, f"--config={file}", f"--workdir={tmp_path / 'run'}")
+  assert message.format(file=file) in line
+
+
+def test_help_is_soon_there():
+  """It needs no device, and shows how to begin."""
+  done = subprocess.run(
+    [sys.executable, "-m", "unigrpo_jax.train", "--help"],
+    capture_output=True, text=True, timeout=60, check=True,
+    cwd=train.__file__.rsplit("/", 2)[0],
+  )
+  for text in (TINY, "--workdir", "--coordinator", "--config.KEY=VALUE"):
+    assert text in done.stdout
