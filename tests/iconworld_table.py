@@ -15,9 +15,9 @@ import time
 import numpy as np
 import scipy.ndimage
 
-from unigrpo_jax.iconworld import icons, palette, prompts, renderer, scenes, verifier
+from unigrpo_jax.iconworld import icons, prompts, renderer, scenes, verifier
 
-COLORS = palette.rgb(palette.COLORS)
+COLORS = np.array(list(icons.COLORS.values()), np.float32)
 
 
 def _blurred(rng, example, sigma=0.5, noise=0.0):
@@ -63,7 +63,7 @@ def _collage(rng, example):
   """Every class at once, in the colours asked for where there are any."""
   asked = {wanted.kind: wanted.color for wanted in example.goal.wanted}
   colors = {kind: asked.get(kind) or scenes.COLORS[rng.integers(8)] for kind in scenes.KINDS}
-  return _packed(rng, [(kind, palette.COLORS[color]) for kind, color in colors.items()])
+  return _packed(rng, [(kind, icons.COLORS[color]) for kind, color in colors.items()])
 
 
 def _filled(rng, example):
@@ -107,7 +107,7 @@ def _twice(rng, example):
   """Twice as many of everything as asked for."""
   things = list(example.scene.things)
   if 2 * len(things) > len(scenes.CELLS):
-    return _packed(rng, [(thing.kind, palette.COLORS[thing.color]) for thing in 2 * things])
+    return _packed(rng, [(thing.kind, icons.COLORS[thing.color]) for thing in 2 * things])
   free = [cell for cell in scenes.CELLS if cell not in {thing.cell for thing in things}]
   more = [dataclasses.replace(thing, cell=cell) for thing, cell in zip(things, free)]
   return renderer.render(scenes.Scene((*things, *more)), rng)
@@ -173,7 +173,7 @@ def _color_patches(rng, example):
   canvas = renderer.render(scenes.Scene(()), rng).copy()
   for thing in example.scene.things:
     top, left = renderer.corner(thing.cell)
-    canvas[top : top + icons.SIDE, left : left + icons.SIDE] = palette.COLORS[thing.color]
+    canvas[top : top + icons.SIDE, left : left + icons.SIDE] = icons.COLORS[thing.color]
   return canvas
 
 
@@ -183,7 +183,7 @@ def _overlaid(rng, example):
   for thing in example.scene.things:
     for kind in rng.permutation(len(scenes.KINDS)):
       top, left = renderer.corner(thing.cell)
-      renderer.blend(canvas, kind, np.array(palette.COLORS[thing.color]), 1.0, top, left)
+      renderer.blend(canvas, kind, np.array(icons.COLORS[thing.color]), 1.0, top, left)
   return canvas.astype(np.uint8)
 
 

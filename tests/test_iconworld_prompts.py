@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.iconworld import palette, prompts, riddles, scenes
+from unigrpo_jax.iconworld import icons, prompts, riddles, scenes
 
 
 def _examples(count, split="train", seed=0):
@@ -127,7 +127,7 @@ def _color_in(text):
   for color, examples in riddles.EXAMPLES.items():
     if any(f"in the colour of {example}" in text for example in examples):
       return color
-  return next((color for color in palette.COLORS if re.search(rf"\b{color}\b", text)), None)
+  return next((color for color in icons.COLORS if re.search(rf"\b{color}\b", text)), None)
 
 
 def _read_position(text):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.iconworld import icons, make_icons, palette, renderer, riddles, scenes
+from unigrpo_jax.iconworld import icons, make_icons, renderer, riddles, scenes
 
 
 def _thing(text):
@@ -71,7 +71,7 @@ def test_icons_are_small_distinct_and_have_words():
   assert not masks.alpha.flags.writeable
   assert set(masks.names) == set(riddles.PLURALS) == set(riddles.DESCRIPTIONS)
   assert set(make_icons.GLYPHS) == set(masks.names)
-  assert set(riddles.EXAMPLES) == set(palette.COLORS)
+  assert set(riddles.EXAMPLES) == set(icons.COLORS)
   flat = masks.alpha.reshape(8, -1)
   flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
   assert (flat @ flat.T)[~np.eye(8, dtype=bool)].max() < 0.88
@@ -111,7 +111,7 @@ def test_an_icon_lies_in_its_cell_in_its_colour():
   drawn = (image != image[0, 0]).any(axis=-1)
   assert drawn[16:, :16].any() and not drawn[:16].any() and not drawn[:, 16:].any()
   # Full coverage and shade somewhere: the palette's own red.
-  assert (image == palette.COLORS["red"]).all(axis=-1).any()
+  assert (image == icons.COLORS["red"]).all(axis=-1).any()
 
 
 def test_rendering_depends_on_its_generator_alone():
@@ -128,7 +128,7 @@ def test_jitter_and_brightness_stay_in_bounds_and_reach_them():
   for _ in range(60):
     image = renderer.render(scene, rng).astype(int)
     tops.add(int(np.flatnonzero((image[:, :16] > 60).any(axis=(1, 2)))[0]))
-    brightest.append(image[..., 0].max() / palette.COLORS["yellow"][0])
+    brightest.append(image[..., 0].max() / icons.COLORS["yellow"][0])
   assert tops == {0, 1, 2}
   assert 0.84 < min(brightest) < 0.89 and 0.96 < max(brightest) <= 1
 
@@ -136,9 +136,9 @@ def test_jitter_and_brightness_stay_in_bounds_and_reach_them():
 def test_backgrounds_are_drawn_only_where_the_scene_leaves_them_open():
   rng = np.random.default_rng(0)
   corners = {tuple(renderer.render(scenes.Scene(()), rng)[0, 0]) for _ in range(40)}
-  assert corners == set(palette.BACKGROUNDS.values())
+  assert corners == set(icons.BACKGROUNDS.values())
   black = scenes.Scene((), "black")
-  assert (renderer.render(black, rng) == palette.BACKGROUNDS["black"]).all()
+  assert (renderer.render(black, rng) == icons.BACKGROUNDS["black"]).all()
 
 
 @pytest.mark.parametrize("content", [None, b"not a font"])

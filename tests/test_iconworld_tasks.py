@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.iconworld import palette, renderer, riddles, scenes, tasks, verifier
+from unigrpo_jax.iconworld import icons, renderer, riddles, scenes, tasks, verifier
 
 
 def _answer(question, detections):
@@ -31,7 +31,7 @@ def test_answers_are_what_the_image_shows():
     question, answer = tasks.question(rng, scene)
     assert answer == _answer(question, verifier.detect(renderer.render(scene, rng))), question
     answers[answer] += 1
-  assert set(answers) == {"zero", "one", "two", "three", "four", *palette.COLORS}
+  assert set(answers) == {"zero", "one", "two", "three", "four", *icons.COLORS}
 
 
 def test_a_question_can_be_asked_for():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import iconworld_table
-from unigrpo_jax.iconworld import geneval, palette, prompts, renderer, scenes, verifier
+from unigrpo_jax.iconworld import geneval, icons, prompts, renderer, scenes, verifier
 
 
 def _object(kind, color="red", box=(0, 0, 10, 10), score=1.0):
@@ -141,7 +141,7 @@ def test_a_faint_or_broken_icon_is_not_an_icon():
   assert [item.kind for item in verifier.detect(half)] == [geneval.UNKNOWN]
   two_tone = image.copy()
   right = two_tone[:, 8:]
-  right[right[..., 1] < 100] = palette.COLORS["blue"]
+  right[right[..., 1] < 100] = icons.COLORS["blue"]
   assert {item.color for item in verifier.detect(two_tone)} == {geneval.UNKNOWN}
 
 
@@ -149,7 +149,7 @@ def test_a_stray_blob_is_an_extra_object():
   image = renderer.render(scenes.parse("apple red top left"))
   data = _data({"class": "apple", "count": 1})
   assert verifier.verify(image, data) == (1.0, 1.0)
-  image[24:28, 24:28] = palette.COLORS["blue"]
+  image[24:28, 24:28] = icons.COLORS["blue"]
   assert verifier.verify(image, data) == (0.0, 0.0)
 
 

@@ -20,24 +20,16 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """An object in an image.
+  """An object in an image."""
 
-  Attributes:
-    kind: its class, or `UNKNOWN` for a blob that matches nothing.
-    color: its colour's name, or `UNKNOWN`.
-    box: (left, top, right, bottom) in pixels.
-    score: confidence; the strongest are looked at first.
-  """
-
-  kind: str
-  color: str
-  box: tuple[float, float, float, float]
-  score: float = 1.0
+  kind: str  # its class, or `UNKNOWN` for a blob that matches nothing
+  color: str  # its colour's name, or `UNKNOWN`
+  box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
+  score: float = 1.0  # confidence; the strongest are looked at first
 
 
 def problem(metadata: Mapping[str, Any]) -> str | None:
-  """The first thing in `metadata`'s include and exclude that is not in GenEval's format, and what
-  would be; None if there is none.
+  """What in `metadata`'s include and exclude is not in GenEval's format first; None for nothing.
 
   Classes, colours and relations may be any text.
   """
@@ -91,10 +83,6 @@ def demands(
   An include entry looks at its class's `count` most confident objects: enough of them, all in the
   colour, each in the relation to each of the entry that the position points to, provided that
   that entry is met. An exclude entry is met by fewer objects than its count.
-
-  Args:
-    detections: what is in the image.
-    metadata: in GenEval's format; see `problem`.
   """
   ranked = sorted(detections, key=lambda item: -item.score)
   of_class = lambda name: [item for item in ranked if item.kind == name]
@@ -138,14 +126,11 @@ def extra_objects(detections: Sequence[Detection], metadata: Mapping[str, Any]) 
 
 
 def score(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> tuple[float, float]:
-  """The strict and the soft score of this world.
+  """The strict (0.0 or 1.0) and the soft score (in [0, 1]) of this world.
 
   Strict is GenEval's verdict and no extra object. Soft is the mean of the demands of include, times
-  max(0, 1 - extra objects / objects asked for): twice too many objects score 0. It is 1 exactly
-  where strict is and something is asked for.
-
-  Returns:
-    (0.0 or 1.0, a number in [0, 1]).
+  max(0, 1 - extra objects / objects asked for). It is 1 exactly where strict is and something is
+  asked for.
   """
   extra = extra_objects(detections, metadata)
   strict = verify_geneval(detections, metadata) and extra == 0

@@ -4,8 +4,7 @@ r"""Makes icons.npz from the Noto Color Emoji font; run once, its result is part
     python -m unigrpo_jax.iconworld.make_icons \
       --font=/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-Every glyph is reduced to two masks: `alpha`, how much of a pixel it covers, and `shade`, how light
-it is there, which is what remains of its inner structure after recolouring.
+Every glyph becomes two masks: `alpha`, how much of a pixel it covers, and `shade`, how light it is.
 """
 
 from __future__ import annotations
@@ -22,14 +21,9 @@ from unigrpo_jax.iconworld import icons
 
 # Class -> glyph and gain of its coverage: thin lines would otherwise fade to the background.
 GLYPHS = {
-  "apple": ("\N{RED APPLE}", 1.4),
-  "bird": ("\N{BIRD}", 1.4),
-  "umbrella": ("\N{UMBRELLA}", 1.4),
-  "wine glass": ("\N{WINE GLASS}", 1.4),
-  "cell phone": ("\N{MOBILE PHONE}", 1.4),
-  "bicycle": ("\N{BICYCLE}", 1.8),
-  "chair": ("\N{CHAIR}", 1.6),
-  "kite": ("\N{KITE}", 1.8),
+  "apple": ("\N{RED APPLE}", 1.4), "bird": ("\N{BIRD}", 1.4), "umbrella": ("\N{UMBRELLA}", 1.4),
+  "wine glass": ("\N{WINE GLASS}", 1.4), "cell phone": ("\N{MOBILE PHONE}", 1.4),
+  "bicycle": ("\N{BICYCLE}", 1.8), "chair": ("\N{CHAIR}", 1.6), "kite": ("\N{KITE}", 1.8),
 }
 STRIKE = 109  # The font's only bitmap size, in pixels.
 FAINT = 0.12  # Coverage below this is dropped: it reads as dirt at this size.

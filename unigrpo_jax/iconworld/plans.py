@@ -12,15 +12,14 @@ from unigrpo_jax.iconworld import geneval, icons, prompts, renderer, riddles, sc
 
 START = "so: "
 END = "</think>"
-# How much likelier a mistake is about something that had to be worked out.
-RIDDLE_WEIGHT = 3
+RIDDLE_WEIGHT = 3  # How much likelier a mistake is about something that had to be worked out.
 
 
 def plan_of(text: str) -> scenes.Scene | None:
   """The scene of the plan that a reasoning text ends in.
 
-  The plan is what stands between the last "so: " before the first "</think>" and that tag, or the
-  end of the text. None if there is none, or it is not a plan from end to end.
+  It stands between the last "so: " before the first "</think>" and that tag, or the end of the
+  text. None if there is none, or it is not a plan from end to end.
   """
   _, start, plan = text.split(END, 1)[0].rpartition(START)
   return scenes.parse(plan) if start else None
@@ -44,11 +43,10 @@ def is_correct(text: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def corrupt(rng: np.random.Generator, example: prompts.Example) -> str:
-  """Reasoning about the example's prompt with one mistake in it, and the plan that follows.
+  """Reasoning about the example's prompt with one mistake in it; `is_correct` never holds for it.
 
-  The mistake is one that a reader might make: another class or colour, a number one off, a
-  relation the wrong way round, colours not swapped; three times likelier where the prompt has a
-  riddle than where it is plain. `is_correct` never holds for the result.
+  The mistake is another class or colour, a number one off, a relation the wrong way round, or
+  colours not swapped; three times likelier where the prompt has a riddle than where it is plain.
   """
   goal = example.goal
   mistakes = [("kind", i) for i in range(len(goal.wanted))]

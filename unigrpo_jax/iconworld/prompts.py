@@ -19,8 +19,7 @@ from unigrpo_jax.iconworld import riddles, scenes
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # Split -> tenths of all combinations.
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
-# Chance of none, one, two riddles in a prompt.
-RIDDLES = (0.3, 0.45, 0.25)
+RIDDLES = (0.3, 0.45, 0.25)  # Chance of none, one, two riddles in a prompt.
 COLORED_COUNTS = 0.4  # Share of counting prompts that ask for a colour too.
 
 
@@ -35,72 +34,43 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-  """What a prompt asks for.
+  """What a prompt asks for."""
 
-  Attributes:
-    category: one of `CATEGORIES`, GenEval's tags.
-    wanted: one or two, of different classes.
-    relation: where `wanted[1]` is, seen from `wanted[0]`; None outside "position".
-  """
-
-  category: str
-  wanted: tuple[Wanted, ...]
-  relation: str | None = None
+  category: str  # one of `CATEGORIES`, GenEval's tags
+  wanted: tuple[Wanted, ...]  # one or two, of different classes
+  relation: str | None = None  # of `wanted[1]`, seen from `wanted[0]`; None outside "position"
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """A riddle to resolve.
+  """A riddle to resolve."""
 
-  Attributes:
-    riddle: the sort of indirection.
-    about: "kind", "count" or "color" of `wanted[index]`, or "relation" or "colors" of both.
-    phrase: what the prompt has for it.
-  """
-
-  riddle: str
-  about: str
-  phrase: str
+  riddle: str  # the sort of indirection
+  about: str  # "kind", "count" or "color" of `wanted[index]`, or "relation" or "colors" of both
+  phrase: str  # what the prompt has for it
   index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A prompt and its answer.
-
-  Attributes:
-    prompt: what a user writes.
-    reasoning: "<think>...so: PLAN</think>", correct.
-    scene: the plan's scene, a correct one; what the prompt leaves open was drawn at random, the
-      background is left open.
-    metadata: GenEval's format: tag, include, exclude (counting only), prompt.
-    combination: what the splits are disjoint by; see `split_of`.
-    goal: what the prompt was made from.
-    steps: its riddles; empty for a plain one.
-  """
+  """A prompt and its answer."""
 
   prompt: str
-  reasoning: str
-  scene: scenes.Scene
-  metadata: dict[str, Any]
-  combination: str
-  goal: Goal
-  steps: tuple[Step, ...]
+  reasoning: str  # "<think>...so: PLAN</think>", correct
+  scene: scenes.Scene  # the plan's; what the prompt leaves open is random, but for the background
+  metadata: dict[str, Any]  # GenEval's format: tag, include, exclude (counting only), prompt
+  combination: str  # what the splits are disjoint by; see `split_of`
+  goal: Goal  # what the prompt was made from
+  steps: tuple[Step, ...]  # its riddles; empty for a plain one
 
 
 @dataclasses.dataclass
 class _Draft:
-  """A prompt in the making.
-
-  Attributes:
-    rng: draws the phrases.
-    slots: which parts become riddles, such as "description 1"; see `_PHRASING`.
-    steps: those of the riddles so far.
-  """
+  """A prompt in the making."""
 
   rng: np.random.Generator
-  slots: set[str]
-  steps: list[Step] = dataclasses.field(default_factory=list)
+  slots: set[str]  # which parts become riddles, such as "description 1"; see `_PHRASING`
+  steps: list[Step] = dataclasses.field(default_factory=list)  # of the riddles so far
 
   def pick(self, options: Sequence[str]) -> str:
     return options[self.rng.integers(len(options))]
@@ -109,10 +79,7 @@ class _Draft:
     return self.pick([option for option in options if option not in taken])
 
   def noun(self, wanted: Wanted, index: int, color_of: int | None = None) -> str:
-    """A noun phrase for `wanted`, number `index` of the goal.
-
-    `color_of` is the number of the thing whose colour in the goal is wanted's; None for its own.
-    """
+    """A noun phrase for `wanted`, number `index` of the goal, with the colour of `color_of`."""
     color_of = index if color_of is None else color_of
     many = wanted.count > 1
     head, tail = riddles.PLURALS[wanted.kind] if many else wanted.kind, ""
@@ -211,10 +178,9 @@ def _phrase_colors(draft: _Draft, goal: Goal) -> tuple[str, str]:
   for i, wanted in enumerate(goal.wanted):
     color_of = 1 - i if swap else i
     nouns.append(draft.noun(dataclasses.replace(wanted, color=colors[color_of]), i, color_of))
-  end = ""
   if swap:
-    end = ", with the colours swapped"
     draft.steps.append(Step("swap", "colors", "swapped"))
+  end = ", with the colours swapped" if swap else ""
   return " and ".join(nouns) + end, " and ".join(sorted(nouns)) + end
 
 
@@ -317,10 +283,8 @@ def _resolve(goal: Goal, step: Step) -> str:
   if step.about == "kind" and wanted.count > 1 and "instead of" in step.phrase:
     return f"{step.phrase} are {riddles.PLURALS[wanted.kind]}"
   answer = {
-    "kind": riddles.with_article(wanted.kind),
-    "count": riddles.NUMBERS[wanted.count],
-    "color": wanted.color,
-    "relation": goal.relation,
+    "kind": riddles.with_article(wanted.kind), "count": riddles.NUMBERS[wanted.count],
+    "color": wanted.color, "relation": goal.relation,
   }[step.about]
   return f"{step.phrase} is {answer}"
 
@@ -333,22 +297,16 @@ def _sum_up(wanted: Wanted) -> str:
 def split_of(combination: str) -> str:
   """The split that a combination belongs to.
 
-  A combination is everything that a prompt asks for together with the words that it is asked in:
-  classes, counts, colours and relation, each with the riddle it is phrased by, and the riddles' own
-  distractors. Only the opening ("draw", "a photo of") and, in a plain "a and b", the order do not
-  count. So every word and every goal may occur in all splits; how they are put together may not.
+  A combination is everything that a prompt asks for and the words that it is asked in, riddles and
+  their distractors included. Only the opening ("draw", "a photo of") and, in a plain "a and b", the
+  order do not count. So every word and every goal may occur in all splits, but not put together.
   """
   tenth = int.from_bytes(hashlib.blake2b(combination.encode(), digest_size=8).digest(), "big") % 10
   return next(split for split, tenths in SPLITS.items() if tenth in tenths)
 
 
 def sample(rng: np.random.Generator, split: str, category: str | None = None) -> Example:
-  """Draws an example of a split.
-
-  Args:
-    rng: the only source of chance.
-    split: one of `SPLITS`.
-    category: one of `CATEGORIES`; None draws one, each as often.
+  """Draws an example of a split; `category` None draws one of `CATEGORIES`, each as often.
 
   Raises:
     InputError: no such split or category.
@@ -372,8 +330,7 @@ def sample(rng: np.random.Generator, split: str, category: str | None = None) ->
 def fixed(split: str, count: int) -> list[Example]:
   """The first `count` examples of a split's fixed list: always the same, prompts all different.
 
-  Categories take turns, so they are balanced whatever `count`; a longer list begins with a shorter
-  one.
+  Categories take turns; a longer list begins with a shorter one.
 
   Raises:
     InputError: no such split, or the split has fewer different prompts.

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 PLURALS = {
-  "apple": "apples",
-  "bird": "birds",
-  "umbrella": "umbrellas",
-  "wine glass": "wine glasses",
-  "cell phone": "cell phones",
-  "bicycle": "bicycles",
-  "chair": "chairs",
-  "kite": "kites",
+  "apple": "apples", "bird": "birds", "umbrella": "umbrellas", "wine glass": "wine glasses",
+  "cell phone": "cell phones", "bicycle": "bicycles", "chair": "chairs", "kite": "kites",
 }
 
 # What follows "thing" or "things"; each fits one class of the world only.
@@ -43,10 +37,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # "a kite with a bird to its left"
 CONVERSES = {
-  "left of": "to its left",
-  "right of": "to its right",
-  "above": "above it",
-  "below": "below it",
+  "left of": "to its left", "right of": "to its right", "above": "above it", "below": "below it",
 }
 
 # The words before what is asked for.

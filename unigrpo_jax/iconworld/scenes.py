@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 
-from unigrpo_jax.iconworld import icons, palette
+from unigrpo_jax.iconworld import icons
 
 KINDS = icons.load().names
-COLORS = tuple(palette.COLORS)
-BACKGROUNDS = tuple(palette.BACKGROUNDS)
+COLORS = tuple(icons.COLORS)
+BACKGROUNDS = tuple(icons.BACKGROUNDS)
 # Reading order; a cell's index is 2 row + column.
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -31,16 +31,12 @@ class Thing:
 class Scene:
   """Things in cells; sorted by `CELLS`, whatever order they are given in.
 
-  Attributes:
-    things: none to four, at most one a cell.
-    background: a name of `BACKGROUNDS`, or None where any will do; no plan has it.
-
   Raises:
     ValueError: a name that the world does not have, or two things in one cell.
   """
 
-  things: tuple[Thing, ...]
-  background: str | None = None
+  things: tuple[Thing, ...]  # none to four, at most one a cell
+  background: str | None = None  # of `BACKGROUNDS`; None where any will do, as in a plan
 
   def __post_init__(self):
     for thing in self.things:
@@ -68,9 +64,7 @@ def parse(text: str) -> Scene | None:
   if not all(items):
     return None
   things = tuple(Thing(*item.groups()) for item in items)
-  if len({thing.cell for thing in things}) < len(things):
-    return None
-  return Scene(things)
+  return Scene(things) if len({thing.cell for thing in things}) == len(things) else None
 
 
 def sample(rng: np.random.Generator, count: int | None = None) -> Scene:

@@ -27,17 +27,11 @@ def _single(scene: scenes.Scene) -> list[scenes.Thing]:
 def question(
   rng: np.random.Generator, scene: scenes.Scene, about: str | None = None
 ) -> tuple[str, str]:
-  """A question about what an image shows, and its answer in one word.
+  """A question about what an image shows, and its answer: a number's or a colour's name.
 
-  Args:
-    rng: draws the question.
-    scene: what the image shows.
-    about: one of `QUESTIONS`: "how many kites are there?", of a class, a colour or anything; or
-      "what colour is the bird?", of a class that is there once. None draws one. A scene in which
-      no class is there once gets a counting question in any case.
-
-  Returns:
-    (question, answer); an answer is a number's or a colour's name.
+  `about` is one of `QUESTIONS`, None draws one: "how many kites are there?", of a class, a colour
+  or anything; or "what colour is the bird?", of a class that is there once. A scene without such a
+  class gets a counting question in any case.
 
   Raises:
     InputError: no such sort of question.
@@ -73,20 +67,12 @@ def description(scene: scenes.Scene) -> tuple[str, str]:
 def edit(
   rng: np.random.Generator, scene: scenes.Scene, kind: str | None = None
 ) -> tuple[str, scenes.Scene]:
-  """An instruction, and the scene as it should be afterwards.
+  """An instruction, and the scene as it should be afterwards, which is never the old one.
 
   What the instruction does not name stays in its cell, on the same background; `renderer.render`
-  with generators in the same state then leaves its pixels alone.
-
-  Args:
-    rng: draws the edit.
-    scene: what the image shows. A thing is named by its class, so only things that are the only
-      ones of their class are changed.
-    kind: one of `EDITS`; None draws one. An edit that the scene does not allow becomes another:
-      every scene allows one of them.
-
-  Returns:
-    (instruction, new scene). The new scene is never the old one.
+  with generators in the same state then leaves its pixels alone. Only things that are the only
+  ones of their class are changed. `kind` is one of `EDITS`, None draws one; an edit that the scene
+  does not allow becomes another.
 
   Raises:
     InputError: no such sort of edit.
@@ -98,11 +84,8 @@ def edit(
   absent = [name for name in scenes.KINDS if name not in {thing.kind for thing in scene.things}]
   free = [cell for cell in scenes.CELLS if cell not in things]
   possible = {
-    "recolor": bool(single),
-    "remove": bool(single) and len(things) > 1,
-    "replace": bool(single),
-    "swap": len(single) > 1,
-    "add": bool(free),
+    "recolor": single, "remove": single and len(things) > 1, "replace": single,
+    "swap": len(single) > 1, "add": free,
   }
   # Four things of which no class is there once can only be named all together.
   allowed = [name for name in EDITS if possible[name]] or ["recolor all"]

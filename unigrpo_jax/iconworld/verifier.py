@@ -1,8 +1,8 @@
 """What is in an image, from its pixels alone, and how well that meets what was asked for.
 
-The steps: the plain background is the border's colour; coverage is the distance from it; icons are
-where a mask overlaps coverage best, their colour is unmixed from the background and compared with
-the palette under a free brightness; what is left over in connected components is unknown objects.
+The plain background is the border's colour; coverage is the distance from it; icons are where a
+mask overlaps coverage best, their colour is unmixed from the background and compared with the
+palette under a free brightness; connected components that are left over are unknown objects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from unigrpo_jax.iconworld import geneval, icons, palette, renderer, scenes
+from unigrpo_jax.iconworld import geneval, icons, renderer, scenes
 
 # Distances are Euclidean in RGB of 0..255.
 PLAIN = 45.0  # A pixel this near the background's colour belongs to it.
@@ -45,20 +45,12 @@ _PAD = 1  # Pixels that a window may hang over the image's edge.
 
 @dataclasses.dataclass(frozen=True)
 class _Templates:
-  """Masks with an empty edge, and what is computed from them once.
+  """Masks of n icons with an empty edge, in v variants, one for every blur and shift."""
 
-  n icons; v variants of each, one for every blur and shift.
-
-  Attributes:
-    coverage: [_SIDE * _SIDE, n, v] unit columns.
-    alpha, tint: [n, v, _SIDE, _SIDE], coverage and coverage times shade.
-    near: [n, _SIDE, _SIDE] bool, on the icon or next to it.
-  """
-
-  coverage: np.ndarray
-  alpha: np.ndarray
-  tint: np.ndarray
-  near: np.ndarray
+  coverage: np.ndarray  # [_SIDE * _SIDE, n, v] unit columns
+  alpha: np.ndarray  # [n, v, _SIDE, _SIDE]
+  tint: np.ndarray  # likewise, coverage times shade
+  near: np.ndarray  # [n, _SIDE, _SIDE] bool, on the icon or next to it
 
 
 @functools.cache
@@ -121,7 +113,7 @@ def _background(pixels: np.ndarray) -> np.ndarray | None:
 
 def _color(value: np.ndarray) -> str:
   """The palette's colour nearest to `value`, [3], at any brightness."""
-  table = palette.rgb(palette.COLORS)
+  table = np.array(list(icons.COLORS.values()), np.float32)
   factor = np.clip(table @ value / (table**2).sum(axis=1), *BRIGHTNESS)
   errors = np.linalg.norm(factor[:, None] * table - value, axis=1)
   best = int(errors.argmin())
@@ -129,8 +121,7 @@ def _color(value: np.ndarray) -> str:
 
 
 def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, float]:
-  """The colour of icon `kind` in a [_SIDE, _SIDE, 3] window, and the share of the contrast with
-  the background, [3], that it leaves unexplained.
+  """The colour of icon `kind` in a [_SIDE, _SIDE, 3] window, and the unexplained share of contrast.
 
   pixel = (1 - alpha) background + alpha shade colour, least squares for the colour in each variant;
   the best variant counts. The name is `UNKNOWN` for no single or no known colour.
@@ -155,13 +146,9 @@ def _icons(
 ) -> tuple[list[geneval.Detection], np.ndarray]:
   """Icons, strongest first, and the pixels next to or on one, [S, S] bool.
 
-  Candidates are where one variant of a mask on whole pixels overlaps well, taken from the
-  strongest down; each gets a closer look with all variants at the places around it.
-
-  Args:
-    padded: [S, S, 3] pixels with an edge of background.
-    coverage: [S, S] in [0, 1].
-    background: [3].
+  Candidates are where one variant of a mask on whole pixels overlaps well, from the strongest down;
+  each gets a closer look with all variants at the places around it. `padded` [S, S, 3] has an edge
+  of background, `coverage` [S, S] is in [0, 1].
   """
   masks = _templates()
   windows = np.lib.stride_tricks.sliding_window_view(coverage, (_SIDE, _SIDE))
@@ -190,15 +177,11 @@ def _icons(
 
 
 def detect(image: np.ndarray) -> list[geneval.Detection]:
-  """The objects in an image, strongest first, unknown ones last.
+  """The objects in an image, [H, W, 3] as of `standardise`, strongest first, unknown ones last.
 
-  Args:
-    image: [H, W, 3] of any dtype; see `standardise`.
-
-  Returns:
-    Icons, and `geneval.UNKNOWN` for each blob that matches none, and for all specks together one
-    for as many pixels as make a blob. Empty for an image that is blank or has no plain background.
-    Boxes are in pixels of a SIZE x SIZE image.
+  `geneval.UNKNOWN` is each blob that matches no icon, and for all specks together one for as many
+  pixels as make a blob. None for an image that is blank or has no plain background. Boxes are in
+  pixels of a SIZE x SIZE image.
   """
   pixels = standardise(image)
   background = None if pixels is None else _background(pixels)
@@ -208,8 +191,7 @@ def detect(image: np.ndarray) -> list[geneval.Detection]:
   # What counts as covered fully differs from icon to icon: a pale one is nearer the background.
   full = np.maximum(scipy.ndimage.maximum_filter(distance, 7), FAINTEST)
   coverage = np.pad(np.clip((distance - NOISE) / (full - NOISE), 0, 1), _PAD)
-  padded = np.empty((*coverage.shape, 3), np.float32)
-  padded[:] = background
+  padded = np.full((*coverage.shape, 3), background, np.float32)
   padded[_PAD:-_PAD, _PAD:-_PAD] = pixels
   detections, explained = _icons(padded, coverage, background)
   labels, count = scipy.ndimage.label(np.pad(distance > PLAIN, _PAD) & ~explained)
