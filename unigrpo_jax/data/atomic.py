@@ -29,10 +29,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def probe(path: pathlib.Path) -> None:
-  """Raises InputError unless a file can be written at `path`; leaves nothing behind.
-
-  To be called before the hours that compute what should go there.
-  """
+  """Raises InputError unless a file can be written at `path`; leaves nothing behind."""
   made = []
   try:
     for folder in reversed(path.absolute().parents):
@@ -79,10 +76,7 @@ def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
 def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A new folder beside `target` that replaces it on success and is removed otherwise.
 
-  SIGTERM and SIGHUP clean up as Ctrl-C does.
-
-  Yields:
-    The path of the temporary folder. Its parents are made too, and removed with it.
+  Its parents are made too, and removed with it. SIGTERM and SIGHUP clean up as Ctrl-C does.
   """
   target = target.resolve()
   missing = [folder for folder in target.parents if not folder.exists()]

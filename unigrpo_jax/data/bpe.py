@@ -1,7 +1,6 @@
 """Trains a small byte-level BPE in the file format of Qwen2.5's, for a small model.
 
-It has Qwen2.5's normal form, split into words and digits, byte alphabet and special tokens; only
-the merges differ, and the ids: bytes, merges, added tokens, in that order.
+Only the merges differ from Qwen2.5's, and the ids: bytes, merges, added tokens, in that order.
 """
 
 from __future__ import annotations
@@ -33,12 +32,8 @@ def train_tokenizer(
 ) -> tokenizer_lib.Tokenizer:
   """Trains on `texts`, writes the files, and loads them; the same texts give the same bytes.
 
-  Writes vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
-
-  Args:
-    texts: training texts; a text that comes twice counts twice.
-    vocab_size: all ids, bytes and added tokens included; fewer where nothing is left to merge.
-    folder: created if it does not exist.
+  `vocab_size` counts all ids, bytes and added tokens included; it is less where nothing is left to
+  merge. The files are vocab.json, merges.txt, tokenizer_config.json and tokenizer.json.
 
   Raises:
     InputError: `vocab_size` is below `LEAST_SIZE`.
@@ -76,15 +71,9 @@ def _write_config(folder: pathlib.Path, first_id: int) -> None:
       for i, (name, is_special) in enumerate(ADDED_TOKENS.items(), first_id)
     },
     "additional_special_tokens": special[1:],
-    "add_bos_token": False,
-    "add_prefix_space": False,
-    "bos_token": None,
-    "clean_up_tokenization_spaces": False,
-    "eos_token": special[0],
-    "errors": "replace",
-    "model_max_length": 131072,
-    "pad_token": special[0],
-    "split_special_tokens": False,
+    "add_bos_token": False, "add_prefix_space": False, "bos_token": None,
+    "clean_up_tokenization_spaces": False, "eos_token": special[0], "errors": "replace",
+    "model_max_length": 131072, "pad_token": special[0], "split_special_tokens": False,
     "unk_token": None,
   }
   text = json.dumps(config, indent=2) + "\n"

@@ -1,7 +1,6 @@
 """Images on the host: loading, the official resize rule, patches and their position ids.
 
-numpy and Pillow only. The rules are those of the official BAGEL transforms, bit for bit: an image a
-pixel larger, or resized by another bicubic, is another image to the network.
+The rules are those of the official BAGEL transforms, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import PIL.Image
 from unigrpo_jax import errors
 from unigrpo_jax.models import config as config_lib
 
-# Rounding a side to one patch or latent token stretches an image by at most this factor; beyond it
-# the result no longer shows the picture that was given.
-MAX_STRETCH = 2.0
+MAX_STRETCH = 2.0  # By which rounding a side to one patch or latent token may stretch an image.
 # The released VAE table is 64 tokens long, so this is where its rule passes MAX_STRETCH.
 MAX_ASPECT_RATIO = 128
 
@@ -26,11 +23,9 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
   """Opens an image as RGB, see `to_rgb`; EXIF rotation is not applied, as in the official code.
 
   Raises:
-    InputError: the file is missing, not an image, truncated, larger than Pillow's decompression
-      limit (about 89 million pixels), has one side more than `MAX_ASPECT_RATIO` times the other, or
-      has pixels without a bound that could be white.
+    InputError: the file is missing, not an image, truncated, above Pillow's limit (about 89 million
+      pixels) or `MAX_ASPECT_RATIO`, or has pixels without bounds.
   """
-  path = pathlib.Path(path)
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
@@ -82,29 +77,20 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def resized_size(
   width: int, height: int, rule: config_lib.ImageSizeRule, num_images: int = 1
 ) -> tuple[int, int]:
-  """Size of an image after the official resize rule.
+  """(width, height) in pixels of an image after the official resize rule.
 
   The long side is brought down to `max_size`, else the short side up to `min_size`; then, where it
   has too many pixels, both sides are multiplied by the ratio of the *areas* (no square root); then
   the long side is brought down to `max_size` again. After each step both sides are rounded to the
   nearest pixel and then to the nearest multiple of `stride`, halves to even both times, but never
-  below one stride.
-
-  Args:
-    width, height: pixels.
-    rule: bounds, stride and pixel budget.
-    num_images: images of the sample, which share the pixel budget.
-
-  Returns:
-    (width, height) in pixels, multiples of `rule.stride`.
+  below one stride. The `num_images` of a sample share the pixel budget.
 
   Source: official BAGEL `MaxLongEdgeMinShortEdgeResize`.
   """
 
   def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
     sides = (round(round(side * scale) / rule.stride) * rule.stride for side in (width, height))
-    new_width, new_height = (max(side, rule.stride) for side in sides)
-    return new_width, new_height
+    return tuple(max(side, rule.stride) for side in sides)
 
   scale = max(min(rule.max_size / max(width, height), 1.0), rule.min_size / min(width, height))
   width, height = scaled(width, height, scale)
@@ -122,8 +108,7 @@ def resize(image: PIL.Image.Image, rule: config_lib.ImageSizeRule) -> PIL.Image.
   `jax.image.resize` does not agree bit for bit: Pillow clamps and rounds to uint8.
 
   Raises:
-    InputError: the rule cannot keep the image's shape within `MAX_STRETCH`, or leaves a side beyond
-      `rule.max_size`, where the position table ends.
+    InputError: the image would be stretched beyond `MAX_STRETCH`, or a side beyond `rule.max_size`.
   """
   width, height = image.size
   new_width, new_height = resized_size(width, height, rule)
@@ -164,22 +149,17 @@ def patchify(array: np.ndarray, patch: int) -> np.ndarray:
 def position_ids(
   height: int, width: int, patch_pixels: int, table_side: int, interpolate: bool = False
 ) -> np.ndarray:
-  """Rows of a position table for the patches of an image, row by row.
+  """Rows of a position table for the patches of an image, row by row: [n] int32.
 
   Args:
     height, width: pixels, multiples of `patch_pixels`.
     patch_pixels: pixels a patch (or latent token) side.
-    table_side: the table covers table_side x table_side patches. An id is
-      row * table_side + column: the stride is the table's, not the image's.
+    table_side: of the table, in patches. An id is row * table_side + column.
     interpolate: spread the image over the whole table, patch k of n at floor(k table_side / n),
       instead of using its corner. The release does not.
 
-  Returns:
-    [n] int32.
-
   Raises:
-    InputError: the image has more patches a side than the table; its last columns would silently
-      take the ids of the next row.
+    InputError: the image has more patches a side than the table.
   """
   rows, columns = height // patch_pixels, width // patch_pixels
   if max(rows, columns) > table_side:

@@ -16,10 +16,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # All but the tab.
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-  """Yields (place, text) of every line that is not blank.
+  """Yields ("PATH, line N", stripped text) of every line that is not blank.
 
-  The place is "PATH, line N", for messages. The text is without the space around it; a byte order
-  mark and CRLF are accepted.
+  A byte order mark and CRLF are accepted.
 
   Raises:
     InputError: the file cannot be read, or a line is not UTF-8 text.
@@ -46,15 +45,11 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def parse_object(text: str, where: str, expected: str) -> dict[str, Any]:
-  """The JSON object of a line; its "prompt" is text that is not blank.
-
-  Args:
-    text, where: see `read`.
-    expected: ends messages, such as 'expected an object like {"prompt": "a red kite"}'.
+  """The JSON object of a line, see `read`; its "prompt" is text that is not blank.
 
   Raises:
     InputError: it is not JSON or not an object, has a key twice, holds a value that JSON or UTF-8
-      cannot represent, or its prompt is not text.
+      cannot represent, or its prompt is not text. The message ends in `expected`.
   """
   try:
     record = json.loads(
@@ -65,8 +60,6 @@ def parse_object(text: str, where: str, expected: str) -> dict[str, Any]:
     raise errors.InputError(
       f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; write both halves"
     ) from None
-  # RecursionError: thousands of open brackets. ValueError: everything else, such as a number of
-  # 5,000 digits.
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f"{where}: not JSON ({error}); {expected}") from None
   if not isinstance(record, dict):

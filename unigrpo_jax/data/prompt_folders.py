@@ -1,12 +1,8 @@
-"""Prompt sets on disk: TFDS folders whose records lie in ArrayRecord files, without TensorFlow.
+"""Prompt sets on disk: TFDS folders of ArrayRecord files, without TensorFlow; slow to import.
 
 A set is the folder NAME/1.0.0 with one or more splits, which
-`tfds.builder_from_directory(folder).as_data_source(split)` reads too. A record holds
-  prompt    text
-  metadata  a JSON object in GenEval's style; "{}" where the source has none
-Records lie in the order of their source; training permutes the indices.
-
-Importing this takes a second, so `prompts` imports it when a set is built or opened.
+`tfds.builder_from_directory(folder).as_data_source(split)` reads too. A record holds `prompt`, a
+text, and `metadata`, a JSON object in GenEval's style; "{}" where the source has none.
 """
 
 from __future__ import annotations
@@ -33,13 +29,9 @@ Pairs = Iterable[tuple[str, dict[str, Any]]]  # (prompt, metadata), in order.
 def build(
   name: str, splits: Mapping[str, Pairs], out: pathlib.Path, *, overwrite: bool = False
 ) -> pathlib.Path:
-  """Writes a set and returns its folder; on any error nothing is left behind.
+  """Writes a set and returns its folder in `out`; on any error nothing is left behind.
 
-  Args:
-    name: of the set.
-    splits: {split: its prompts}; iterated once, while they are written.
-    out: the folder `name` is made in this one.
-    overwrite: replaces a set of this name, after success only.
+  With `overwrite`, it replaces a set of this name, after success only.
 
   Raises:
     InputError: a name is not possible, the folder exists, or the disk is full; and what iterating
@@ -102,11 +94,7 @@ class Split:
   """The (prompt, metadata) pairs of one split: `len()` and `[i]`, read when asked for."""
 
   def __init__(self, folder: pathlib.Path, split: str):
-    """Opens `folder` (NAME/1.0.0).
-
-    Raises:
-      InputError: it is not a prompt set, lacks the split, or lacks a file.
-    """
+    """Opens `folder` (NAME/1.0.0); raises InputError where it, the split or a file is missing."""
     self._folder, self._split = folder, split
     try:
       builder = tfds.builder_from_directory(folder)

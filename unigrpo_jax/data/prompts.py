@@ -1,9 +1,4 @@
-"""Prompt sets to train and evaluate on, and the order in which a run reads them.
-
-`open_set` opens a set that `python -m unigrpo_jax.data` built, a prompt file as it is, or the
-embedded "iconworld". `PromptStream` yields the prompts of each step, in an order that depends on
-the seed alone and continues from one integer.
-"""
+"""Prompt sets to train and evaluate on, and the order in which a run reads them."""
 
 from __future__ import annotations
 
@@ -30,15 +25,10 @@ ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One prompt of a set.
-
-  Attributes:
-    prompt: the text.
-    metadata: what a reward may need to know, in GenEval's style; empty where the source has none.
-  """
+  """One prompt of a set."""
 
   prompt: str
-  metadata: dict[str, Any]
+  metadata: dict[str, Any]  # for rewards, in GenEval's style; empty where the source has none
 
 
 class PromptSet:
@@ -52,12 +42,7 @@ class PromptSet:
     return len(self._records)
 
   def __getitem__(self, i: int) -> Prompt:
-    """Prompt `i`, from 0.
-
-    Raises:
-      IndexError: there are fewer.
-      InputError: the set's file is damaged.
-    """
+    """Prompt `i`, from 0; raises InputError where the set's file is damaged."""
     if not 0 <= i < len(self):
       raise IndexError(f"prompt {i} of {len(self)}")
     return Prompt(*self._records[int(i)])
@@ -74,27 +59,20 @@ class PromptSet:
 
   def order(self, seed: int, epoch: int) -> np.ndarray:
     """The permutation of one epoch: [len] int64 indices, from `seed` and `epoch` alone (both >= 0).
-
-    The sort of raw 64-bit draws rather than `Generator.permutation`, whose stream NumPy may change
-    between releases: a resumed run must continue in the order it began with.
     """
+    # Not `Generator.permutation`, whose stream NumPy may change between releases.
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(len(self)), kind="stable")
 
 
 class PromptStream:
-  """Yields the prompts of each step, the same on every host.
+  """Yields the prompts of each step, the same on every host; epochs follow without a gap.
 
-  Epochs follow each other without a gap, so the last step of one may use the first prompts of the
-  next.
+  Raises:
+    InputError: `seed`, of the order, is negative or `prompts_per_step` is not positive.
   """
 
   def __init__(self, prompts: PromptSet, seed: int, prompts_per_step: int):
-    """Starts before the first step; `seed` sets the order.
-
-    Raises:
-      InputError: `seed` is negative or `prompts_per_step` is not positive.
-    """
     errors.require("seed", seed, low=0)
     errors.require("prompts_per_step", prompts_per_step, low=1)
     self._prompts, self._seed, self._step_size = prompts, seed, prompts_per_step
@@ -117,11 +95,7 @@ class PromptStream:
     return self._position
 
   def restore(self, state: int) -> None:
-    """Continues after the first `state` prompts.
-
-    Raises:
-      InputError: `state` is not a count.
-    """
+    """Continues after the first `state` prompts; raises InputError if that is no count."""
     if isinstance(state, bool) or not isinstance(state, (int, np.integer)) or state < 0:
       raise errors.InputError(f"prompt position={state!r} must be an integer of at least 0")
     self._position = int(state)
@@ -133,12 +107,12 @@ def default_folder() -> pathlib.Path:
 
 
 def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
-  """Opens a prompt set.
+  """Opens a split of a prompt set.
 
   Args:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
-      version; a .txt or .jsonl file, which has all its prompts in every split; or "iconworld",
-      which needs no building ("./iconworld" is a folder of that name).
+      version; a .txt or .jsonl file, which has all its prompts in every split; or "iconworld"
+      ("./iconworld" is a folder of that name).
     split: which part of the set.
 
   Raises:
@@ -164,13 +138,12 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
 def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields (prompt, metadata) of each line of a file that is not blank, in order.
 
-  A .txt line is the prompt, without the space around it, and has no metadata ({}). A .jsonl line is
-  an object with the key "prompt"; the whole object, prompt included, is its metadata, or {} where
-  it has no other key. Its "include" and "exclude" must be in GenEval's format, with any classes.
+  A .txt line is the prompt and has no metadata ({}). A .jsonl line is an object with the key
+  "prompt"; the whole object, prompt included, is its metadata, or {} where it has no other key. Its
+  "include" and "exclude" must be in GenEval's format, with any classes.
 
   Raises:
-    InputError: the file cannot be read, has no prompts, or a line is malformed; the message has the
-      line's number.
+    InputError: the file cannot be read, has no prompts, or a line is malformed.
   """
   ending = path.suffix.lower()
   if ending not in FILE_ENDINGS:
@@ -194,11 +167,7 @@ def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def iconworld_prompts(split: str, count: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-  """(prompt, metadata) of the first `count` prompts of one of IconWorld's splits.
-
-  Raises:
-    InputError: there is no such split, or `count` is not positive.
-  """
+  """(prompt, metadata) of the first `count` prompts of one of IconWorld's splits."""
   errors.choose(f"{ICONWORLD}: split", split, ICONWORLD_COUNTS)
   errors.require("--count", count, low=1)
   examples = iconworld.fixed(split, ICONWORLD_COUNTS[split] if count is None else count)

@@ -1,10 +1,8 @@
 """Text to token ids and back, from the files of a BAGEL folder; nothing is ever downloaded.
 
 A released folder has the Qwen2.5 byte-level BPE. A folder of recorded reference outputs has a
-character tokenizer instead, described by `toy_tokenizer` in its `bagel_config.json`.
-
-There is no chat template: a text becomes its own ids and nothing else; the caller that builds a
-sequence puts `im_start` and `im_end` around them.
+character tokenizer instead, described by `toy_tokenizer` in its `bagel_config.json`. There is no
+chat template: the caller puts `im_start` and `im_end` around a text's ids.
 """
 
 from __future__ import annotations
@@ -37,39 +35,25 @@ SYSTEM_PROMPT_VLM = (
 )
 
 SPECIAL_TOKENS = {
-  "im_start": "<|im_start|>",
-  "im_end": "<|im_end|>",
-  "vision_start": "<|vision_start|>",
-  "vision_end": "<|vision_end|>",
+  name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end")
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A loaded tokenizer.
+  """A loaded tokenizer."""
 
-  Attributes:
-    source: the folder it came from, for messages.
-    im_start, im_end, vision_start, vision_end: ids of the special tokens.
-    size: one more than the largest id. An embedding may have more rows; they are untrained and
-      decode to nothing.
-    encode_text: NFC text -> ids.
-    decode_ids: ids -> text.
-  """
-
-  source: pathlib.Path
-  im_start: int
+  source: pathlib.Path  # the folder it came from, for messages
+  im_start: int  # ids of the special tokens
   im_end: int
   vision_start: int
   vision_end: int
-  size: int
-  encode_text: Callable[[str], list[int]] = dataclasses.field(repr=False)
+  size: int  # one more than the largest id; an embedding may have more rows, untrained ones
+  encode_text: Callable[[str], list[int]] = dataclasses.field(repr=False)  # of NFC text
   decode_ids: Callable[[Sequence[int]], str] = dataclasses.field(repr=False)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text` in NFC, with none added around it.
-
-    The name of a special token inside the text becomes that token, as in the official code.
+    """Ids of `text` in NFC; the name of a special token becomes it, as in the official code.
 
     Raises:
       InputError: the text cannot be encoded; the message quotes the character.
@@ -83,10 +67,7 @@ class Tokenizer:
     return self.encode_text(unicodedata.normalize("NFC", text))
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of all `ids`, special tokens by name.
-
-    Ids that split a character give U+FFFD, so `encode(decode(ids))` need not be `ids`.
-    """
+    """Text of all `ids`, special tokens by name; ids that split a character give U+FFFD."""
     return self.decode_ids([int(i) for i in ids])
 
   def check_fits(self, vocab_size: int) -> None:
@@ -102,10 +83,8 @@ def load(folder: pathlib.Path | str) -> Tokenizer:
   """Loads the tokenizer of a BAGEL folder.
 
   Looks for `tokenizer.json`, then `vocab.json` with `merges.txt` (and a `tokenizer_config.json`
-  that lists the added tokens), then `toy_tokenizer` in `bagel_config.json`.
-
-  Raises:
-    InputError: the folder has none of them, they do not load, or a special token is missing.
+  that lists the added tokens), then `toy_tokenizer` in `bagel_config.json`; raises InputError if
+  none of them is there and loads with all special tokens.
   """
   folder = pathlib.Path(folder)
   bagel_path = folder / config_lib.BAGEL_FILE
