@@ -1,8 +1,7 @@
 """Network sizes, read from the JSON files of an official BAGEL folder.
 
-`llm_config.json` and `vit_config.json` hold what the released files hold. What the official loader
-passes by hand (VAE shape, latent patch, table sides) comes from an optional `bagel_config.json`;
-without that file it is the release's own values, which are the dataclass defaults below.
+What the official loader passes by hand (VAE shape, latent patch, table sides) comes from an
+optional `bagel_config.json`; the defaults below are the release's.
 """
 
 from __future__ import annotations
@@ -27,21 +26,18 @@ class _Kind(NamedTuple):
 
 
 def _integer(low: int = 1, high: int = 2**31 - 1) -> _Kind:
-  return _Kind(
-    lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
-  )
+  accepts = lambda value: type(value) is int and low <= value <= high
+  return _Kind(accepts, f"an integer from {low} to {high}")
 
 
 def _number(low: float, high: float, description: str) -> _Kind:
-  return _Kind(
-    lambda value: type(value) in (int, float) and low < value < high, description, float
-  )
+  accepts = lambda value: type(value) in (int, float) and low < value < high
+  return _Kind(accepts, description, float)
 
 
 def _one_of(*choices: Any) -> _Kind:
-  return _Kind(
-    lambda value: value in choices, f"{' or '.join(map(repr, choices))}: BAGEL has nothing else"
-  )
+  listed = " or ".join(map(repr, choices))
+  return _Kind(lambda value: value in choices, f"{listed}: BAGEL has nothing else")
 
 
 def _is_list(value: Any, item: _Kind, shortest: int, longest: int) -> bool:
@@ -225,13 +221,7 @@ class _Section:
 
 
 def _read(cls: type, section: _Section, *, defaults: Any = None, **others: Any) -> Any:
-  """A dataclass from its keys in a section.
-
-  Args:
-    cls: its fields made by `_key` are read.
-    section: of the file.
-    defaults: an object with the defaults, where they are not those of the fields.
-    others: the other fields.
+  """A dataclass: its `_key` fields from a section, whose defaults may be an object's, and others.
   """
   values = {
     field.name: section.get(
@@ -260,8 +250,7 @@ def read_config(folder: pathlib.Path | str) -> BagelConfig:
   """Reads the sizes of the BAGEL in `folder` from its JSON files.
 
   Raises:
-    InputError: a file or key is missing, of the wrong kind or out of bounds, or asks for something
-      that BAGEL does not have.
+    InputError: a file or key is missing, out of bounds, or asks for what BAGEL does not have.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -311,19 +300,16 @@ def _read_vit(path: pathlib.Path) -> ViTConfig:
   section = _Section(path, read_json(path))
   section.get("hidden_act", _one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh")
   config = _read(ViTConfig, section)
-  section.require_multiple(
-    "hidden_size", config.hidden_size, "num_attention_heads", config.num_heads
-  )
+  size, heads = config.hidden_size, config.num_heads
+  section.require_multiple("hidden_size", size, "num_attention_heads", heads)
   # BAGEL builds all layers but the last.
   return dataclasses.replace(config, num_layers=config.num_layers - 1)
 
 
 def _read_vae(section: _Section) -> VAEConfig:
   config = _read(VAEConfig, section)
-  section.require(
-    config.ch % GROUPS == 0, "ch", config.ch,
-    f"a multiple of {GROUPS}, the number of normalised groups",
-  )
+  groups = f"a multiple of {GROUPS}, the number of normalised groups"
+  section.require(config.ch % GROUPS == 0, "ch", config.ch, groups)
   downsample = section.get("downsample", _SIZE, config.downsample)
   section.require(
     downsample == config.downsample, "downsample", downsample,

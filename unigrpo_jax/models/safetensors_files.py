@@ -1,8 +1,7 @@
 """Reading and writing safetensors files one slice at a time.
 
-Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes. Parsed here and
-not by the safetensors library: its numpy side has no bfloat16, it maps whole files into memory, and
-a broken file has to be explained in one line.
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes. The safetensors
+library has no bfloat16 for numpy, and maps whole files into memory.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ DTYPES = {
   "F16": np.dtype(np.float16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The largest header that the safetensors library itself accepts.
-_MAX_HEADER_BYTES = 100_000_000
-# For a slice of columns, whole rows are read up to this size at once.
-_ROWS_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 100_000_000  # The largest that the safetensors library accepts.
+_ROWS_BYTES = 16 * 2**20  # Of the whole rows that are read at once for a slice of columns.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +48,7 @@ class Entry:
 
 
 class SafetensorsFile:
-  """An open safetensors file, read a slice at a time.
-
-  Attributes:
-    path: of the file.
-    entries: {tensor name: Entry}.
-    metadata: what the header holds under `__metadata__`; None without it.
+  """An open safetensors file: `entries` {tensor name: Entry}, and `metadata` of its header or None.
 
   Raises:
     InputError: the file is missing, truncated, or not in safetensors format.
@@ -109,8 +101,7 @@ class SafetensorsFile:
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
     """Reads `tensor[index]`; slices have no step.
 
-    Rows lie together in the file and are read at once. A slice of columns is cut out of whole rows,
-    some rows at a time.
+    Rows are read at once; a slice of columns is cut out of whole rows, some of them at a time.
 
     Raises:
       InputError: the file became shorter since it was opened, or the disk fails.
@@ -192,11 +183,9 @@ def _parse_entry(name: str, value: Any, first: int) -> Entry:
 class Contents:
   """What a file is made of.
 
-  Attributes:
-    tensors: {name: (dtype, shape)}.
-    pieces: (tensor name, first row, rows of that tensor), consumed one at a time and cast to the
-      tensor's dtype. Together they cover every tensor once.
-    metadata: for the header's `__metadata__`, which None leaves out.
+  `tensors` is {name: (dtype, shape)}. `pieces` are (name, first row, rows), which are consumed one
+  at a time, cast to the tensor's dtype, and cover every tensor once. `metadata` is for the header's
+  `__metadata__`, which None leaves out.
   """
 
   tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]

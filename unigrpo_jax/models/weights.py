@@ -1,8 +1,7 @@
 """One table between official BAGEL tensors and our parameter tree, both ways.
 
-Official names and shapes: `ema.safetensors` and `ae.safetensors` of ByteDance-Seed/BAGEL-7B-MoT.
-Every transform is one transpose of the official axes and a split of some of them into heads, so a
-leaf is described by its axes alone, and a slice of a parameter is a slice of its official tensor.
+Names and shapes are those of ByteDance-Seed/BAGEL-7B-MoT. Every transform is one transpose of the
+official axes and a split of some into heads, so a slice of a parameter is one of its tensor.
 
 Letters: L layers, D model width, N query heads, K kv heads, H head dim, F ffn width, V vocab,
 C latent features; the same of the vision tower with suffix v.
@@ -42,21 +41,13 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One parameter and the official tensors that fill it.
+  """One parameter and the official tensors that fill it."""
 
-  Attributes:
-    path: keys into the parameter tree; the first is the part.
-    names: official tensors, one a layer when `stacked`, else one.
-    axes: our axes without L, grouped by the official axis that each group is split from.
-    order: `order[i]` is the official axis of group i.
-    stacked: whether the parameter has a leading L axis.
-  """
-
-  path: Path
-  names: tuple[str, ...]
-  axes: tuple[tuple[int, ...], ...]
-  order: tuple[int, ...]
-  stacked: bool = False
+  path: Path  # keys into the parameter tree; the first is the part
+  names: tuple[str, ...]  # official tensors, one a layer when `stacked`, else one
+  axes: tuple[tuple[int, ...], ...]  # ours without L, grouped by the official axis they split
+  order: tuple[int, ...]  # order[i] is the official axis of group i
+  stacked: bool = False  # has a leading L axis
 
   @property
   def file(self) -> str:
@@ -92,10 +83,9 @@ class Leaf:
     return sum(len(axes) for axes in self.axes[:group])
 
   def read_layer(self, read: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
-    """One layer of `parameter[index]`; asks `read` for the official slice that holds it.
+    """One layer of `parameter[index]`, cut out of the official slice that `read` gives.
 
-    Only the first axis of a group narrows the slice that is read (splitting heads over devices);
-    a slice inside a head is taken afterwards.
+    Only the first axis of a group narrows that slice: splitting heads over devices does.
     """
     official = [slice(None)] * len(self.order)
     sizes: list[int] = []
@@ -155,23 +145,16 @@ def _llm_layers(llm) -> Iterator[Leaf]:
   source = "language_model.model.layers.{layer}"
   for expert, suffix in (("layers/und", ""), ("layers/gen", "_moe_gen")):
     attention, mlp = f"{source}.self_attn", f"{source}.mlp{suffix}"
-    yield from _norm(f"{source}.input_layernorm{suffix}", f"{expert}/input_norm", D, bias=False)
-    yield from _norm(
-      f"{source}.post_attention_layernorm{suffix}", f"{expert}/post_attention_norm", D, bias=False
-    )
+    for name in ("input", "post_attention"):
+      yield from _norm(f"{source}.{name}_layernorm{suffix}", f"{expert}/{name}_norm", D, bias=False)
+    target = f"{expert}/attention"
     for name, heads in (("q", N), ("k", K), ("v", K)):
-      yield from _linear(
-        f"{attention}.{name}_proj{suffix}", f"{expert}/attention/{name}", (D,), (heads, H)
-      )
-    yield from _linear(
-      f"{attention}.o_proj{suffix}", f"{expert}/attention/o", (N, H), (D,), bias=False
-    )
+      yield from _linear(f"{attention}.{name}_proj{suffix}", f"{target}/{name}", (D,), (heads, H))
+    yield from _linear(f"{attention}.o_proj{suffix}", f"{target}/o", (N, H), (D,), bias=False)
     for name in ("q_norm", "k_norm"):
-      yield from _norm(f"{attention}.{name}{suffix}", f"{expert}/attention/{name}", H, bias=False)
-    for name, size_in, size_out in (("gate", D, F), ("up", D, F), ("down", F, D)):
-      yield from _linear(
-        f"{mlp}.{name}_proj", f"{expert}/mlp/{name}", (size_in,), (size_out,), bias=False
-      )
+      yield from _norm(f"{attention}.{name}{suffix}", f"{target}/{name}", H, bias=False)
+    for name, wide, out in (("gate", D, F), ("up", D, F), ("down", F, D)):
+      yield from _linear(f"{mlp}.{name}_proj", f"{expert}/mlp/{name}", (wide,), (out,), bias=False)
 
 
 def _vit_layers(vit) -> Iterator[Leaf]:
@@ -179,11 +162,10 @@ def _vit_layers(vit) -> Iterator[Leaf]:
   source, target = "vit_model.vision_model.encoder.layers.{layer}", "vit/layers"
   yield from _norm(f"{source}.layer_norm1", f"{target}/norm1", Dv)
   yield from _norm(f"{source}.layer_norm2", f"{target}/norm2", Dv)
+  attention = f"{source}.self_attn"
   for name in ("q", "k", "v"):
-    yield from _linear(
-      f"{source}.self_attn.{name}_proj", f"{target}/attention/{name}", (Dv,), (Nv, Hv)
-    )
-  yield from _linear(f"{source}.self_attn.out_proj", f"{target}/attention/out", (Nv, Hv), (Dv,))
+    yield from _linear(f"{attention}.{name}_proj", f"{target}/attention/{name}", (Dv,), (Nv, Hv))
+  yield from _linear(f"{attention}.out_proj", f"{target}/attention/out", (Nv, Hv), (Dv,))
   yield from _linear(f"{source}.mlp.fc1", f"{target}/mlp/fc1", (Dv,), (Fv,))
   yield from _linear(f"{source}.mlp.fc2", f"{target}/mlp/fc2", (Fv,), (Dv,))
 
@@ -197,13 +179,9 @@ def _bagel_rest(config) -> Iterator[Leaf]:
   yield from _norm("language_model.model.norm", "norm/und", D, bias=False)
   yield from _norm("language_model.model.norm_moe_gen", "norm/gen", D, bias=False)
   tower = "vit_model.vision_model"
-  yield from _linear(
-    f"{tower}.embeddings.patch_embedding", "vit/patch_embed", (vit.patch_dim,), (Dv,)
-  )
-  yield _matrix(
-    f"{tower}.embeddings.position_embedding.weight", "vit/position_embed/embedding",
-    vit.num_positions, Dv,
-  )
+  patches, positions = (f"{tower}.embeddings.{kind}_embedding" for kind in ("patch", "position"))
+  yield from _linear(patches, "vit/patch_embed", (vit.patch_dim,), (Dv,))
+  yield _matrix(f"{positions}.weight", "vit/position_embed/embedding", vit.num_positions, Dv)
   yield from _norm(f"{tower}.post_layernorm", "vit/post_norm", Dv)
   yield from _linear("connector.fc1", "connector/fc1", (Dv,), (D,))
   yield from _linear("connector.fc2", "connector/fc2", (D,), (D,))
@@ -212,11 +190,9 @@ def _bagel_rest(config) -> Iterator[Leaf]:
   yield from _linear("time_embedder.mlp.2", "time_embedder/fc2", (D,), (D,))
   yield from _linear("vae2llm", "vae2llm", (C,), (D,))
   yield from _linear("llm2vae", "llm2vae", (D,), (C,))
-  for name, side in (
-    ("latent_pos_embed", config.max_latent_size),
-    ("vit_pos_embed", config.vit_max_patches_per_side),
-  ):
-    yield _matrix(f"{name}.pos_embed", f"{name}/embedding", side**2, D)
+  sides = {"latent": config.max_latent_size, "vit": config.vit_max_patches_per_side}
+  for name, side in sides.items():
+    yield _matrix(f"{name}_pos_embed.pos_embed", f"{name}_pos_embed/embedding", side**2, D)
 
 
 def _res_block(source: str, target: str, inputs: int, outputs: int) -> Iterator[Leaf]:
@@ -274,12 +250,7 @@ def _vae(vae) -> Iterator[Leaf]:
 
 
 def table(config, parts: Sequence[str] = PARTS) -> tuple[Leaf, ...]:
-  """Every parameter of `parts` with the official tensors that fill it.
-
-  Args:
-    config: a `BagelConfig`.
-    parts: top-level keys of the parameter tree, of `PARTS`.
-  """
+  """Every parameter of `parts` of a `BagelConfig`, with the official tensors that fill it."""
   leaves: list[Leaf] = []
 
   def add(part: str, rows: Iterator[Leaf], layers: int | None = None) -> None:
@@ -309,9 +280,7 @@ def lookup(nested: Mapping[str, Any], path: Path) -> Any:
 class OfficialReader:
   """The parameters of an official folder, checked against the table when opened.
 
-  Attributes:
-    leaves: the table of `parts`.
-    files: {file name: SafetensorsFile}.
+  `leaves` is the table of `parts`, `files` is {file name: SafetensorsFile}.
 
   Raises:
     InputError: a file is missing, broken, or does not match the config.
@@ -405,15 +374,10 @@ def config_file(name: str) -> str:
 
 
 def load(reader, leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-  """One parameter, read and placed a shard at a time.
+  """One parameter, read and placed a shard at a time; `dtype` None keeps the stored one.
 
+  `reader` has `dtype(leaf)` and `read(leaf, index, dtype)`, as `OfficialReader`.
   `jax.make_array_from_callback` would hold all of a host's shards at once.
-
-  Args:
-    reader: has `dtype(leaf)` and `read(leaf, index, dtype)`, as `OfficialReader`.
-    leaf: which parameter.
-    dtype: of the result; None keeps the stored one.
-    sharding: of the result.
   """
   dtype = dtype if dtype is not None else reader.dtype(leaf)
   holders: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
