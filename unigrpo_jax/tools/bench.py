@@ -23,7 +23,7 @@ import numpy as np
 
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import prompts
-from unigrpo_jax.episodes import rollout, sampler
+from unigrpo_jax.episodes import rollout
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import parts, rl
 from unigrpo_jax.runtime import metrics as metrics_lib
@@ -57,17 +57,22 @@ examples:
 A busy machine slows everything: compare the column "of matmul", which the same rounds measured.
 One device is used. With --shape=all every shape has a process, and so a peak memory, of its own."""
 
-PROMPT = prompts.Prompt("whose ids the workload's tokenizer makes up", {})
-
 
 class Bench:
-  """A network with random weights, and what an iteration runs."""
+  """A network with random weights, and what an iteration runs.
 
-  def __init__(self, work: workloads.Workload, *, dtype: str, remat: bool, device: jax.Device):
+  Attributes:
+    timer: seconds of the phases since it was read.
+    compiled: by phase, the seconds that each of its runs compiled.
+  """
+
+  def __init__(
+    self, work: workloads.Workload, *, dtype: str, remat: bool, compiling: run.CompileTimer
+  ):
+    self.timer, self.compiled, self._compiling = metrics_lib.PhaseTimer(), {}, compiling
     self.work, self.spec = work, rl.read(workloads.training_config(work, dtype, remat))
-    network = workloads.network(work, self.spec.network, device)
-    self.mesh = network.mesh
-    self.rollout = rollout.Rollout(network, None, self.spec.rollout)
+    network = workloads.network(work, self.spec.network, jax.devices()[0])
+    self.mesh, self.rollout = network.mesh, rollout.Rollout(network, None, self.spec.rollout)
     self.updates, self.opt_states = {}, {}
     for name, trained in workloads.TRAINED.items():
       spec = rl.read(workloads.training_config(work, dtype, remat, trained))
@@ -78,50 +83,58 @@ class Bench:
         spec, network, self.algorithm, optimizer, self.rollout.grid, layout
       )
       first = state.first_state(network, optimizer, layout, random_init=True, seed=0)
-      self.params, self.opt_states[name] = _with_velocities(first.params), first.opt_state
+      self.params, self.opt_states[name] = first.params, first.opt_state
     rng = np.random.default_rng(0)
-    self.adv = rng.normal(size=work.group).astype(np.float32)
-    self.matrix = jnp.asarray(rng.normal(size=(workloads.MATMUL_SIDE,) * 2), dtype)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    # It starts at zero, and then there is no velocity and no gradient to what lies under it.
+    kernel = self.params["llm2vae"]["kernel"]
+    self.params["llm2vae"]["kernel"] = jax.device_put(0.02 * draw(*kernel.shape), kernel.sharding)
+    self.adv = draw(work.group)
+    self.matrix = jnp.asarray(draw(workloads.MATMUL_SIDE, workloads.MATMUL_SIDE), dtype)
     precision = layers.matmul_precision(dtype)
     self.product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
 
-  def multiply(self) -> None:
-    """The plain product, before every phase: what else the machine does changes within a round."""
-    for _ in range(workloads.MATMULS):
-      jax.block_until_ready(self.product(self.matrix))
+  @contextlib.contextmanager
+  def timed(self, phase: str) -> Iterator[None]:
+    """Times a phase, and the matmul before it: the machine's load changes within a round."""
+    with self._timed("matmul"):
+      for _ in range(workloads.MATMULS):
+        jax.block_until_ready(self.product(self.matrix))
+    with self._timed(phase):
+      yield
 
-  def iteration(self, number: int, timer: sampler.Timer) -> dict[str, float]:
-    """Runs every phase once within `timer`; returns what the updates measured.
+  @contextlib.contextmanager
+  def _timed(self, phase: str) -> Iterator[None]:
+    self._compiling.read_and_reset()
+    with self.timer(phase):
+      yield
+    self.compiled.setdefault(phase, []).append(self._compiling.read_and_reset())
+
+  def iteration(self, number: int) -> dict[str, float]:
+    """Runs and times every phase once; returns the tokens and the updates' metrics.
 
     Raises:
       UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
     """
     key, window = jax.random.key(number), rl.window_steps(self.spec, number + 1)
     params = self.rollout.sampler.cast_and_reshard(self.params)
-    episode = self.rollout.sample(params, [PROMPT], key, 0, window, timer)
-    valid = np.ones(self.work.group, bool)
+    prompt = prompts.Prompt("a prompt", {})
+    episode = self.rollout.sample(params, [prompt], key, 0, window, self.timed)
+    rows = (self.adv, np.ones(self.work.group, bool))
     experience = self.algorithm.experience(
-      [episode], *(sharding.put_rows(self.mesh, a) for a in (self.adv, valid)), key
+      [episode], *(sharding.put_rows(self.mesh, a) for a in rows), key
     )
     metrics = {"tokens": int(episode.host_text.mask.sum())}
     for name, update in self.updates.items():
       # Each starts from the policy that sampled; the last one's result samples next.
       params = jax.tree.map(jnp.copy, self.params)
       before = types.TrainState(jnp.int32(number), params, self.opt_states[name], ema=None)
-      with timer(name):
-        after, measured = update(before, experience)
+      with self.timed(name):
+        after, update_metrics = update(before, experience)
       self.opt_states[name] = after.opt_state
-      metrics |= measured
+      metrics |= update_metrics
     self.params = after.params
     return metrics
-
-
-def _with_velocities(params):
-  """Random parameters with a velocity head that is not zero, which no gradient would pass."""
-  head = params["llm2vae"]
-  kernel = 0.02 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
-  kernel = jax.device_put(kernel, head["kernel"].sharding)
-  return params | {"llm2vae": head | {"kernel": kernel}}
 
 
 def measure(
@@ -130,8 +143,7 @@ def measure(
   """Times a workload; returns its part of the JSON file.
 
   Args:
-    name: of the shape.
-    work: what is timed.
+    name, work: of the shape.
     repeats: rounds after the one that compiles.
     dtype: of activations and of the matmul.
     remat: recomputes each layer in the backward pass.
@@ -140,43 +152,25 @@ def measure(
     InputError: the trainer does not compute what the sampler did.
   """
   load = os.getloadavg()[0]
-  timer, compiled = metrics_lib.PhaseTimer(), {}
-  seconds, measured = [], []  # of each round
+  seconds, metrics = [], []  # of each round
   with run.CompileTimer() as compiling:
-    bench = Bench(work, dtype=dtype, remat=remat, device=jax.devices()[0])
-
-    @contextlib.contextmanager
-    def one(phase: str) -> Iterator[None]:
-      compiling.read_and_reset()
-      with timer(phase):
-        yield
-      compiled.setdefault(phase, []).append(compiling.read_and_reset())
-
-    @contextlib.contextmanager
-    def timed(phase: str) -> Iterator[None]:
-      with one("matmul"):
-        bench.multiply()
-      with one(phase):
-        yield
-
+    bench = Bench(work, dtype=dtype, remat=remat, compiling=compiling)
     with sharding.activate(bench.mesh), errors.at("nothing was measured"):
       for number in range(repeats + 1):
-        timer.read_and_reset()
-        measured.append(bench.iteration(number, timed))
-        seconds.append(timer.read_and_reset())
+        bench.timer.read_and_reset()
+        metrics.append(bench.iteration(number))
+        seconds.append(bench.timer.read_and_reset())
         what = f"round {number} of {repeats}" if number else "compiled"
         print(f"{name}: {what}, {seconds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
+  drift = {kind: max(each[f"drift/{kind}"] for each in metrics) for kind in ("text", "flow")}
   return {
     "shape": name, "workload": dataclasses.asdict(work), "load_average": load,
-    "trajectory_tokens": measured[-1]["tokens"] // work.group,
-    "drift": {
-      kind: max(values[f"drift/{kind}"] for values in measured) for kind in ("text", "flow")
-    },
-    "warm_compile_seconds": sum(sum(parts[1:]) for parts in compiled.values()),
+    "trajectory_tokens": metrics[-1]["tokens"] // work.group, "drift": drift,
+    "warm_compile_seconds": sum(sum(each[1:]) for each in bench.compiled.values()),
     "peak_memory_bytes": peak_memory(),
   } | summary(
-    work, {phase: [each[f"seconds/{phase}"] for each in seconds[1:]] for phase in compiled},
-    {phase: parts[0] for phase, parts in compiled.items()},
+    work, {phase: [each[f"seconds/{phase}"] for each in seconds[1:]] for phase in bench.compiled},
+    {phase: each[0] for phase, each in bench.compiled.items()},
   )
 
 

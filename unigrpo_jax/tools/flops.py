@@ -1,9 +1,8 @@
 """Model FLOPs of BAGEL by formula, from its sizes alone.
 
 A product of an [a, b] and a [b, c] matrix is 2abc FLOPs. Only products count: embedding look-ups,
-norms, rotary angles, softmax and activations do not, nor do the VAE and the ViT. A key that a query
-may not see is not counted, whatever a program computes and masks. Work done again is not counted
-either: recomputing activations in the backward pass adds one forward to what the machine does.
+norms, rotary angles, softmax and activations do not, nor do the VAE and the ViT, keys that a query
+may not see, and work done again, such as activations recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from collections.abc import Collection
 import dataclasses
 from typing import Any
 
-# Groups of parameters that take part, named as in `optim.GROUPS`.
-PARTS = ("und", "gen", "text", "latent")
-# Features of a flow time before its embedder (`layers.time_features`).
-TIME_FEATURES = 256
+PARTS = ("und", "gen", "text", "latent")  # Groups that take part, as in `optim.GROUPS`.
+TIME_FEATURES = 256  # Of a flow time before its embedder (`layers.time_features`).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +47,13 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """FLOPs of a forward pass, by the weights that cause them; can be added and multiplied.
+  """FLOPs of a forward pass, by the weights that cause them; can be added and multiplied."""
 
-  Attributes:
-    und, gen: of the products with an expert's weights.
-    text: of the language head.
-    latent: of the latents' and time's embedding and of the velocity head.
-    attention: of queries with keys and of weights with values; it has no parameters.
-  """
-
-  und: int = 0
+  und: int = 0  # of the products with an expert's weights
   gen: int = 0
-  text: int = 0
-  latent: int = 0
-  attention: int = 0
+  text: int = 0  # of the language head
+  latent: int = 0  # of the latents' and time's embedding and of the velocity head
+  attention: int = 0  # of queries with keys and of weights with values; it has no parameters
 
   def __add__(self, other: Work) -> Work:
     return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
@@ -86,12 +76,6 @@ class Work:
     frozen expert on their way to a trained one, since both share every softmax. Attention's two
     products become four. Work on which no trained parameter depends (a context of text, when only
     the generation expert is trained) has no backward pass: do not call this on it.
-
-    Args:
-      trained: of `PARTS`.
-
-    Raises:
-      ValueError: a name that is none of `PARTS`.
     """
     if unknown := set(trained) - set(PARTS):
       raise ValueError(f"{sorted(unknown)} are none of {PARTS}")
@@ -113,16 +97,10 @@ def causal_pairs(queries: int, context: int = 0) -> int:
 
 
 def text(sizes: Sizes, tokens: int, *, context: int = 0, scored: int = 0) -> Work:
-  """T text tokens through the understanding expert, after a context of S tokens.
+  """T causal text tokens through the understanding expert, after a context of S tokens.
 
-  Prefill and decoding one by one cost the same. Teacher forcing N of T tokens is `scored=N`; a
-  prefill that only fills the cache scores none.
-
-  Args:
-    sizes: of the network.
-    tokens: T, causal.
-    context: S, all of which they see.
-    scored: tokens whose logits are computed, 2 D V each.
+  Prefill and decoding one by one cost the same. `scored` are the tokens whose logits are computed,
+  2 D V each: N in teacher forcing, none in a prefill.
   """
   return (
     Work(und=2 * sizes.expert * tokens, text=2 * sizes.width * sizes.vocab * scored)
@@ -146,8 +124,7 @@ def velocity(sizes: Sizes, latents: int, *, context: int) -> Work:
   time = 2 * (TIME_FEATURES * sizes.width + sizes.width**2)
   return (
     Work(
-      und=2 * sizes.expert * 2,
-      gen=2 * sizes.expert * latents,
+      und=2 * sizes.expert * 2, gen=2 * sizes.expert * latents,
       latent=4 * sizes.latent * sizes.width * latents + time,
     )
     + attend(sizes, queries * (context + queries))

@@ -9,17 +9,8 @@ from unigrpo_jax.tools.plan import chips, plans
 from unigrpo_jax.tools.plan import figures as figures_lib
 
 
-def lines(
-  config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip
-) -> list[str]:
-  """The change that frees most first, as an argument of the command line; empty if the plan fits.
-
-  Args:
-    config: that was planned.
-    plan: of it.
-    figures: see `figures.record`.
-    chip: of the topology.
-  """
+def lines(config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip) -> list[str]:
+  """The change that frees most first, as a command-line argument; empty if the plan fits."""
   if figures["fits"]:
     return []
   name = max(figures["peak"], key=figures["peak"].get)
@@ -39,8 +30,6 @@ def lines(
 
 
 # Changes are (bytes that are freed on a chip, argument, note).
-
-
 def _of_update(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
   """Changes for an update that needs `size` bytes besides the state, `excess` of them too many."""
   if not config.remat:
@@ -73,10 +62,8 @@ def _of_both(config, plan) -> Iterator[tuple[float, str, str]]:
 
 
 def _halved(count: int, rows: int, plan, size: float, excess: float) -> int:
-  """`count` halved until that frees `excess` of the `size` bytes, which are in proportion to it.
-
-  `rows` times the result divides over the mesh, as `count` does.
-  """
+  """`count` halved until that frees `excess` of the `size` bytes, which are in proportion to it,
+  while `rows` times it divides over the mesh."""
   ways, left = plan.mesh["data"] * plan.mesh["fsdp"], count
   while size * (1 - left / count) < excess and left % 2 == 0 and left // 2 * rows % ways == 0:
     left //= 2

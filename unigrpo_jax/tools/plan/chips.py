@@ -9,25 +9,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Peak figures of one chip.
+  """Peak figures of one chip."""
 
-  Attributes:
-    name: as topologies are named, "v5p".
-    flops: bfloat16 products, FLOP/s.
-    hbm: bytes that programs may use.
-    hbm_bandwidth: bytes/s.
-    axis_bandwidth: bytes/s that leave the chip along one axis of the torus, both ways together.
-    torus: axes of the torus.
-    source: of the figures.
-  """
-
-  name: str
-  flops: float
-  hbm: float
-  hbm_bandwidth: float
-  axis_bandwidth: float
-  torus: int
-  source: str
+  name: str  # as topologies are named, "v5p"
+  flops: float  # bfloat16 products, FLOP/s
+  hbm: float  # bytes that programs may use
+  hbm_bandwidth: float  # bytes/s
+  axis_bandwidth: float  # bytes/s that leave it along an axis of the torus, both ways together
+  torus: int  # axes
+  source: str  # of the figures
 
 
 # Published: bfloat16 TFLOP/s, HBM GB/s, and the interconnect of a chip, of which an axis of the

@@ -15,11 +15,9 @@ import jax
 
 from unigrpo_jax import errors
 from unigrpo_jax.recipe import config_files, rl
-from unigrpo_jax.tools.plan import advice, figures, page, plans, topology
+from unigrpo_jax.tools.plan import advice, figures, page, planner, plans, topology
 
-DESCRIPTION = """\
-Compiles every phase of a training for chips that need not be there, and says what it needs of them.
-"""
+DESCRIPTION = "Compiles a training for chips that need not be there; prints what it needs of them."
 
 EPILOG = """\
 --config.KEY=VALUE changes a key of the config, as for training.
@@ -57,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   for name in args.topology:
     texts = args.texts and args.texts / name.replace(":", "_")
     progress = functools.partial(_print_progress, name, time.monotonic())
-    plan, chip = topology.plan(spec, name, progress, args.phases, texts)
+    chip, devices = topology.devices(name)
+    network = topology.open_network(spec.network, devices)
+    plan = planner.Planner(spec, network, progress, args.phases, texts).run()
     records[name] = figures.record(plan, chip)
     print(page.render(name, records[name], chip, topology.summary(spec)))
     print("\n".join(advice.lines(config, plan, records[name], chip)), flush=True)

@@ -17,14 +17,10 @@ _BESIDE = {"layout": (), "read": ("sampler", "recorded"), "update": ("recorded",
 
 
 def record(plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
-  """All figures of a plan; it can be written as JSON.
+  """All figures of a plan, as JSON: bytes, seconds of an iteration, and `_phase` of each phase.
 
   Of a plan of some phases alone, `fits` is about them, and there are no seconds of an iteration.
-
-  Returns:
-    chip, hbm (bytes of a chip), mesh, held (bytes by cause), phases (by name: see `_phase`), peak
-    (bytes, by phase), fits, spare (part of the memory that stays free), seconds (of an iteration),
-    images_per_hour.
+  `spare` is the part of the memory that stays free.
   """
   phases = {name: _phase(phase, plan, chip) for name, phase in plan.phases.items()}
   peak = {name: _peak(phase, plan) for name, phase in plan.phases.items()}
@@ -55,11 +51,8 @@ def _peak(phase: plans.Phase, plan: plans.Plan) -> float:
 
 
 def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
-  """All runs of a phase in an iteration, on one chip.
-
-  Of the seconds, `compute`, `hbm` and `interconnect` are what each alone would take at its peak;
-  `seconds` is the largest of them, as if all ran beside each other.
-  """
+  """All runs of a phase in an iteration, on one chip; `times` are what each resource alone takes at
+  its peak, and `seconds` the largest of them, as if all ran beside each other."""
   figures = {"runs": phase.runs, "compile_seconds": phase.seconds, "exceeds": phase.exceeds}
   if phase.program is None:
     return figures | {"seconds": 0.0}

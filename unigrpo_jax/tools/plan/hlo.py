@@ -71,14 +71,12 @@ class Program:
       (VMEM) are free, and so is what moves nothing: tuples, parameters, bitcasts. What a kernel or
       fusion reads twice is counted once.
     collectives, custom_calls: in the order of the text.
-    devices: how many run it.
   """
 
   flops: float = 0.0
   bytes: float = 0.0
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
-  devices: int = 1
 
   def add(self, called: Program, times: float) -> None:
     """Adds `times` runs of what is called."""
@@ -119,7 +117,7 @@ class _Reader:
     """One run of a computation; a fused one has no memory traffic inside."""
     key = computation.name, fused
     if key not in self._programs:
-      self._programs[key] = total = Program(devices=self._devices)
+      self._programs[key] = total = Program()
       for instruction in computation.instructions.values():
         if not instruction.opcode.endswith(("-done", "-update")):
           self._add(instruction, computation, fused, total)

@@ -20,14 +20,7 @@ _MIN_BYTES = 1e7  # a chip sends in an iteration; less is not listed
 def render(
   name: str, figures: Mapping[str, Any], chip: chips.Chip, summary: Sequence[str] = ()
 ) -> str:
-  """One page about one topology.
-
-  Args:
-    name: of the topology.
-    figures: see `figures.record`.
-    chip: of the topology.
-    summary: lines about the run, below the title.
-  """
+  """One page about a topology, with `figures.record` and lines about the run below the title."""
   mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
   phases, iteration = figures["phases"], []
   if figures["seconds"] is not None:

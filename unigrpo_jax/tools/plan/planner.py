@@ -152,8 +152,7 @@ class Planner:
 
     Args:
       name: of the phase, or "fork".
-      fn: a jitted function, or a partial of one.
-      *args: its arguments.
+      fn, *args: a jitted function, or a partial of one, and its arguments.
       runs: in an iteration; None: one a chunk.
       trips: of a loop that ends early.
     """

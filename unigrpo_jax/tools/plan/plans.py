@@ -26,60 +26,41 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Phase:
   """A program, and what an iteration asks of it.
 
-  Attributes:
-    name: one of `PHASES`.
-    runs: how often an iteration runs it.
-    model_flops: of all its runs on all chips, by formula; None where there is no formula.
-    program: what one run does on one chip; None where it did not compile.
-    bytes: of one run on one chip: {"arguments", "results", "temporaries"}; results that take their
-      argument's place are not counted again.
-    exceeds: bytes that the compiler wanted where it did not fit; None where it did.
-    seconds: of compiling.
+  `bytes` are those of one run on one chip: {"arguments", "results", "temporaries"}; results that
+  take their argument's place are not counted again.
   """
 
-  name: str
-  runs: int
-  model_flops: float | None
-  program: hlo.Program | None
+  name: str  # of `PHASES`
+  runs: int  # of an iteration
+  model_flops: float | None  # of all its runs on all chips, by formula; None where there is none
+  program: hlo.Program | None  # what one run does on one chip; None where it did not compile
   bytes: Mapping[str, int]
-  exceeds: float | None
-  seconds: float
+  exceeds: float | None  # bytes that the compiler wanted where it did not fit; None where it did
+  seconds: float  # of compiling
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """The programs of a run on a topology.
 
-  Attributes:
-    mesh: {axis: size}.
-    held: bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-      reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
-    phases: by name.
-    trajectories: of an iteration.
+  `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
+  reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
   """
 
-  mesh: Mapping[str, int]
+  mesh: Mapping[str, int]  # {axis: size}
   held: Mapping[str, int]
-  phases: Mapping[str, Phase]
-  trajectories: int
+  phases: Mapping[str, Phase]  # by name
+  trajectories: int  # of an iteration
 
 
 def compile_phase(
   name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1,
   texts: pathlib.Path | None = None,
 ) -> tuple[Phase, Any]:
-  """Compiles a program.
+  """Compiles `fn`, a jitted function or a partial of one, for `args`, shapes with shardings.
 
-  Args:
-    name: of the phase.
-    fn: a jitted function, or a partial of one.
-    *args: its arguments, shapes with shardings.
-    runs, model_flops: see `Phase`.
-    trips: of a loop that ends early.
-    texts: folder for the compiled text, NAME.txt; or None.
-
-  Returns:
-    The phase, and the program's results as shapes with shardings; None if it does not fit.
+  `trips` are those of a loop that ends early; `texts` is a folder for the compiled text, NAME.txt.
+  Returns the phase, and the results as shapes with shardings; None if it does not fit.
   """
   bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
   start = time.monotonic()

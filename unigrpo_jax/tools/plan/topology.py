@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-import pathlib
-
 import jax
 from jax.experimental import topologies
 
@@ -13,7 +10,7 @@ from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import rl
 from unigrpo_jax.runtime import folders, state
-from unigrpo_jax.tools.plan import chips, planner, plans
+from unigrpo_jax.tools.plan import chips
 
 INSTALL = "install the TPU compiler, pip install -r requirements-tpu.txt"
 
@@ -55,20 +52,6 @@ def stub_tokenizer() -> tokenizer_lib.Tokenizer:
     None, im_start=151644, im_end=151645, vision_start=151652, vision_end=151653, size=151665,
     encode_text=lambda text: [0] * lengths.get(text, 1), decode_ids=lambda ids: "",
   )
-
-
-def plan(
-  spec: rl.Spec, name: str, progress: Callable[[str], None] = lambda phase: None,
-  only: Collection[str] = plans.PHASES, texts: pathlib.Path | None = None,
-) -> tuple[plans.Plan, chips.Chip]:
-  """Compiles the phases of a run, or some of them, for a topology.
-
-  Raises:
-    InputError: no compiler, no such topology, or the run does not fit it.
-  """
-  chip, chip_devices = devices(name)
-  network = open_network(spec.network, chip_devices)
-  return planner.Planner(spec, network, progress, only, texts).run(), chip
 
 
 def summary(spec: rl.Spec) -> list[str]:
