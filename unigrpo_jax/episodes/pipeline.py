@@ -129,7 +129,7 @@ class Pipeline:
       jax.random.normal(requests_lib.row_key(seed, "noise"), (count, self.config.latent_dim))
       for seed, count in zip(batch.seeds, counts)
     ])
-    return sampler_lib.Randomness(text, noise)
+    return sampler_lib.Randomness(text, sharding.put_rows(self.mesh, noise))
 
   def _result(self, episode: sampler_lib.Episode, row: int) -> Result:
     image = None if episode.images is None else episode.images[row]

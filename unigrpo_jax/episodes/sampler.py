@@ -162,7 +162,7 @@ class Sampler:
         with timer("denoise"):
           grid = jax.tree.map(put, batch.grid)
           steps = () if window is None else (randomness.steps, put(window))
-          flow = run.denoise(params, contexts, put(randomness.noise), grid, *steps)
+          flow = run.denoise(params, contexts, randomness.noise, grid, *steps)
           jax.block_until_ready(flow)
     rows, host_text = np.arange(batch.real), None
     if text is not None:
