@@ -4,6 +4,7 @@ import math
 
 import jax
 from jax import test_util
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -232,6 +233,41 @@ def test_one_program_for_every_window(compilations):
   second = program(windows[1])
   assert len(compilations) == before
   assert jnp.abs(first - second).max() > 1e-3
+
+
+def _draws(jaxpr, path=()):
+  """For each primitive that draws random bits, the primitives that it lies within."""
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name == "random_bits":
+      yield path
+    for number, sub in enumerate(core.jaxprs_in_params(equation.params)):
+      yield from _draws(sub, (*path, (name, number)))
+
+
+def test_noise_is_drawn_within_the_window_alone():
+  noise, times = jnp.ones((2, 3, 2)), flow.time_grid(9, 3.0)
+  traced = jax.make_jaxpr(lambda steps, key: run(lambda x, t: x, noise, times, steps, key=key))
+  paths = list(_draws(traced(jnp.zeros((2, 2), jnp.int32), keys(2)).jaxpr))
+  # One draw, in one branch of the condition on the step.
+  assert len(paths) == 1
+  assert ("scan", 0) in paths[0] and [part for part in paths[0] if part[0] == "cond"]
+
+
+@every_kind
+def test_keys_matter_within_the_window_alone(kind):
+  """Before its first step and after its last the path is the ODE's."""
+  noise, times = jax.random.normal(jax.random.key(0), (2, 3, 4)), flow.time_grid(8, 3.0)
+  velocity = lambda x, t: jnp.sin(x) + t
+  first, second = (
+    run(velocity, noise, times, [[2, 3]] * 2, kind=kind, key=keys(2, seed)) for seed in (0, 1)
+  )
+  before = flow.integrate(velocity, noise, times[:3])
+  for rollout in (first, second):
+    np.testing.assert_allclose(rollout.x_t[:, 0], before, atol=1e-6)
+    after = flow.integrate(velocity, rollout.x_next[:, 1], times[4:])
+    np.testing.assert_allclose(rollout.latents, after, atol=1e-6)
+  assert float(jnp.abs(first.x_next - second.x_next).min((2, 3)).min()) > 0
 
 
 def test_steps_are_reported():

@@ -103,6 +103,51 @@ def test_an_invalid_group_equals_none(run, experience):
     np.testing.assert_allclose(metrics[name], want[name], rtol=1e-4, atol=1e-9, err_msg=name)
 
 
+def _drift_from_one(size: float, count: int) -> dict[str, float]:
+  """Of `count` differences of which one is `size` and the others are 0.
+
+  The 99th percentile lies at place 0.99 (count - 1) of the sorted ones, 0.01 (count - 1) before the
+  last: between the last but one, 0, and the last.
+  """
+  return {"_mean": size / count, "_p99": size * (1 - 0.01 * (count - 1))}
+
+
+def test_drift_of_the_sampled_text(run, experience):
+  """One token whose recorded log-probability is off by 3, one off by 9 in an invalid group."""
+  text = experience.only.text
+  valid = np.arange(8) >= 2
+  recorded = text.logp.at[4, 0].add(-3.0).at[0, 0].add(-9.0)
+  changed = experience.replace(valid=jnp.asarray(valid)).with_only(text=text.replace(logp=recorded))
+  _, _, metrics = run(changed)
+  count, size = int(text.mask[valid].sum()), abs(float(recorded[4, 0]))
+  assert 10 < count < 40 and size > 3
+  # The largest is of all that were sampled; the log-probability itself is off by up to 1e-5.
+  np.testing.assert_allclose(metrics["drift/text"], 9, atol=2e-5)
+  largest = 9 / abs(float(recorded[0, 0]))
+  np.testing.assert_allclose(metrics["drift/text_scaled"], largest, atol=2e-5)
+  for name, one in (("drift/text", 3.0), ("drift/text_scaled", 3.0 / size)):
+    for suffix, value in _drift_from_one(one, count).items():
+      np.testing.assert_allclose(metrics[name + suffix], value, atol=2e-5, err_msg=suffix)
+
+
+def test_drift_of_the_images_steps(run, experience):
+  """A recorded mean that is lower by 0.1 makes a log ratio of 0.1 <x_next - mean + 0.1> / std."""
+  drawn = experience.only.flow
+  valid = np.arange(8) >= 2
+  recorded = drawn.mean.at[4, 1].add(-0.1)
+  changed = experience.replace(valid=jnp.asarray(valid)).with_only(
+    flow=drawn.replace(mean=recorded))
+  _, _, metrics = run(changed)
+  away = float((drawn.x_next - drawn.mean)[4, 1].mean())
+  t, t_next = float(drawn.t[4, 1]), float(drawn.t_next[4, 1])
+  std = joint.NOISE * (t / (1 - t)) ** 0.5 * (t - t_next) ** 0.5
+  one = abs(0.1 * (away + 0.1) / std)
+  assert one > 1e-3
+  np.testing.assert_allclose(metrics["drift/flow"], one, rtol=1e-4)
+  for suffix, value in _drift_from_one(one, 6 * len(joint.STEPS)).items():
+    np.testing.assert_allclose(metrics["drift/flow" + suffix], value, rtol=1e-4, err_msg=suffix)
+
+
 def test_zero_advantage_moves_nothing(run, experience):
   flat = experience.replace(adv=jnp.zeros(8))
   after, before, metrics = run(

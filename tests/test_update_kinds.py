@@ -64,6 +64,18 @@ def test_images_without_thinking(run, small, params):
   assert _groups(before, after) == {"gen"} and metrics["drift/flow"][0] < 1e-7
 
 
+def test_source_images_go_with_their_prompts(run, small, params):
+  """However prompts and their groups are cut into microbatches."""
+  experience = joint.sample(small, params["bagel"], joint.EDIT)
+  update_of = lambda experience: run(
+    experience, algorithm=_of(script=joint.EDIT), reference=None,
+    schedule=joint.schedule(microbatches=4, group_parts=2))
+  after, before, metrics = update_of(experience)
+  assert _groups(before, after) == {"gen"} and metrics["drift/flow"][0] < 1e-7
+  others = jax.tree.map(lambda a: a[::-1], experience.source)
+  assert update_of(experience.replace(source=others))[2]["drift/flow"][0] > 1e-5
+
+
 @pytest.mark.parametrize("kind", [forward.NFT, forward.AWM, forward.FPO])
 def test_algorithms_that_noise_the_image_again(run, experience, kind):
   noised = forward.noise_again(jax.random.key(3), experience, 3)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
+from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.sampling import windows
 
 RANGE = dict(low=0, high=5, size=3, num_steps=24)
@@ -53,6 +54,22 @@ def test_a_rank_keeps_its_window():
   # A trajectory's window is that of its rank, wherever it lies.
   ranks = np.array([7, 7, 1, 5])
   np.testing.assert_array_equal(draw("per_rank_const", ranks=ranks)[:, 0], starts[ranks])
+
+
+def test_the_ranks_of_a_run_are_the_devices_ways_of_a_chunk():
+  """Four prompts of 6, two at once: 4 ways of a chunk have 3 trajectories each, in both chunks."""
+  config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:tiny", [
+    "--config.rollout.window=per_rank_const", "--config.rollout.window_range=(0,5)",
+    "--config.prompts_per_step=4", "--config.group_size=6", "--config.rollout.prompts_at_once=2",
+  ])
+  spec, starts = rl.read(config), [1, 0, 0, 0]
+  for iteration in (1, 7):
+    steps = rl.window_steps(spec, iteration, ways=4)
+    want = np.tile(np.repeat(starts, 3), 2)[:, None] + np.arange(3)
+    np.testing.assert_array_equal(steps, want)
+    np.testing.assert_array_equal(rl.window_steps(spec, iteration), np.tile([1, 2, 3], (24, 1)))
+  # A way a trajectory: the first eight are the ranks whose starts are above.
+  assert rl.window_steps(spec, 1, ways=12)[:8, 0].tolist() == [1, 0, 0, 0, 0, 2, 2, 1]
 
 
 def test_scattered_steps_are_distinct_and_reach_everywhere():

@@ -1,11 +1,7 @@
 """The update: what an iteration's experience changes in the state. One jitted function.
 
   for each epoch, for each minibatch:         one optimizer step
-    for each microbatch:                      gradients add up
-      replay -> loss -> gradient
-
-With one minibatch, the first epoch's own values are those of the policy that sampled: every ratio
-is exactly 1, at no cost, and they are kept for the epochs after it.
+    for each microbatch:                      replay -> loss -> gradient, which add up
 """
 
 from __future__ import annotations
@@ -24,39 +20,30 @@ from unigrpo_jax.algorithms import base
 from unigrpo_jax.episodes import replay
 from unigrpo_jax.runtime import optim
 
+# With one minibatch, the first epoch's own values are those of the policy that sampled: every ratio
+# is exactly 1, at no cost, and they are kept for the epochs after it.
 OLD_VALUES = ("first_epoch", "recomputed", "rollout")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How an experience is gone through.
+  """How an experience is gone through."""
 
-  Attributes:
-    epochs: passes over it.
-    minibatches: optimizer steps a pass.
-    microbatches: that a minibatch is cut into; their gradients add up.
-    old_values: one of OLD_VALUES.
-    group_parts: that a group is cut into, at least; a prompt is read once for each of them. Divides
-      `microbatches` and the group's size.
-  """
-
-  epochs: int
-  minibatches: int
-  microbatches: int
-  old_values: str
+  epochs: int  # passes over it
+  minibatches: int  # optimizer steps a pass
+  microbatches: int  # that a minibatch is cut into; their gradients add up
+  old_values: str  # one of OLD_VALUES
+  # That a group is cut into, at least; a prompt is read once for each of them. Divides
+  # `microbatches` and the group's size.
   group_parts: int = 1
 
 
 def accumulate(loss_fn, trained_params, frozen, inputs) -> tuple[Any, Any]:
   """The sum of gradients over microbatches: the one place where they add up.
 
-  Args:
-    loss_fn: (trained parameters, frozen ones, *a microbatch's inputs) -> (loss, aux).
-    trained_params, frozen: see `optim.split`.
-    inputs: trees with a leading axis of microbatches.
-
-  Returns:
-    (gradients of all parameters, 0 for frozen ones; aux stacked over microbatches).
+  loss_fn is (trained parameters, frozen ones, *a microbatch's inputs) -> (loss, aux); see
+  `optim.split`. Inputs have a leading axis of microbatches. Returns (gradients of all parameters,
+  0 for frozen ones; aux stacked over microbatches).
   """
   def add(grads, micro):
     new, aux = jax.grad(loss_fn, has_aux=True)(trained_params, frozen, *micro)
@@ -77,11 +64,13 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay is not None:
-      ema = optim.update_average(ema, params, state.step, decay=ema_decay)
-  norms = {
-    f"grad_norm/{group}": norm
-    for group, norm in optim.group_norms(grads).items() if group in trained
-  }
+      # Frozen parameters are their own average; in bfloat16 its rounding would add up.
+      (average, frozen), (new, _) = (optim.split(tree, trained) for tree in (ema, params))
+      ema = optim.join(
+        optim.update_average(average, new, state.step, decay=ema_decay), frozen
+      )
+  norms = optim.group_norms(grads).items()
+  norms = {f"grad_norm/{group}": norm for group, norm in norms if group in trained}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), norms
 
 
@@ -94,15 +83,12 @@ def make_update(
   """The update, to be jitted with its state donated.
 
   Args:
-    model: the `Bagel` that is trained.
-    optimizer: see `optim.adamw_by_group`.
     grid: of one image, [1, I].
-    algorithm, schedule: what is computed.
     trained: groups of parameters that are.
     ema_decay: of the moving average; None for none.
-    reference_model: the network of the reference; its parameters are `state.reference`, or where
-      there are none the policy's own, which without adapters are what training started from. None
-      where nothing needs a reference.
+    reference_model: the network of the reference, or None where nothing needs it; its parameters
+      are `state.reference`, or where there are none the policy's own, which without adapters are
+      what training started from.
     reference_context: the reference reads the trajectory itself; otherwise its velocities are over
       the policy's context.
     drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
@@ -112,9 +98,7 @@ def make_update(
   """
   total = schedule.minibatches * schedule.microbatches
 
-  def run(params, micro):
-    return replay.replay(model, params, micro, grid, algorithm.replay)
-
+  run = lambda params, micro: replay.replay(model, params, micro, grid, algorithm.replay)
   def loss_fn(trained_params, frozen, micro, old, weights, is_first_epoch):
     output = run(optim.join(trained_params, frozen), micro)
     return algorithm.loss(output, micro, old, weights, grid, is_first_epoch)
@@ -179,12 +163,9 @@ class Update:
   """A run's update on its devices: jitted, its state donated, its metrics as floats."""
 
   def __init__(self, fn, *, out_shardings, drift_limits: Mapping[str, float]):
-    """Compiles nothing yet.
+    """Compiles nothing yet; `fn` and `drift_limits` are those of `make_update`.
 
-    Args:
-      fn: see `make_update`.
-      out_shardings: of the state, and of the metrics.
-      drift_limits: as of `make_update`.
+    `out_shardings` are of the state and of the metrics.
     """
     self.jitted = jax.jit(fn, donate_argnums=0, out_shardings=out_shardings)
     self._limits = drift_limits
@@ -311,7 +292,7 @@ def _ratio(kind: str, ratio, clipped, mask, name: str = "ratio") -> dict[str, An
   size = jnp.abs(ratio) if name == "log_ratio" else ratio
   return {
     f"{kind}/{name}_mean": _mean(ratio, mask),
-    f"{kind}/{name}_max": _largest(size, mask),
+    f"{kind}/{name}_max": _of_counted(jnp.nanmax, size, mask),
     f"{kind}/{name}_p99": _percentile_99(size, mask),
     f"{kind}/clip_fraction": _mean(clipped.astype(jnp.float32), mask),
   }
@@ -325,13 +306,13 @@ def _drift(name: str, drift, mask) -> dict[str, Any]:
   }
 
 
-def _largest(values, mask):
-  return jnp.where(mask.any(), jnp.nanmax(jnp.where(mask, values, jnp.nan)), 0.0)
+def _of_counted(reduce, values, mask):
+  """0 where nothing counts: a minibatch may have no valid group."""
+  return jnp.where(mask.any(), reduce(jnp.where(mask, values, jnp.nan)), 0.0)
 
 
 def _percentile_99(values, mask):
-  """0 where nothing counts: a minibatch may have no valid group."""
-  return jnp.where(mask.any(), jnp.nanpercentile(jnp.where(mask, values, jnp.nan), 99), 0.0)
+  return _of_counted(lambda values: jnp.nanpercentile(values, 99), values, mask)
 
 
 def _mean(values, mask):

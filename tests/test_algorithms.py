@@ -1,0 +1,129 @@
+"""Algorithms as a run makes them: numbers that scale with the image, adapters over a bf16 base."""
+
+import types as python_types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import joint
+from unigrpo_jax import errors, types
+from unigrpo_jax.algorithms import update
+from unigrpo_jax.episodes import rollout
+from unigrpo_jax.models import layers
+from unigrpo_jax.recipe import config_files, parts, rl
+from unigrpo_jax.runtime import folders, optim, sharding, state
+
+
+def _spec(*overrides):
+  path = config_files.FOLDER / "unigrpo.py"
+  overrides = [f"--config.{change}" for change in ("mesh.fsdp=1", *overrides)]
+  return rl.read(config_files.load(f"{path}:tiny", overrides))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  """The embedded BAGEL, without weights."""
+  return state.open_network(_spec().network, jax.devices()[:1])
+
+
+def _algorithm(network, *overrides):
+  spec = _spec("flow.regulariser_weight=0.5", *overrides)
+  return parts.make_algorithm(spec, network, rollout.Rollout(network, None, spec.rollout))
+
+
+@pytest.mark.parametrize("objective", [*rl.SDE_OBJECTIVES, *rl.FORWARD_OBJECTIVES])
+def test_the_regularisers_weight_scales_as_the_ratios_do(tiny, objective):
+  """Tokens are 8 x 8 pixels, 32 numbers. sqrt(262144 / D) is 64 for D = 64, and 32 for D = 256."""
+  chosen = f"flow.objective={objective}"
+  small = _algorithm(tiny, chosen, "rollout.height=8", "rollout.width=16")
+  large = _algorithm(tiny, chosen, "rollout.height=16", "rollout.width=32")
+  fixed = _algorithm(tiny, chosen, "flow.scale_with_size=False")
+  weights = [algorithm.regulariser_weight for algorithm in (small, large, fixed)]
+  by_size = [32.0, 16.0, 0.5] if objective in rl.SDE_OBJECTIVES else [0.5, 0.5, 0.5]
+  np.testing.assert_allclose(weights, by_size, rtol=1e-12)
+  if objective == "grpo":
+    clips = [algorithm.clip for algorithm in (small, large, fixed)]
+    np.testing.assert_allclose(clips, [2e-5 * 64, 2e-5 * 32, 2e-5], rtol=1e-12)
+  elif objective in ("awm", "fpo"):
+    clip = {"awm": 1e-4, "fpo": 0.05}[objective]
+    assert small.clip == large.clip == fixed.clip == clip
+
+
+def test_the_drift_guard_acts_on_percentiles(tiny):
+  spec = _spec("drift.text=0.25", "drift.flow=0.5")
+  assert parts.drift_limits(spec, tiny) == {"drift/text_scaled_p99": 0.25, "drift/flow_p99": 0.5}
+
+
+@pytest.fixture(scope="module")
+def adapted(golden):
+  """The golden BAGEL in bfloat16 with adapters."""
+  spec = state.NetworkSpec(
+    str(golden), random_init=False, seed=0, dtype="bfloat16", remat=False, attention="plain",
+    mesh=dict(data=1, fsdp=1, tensor=1), lora=layers.Lora(rank=2, alpha=4.0),
+  )
+  markers = python_types.SimpleNamespace(vision_start=285, vision_end=286)
+  folder = folders.open_folder(golden)
+  return state.build_network(spec, folder, markers, jax.devices()[:1])
+
+
+def test_the_base_under_adapters_has_the_networks_dtype_and_stays(adapted):
+  """In the layout, in the first state, and after an optimizer step; so does its moving average."""
+  optimizer = joint.optimizer()
+  layout = state.layout(adapted, optimizer, ema=True, reference=False)
+  start = state.first_state(adapted, optimizer, layout, random_init=False, seed=0)
+  labels = optim.groups(start.params)
+  for tree in (layout.abstract.params, layout.abstract.ema, start.params, start.ema):
+    for leaf, group in zip(jax.tree.leaves(tree), jax.tree.leaves(labels), strict=True):
+      assert leaf.dtype == (jnp.bfloat16 if group == "base" else jnp.float32), group
+  assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(start.opt_state))
+  fn = update.make_update(
+    adapted.model, optimizer, joint.grid(adapted.config), joint.algorithm(regulariser="none"),
+    joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.99,
+  )
+  with sharding.activate(adapted.mesh):
+    experience = joint.sample(adapted.model, start.params)
+    after, metrics = jax.jit(fn, out_shardings=(layout.shardings, None))(start, experience)
+  assert jnp.isfinite(metrics["loss/total"]).all()
+  chex.assert_trees_all_equal_dtypes(after, start)
+  for tree in (after.params, after.ema):
+    _, base = optim.split(tree, {"und", "gen"})
+    chex.assert_trees_all_equal(base, optim.split(start.params, {"und", "gen"})[1])
+  moved = joint.moved(start.params, after.params)
+  assert {group for group, size in moved.items() if size} == {"und", "gen"}
+
+
+def _update(metrics, limits=None, moves=True):
+  """An `Update` of a state that only counts its optimizer steps, which all were taken or none."""
+  def fn(train_state, experience):
+    given = {name: jnp.array(values) for name, values in metrics.items()}
+    return train_state.replace(step=train_state.step + moves), given
+
+  run = update.Update(fn, out_shardings=None, drift_limits=limits or {})
+  return run(types.TrainState(jnp.int32(3), jnp.zeros(2), (), None), None)
+
+
+def test_metrics_are_of_the_last_optimizer_step_and_drift_of_the_first():
+  after, metrics = _update({"loss/total": [1.0, 2.0], "drift/text": [0.5, 7.0]})
+  assert int(after.step) == 4 and metrics == {"loss/total": 2.0, "drift/text": 0.5}
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_an_update_with_a_number_that_is_not_finite_is_rejected(moves):
+  with pytest.raises(errors.UpdateRejected, match="grad_norm/und not finite") as caught:
+    _update({"loss/total": [1.0, 2.0], "grad_norm/und": [np.nan, 2.0]}, moves=moves)
+  # The state before is there to be saved only where no optimizer step moved it.
+  assert (caught.value.state is None) == moves
+
+
+def test_an_update_whose_sampler_drifted_is_rejected():
+  metrics = {"drift/text_scaled_p99": [0.5, 0.0], "drift/flow_p99": [2e-8, 9.0]}
+  _update(metrics, {"drift/text_scaled_p99": 0.5, "drift/flow_p99": 2e-8})
+  for name, key, limit in (
+    ("drift/text_scaled_p99", "config.drift.text", 0.4),
+    ("drift/flow_p99", "config.drift.flow", 1e-8),
+  ):
+    with pytest.raises(errors.UpdateRejected, match=f"{name}=.*raise {key}$"):
+      _update(metrics, {name: limit}, moves=False)
