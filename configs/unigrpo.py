@@ -63,6 +63,8 @@ def get_config(variants: str = "") -> ConfigDict:
   config.rollout.window_range = (0, 5)  # steps it may lie in, the second excluded
   config.rollout.window_size = 3  # steps with noise
   config.rollout.moving_iterations = 25  # of a "progressive" window in one place
+  config.rollout.moving_stride = 0  # steps by which it moves; 0: the window's size
+  config.rollout.moving_dwell = "constant"  # how long it stays further on: "linear", "exponential"
   config.rollout.moving_roll_back = False  # it starts over at the end of its range
   config.rollout.same_noise = False  # a group starts from the same noise
   config.rollout.cfg_text_scale = 1.0  # above 1: guidance in rollout and training
@@ -75,6 +77,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.text.clip_low = 0.2  # how far a ratio may fall below 1
   config.text.clip_high = 0.2  # how far it may rise above 1
   config.text.dual_clip = 0.0  # more than 1; 0 for none
+  config.text.ratio = "token"  # or "sequence": the geometric mean over a reasoning (GSPO)
   config.text.aggregation = "seq-mean-token-mean"  # or "token-mean", "constant"
   config.text.kl_weight = 0.0  # of the k3 estimate
   config.text.chunk = 256  # tokens a row whose logits exist at once
@@ -104,9 +107,9 @@ def get_config(variants: str = "") -> ConfigDict:
   config.minibatches = 1  # optimizer steps a pass
   config.microbatch = 64  # trajectories at once, all hosts together
   config.old_values = "first_epoch"  # "recomputed" (needed with minibatches) or "rollout"
-  config.drift = ConfigDict()  # largest difference of sampler and trainer; 0: by the dtype
-  config.drift.text = 0.0  # max of |difference| / max(1, |log-probability|)
-  config.drift.flow = 0.0  # max |log ratio|
+  config.drift = ConfigDict()  # of the sampler from the trainer, at most; 0: by the dtype
+  config.drift.text = 0.0  # 99th percentile of |difference| / max(1, |log-probability|)
+  config.drift.flow = 0.0  # 99th percentile of |log ratio|
   config.lora = ConfigDict()
   config.lora.rank = 0  # 0: everything trains
   config.lora.alpha = 128.0  # adapters count alpha / rank times
@@ -136,7 +139,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.eval.cfg_text_scale = 4.0  # of the modes with guidance
   config.eval.cfg_interval = (0.4, 1.0)  # as that of the rollout
   config.eval.cfg_renorm = "global"  # as that of the rollout
-  config.eval.keep = 24  # prompts whose images are kept
+  config.eval.keep = 24  # prompts whose images are saved
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
@@ -151,7 +154,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.writers = ("jsonl",)  # and "tensorboard", "wandb"
   config.checkpoint_every = 20  # iterations
   config.keep_checkpoints = 2  # the last so many; the best one stays besides
-  config.keep_every = 0  # multiples of it are kept for ever; 0 for none
+  config.keep_every = 0  # checkpoints of steps that are its multiples stay; 0 for none
   for variant in filter(None, variants.split(",")):
     if variant not in VARIANTS:
       raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
@@ -165,7 +168,6 @@ def tiny(config: ConfigDict) -> None:
   config.steps = 32
   config.prompts_per_step = config.rollout.prompts_at_once = 16
   config.group_size = 12
-  config.drift.text = 3e-5  # the largest of some 7,000 tokens an iteration; most are below 1e-6
   config.rewards = ConfigDict(
     dict(iconworld_strict=0.5, iconworld_soft=0.5, iconworld_reasoning=0.0))
   config.reward.threads = 2

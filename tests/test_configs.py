@@ -1,30 +1,51 @@
 """The configs of training: Table 3, a comment a key, variants, and what is refused and how."""
 
+import dataclasses
 import itertools
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, finetune, rewards
-from unigrpo_jax.recipe import config_files, recipe
-from unigrpo_jax.runtime import optim, runs, sharding
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.recipe import checks, parts, rl, sft
+from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.supervised import feed
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"
 
 
 def _load(name):
-  return config_files.module(ROOT / "configs" / f"{name}.py")
+  """The names of a config file."""
+  return types.SimpleNamespace(**runpy.run_path(str(ROOT / "configs" / f"{name}.py")))
 
 
-def _check(config, devices=1):
-  mesh = sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
-  recipe.check(config, runs.Network(None, None, None, mesh))
+def _mesh(devices=1):
+  return sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+
+
+def _read(config, devices=1):
+  """The spec of a config that can run on so many devices."""
+  spec = rl.read(config)
+  parts.check_fits(spec, state.Network(None, None, None, _mesh(devices)))
+  return spec
+
+
+def _read_sft(config):
+  spec = sft.read(config)
+  sft.check_fits(spec, _mesh())
+  return spec
+
+
+def _open_network(config):
+  return state.open_network((sft if config.algorithm == "sft" else rl).read(config).network)
 
 
 def _flat(config, path=""):
@@ -50,7 +71,7 @@ def test_table_3():
     "rollout.cfg_text_scale": 1.0, "text.train": True, "flow.train": True,
   }
   assert {name: values[name] for name in table} == table
-  _check(config)
+  _read(config)
 
 
 @pytest.mark.parametrize("name, least", [(UNIGRPO, 90), (TEXT, 2), (FLOW, 2), (SFT, 45)])
@@ -68,6 +89,56 @@ def test_every_key_has_a_comment(name, least):
   assert keys >= least
 
 
+def _another(key, value):
+  """Another value of a key, of its type."""
+  choices = rl.CHOICES | {
+    "schedule": ("constant", "cosine"), "export_dtype": checks.EXPORT_DTYPES,
+  } | {"ce_weighting": feed.CE_WEIGHTINGS}
+  if key in choices:
+    return next(choice for choice in choices[key] if choice != value)
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, tuple):
+    return value[:-1] if isinstance(value[0], str) else (value[0], value[1] / 2)
+  return {str: "another", int: 1, float: 0.5}[type(value)] + value
+
+
+@pytest.mark.parametrize("name", [UNIGRPO, SFT])
+def test_every_key_is_read(name):
+  """Another value gives another spec, or is refused by the key's name."""
+  def read(config):
+    spec = (sft if name == SFT else rl).read(config)
+    return dataclasses.replace(spec, run=dataclasses.replace(spec.run, config={}))
+
+  get_config, unread = _load(name).get_config, []
+  variant = "" if name == SFT else "lora"  # without adapters their alpha does not count
+  plain = read(get_config(variant))
+  for key, value in _flat(get_config(variant)):
+    config = get_config(variant)
+    config.update_from_flattened_dict({key: _another(key, value)})
+    try:
+      if read(config) == plain:
+        unread.append(key)
+    except errors.InputError as error:
+      assert key in str(error)
+  assert unread == ["algorithm"]  # which chooses the reader
+
+
+@pytest.mark.parametrize("reader, name", [(rl, UNIGRPO), (sft, SFT)])
+def test_what_older_configs_lack_has_its_default(reader, name):
+  """The files state no other values, but for the layout, which older runs did not have."""
+  config = _load(name).get_config()
+  given = dict(_flat(config))
+  for key, value in reader.DEFAULTS.items():
+    assert given.get(key, value) == value or key == "rollout.layout"
+    section, _, last = key.rpartition(".")
+    node = config[section] if section else config
+    if last in node:
+      del node[last]
+  read = dict(_flat(reader.read(config).run.config))
+  assert {key: read[key] for key in reader.DEFAULTS} == reader.DEFAULTS
+
+
 @pytest.mark.parametrize("name", [UNIGRPO, TEXT, FLOW])
 def test_all_combinations_of_variants_can_run(name):
   module = _load(name)
@@ -76,12 +147,12 @@ def test_all_combinations_of_variants_can_run(name):
     for chosen in itertools.combinations(variants, count):
       for order in (chosen, chosen[::-1]):
         config = module.get_config(",".join(order))
-        _check(config)
+        spec = _read(config)
         assert config.init_from == ("tiny" if "tiny" in order else "")
         assert (config.lora.rank > 0) == ("lora" in order)
         assert (config.rollout.cfg_text_scale > 1) == ("cfg" in order)
         trained = {"und", "gen"} - {{TEXT: "gen", FLOW: "und"}.get(name)}
-        assert optim.trained(config.learning_rate) == trained
+        assert spec.optimizer.trained == trained
         assert (config.text.train, config.flow.train) == (name != FLOW, name != TEXT)
         assert config.rollout.think == ("no_think" not in order)
   with pytest.raises(ValueError, match="'tyni' is none of tiny"):
@@ -135,35 +206,36 @@ def test_rewards_may_be_of_one_kind_under_two_names():
   config = _load(UNIGRPO).get_config("tiny")
   config.rewards = dict(a=0.25, b=0.75)
   image = np.zeros((2, 2, 3), np.uint8)
-  config.reward_options = {name: {"kind": "tests.test_configs:told", "value": value}
+  config.reward_options = {name: {"kind": "tests.test_configs:constant", "value": value}
                            for name, value in (("a", 1.0), ("b", 3.0))}
-  scorer = recipe.make_scorer(config)
+  scorer = parts.make_scorer(rl.read(config).rewards)
   scores = scorer.score([rewards.Sample("a kite", image)])
   assert scores["a"] == 1 and scores["b"] == 3 and scorer.total(scores) == 2.5
   scorer.close()
   config.reward_options = {"c": {"kind": "brightness"}}
   with pytest.raises(errors.InputError, match="config.reward_options='c'"):
-    recipe.make_scorer(config)
+    parts.make_scorer(rl.read(config).rewards)
 
 
 def test_served_rewards_may_move_and_their_tokens_stay_out_of_the_config():
   config = _load(UNIGRPO).get_config("tiny")
-  config.rewards = dict(http=0.25, other=0.75, mine=0.0)
+  config.rewards = dict(http=0.25, other=0.75, local=0.0)
   config.reward_options = {
     "http": {"url": "http://a", "reward": "r"},
-    "mine": {"kind": "tests.test_configs:told", "value": 1.0},
+    "local": {"kind": "tests.test_configs:constant", "value": 1.0},
     "other": {"kind": "http", "url": "http://b", "reward": "r", "token": "hush"},
   }
-  free = recipe.transport(config)
-  assert {"reward_options.http.url", "reward_options.other.timeout"} <= free
-  assert not {"reward_options.http.reward", "reward_options.mine.url"} & free
+  spec = rl.read(config)
+  mutable = spec.run.mutable_keys
+  assert {"reward_options.http.url", "reward_options.other.timeout"} <= mutable
+  assert not {"reward_options.http.reward", "reward_options.local.url"} & mutable
   with pytest.raises(errors.InputError, match="other.token .*name in token_env") as refused:
-    recipe.make_scorer(config)
+    parts.make_scorer(spec.rewards)
   assert "hush" not in str(refused.value)
 
 
-def told(samples, *, value):
-  """A reward that says what it is told."""
+def constant(samples, *, value):
+  """A reward that is the same for all samples."""
   return np.full(len(samples), value)
 
 
@@ -180,7 +252,7 @@ def test_a_network_that_cannot_be_is_refused(name, key, value, words):
   config.init_from = "tiny"
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.InputError, match=words):
-    runs.open_network(config)
+    _open_network(config)
 
 
 def test_attention_is_checked_against_names_and_devices():
@@ -191,9 +263,9 @@ def test_attention_is_checked_against_names_and_devices():
     config = _load(UNIGRPO).get_config("tiny")
     config.attention = value
     with pytest.raises(errors.InputError, match=words):
-      runs.open_network(config)
+      _open_network(config)
   config.attention = "auto"
-  assert runs.open_network(config).model.backend == "plain"
+  assert _open_network(config).model.backend == "plain"
 
 
 @pytest.mark.parametrize("key, value, words", REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
@@ -202,7 +274,7 @@ def test_what_is_refused_names_its_key_in_a_line(key, value, words):
   section, _, name = key.rpartition(".")
   (config[section] if section else config)[name] = value
   with pytest.raises(errors.InputError, match=words) as refused:
-    _check(config)
+    _read(config)
   assert "\n" not in str(refused.value)
 
 
@@ -233,11 +305,10 @@ SFT_REFUSED = [
 )
 def test_what_supervised_training_refuses_names_its_key_in_a_line(key, value, words):
   config = _load(SFT).get_config()
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  finetune.check_config(config, mesh)
+  _read_sft(config)
   config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.InputError, match=words) as refused:
-    finetune.check_config(config, mesh)
+    _read_sft(config)
   assert "\n" not in str(refused.value)
 
 
@@ -256,7 +327,7 @@ def test_impossible_pairs_are_refused(changes, words):
   config = _load(UNIGRPO).get_config()
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.InputError, match=words):
-    _check(config)
+    _read(config)
 
 
 def test_rows_must_divide_over_the_devices():
@@ -264,26 +335,28 @@ def test_rows_must_divide_over_the_devices():
   config = _load(UNIGRPO).get_config()
   config.prompts_per_step, config.microbatch = 33, 24
   with pytest.raises(errors.InputError, match="prompts_per_step=33 .*prompts_at_once=16"):
-    _check(config, devices=8)
+    _read(config, devices=8)
   config.prompts_per_step, config.microbatch = 32, 12
   with pytest.raises(errors.InputError, match="microbatch=12 does not divide by config.mesh"):
-    _check(config, devices=8)
+    _read(config, devices=8)
 
 
 def test_a_cosine_ends_with_the_last_optimizer_step():
   config = _load(UNIGRPO).get_config()
   config.steps, config.epochs, config.minibatches = 5, 2, 3
-  assert runs.optimizer_steps(config) == 30
+  config.old_values = "recomputed"
+  assert rl.read(config).optimizer.steps == 30
 
 
 def test_the_reference_is_copied_where_the_policy_overwrites_it():
   module = _load(UNIGRPO)
-  assert recipe.copies_reference(module.get_config())
-  assert not recipe.copies_reference(module.get_config("no_regulariser"))
+  assert rl.read(module.get_config()).copies_reference
+  assert not rl.read(module.get_config("no_regulariser")).copies_reference
   config = module.get_config("lora")
-  assert recipe.needs_reference(config) and not recipe.copies_reference(config)
-  config.learning_rate.latent = 1e-5  # no adapters there: what is under them moves
-  assert recipe.copies_reference(config)
+  spec = rl.read(config)
+  assert spec.needs_reference and not spec.copies_reference
+  config.learning_rate.latent = 1e-5  # without adapters: its parameters change
+  assert rl.read(config).copies_reference
 
 
 @pytest.mark.parametrize(
