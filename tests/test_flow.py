@@ -131,11 +131,6 @@ def test_scale_one_turns_everything_off():
     assert flow.guided(main, None, None, guidance) is main
 
 
-def test_unknown_renorm_is_refused():
-  with pytest.raises(ValueError, match="local"):
-    flow.guided(lambda x, t: x, None, None, flow.Guidance(renorm="local"))
-
-
 def test_jitted_equals_not():
   v, a, b = _velocities()
   guidance = flow.Guidance(image_scale=2.0)

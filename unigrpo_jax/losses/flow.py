@@ -1,9 +1,9 @@
 """The objective of the sampled images: importance ratios of the steps of a window, and their clip.
 
 A ratio differs from 1 by 1e-6 and less, where float32 has steps of 1e-7: so ratios are kept as
-their logarithm, computed from differences of means, and clipped as rho = ratio - 1. <.> is the mean
-over the D latent elements of an image that count; `mask`, [..., I] bool, is True at its tokens that
-count, and its leading axes may be 1. What lies at padding is never read.
+their logarithm, from differences of means, and clipped as rho = ratio - 1. <.> is the mean over the
+D latent elements of an image that count; `mask`, [..., I] bool, is True at its tokens that count,
+and its leading axes may be 1. What lies at padding is never read.
 """
 
 from __future__ import annotations
@@ -51,17 +51,11 @@ def log_ratio(
 
   `norm` is eq. 5 with its quadratic term cancelled: std (log r + <d^2> / (2 std^2)).
 
-  Args:
-    mean, mean_old, x_next: [..., I, C] float32; no gradient but to `mean`.
-    std: of the noise, [...] or broadcasting to it, float32, more than 0.
-    mask: [..., I] bool.
-
-  Returns:
-    [...] float32.
+  mean, mean_old, x_next [..., I, C], std (more than 0) [...] or broadcasting to it -> [...], all
+  float32. No gradient flows but to `mean`.
   """
   if kind not in RATIOS:
     raise ValueError(f"kind={kind!r} is none of {RATIOS}")
-  chex.assert_equal_shape([mean, mean_old, x_next])
   chex.assert_type([mean, mean_old, x_next, std], jnp.float32)
   d = difference(mean, jax.lax.stop_gradient(mean_old), mask)
   e = difference(*jax.lax.stop_gradient((x_next, mean_old)), mask)
@@ -152,16 +146,10 @@ def dppo_mask(
 ) -> chex.Array:
   """Which steps Flow-DPPO (2606.11025) keeps: near ones, and far ones that move back.
 
-  A step goes when its divergence is at least the threshold and its ratio has already moved the way
-  its advantage pushes.
+  A step goes when its divergence is at least the threshold (1e-5 in the paper) and its ratio has
+  already moved the way its advantage pushes.
 
-  Args:
-    divergence, log_ratio: [B, W] float32; of `divergence`, and of `log_ratio` with kind `plain`.
-    adv: [B] float32.
-    threshold: 1e-5 in the paper.
-
-  Returns:
-    [B, W] bool.
+  divergence, log_ratio (of kind `plain`) [B, W] float32, adv [B] -> [B, W] bool.
   """
   chex.assert_equal_shape([divergence, log_ratio])
   chex.assert_rank([divergence, adv], [2, 1])

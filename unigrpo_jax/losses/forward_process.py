@@ -47,18 +47,9 @@ def nft_losses(
     E(u) = <(x_t - t u - x_0)^2> / <|x_t - t u - x_0|>
     loss = (r E(v+) + (1 - r) E(v-)) scale / beta
 
-  No gradient flows through a denominator, which is at least 1e-5. Source: DiffusionNFT (Zheng et
-  al. 2025), eq. 9 and its code.
-
-  Args:
-    v, v_old: of the policy and of the one that generated, [..., I, C] at x_t; no gradient to v_old.
-    x_0, noise: [..., I, C] float32.
-    t, optimal: t and r, [...] float32; see `optimality`.
-    mask: [..., I] bool.
-    scale: the bound of the advantages.
-
-  Returns:
-    [...] float32, a loss an image.
+  v, v_old at x_t, x_0, noise [..., I, C]; t, optimal (r, see `optimality`) [...] -> [...] float32.
+  The scale is the bound of the advantages. No gradient flows to v_old, nor through a denominator,
+  which is at least 1e-5. Source: DiffusionNFT (Zheng et al. 2025), eq. 9 and its code.
   """
   chex.assert_equal_shape([v, v_old, x_0, noise])
   chex.assert_equal_shape([t, optimal, v[..., 0, 0]])

@@ -51,12 +51,8 @@ def velocity_mse(
   Rectified flow (Liu et al. 2022): dx/dt of x_t = (1 - t) target + t noise. Source: official BAGEL
   `Bagel.forward`. There is no weight in t.
 
-  Args:
-    velocity, target, noise: [..., I, C].
-    mask: tokens that count, [..., I] bool.
-
-  Returns:
-    (loss [] float32, 0 where nothing counts; e [..., I, C] float32, 0 where mask is False).
+  velocity, target, noise [..., I, C], mask [..., I] bool -> (loss [], 0 where nothing counts;
+  e [..., I, C], 0 where mask is False), float32.
   """
   chex.assert_equal_shape([velocity, target, noise])
   chex.assert_shape(mask, velocity.shape[:-1])

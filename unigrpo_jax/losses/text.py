@@ -131,10 +131,8 @@ def token_logprobs(
 
     logp_y = log softmax(logits_y / temperature)[ids_y],   entropy_y = -sum_v p_yv log p_yv
 
-  Arguments as of `by_chunk`; the temperature is more than 0.
-
-  Returns:
-    (logp [B, Y], entropy [B, Y]), float32 in nats, 0 where mask is False.
+  Arguments as of `by_chunk`; the temperature is more than 0. Returns (logp, entropy), [B, Y]
+  float32 in nats, 0 where mask is False.
   """
 
   def measure(logits, ids):
@@ -158,18 +156,13 @@ def by_chunk(
     logits_fn: [B, chunk, D] -> [B, chunk, V], any float dtype.
     hidden: hidden states that predict the tokens, [B, Y, D]; anything where mask is False.
     ids, mask: [B, Y] int32, and bool: tokens that count.
-    chunk: tokens of each row whose logits exist at once.
+    chunk: tokens of each row whose logits exist at once, at least 1.
 
   Returns:
     The tree of [B, Y], 0 where mask is False.
-
-  Raises:
-    ValueError: `chunk` is less than 1.
   """
   chex.assert_rank([hidden, ids, mask], [3, 2, 2])
   chex.assert_equal_shape([hidden[..., 0], ids, mask])
-  if chunk < 1:
-    raise ValueError(f"chunk={chunk} must be at least 1")
   rows, count, _ = hidden.shape
   chunks = max(-(-count // chunk), 1)
   size = -(-count // chunks)

@@ -77,8 +77,7 @@ def guided(
 
   `text_fn` and `image_fn` are the branches, needed where their scale exceeds 1.
   """
-  if guidance.renorm not in RENORMS:
-    raise ValueError(f"renorm={guidance.renorm!r} is none of {RENORMS}")
+
   if guidance.text_scale <= 1:
     return velocity_fn
   low, high = guidance.interval
@@ -101,14 +100,10 @@ def integrate(
 ):
   """Euler steps x <- x - v (t_i - t_{i+1}) down the grid, as one `lax.scan`.
 
-  Args:
-    velocity_fn: (x, t []) -> velocity of the same shape.
-    noise: x at times[0], float32.
-    times: [N] float32, decreasing; see `time_grid`.
-    on_step: called on the host with the index of each finished step.
-
-  Returns:
-    x at times[-1], float32; with `record` (x, (x before each step [N-1, ...], velocities)).
+  velocity_fn: (x, t []) -> velocity of the same shape; noise: x at times[0], float32; times: [N]
+  float32, decreasing (see `time_grid`); on_step: called on the host with the index of each
+  finished step. Returns x at times[-1], float32; with `record` (x, (x before each step [N-1, ...],
+  velocities)).
   """
   chex.assert_type([noise, times], jnp.float32)
 

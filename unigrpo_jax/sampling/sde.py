@@ -84,13 +84,8 @@ def log_prob(
   The mean instead of the sum is what gives clip ranges of 1e-6 their meaning. Source: Flow-GRPO
   eq. 10 as coded there; `cps` as its authors drop all constants.
 
-  Args:
-    x_next, mean: [..., I, C] float32; no gradient to x_next.
-    std: [...] or broadcasting to it, float32; 0 has no density and gives NaN.
-    mask: latent tokens that count, [..., I] bool.
-
-  Returns:
-    [...] float32.
+  x_next (no gradient), mean [..., I, C], std [...] or broadcasting to it, float32, mask [..., I]
+  bool -> [...] float32. A std of 0 has no density and gives NaN.
   """
   chex.assert_equal_shape([x_next, mean])
   chex.assert_type([x_next, mean, std], jnp.float32)

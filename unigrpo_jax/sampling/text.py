@@ -63,11 +63,9 @@ def sample(
   """
   rows = keys.shape[0]
   active = jnp.ones(rows, bool) if active is None else active
+  table = lambda dtype: jnp.zeros((rows, max_tokens), dtype)
   blank = types.TextRollout(
-    ids=jnp.zeros((rows, max_tokens), jnp.int32),
-    logp=jnp.zeros((rows, max_tokens), jnp.float32),
-    mask=jnp.zeros((rows, max_tokens), bool),
-    finished=jnp.zeros(rows, bool),
+    ids=table(jnp.int32), logp=table(jnp.float32), mask=table(bool), finished=jnp.zeros(rows, bool)
   )
 
   def feed_and_sample(state):
@@ -80,9 +78,7 @@ def sample(
     at = jnp.minimum(step, max_tokens - 1)
     put = lambda table, new: table.at[:, at].set(jnp.where(sampled, new, table[:, at]))
     out = types.TextRollout(
-      ids=put(out.ids, ids),
-      logp=put(out.logp, logp),
-      mask=put(out.mask, sampled),
+      ids=put(out.ids, ids), logp=put(out.logp, logp), mask=put(out.mask, sampled),
       finished=out.finished | (sampled & (ids == end_id)),
     )
     if on_step is not None:

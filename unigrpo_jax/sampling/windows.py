@@ -69,18 +69,19 @@ def draw(
   if size == 0:
     return np.zeros((prompts * group_size, 0), np.int32)
   if convention == "per_rank_const":
-    starts = np.array([rank_start(int(rank), low=low, high=high, size=size) for rank in ranks])
+    # Python's generator, seeded with the rank alone.
+    starts = [random.Random(int(rank)).randint(low, high - size) for rank in ranks]
+    starts = np.array(starts)
     return (starts[:, None] + np.arange(size)).astype(np.int32)
   rng = np.random.default_rng((seed, iteration))
   if convention == "scattered":
     steps = np.sort(rng.choice(np.arange(low, high), size, replace=False))[None]
   else:
-    if convention == "per_prompt":
-      starts = random_starts(rng, prompts, low=low, high=high, size=size)
-    elif convention == "progressive":
+    if convention == "progressive":
       starts = low + moving_start(moving, iteration, steps=high - low, size=size, full=True)
     else:
-      starts = random_starts(rng, 1, low=low, high=high, size=size)
+      count = prompts if convention == "per_prompt" else 1
+      starts = random_starts(rng, count, low=low, high=high, size=size)
     steps = np.reshape(starts, (-1, 1)) + np.arange(size)
   steps = np.broadcast_to(steps, (prompts, size))
   return np.repeat(steps, group_size, axis=0).astype(np.int32)
@@ -92,10 +93,6 @@ def random_starts(
   """First steps of windows, each from `low` to high - size with the same chance: [count]."""
   return rng.integers(low, high - size, count, endpoint=True)
 
-
-def rank_start(rank: int, *, low: int, high: int, size: int) -> int:
-  """The first step of the window of a process: Python's generator seeded with the rank alone."""
-  return random.Random(rank).randint(low, high - size)
 
 
 def moving_start(
