@@ -100,12 +100,6 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
   np.testing.assert_allclose(at(x, 0), x[0, 0, 0], rtol=1e-6)
 
 
-def test_query_heads_must_divide():
-  q, reach, keys = _problem(np.random.default_rng(7))
-  with pytest.raises(ValueError, match="divide"):
-    attention.attend(q[:, :, :3], reach, [keys])
-
-
 def test_scores_are_never_transposed():
   """To transpose them would cost as much as to compute them; queries, keys and values are small."""
   q, reach, keys = _problem(np.random.default_rng(5), rows=4, queries=40, keys=50, key_rows=2)

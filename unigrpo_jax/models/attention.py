@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -97,9 +98,7 @@ def attend(
 
 def _attend_block(q, reach, parts: list[Keys], precision):
   partials = [_partial_softmax(q, reach, part, precision) for part in parts]
-  peak = partials[0][0]
-  for part_peak, _, _ in partials[1:]:
-    peak = jnp.maximum(peak, part_peak)
+  peak = functools.reduce(jnp.maximum, [part_peak for part_peak, _, _ in partials])
   # A query that sees nothing has peak -inf; 0 keeps exp(-inf - peak) a clean zero.
   peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   total, out = 0.0, 0.0
@@ -114,8 +113,7 @@ def _partial_softmax(q, reach, keys: Keys, precision):
   """Unnormalised softmax over one part: peak and total [B, T, N], sum [B, T, N, H], float32."""
   rows, length, num_heads, head_dim = q.shape
   key_rows, _, kv_heads, _ = keys.k.shape
-  if rows % key_rows or num_heads % kv_heads:
-    raise ValueError(f"queries {q.shape} do not divide over keys {keys.k.shape}")
+
   shared = rows // key_rows * length
   # [Bk, K, N/K, (B/Bk) T, H]: rows that share a context become longer queries. Heads lead
   # everywhere, so that the products come out as they are needed: to transpose the scores costs as

@@ -1,11 +1,9 @@
 """BAGEL: one network that reads text and images, writes text, and predicts latent velocities.
 
-A sequence is a list of splits. Text enters as [im_start] ids [im_end] and is causal; an image
-enters as [vision_start] tokens [vision_end] and sees itself whole. Text, markers and ViT patches
-run through the understanding expert, latent tokens through the generation expert. A split of text
-advances the RoPE position by its length, an image by one; all tokens of an image share one id.
-
-Time runs from data (t = 0) to noise (t = 1); the velocity is dx/dt = noise - data.
+A sequence is a list of splits: text, [im_start] ids [im_end], causal; or an image, [vision_start]
+tokens [vision_end], which sees itself whole. Text, markers and ViT patches run through the
+understanding expert, latents through the generation expert. Text advances the RoPE position by its
+length, an image by one. Time runs from data (t = 0) to noise (t = 1); dx/dt = noise - data.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ class Bagel(nn.Module):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
-    self.layers = mot.stack(
-      c.llm, self.dtype, self.param_dtype, self.remat, self.lora, self.backend, self.unroll
-    )
+    self.layers = layers.scan_layers(
+      mot.Block, c.llm.num_layers, in_axes=(0, nn.broadcast), remat=self.remat, unroll=self.unroll
+    )(c.llm, self.dtype, self.param_dtype, self.lora, self.backend)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
     heads = kinds | dict(out_dtype=jnp.float32)
@@ -97,17 +95,13 @@ class Bagel(nn.Module):
       their expert's final norm.
     """
     tokens = {"und": und, "gen": gen}
-    xs = {e: None if s is None else s.x.astype(self.dtype) for e, s in tokens.items()}
-    xs = {
-      e: None if x is None else nn.with_logical_constraint(x, ("batch", "length", "features"))
-      for e, x in xs.items()
-    }
+    axes = ("batch", "length", "features")
+    enter = lambda x: nn.with_logical_constraint(x.astype(self.dtype), axes)
+    xs = {e: None if s is None else enter(s.x) for e, s in tokens.items()}
     parts = () if context is None else context.parts
     layout = mot.Layout(
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
-      context_orders=tuple(part.order for part in parts),
-      keep_kv=keep_kv,
-      one_reach=one_reach,
+      context_orders=tuple(part.order for part in parts), keep_kv=keep_kv, one_reach=one_reach,
     )
     xs, kv = self.layers(xs, tuple((part.k, part.v) for part in parts), layout)
     normed = self.norm(xs)
@@ -134,10 +128,8 @@ class Bagel(nn.Module):
   def read_text(self, ids, mask, prefix: types.Context | None = None):
     """What `append_text` makes of an empty context, without empty slots to attend to.
 
-    Rows [B, T] may have padding anywhere, and go on from `prefix`; see `Context`.
-
-    Returns:
-      (context without room for more, hidden [B, T, D]).
+    Rows [B, T] may have padding anywhere, and go on from `prefix`, see `Context`. Returns (context
+    without room for more, hidden [B, T, D]).
     """
     rows, length = ids.shape
     place = 0 if prefix is None else prefix.place
@@ -209,8 +201,7 @@ class Bagel(nn.Module):
     und = tokens(markers, jnp.ones((images, 2), bool))
     gen = tokens(self.embed_latents(x, t, grid.ids), grid.mask)
     und_hidden, gen_hidden, _ = self.decode(und, gen, context, one_reach=True)
-    velocity = self.llm2vae(gen_hidden)
-    velocity = jnp.where(grid.mask[..., None], velocity, 0.0)
+    velocity = jnp.where(grid.mask[..., None], self.llm2vae(gen_hidden), 0.0)
     return (velocity, (und_hidden, gen_hidden)) if return_hidden else velocity
 
   # Training.
@@ -329,11 +320,9 @@ def _extend(context: types.Context, kv, order, advance) -> types.Context:
     return _spread(jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0)))
 
   return context.replace(
-    k=write(context.k, kv[0]),
-    v=write(context.v, kv[1]),
+    k=write(context.k, kv[0]), v=write(context.v, kv[1]),
     order=jax.lax.dynamic_update_slice(context.order, order, (0, at)),
-    position=context.position + advance,
-    cursor=at + order.shape[1],
+    position=context.position + advance, cursor=at + order.shape[1],
   )
 
 

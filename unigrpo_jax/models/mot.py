@@ -145,13 +145,3 @@ class Block(nn.Module):
 def _join(arrays):
   return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
 
-
-def stack(
-  config: config_lib.LLMConfig, dtype, param_dtype, remat: bool, lora: layers.Lora | None = None,
-  backend: str = "plain", unroll: bool = False,
-) -> nn.Module:
-  """The layer stack; see `layers.scan_layers`."""
-  scanned = layers.scan_layers(
-    Block, config.num_layers, in_axes=(0, nn.broadcast), remat=remat, unroll=unroll
-  )
-  return scanned(config, dtype, param_dtype, lora, backend)

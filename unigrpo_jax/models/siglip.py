@@ -110,16 +110,13 @@ class SigLIP(nn.Module):
 
   @nn.compact
   def __call__(self, patches: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Features of every patch.
+    """Features of every patch, [M, P, D] in `dtype`; rows of padding carry no meaning.
 
     Args:
       patches: [M, P, patch_dim] float32 in [-1, 1], features ordered (py, px, rgb).
       position_ids: [M, P] int32, row * table_side + column.
-      mask: [M, P] bool, False = padding. What padding holds is never read, and an image that is all
-        padding gives finite numbers.
-
-    Returns:
-      [M, P, D] in `dtype`; rows of padding carry no meaning.
+      mask: [M, P] bool, False = padding, which is never read; an image that is all padding gives
+        finite numbers.
     """
     config = self.config
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)

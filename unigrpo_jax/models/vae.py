@@ -181,8 +181,7 @@ def pack_latents(latents: jax.Array, patch_size: int) -> jax.Array:
   """[M, h p, w p, z] -> tokens [M, h w, p p z]: row-major grid, features (py, px, channel)."""
   num_images, height, width, channels = latents.shape
   p = patch_size
-  if height % p or width % p:
-    raise ValueError(f"latents of {height}x{width} do not divide into {p}x{p} patches")
+
   h, w = height // p, width // p
   # [M, h, py, w, px, z] -> [M, h, w, py, px, z]
   grid = latents.reshape(num_images, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -193,10 +192,9 @@ def unpack_latents(
   tokens: jax.Array, height_tokens: int, width_tokens: int, patch_size: int
 ) -> jax.Array:
   """Inverse of `pack_latents`: [M, h w, p p z] -> [M, h p, w p, z]."""
-  num_images, num_tokens, features = tokens.shape
+  num_images, _, features = tokens.shape
   h, w, p = height_tokens, width_tokens, patch_size
-  if num_tokens != h * w or features % (p * p):
-    raise ValueError(f"{num_tokens} tokens of {features} are not a {h}x{w} grid of {p}x{p} patches")
+
   # [M, h, w, py, px, z] -> [M, h, py, w, px, z]
   grid = tokens.reshape(num_images, h, w, p, p, features // (p * p)).transpose(0, 1, 3, 2, 4, 5)
   return grid.reshape(num_images, h * p, w * p, features // (p * p))
