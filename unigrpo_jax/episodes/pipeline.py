@@ -93,12 +93,10 @@ class Pipeline:
   def run(
     self, batch: requests_lib.Batch, progress: sampler_lib.Progress | None = None
   ) -> list[Result]:
-    """Runs a batch; several hosts call it together, and each has all results.
+    """Runs a batch, one result a request; several hosts call it together, and each has all results.
 
     `progress` is called with a phase, what is done of it, and its total; on several hosts never.
-
-    Returns:
-      One result a request, in order. `seconds` holds the time of each phase.
+    `seconds` then holds the time of each phase.
 
     Raises:
       InputError: a row's log-probabilities or latents are not finite.

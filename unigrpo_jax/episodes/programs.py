@@ -117,11 +117,8 @@ def denoise(
   Args:
     noise: [B, I, C] float32.
     grid: of the images, B rows.
-    keys: typed PRNG keys of the steps with noise, [B]; None without a window.
-    window: which steps have noise, [B, W] int32; None: none, the ODE. See `sde.integrate`.
+    keys, window, kind, noise_level, on_step: see `sde.integrate`; window None is the ODE.
     guidance: a text_scale of 1 is none.
-    kind, noise_level: of the SDE.
-    on_step: called on the host with the index of each finished step.
   """
   times = flow.time_grid(num_timesteps, shift)
   velocity = _velocity_fn(model, params, contexts, grid, guidance)
@@ -136,13 +133,11 @@ def denoise(
 def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.VelocityFn:
   """The guided velocity of the rows' images."""
 
-  def under(context):
-    def velocity(x, t):
-      t = jnp.full(x.shape[0], t)
-      return model.apply({"params": params}, context, x, t, grid, method="velocity")
+  def velocity(context, x, t):
+    t = jnp.full(x.shape[0], t)
+    return model.apply({"params": params}, context, x, t, grid, method="velocity")
 
-    return velocity
-
+  under = lambda context: functools.partial(velocity, context)
   main, without_image = contexts.main, contexts.without_image
   if without_image is None:
     without_image = main.as_of(contexts.after_prompt)

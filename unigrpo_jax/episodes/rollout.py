@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import errors, types
+from unigrpo_jax import errors
 from unigrpo_jax.episodes import requests, script
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.runtime import hosts, sharding, state
@@ -77,12 +77,10 @@ class Rollout:
     self, params, prompts: Sequence[Any], key, first: int, window: np.ndarray,
     timer: sampler_lib.Timer,
   ) -> sampler_lib.Episode:
-    """Samples a chunk.
+    """Samples a chunk of P prompts, with their text as `prompt`; `key` is the iteration's.
 
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
-      prompts: P prompts, with their text as `prompt`.
-      key: of the iteration.
       first: number of the chunk's first trajectory in the iteration.
       window: SDE steps of each trajectory, [P * group_size, W] int32.
 
@@ -93,7 +91,8 @@ class Rollout:
     randomness = self.randomness(key, first, batch)
     episode = self.sampler.sample(params, batch, randomness, window=window, sde=s.sde, timer=timer)
     with hosts.raise_on_all_hosts():
-      _check_text(episode.host_text)
+      if episode.host_text is not None:
+        _check_text(episode.host_text.logp)
     if not bool(jnp.isfinite(episode.flow.latents).all()):
       raise errors.Diverged(DIVERGED.format("latents of some images"))
     return episode
@@ -125,11 +124,7 @@ def _randomness(rows: int, shape: tuple[int, int], same_noise: int, place):
   return jax.jit(make, out_shardings=where)
 
 
-def _check_text(text: types.TextRollout | None) -> None:
-  if text is None:
-    return
-  bad = np.flatnonzero(~np.isfinite(text.logp).all(axis=1))
-  if bad.size:
-    raise errors.Diverged(
-      DIVERGED.format(f"log-probabilities of {bad.size} of {len(text.logp)} reasonings")
-    )
+def _check_text(logp: np.ndarray) -> None:
+  bad = (~np.isfinite(logp).all(axis=1)).sum()
+  if bad:
+    raise errors.Diverged(DIVERGED.format(f"log-probabilities of {bad} of {len(logp)} reasonings"))

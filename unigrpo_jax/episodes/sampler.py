@@ -80,14 +80,12 @@ class Sampler:
   ):
     """Compiles nothing yet.
 
-    Args:
-      vae_params: parameters of the network's autoencoder; None: no pixels are needed.
-      layout: of the network's parameters, one of `sharding.LAYOUTS`.
-      all_rows: every host reads all rows of an `Episode`; else its own.
+    `vae_params` None: no pixels are needed. `layout`, of the parameters, is one of
+    `sharding.LAYOUTS`. With `all_rows` every host reads all rows of an `Episode`, else its own.
     """
     self.network, self.model, self.mesh = network, network.model, network.mesh
     self.vae, self.vae_params = vae_lib.VAE(network.config.vae), vae_params
-    self._all_rows = all_rows
+    self._all_rows, self._ways = all_rows, sharding.batch_multiple(self.mesh)
     self.layout = state.param_shardings(
       self.model, self.mesh, ("bagel",), sharding.LAYOUTS[layout]
     )["bagel"]
@@ -137,9 +135,7 @@ class Sampler:
 
     Args:
       params: of the network; see `cast_and_reshard`.
-      batch, randomness: see `requests`, and of its rows.
       window: SDE steps of each row, [B, W] int32; None: images come from the ODE.
-      sde: of the steps in the window.
       timer: of the phases "read", "decode", "denoise" and "vae".
       progress: called after every token and denoising step; on several hosts never.
     """
@@ -234,9 +230,6 @@ class Sampler:
     order = np.argsort(rows)
     return np.asarray(rows, int)[order], [images[place] for place in order]
 
-  @property
-  def _ways(self) -> int:
-    return sharding.batch_multiple(self.mesh)
 
   def _decode_one_size(self, latents, size: tuple[int, int]):
     """Yields (row, image) of latents [B, I, C] of one size: this host's rows, or all."""
@@ -255,8 +248,7 @@ class Sampler:
       chunk = grids[:, part].reshape(-1, *grids.shape[2:])
       if everywhere:
         chunk = jax.device_put(chunk, sharding.along_all(self.mesh))
-      pixels = self.decode_images(self.vae_params, chunk)
-      local, pixels = self._read(pixels, len(chunk))
+      local, pixels = self._read(self.decode_images(self.vae_params, chunk), len(chunk))
       yield from zip(numbers[:, part].ravel()[local], pixels)
 
 
