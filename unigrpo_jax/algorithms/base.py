@@ -64,10 +64,8 @@ class Algorithm(abc.ABC):
     The episodes are chunks of B trajectories; `adv` and `valid`, [B] float32 and bool, are of all
     of them, see `advantages.group_advantages`.
     """
-    return join(
-      [(e.inputs.texts[script.PROMPT], e.inputs.images.get(script.SOURCE), e.text, e.flow)
-       for e in episodes], adv, valid,
-    )
+    shared = lambda inputs: (inputs.texts[script.PROMPT], inputs.images.get(script.SOURCE))
+    return join([(*shared(e.inputs), e.text, e.flow) for e in episodes], adv, valid)
 
   def weights(self, micros: types.Experience) -> dict[str, Any]:
     """Weights of tokens and steps over a whole minibatch, [microbatches, rows, ...]."""
@@ -98,7 +96,6 @@ class Algorithm(abc.ABC):
     """The loss of a microbatch of B trajectories, as its share of the whole batch's.
 
     Args:
-      output: of the policy.
       old: values of the policy that sampled.
       weights: see `weights`; [B, T] and [B, W].
       grid: of one image.
@@ -175,16 +172,13 @@ class Algorithm(abc.ABC):
 
   @abc.abstractmethod
   def _flow_loss(self, velocity, reference_point, micro: types.Experience, weights, mask):
-    """The objective of the images.
+    """The objective of the images: (loss, signals of each step, own values [B, W, I, C]).
 
     Args:
       velocity: of the policy, with guidance, [B, W, I, C].
       reference_point: the policy's own values -> those that ratios are taken against.
       weights: of the steps, [B, W].
       mask: latent tokens that count, [1, 1, I].
-
-    Returns:
-      (loss, signals of each step, the policy's own values [B, W, I, C]).
     """
 
   def _latent_kl(self, velocity, reference, flow: types.FlowRollout, mask):
