@@ -20,16 +20,10 @@ def cross_entropy(
 
     ce_y = log sum_v exp(logits_yv) - logits_y[label_y],    loss = sum_y w_y ce_y / sum_y w_y
 
-  Source: official BAGEL `Bagel.forward`; with w = 1 / sqrt(labels of the text) its
-  `ce_loss_reweighting`.
-
-  Args:
-    logits_fn, hidden, chunk: see `text.by_chunk`.
-    label_ids: [B, Y] int32.
-    label_weight: w, [B, Y] float32, not negative; 0 for padding, whatever `hidden` holds there.
-
-  Returns:
-    (loss [] float32, 0 where all weights are 0; ce [B, Y] float32 in nats, 0 at weight 0).
+  logits_fn, hidden and chunk as of `text.by_chunk`; label_ids [B, Y] int32; label_weight w [B, Y]
+  float32, not negative, 0 for padding -> (loss [], 0 where all weights are 0; ce [B, Y] in nats,
+  0 at weight 0), float32. Source: official BAGEL `Bagel.forward`; with w = 1 / sqrt(labels of the
+  text) its `ce_loss_reweighting`.
   """
 
   def measure(logits, ids):

@@ -72,9 +72,6 @@ def policy_loss(
     (loss [] float32; dict of `log_ratio` [B, T] float32 and `clipped` [B, T] bool, where the clip
     took the gradient, `dual_clipped` [B, T] bool, and with `logp_ref` `kl` [B, T] float32; 0 and
     False where the weight is 0).
-
-  Raises:
-    ValueError: kl_weight lacks its `logp_ref`.
   """
   if ratio not in RATIOS:
     raise ValueError(f"ratio={ratio!r} is none of {RATIOS}")
