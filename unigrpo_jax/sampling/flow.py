@@ -100,10 +100,14 @@ def integrate(
 ):
   """Euler steps x <- x - v (t_i - t_{i+1}) down the grid, as one `lax.scan`.
 
-  velocity_fn: (x, t []) -> velocity of the same shape; noise: x at times[0], float32; times: [N]
-  float32, decreasing (see `time_grid`); on_step: called on the host with the index of each
-  finished step. Returns x at times[-1], float32; with `record` (x, (x before each step [N-1, ...],
-  velocities)).
+  Args:
+    velocity_fn: (x, t []) -> velocity of the same shape.
+    noise: x at times[0], float32.
+    times: [N] float32, decreasing; see `time_grid`.
+    on_step: called on the host with the index of each finished step.
+
+  Returns:
+    x at times[-1], float32; with `record` (x, (x before each step [N-1, ...], velocities)).
   """
   chex.assert_type([noise, times], jnp.float32)
 

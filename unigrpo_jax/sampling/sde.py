@@ -40,16 +40,13 @@ def transition(
     dance  sigma = a,                    g = sigma^2 dt / (2 t),   std = sigma sqrt|dt|
     cps    g = t_next (|cos(a pi/2)| - 1),                         std = t_next sin(a pi/2)
 
-  In `flow`, t = 1 would divide by zero: there 1 - t is taken at the second time of the schedule. A
-  noise level of 0 is the Euler step of the ODE. Source: UniGRPO eq. 3 and Flow-GRPO (Liu et al.
-  2025); DanceGRPO (Xue et al. 2025), whose score term is the same push; coefficient-preserving
-  sampling (Wang and Yu 2025), regrouped.
+  In `flow`, t = 1 would divide by zero: there 1 - t is taken at `t_second`, the second time of the
+  schedule, []. A noise level of 0 is the Euler step of the ODE. Source: UniGRPO eq. 3 and Flow-GRPO
+  (Liu et al. 2025); DanceGRPO (Xue et al. 2025), whose score term is the same push;
+  coefficient-preserving sampling (Wang and Yu 2025), regrouped.
 
-  Args:
-    x, v: latents and their velocity at t, [..., I, C].
-    t, t_next: flow times, [...] or broadcasting to it; 0 <= t_next < t <= 1.
-    t_second: second time of the schedule, [].
-    noise_level: a (eta for `dance`), not negative; for `cps` at most 2.
+  x, v [..., I, C]; t, t_next [...] or broadcasting to it, 0 <= t_next < t <= 1. The noise level a
+  (eta for `dance`) is not negative, for `cps` at most 2.
   """
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r} is none of {KINDS}")
@@ -112,13 +109,10 @@ def integrate(
   neighbours. Only the window is kept.
 
   Args:
-    velocity_fn: (x [B, I, C], t []) -> velocity of the same shape.
-    noise: x at times[0], [B, I, C] float32.
-    times: [N] float32, decreasing; see `flow.time_grid`.
+    velocity_fn, noise, times, on_step: see `flow.integrate`; x is [B, I, C].
     steps: which of the N - 1 steps of each row have noise, [B, W] int32, in any order; traced.
     keys: a typed PRNG key a row, [B].
     mask: latent tokens that count, [B, I] bool.
-    on_step: called on the host with the index of each finished step.
   """
   chex.assert_type([noise, times], jnp.float32)
   chex.assert_type(steps, jnp.int32)
