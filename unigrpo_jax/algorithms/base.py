@@ -59,11 +59,7 @@ class Algorithm(abc.ABC):
   regulariser_weight: float
 
   def experience(self, episodes: Sequence[sampler.Episode], adv, valid, key) -> types.Experience:
-    """What an iteration's episodes leave to learn from.
-
-    The episodes are chunks of B trajectories; `adv` and `valid`, [B] float32 and bool, are of all
-    of them, see `advantages.group_advantages`.
-    """
+    """What episodes, chunks of B trajectories, leave to learn from; `adv` and `valid` are all B."""
     shared = lambda inputs: (inputs.texts[script.PROMPT], inputs.images.get(script.SOURCE))
     return join([(*shared(e.inputs), e.text, e.flow) for e in episodes], adv, valid)
 

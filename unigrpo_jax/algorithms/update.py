@@ -66,9 +66,7 @@ def apply_gradients(
     if ema_decay is not None:
       # Frozen parameters are their own average; in bfloat16 its rounding would add up.
       (average, frozen), (new, _) = (optim.split(tree, trained) for tree in (ema, params))
-      ema = optim.join(
-        optim.update_average(average, new, state.step, decay=ema_decay), frozen
-      )
+      ema = optim.join(optim.update_average(average, new, state.step, decay=ema_decay), frozen)
   norms = optim.group_norms(grads).items()
   norms = {f"grad_norm/{group}": norm for group, norm in norms if group in trained}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), norms
