@@ -21,8 +21,8 @@ _PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 class Keys(NamedTuple):
   """One part of the keys: `k`, `v` [Bk, S, K, H] and `order` [Bk, S] int32 (see types.Tokens).
 
-  Bk may divide the number of query rows B: then each part serves B / Bk consecutive rows, which
-  is how the images of a group share their context without a copy of it.
+  Each part serves B / Bk consecutive rows of queries, so that the images of a group share their
+  context without a copy of it.
   """
 
   k: chex.Array
@@ -67,8 +67,7 @@ def attend(
       the new tokens need not be concatenated.
     query_block: queries scored at once; the scores held are [B, N, query_block, S].
     backend: "plain", or the kernel to use where it serves: see `kernels`.
-    one_reach: whether in each row all queries that see anything have the same reach, which the
-      kernel for TPUs needs.
+    one_reach: whether a row's queries that see anything have the same reach; `splash` needs it.
 
   Returns:
     [B, T, N, H] in the dtype of `q`; exactly zero for a query that sees nothing.
@@ -137,10 +136,9 @@ def _partial_softmax(q, reach, keys: Keys, precision):
 
 
 def rotate(x, position, theta: float):
-  """Rotary position embedding, half-split convention (Su et al. 2021, as in Qwen2).
+  """Rotary position embedding of x [B, T, N, H] float32, half-split (Su et al. 2021, as in Qwen2).
 
-  x [B, T, N, H] float32, position [B, T] int32, frequencies theta^(-2j/H) -> [B, T, N, H] float32.
-  Angles at bf16 would merge neighbouring positions beyond 256.
+  The frequencies are theta^(-2j/H). Angles at bf16 would merge neighbouring positions beyond 256.
   """
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -88,11 +88,8 @@ class Bagel(nn.Module):
   ):
     """Runs one stream of tokens for each expert over `context`.
 
-    `one_reach`: that of all tokens of a row, but for padding, is the same.
-
-    Returns:
-      (hidden of und [B, T, D] or None, hidden of gen or None, new (k, v) or None), both after
-      their expert's final norm.
+    `one_reach`: that of all tokens of a row, but for padding, is the same. Returns (hidden of und
+    [B, T, D] or None, hidden of gen or None, after their expert's final norm; new (k, v) or None).
     """
     tokens = {"und": und, "gen": gen}
     axes = ("batch", "length", "features")
@@ -210,10 +207,8 @@ class Bagel(nn.Module):
     """The training forward of B sequences, equal to the official packed mask.
 
     Everything that later tokens may see runs once as a context; then every image to denoise runs
-    as a row of its own over that context, none of whose keys is copied.
-
-    Returns:
-      (hidden states at the label slots [B, Y, D], velocities [B, R, I, C] float32 or None).
+    as a row of its own over that context, none of whose keys is copied. Returns (hidden states at
+    the label slots [B, Y, D], velocities [B, R, I, C] float32 or None).
     """
     x = self.embed_text(batch.und_ids)
     if batch.vit is not None:

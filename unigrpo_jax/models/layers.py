@@ -169,10 +169,7 @@ class TwoLayer(nn.Module):
 
 
 def time_features(t, size: int = 256):
-  """[cos(t f), sin(t f)], f_k = 10000^(-2k/size), [..., size] float32 of flow times t [...].
-
-  t in [0, 1] is not scaled by 1000.
-  """
+  """[cos(t f), sin(t f)], f_k = 10000^(-2k/size): [..., size] float32, t in [0, 1] unscaled."""
   half = size // 2
   frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
   angle = t.astype(jnp.float32)[..., None] * frequency

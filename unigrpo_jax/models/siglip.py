@@ -133,8 +133,6 @@ class SigLIP(nn.Module):
         **kinds,
       )(position_ids)
     with jax.named_scope("vit_layers"):
-      stack = layers.scan_layers(
-        Block, config.num_layers, in_axes=nn.broadcast, unroll=self.unroll
-      )
+      stack = layers.scan_layers(Block, config.num_layers, in_axes=nn.broadcast, unroll=self.unroll)
       x, _ = stack(config, self.dtype, self.param_dtype, self.backend, name="layers")(x, mask)
     return layer_norm(config.layer_norm_eps, self.param_dtype, "post_norm")(x).astype(self.dtype)

@@ -88,9 +88,7 @@ class Encoder(nn.Module):
       if i < len(config.ch_mult) - 1:
         # Padded on the right and bottom only: symmetric padding would shift the latent grid by
         # half a pixel a level and still look almost right.
-        x = conv_3x3(
-          channels, strides=2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample"
-        )(x)
+        x = conv_3x3(channels, strides=2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
     x = ResBlock(channels, name="mid_block_1")(x)
     x = MidAttention(name="mid_attention")(x)
     x = ResBlock(channels, name="mid_block_2")(x)
@@ -122,11 +120,10 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-  """The autoencoder, as shipped in `ae.safetensors`. Frozen here, so nothing is rematerialised.
+  """The autoencoder, as shipped in `ae.safetensors`. Frozen, so nothing is rematerialised.
 
-  At 1024 px one float32 activation of the outermost level is 512 MiB an image: bound the images a
-  call decodes by the memory there is. The parameters (84 M) carry no logical axes: every chip holds
-  them whole.
+  At 1024 px one float32 activation of the outermost level is 512 MiB an image. The parameters
+  (84 M) carry no logical axes: every chip holds them whole.
   """
 
   config: config_lib.VAEConfig
@@ -136,9 +133,9 @@ class VAE(nn.Module):
     self.decoder = Decoder(self.config)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance of the posterior, each [M, h, w, z] float32, in posterior units.
+    """Images [M, H, W, in_channels] -> mean and log-variance of the posterior, [M, h, w, z] each.
 
-    images [M, H, W, in_channels] are in [-1, 1]; H and W multiples of `config.downsample`.
+    H and W are multiples of `config.downsample`; the moments are float32, in posterior units.
     """
     with jax.named_scope("vae_encode"):
       mean, logvar = jnp.split(self.encoder(images.astype(jnp.float32)), 2, axis=-1)
@@ -162,8 +159,7 @@ def latents_from_moments(
 ) -> jax.Array:
   """A latent in model units: `scale * (mean + exp(logvar / 2) * noise - shift)`.
 
-  The log-variance is not clamped, as officially. noise is standard normal, or None for the mean
-  itself; BAGEL's own encode always samples, when it edits as when it trains.
+  The log-variance is not clamped, as officially. noise None gives the mean; BAGEL always samples.
   """
   mean = mean.astype(jnp.float32)
   if noise is not None:
