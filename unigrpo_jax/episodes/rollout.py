@@ -51,7 +51,7 @@ class Rollout:
   """Samples chunks of trajectories; call it within `sharding.activate`."""
 
   def __init__(self, network: state.Network, vae_params, spec: RolloutSpec):
-    """Checks the sizes; compiles nothing yet.
+    """Compiles nothing yet.
 
     Raises:
       InputError: the image size is impossible, or the model has too few positions.
