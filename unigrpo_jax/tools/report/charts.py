@@ -45,13 +45,8 @@ def binned(series: Sequence[tuple[float, float]], limit: int) -> Line:
 
 @matplotlib.rc_context(fname=STYLE)
 def line_chart(
-  lines: Mapping[str, Line],
-  intervals: Mapping[str, Line],
-  *,
-  x_range: tuple[float, float],
-  x_label: str,
-  size: tuple[float, float] = LARGE,
-  log: bool = False,
+  lines: Mapping[str, Line], intervals: Mapping[str, Line], *, x_range: tuple[float, float],
+  x_label: str, size: tuple[float, float] = LARGE, log: bool = False,
 ) -> str | None:
   """Lines with bands, and marks with intervals, by name: a data URI, or None without a value.
 

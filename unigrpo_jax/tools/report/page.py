@@ -53,10 +53,8 @@ def render(run: workdir.Run) -> str:
 
 
 def headline(run: workdir.Run) -> tuple[str, str, list] | None:
-  """(reward, mode, evaluations) of the first reward that was evaluated twice.
-
-  The mode is that by which the best checkpoint is chosen, the config's first; else one that thinks.
-  """
+  """(reward, mode, evaluations) of the first reward that was evaluated twice, in the config's first
+  mode, by which the best checkpoint is chosen; else in one that thinks."""
   configured = [mode.replace(" ", "") for mode in (run.config.get("eval") or {}).get("modes", ())]
   for reward in reward_names(run):
     modes = run.evaluated(reward)

@@ -13,10 +13,8 @@ import PIL.Image
 from unigrpo_jax.benchmarks import intervals
 from unigrpo_jax.tools.report import workdir
 
-# Prompts shown in all, and those of one mode at least.
-SHOWN, SHOWN_OF_MODE = 24, 4
-# Pixels of a side up to which a picture is embedded as it is; larger ones are scaled to `SIDE`.
-SMALL, SIDE = 256, 384
+SHOWN, SHOWN_OF_MODE = 24, 4  # Prompts in all, and those of one mode at least.
+SMALL, SIDE = 256, 384  # Pixels of a side: up to SMALL, a picture is embedded as it is.
 ALL = "all"  # categories
 
 

@@ -57,10 +57,8 @@ class Run:
     return [value for _, value in self.series(key) if math.isfinite(value)]
 
   def evaluated(self, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
-    """Mode -> [(step, scores)] of a reward.
-
-    The scores are those of every prompt where the evaluation was saved; its mean alone, from
-    `eval/<mode>/<reward>`, where only that is known.
+    """Mode -> [(step, scores)] of a reward: those of every prompt where the evaluation was saved,
+    else its mean, from `eval/<mode>/<reward>`.
     """
     modes: dict[str, dict[int, Sequence[float]]] = {}
     for key in self.keys:
@@ -96,9 +94,7 @@ def read(folder: pathlib.Path) -> Run:
   evaluations = {int(path.name): _samples(path, notes) for path in sorted(places)}
   return Run(
     name=str(info.get("run_id") or folder.resolve().name),
-    rows=[steps[step] for step in sorted(steps)],
-    config=config,
-    info=info,
+    rows=[steps[step] for step in sorted(steps)], config=config, info=info,
     evaluations={step: evaluations[step] for step in sorted(evaluations) if evaluations[step]},
     notes=notes,
   )
