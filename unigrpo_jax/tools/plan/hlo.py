@@ -26,51 +26,36 @@ _NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
 class Collective:
   """An exchange between devices.
 
-  Attributes:
-    kind: one of `KINDS`.
-    bytes: of the whole array on one device: the result of an all-gather, else the operands.
-    groups: positions of the devices that exchange with each other; of a collective-permute its
-      pairs of source and target.
-    times: how often it runs.
+  `groups` are positions of the devices that exchange with each other; of a collective-permute its
+  pairs of source and target.
   """
 
-  kind: str
-  bytes: float
+  kind: str  # of `KINDS`
+  bytes: float  # of the whole array on one device: the result of an all-gather, else the operands
   groups: hlo_text.Groups
-  times: float
+  times: float  # how often it runs
 
 
 @dataclasses.dataclass(frozen=True)
 class CustomCall:
-  """A call of a kernel, whose FLOPs the text does not say.
+  """A call of a kernel, whose FLOPs the text does not say."""
 
-  Attributes:
-    name: of the instruction.
-    operands: arrays on one device.
-    times: how often it runs.
-    flops: of one run, by its author (Pallas: `cost_estimate`); None where there is none.
-  """
-
-  name: str
-  operands: tuple[hlo_text.Array, ...]
-  times: float
-  flops: float | None = None
+  name: str  # of the instruction
+  operands: tuple[hlo_text.Array, ...]  # on one device
+  times: float  # how often it runs
+  flops: float | None = None  # of one run, by its author (Pallas: `cost_estimate`)
 
 
 @dataclasses.dataclass
 class Program:
   """What one device does in one run of a program or of one of its computations.
 
-  Attributes:
-    flops: two for each multiply-add of a dot or convolution. The padding of a convolution and the
-      holes of a dilated one are not counted: a TPU's batched products are such convolutions.
-    bytes: an estimate of what is read from and written to main memory. Each instruction outside a
-      fusion reads its operands and writes its results once, without the padding of layouts. A slice
-      or gather reads the size of its result, alone or in a fusion that needs no more of the
-      operand; an update in place reads and writes the update. Scalars and arrays in another memory
-      (VMEM) are free, and so is what moves nothing: tuples, parameters, bitcasts. What a kernel or
-      fusion reads twice is counted once.
-    collectives, custom_calls: in the order of the text.
+  `flops` are two for each multiply-add of a dot or convolution, its padding and holes not counted:
+  a TPU's batched products are such convolutions. `bytes` is an estimate of the traffic of main
+  memory: an instruction outside a fusion reads its operands and writes its results once, without
+  the padding of layouts. A slice or gather, alone or in a fusion, reads the size of its result; an
+  update in place reads and writes the update. Scalars, arrays in another memory (VMEM) and what
+  moves nothing are free. What a kernel or fusion reads twice is counted once.
   """
 
   flops: float = 0.0
@@ -89,17 +74,10 @@ class Program:
 
 
 def read(text: str, unknown_trips: float = 1) -> Program:
-  """Reads what a compiled program does.
+  """What a compiled program does, from its `compiled.as_text()`.
 
-  Loops count as often as they run (`hlo_costs.trips`), their condition once more than their body.
-  Of a conditional the most expensive branch counts.
-
-  Args:
-    text: `compiled.as_text()`.
-    unknown_trips: of a loop whose number of trips is unknown, such as one that ends early.
-
-  Raises:
-    ValueError: The text is not that of a compiled program.
+  Loops count as often as they run, `unknown_trips` where the text does not say, their condition
+  once more than their body. Of a conditional the most expensive branch counts.
   """
   entry, devices = hlo_text.parse(text)
   return _Reader(devices, unknown_trips).program(entry, fused=False)
@@ -170,15 +148,10 @@ def _weight(branch: Program) -> tuple[float, ...]:
 
 
 def axes(groups: hlo_text.Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-  """The mesh axes that the groups of a collective run along.
+  """The mesh axes, in order, that the groups of device positions, or pairs, run along.
 
-  Args:
-    groups: device positions, row-major in the mesh; or pairs of source and target.
-    mesh_shape: {axis: size}, in the mesh's order.
-
-  Returns:
-    Axes in the mesh's order; ("other",) where the groups are not those of whole axes, or, of pairs,
-    some leave the mesh. Groups of one device run along no axis.
+  ("other",) where the groups are not those of whole axes, or, of pairs, some leave the mesh. Groups
+  of one device run along no axis.
   """
   if len({len(group) for group in groups}) > 1:
     return ("other",)

@@ -29,17 +29,11 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Type and size of one array of a program, on one device.
+  """Type and size of one array of a program, on one device."""
 
-  Attributes:
-    dtype: as XLA writes it, such as "bf16".
-    dims: its sizes.
-    space: memory space: 0 is the device's main memory (HBM); on a TPU 1 is VMEM, 5 the host's.
-  """
-
-  dtype: str
+  dtype: str  # as XLA writes it, such as "bf16"
   dims: tuple[int, ...]
-  space: int = 0
+  space: int = 0  # 0 is the device's main memory (HBM); on a TPU 1 is VMEM, 5 the host's
 
   @property
   def bytes(self) -> float:
@@ -51,28 +45,16 @@ class Array:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Instruction:
-  """One line of a computation.
+  """One line of a computation."""
 
-  Attributes:
-    name: without the percent sign; unique in the program.
-    opcode: such as "dot"; of a "-start" the operation that it starts.
-    arrays: the result: one array, or a tuple's leaves. Of a start, the result of its "-done".
-    operands: instructions of the same computation.
-    attributes: the rest of the line.
-    literal: value of a constant, number of a parameter; empty for other opcodes.
-    is_root: whether it gives the computation's result.
-    computations: all those of the program, by name.
-    users: the instructions that have it as an operand.
-  """
-
-  name: str
-  opcode: str
-  arrays: tuple[Array, ...]
-  operands: tuple[Instruction, ...]
-  attributes: str
-  literal: str
-  is_root: bool
-  computations: dict[str, Computation]
+  name: str  # without the percent sign; unique in the program
+  opcode: str  # such as "dot"; of a "-start" the operation that it starts
+  arrays: tuple[Array, ...]  # the result, or a tuple's leaves; of a start, that of its "-done"
+  operands: tuple[Instruction, ...]  # of the same computation
+  attributes: str  # the rest of the line
+  literal: str  # value of a constant, number of a parameter; empty for other opcodes
+  is_root: bool  # whether it gives the computation's result
+  computations: dict[str, Computation]  # all those of the program, by name
   users: list[Instruction] = dataclasses.field(default_factory=list)
 
   @property
@@ -136,14 +118,7 @@ class Computation:
 
 
 def parse(text: str) -> tuple[Computation, int]:
-  """The computation of a compiled program that runs first, and how many devices run it.
-
-  Args:
-    text: `compiled.as_text()`.
-
-  Raises:
-    ValueError: The text has no entry computation.
-  """
+  """The computation of a compiled program that runs first, and how many devices run it."""
   computations: dict[str, Computation] = {}
   entry = current = None
   # A kernel's own metadata stands on lines of its own in the middle of an instruction.
@@ -218,12 +193,10 @@ def integers(text: str) -> list[int]:
 
 
 def groups(text: str, devices: int) -> Groups:
-  """Device positions of each group of a collective.
+  """Device positions of each group of a collective, of so many devices.
 
-  Args:
-    text: the value of `replica_groups` or `source_target_pairs`: `{{0,1},{2,3}}`,
-      `[4,2]<=[2,4]T(1,0)`, or axes of a mesh; `{}` is one group of all.
-    devices: how many there are.
+  The text of `replica_groups` or `source_target_pairs` is `{{0,1},{2,3}}`, `[4,2]<=[2,4]T(1,0)`,
+  or axes of a mesh; `{}` is one group of all.
   """
   if text.startswith("["):
     shape, _, iota = text.partition("<=")
