@@ -94,6 +94,22 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
     assert 0.97 < ratio < 1.3, (name, ratio)
 
 
+@pytest.mark.parametrize("overrides", [
+  ["--config.flow.objective=nft", "--config.ema_decay=0.99"],
+  ["--config.rollout.think=false", "--config.text.train=false"],
+  ["--config.flow.train=false", "--config.lora.rank=4"],
+  # Each trajectory reads the prompt itself.
+  ["--config.rollout.prompts_at_once=1", "--config.group_size=8", "--config.microbatch=8"],
+])
+def test_shapes_fit_in_every_kind_of_run(overrides):
+  """On 8 devices, nothing compiled: each program takes what the one before it gives."""
+  spec = rl.read(config_files.load(f"{UNIGRPO}:tiny", ["--config.mesh.tensor=1", *overrides]))
+  network = state.open_network(spec.network, jax.devices())
+  planned = planner.Planner(spec, network, only=()).run()
+  assert planned.phases == {} and planned.held["parameters"] > 0
+  assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
+
+
 def test_record_by_hand():
   gather = hlo.Collective(
     "all-gather", 8e9, tuple((i, i + 2, i + 4, i + 6) for i in (0, 1)), 3)
