@@ -15,8 +15,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.models import config as config_lib
 
 MAX_STRETCH = 2.0  # By which rounding a side to one patch or latent token may stretch an image.
-# The released VAE table is 64 tokens long, so this is where its rule passes MAX_STRETCH.
-MAX_ASPECT_RATIO = 128
+MAX_ASPECT_RATIO = 128  # Where the rule of the released VAE table of 64 tokens passes MAX_STRETCH.
 
 
 def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
@@ -133,11 +132,7 @@ def to_array(image: PIL.Image.Image) -> np.ndarray:
 
 
 def patchify(array: np.ndarray, patch: int) -> np.ndarray:
-  """[H, W, C] -> [n, patch patch C]: patches row by row, features ordered (py, px, channel).
-
-  Raises:
-    ValueError: a side is not a multiple of `patch`.
-  """
+  """[H, W, C] -> [n, patch patch C]: patches row by row, features ordered (py, px, channel)."""
   height, width, channels = array.shape
   if height % patch or width % patch:
     raise ValueError(f"an image of {height}x{width} does not divide into {patch} px patches")

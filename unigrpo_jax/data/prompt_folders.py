@@ -34,8 +34,7 @@ def build(
   With `overwrite`, it replaces a set of this name, after success only.
 
   Raises:
-    InputError: a name is not possible, the folder exists, or the disk is full; and what iterating
-      over the prompts raises.
+    InputError: a name is not possible, the folder exists, or the disk is full.
     OSError: `out` cannot be written to.
   """
   for kind, value in [("name", name), *(("split", split) for split in splits)]:

@@ -19,8 +19,7 @@ from unigrpo_jax.iconworld import prompts as iconworld
 
 FILE_ENDINGS = (".txt", ".jsonl")
 ICONWORLD = "iconworld"
-# How many prompts of each of IconWorld's splits make the set of that name.
-ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}
+ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}  # Prompts by split.
 
 
 @dataclasses.dataclass(frozen=True)

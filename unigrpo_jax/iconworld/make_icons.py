@@ -33,11 +33,7 @@ DARKEST = 0.78  # Shade of the darkest part of a glyph; the lightest has 1.
 def reduce_glyph(
   font: PIL.ImageFont.FreeTypeFont, glyph: str, gain: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Alpha and shade of a glyph, [icons.SIDE, icons.SIDE] uint8 each, centred.
-
-  Raises:
-    InputError: the font does not have the glyph.
-  """
+  """Alpha and shade of a glyph, [icons.SIDE, icons.SIDE] uint8 each, centred."""
   canvas = PIL.Image.new("RGBA", (2 * STRIKE, 2 * STRIKE), (0, 0, 0, 0))
   PIL.ImageDraw.Draw(canvas).text((STRIKE // 4, STRIKE // 4), glyph, font=font, embedded_color=True)
   box = canvas.getbbox()

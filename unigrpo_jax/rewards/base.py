@@ -23,32 +23,21 @@ from unigrpo_jax import errors
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-  """What a trajectory made: the input of every reward.
+  """What a trajectory made: the input of every reward."""
 
-  Attributes:
-    prompt: what the user wrote.
-    image: the picture, [H, W, 3] uint8.
-    text: the sampled reasoning; None where there was none.
-    metadata: the prompt set's, in GenEval's format (tag, include, exclude); {} where it has none.
-  """
-
-  prompt: str
-  image: np.ndarray
-  text: str | None = None
+  prompt: str  # what the user wrote
+  image: np.ndarray  # [H, W, 3] uint8
+  text: str | None = None  # the sampled reasoning; None where there was none
+  # The prompt set's, in GenEval's format (tag, include, exclude); {} where it has none.
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-  """Scores of one call, and why some are missing.
+  """Scores of one call, and why some are missing."""
 
-  Attributes:
-    values: [N], any real dtype, larger is better; NaN where a sample could not be scored.
-    reason: one line about the NaN; None for none.
-  """
-
-  values: np.ndarray
-  reason: str | None = None
+  values: np.ndarray  # [N], any real dtype, larger is better; NaN where there is no score
+  reason: str | None = None  # one line about the NaN
 
 
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
@@ -60,13 +49,10 @@ _registered: dict[str, Callable[..., Any]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-  """Decorator that gives a reward a name for `make`.
+  """Decorator that gives a reward a name for `make`; refuses one that is taken or has a colon.
 
   It goes on a function `(samples, *, options...) -> [N]`, or on a class that is made with the
   options and whose instances are called with the samples.
-
-  Raises:
-    ValueError: the name is another reward's, or has a colon, which marks "module:function".
   """
 
   def add(target):
@@ -152,15 +138,14 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
     values = given.astype(np.float32)
   infinite, missing = np.isinf(values), np.isnan(values)
   values[infinite] = np.nan
+  reason = None
   if infinite.any():
     first = int(infinite.argmax())
     reason = f"{given[first]} is not finite in float32, for {samples[first].prompt[:60]!r}"
-    return Scores(values, reason)
-  if missing.any():
+  elif missing.any():
     prompt = samples[int(missing.argmax())].prompt[:60]
-    reason = f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
-    return Scores(values, result.reason or reason)
-  return Scores(values)
+    reason = result.reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
+  return Scores(values, reason)
 
 
 @register("brightness")

@@ -71,8 +71,7 @@ class Http:
     """Connects to nothing yet.
 
     Args:
-      url: of the server, http or https, before "/v1/rewards".
-      reward: the reward's name there.
+      url: of the server, http or https, before "/v1/rewards"; `reward` is the name there.
       timeout: seconds that connecting, sending, or waiting for the next bytes may take.
       retries: attempts of a chunk after the first, the first of them after about `backoff` seconds.
       batch_size: samples of a chunk.

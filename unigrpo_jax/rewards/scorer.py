@@ -38,11 +38,8 @@ class Pending:
     return all(part.done() for part in self.parts.values())
 
   def result(self, timeout: float | None = None) -> dict[str, np.ndarray]:
-    """Waits for {name: [N] float32}, what `Scorer.score` gives.
-
-    Raises:
-      TimeoutError: a reward took longer than `timeout` seconds.
-      CancelledError: the scorer was closed before all rewards began.
+    """Waits for {name: [N] float32}, as `Scorer.score`; TimeoutError after `timeout` seconds, and
+    CancelledError if the scorer was closed before all rewards began.
     """
     return {name: part.result(timeout) for name, part in self.parts.items()}
 
@@ -144,13 +141,7 @@ class Scorer:
     standardising before the sum is the first step of GDPO (arXiv 2601.05242); eps and ddof are
     those of Flow-GRPO's code (arXiv 2505.05470).
 
-    Args:
-      scores: what `score` gives, {name: [N]}.
-      group: which samples share a prompt, [N] integers; None for all. Only `normalise` reads it.
-      normalise: standardise each reward within its group first.
-
-    Raises:
-      ValueError: the arrays differ in length.
+    `group`, [N] integers, says which samples share a prompt; None: all of them.
     """
     weighted = {name: weight for name, weight in self._weights.items() if weight}
     values = {name: np.asarray(scores[name], np.float64) for name in weighted}

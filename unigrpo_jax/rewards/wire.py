@@ -46,8 +46,7 @@ def pack(samples: Sequence[base.Sample]) -> bytes:
 def unpack(body: bytes) -> list[base.Sample]:
   """The samples of a request's body, which may be any bytes.
 
-  Memory stays near the size of the body: compressed members are refused, and an array's header is
-  held against the bytes that are there.
+  Memory stays near the size of the body: compressed members and sizes beyond it are refused.
 
   Raises:
     ValueError: the body is not what `pack` makes; one line says why.
@@ -58,8 +57,7 @@ def unpack(body: bytes) -> list[base.Sample]:
       records = json.loads(_read_array(archive, "samples", 1, len(body)).tobytes())
   except ValueError:
     raise
-  # For strange bytes, zipfile and json raise half a dozen kinds of errors.
-  except Exception as error:
+  except Exception as error:  # zipfile and json raise half a dozen kinds for strange bytes.
     raise ValueError(f"not a readable npz: {' '.join(str(error).split())}") from None
   if images.shape[-1] != 3 or 0 in images.shape:
     raise ValueError(f"images are {list(images.shape)}, not [N, H, W, 3]")
