@@ -19,8 +19,8 @@ import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
 from unigrpo_jax import errors
-from unigrpo_jax.recipe import recipe
-from unigrpo_jax.runtime import hosts, runs, sharding
+from unigrpo_jax.recipe import parts, rl
+from unigrpo_jax.runtime import hosts, sharding, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
@@ -97,15 +97,17 @@ def _start(commands, environ):
 def _end(processes):
   """[(status, lines on standard output, standard error)] of each host; without Gloo's chatter."""
   try:
-    found = [process.communicate(timeout=400) for process in processes]
+    outputs = [process.communicate(timeout=400) for process in processes]
   finally:
     for process in processes:
       process.kill()
   # Its threads tear each other's lines apart; what is left of one is its end.
   end = "Rank # is connected to # peer ranks. Expected number of connected peer ranks is : #"
   gloo = lambda line: "[Gloo]" in line or end.endswith(re.sub(r"\d+", "#", line).strip())
-  spoken = lambda out: [line for line in out.splitlines() if not gloo(line)]
-  return [(process.returncode, spoken(out), err) for process, (out, err) in zip(processes, found)]
+  printed = lambda out: [line for line in out.splitlines() if not gloo(line)]
+  return [
+    (process.returncode, printed(out), err) for process, (out, err) in zip(processes, outputs)
+  ]
 
 
 def _seen(folder, host):
@@ -130,7 +132,7 @@ def run(shallow, tmp_path):
 
 
 def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
-  """One of two is killed; the run goes on until one is told to stop: it is that of one host."""
+  """One of two is killed; the run continues until one gets a signal: it is that of one host."""
   [(status, _, words)] = run("one", 1, seen="whole")
   assert status == 0, words
 
@@ -145,7 +147,7 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
     assert last.startswith("error: host 0 of 2 was killed, or ended because host 1 of 2 no longer")
   else:
     assert status == 1 and last.startswith("error: host 0 of 2: host 1 of 2 no longer"), words
-    assert last.endswith(f"the run goes on from step {newest}")
+    assert last.endswith(f"the run continues from step {newest}")
 
   # Would go on to step 9, but host 1 gets a signal in the evaluation after step 4.
   end = f"1:{2 * (4 - newest) + 1}:{signal.SIGTERM:d}"
@@ -153,7 +155,7 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   assert first[0] == second[0] == 0, first[2] + second[2]
   assert first[1][0].startswith("host 0 of 2: ") and len(second[1]) == 1
   assert f"resumed {tmp_path / 'two'} at step {newest}" in first[1]
-  assert "stopped by a signal at step 4; the same command goes on" in first[1]
+  assert "stopped by a signal at step 4; run the same command again to continue" in first[1]
 
   _check_metrics(*(test_train_unigrpo.rows_of(tmp_path / name) for name in ("one", "two")))
   (step, want, record), (same, got, other) = (
@@ -181,7 +183,7 @@ def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
 
 
 def _check_metrics(want, got):
-  assert [row["step"] for row in got] == [0, 1, 2, 3, 4]
+  assert [row["step"] for row in got] == [0, 1, 2, 3, 4, 4]
   for row, other in zip(want, got, strict=True):
     assert row.keys() == other.keys()
     for name, value in row.items():
@@ -189,7 +191,7 @@ def _check_metrics(want, got):
         np.testing.assert_allclose(other[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
 
 
-def test_what_hosts_tell_each_other():
+def test_what_hosts_exchange():
   """And that they stop where they do not run the same."""
   ended = _end(_start([["-c", COMPARED]] * 2, {}))
   words = "error: host 1 of 2 has lora.rank=9, host 0 has 8; start all hosts again"
@@ -339,7 +341,8 @@ def test_a_row_of_two_hosts_is_the_first_ones(monkeypatch):
 def test_a_group_over_two_hosts_is_refused(monkeypatch):
   config = test_train_unigrpo._config("tiny", **{"rollout.prompts_at_once": 1, "group_size": 4,
                                                  "microbatch": 4, "mesh.fsdp": 2})
-  network = runs.open_network(config, jax.devices()[:2])
+  spec = rl.read(config)
+  network = state.open_network(spec.network, jax.devices()[:2])
   monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 2 // rows)
   with pytest.raises(errors.InputError, match="config.rollout.prompts_at_once=1: .*split a group"):
-    recipe.check(config, network)
+    parts.check_fits(spec, network)
