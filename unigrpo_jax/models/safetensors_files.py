@@ -199,11 +199,7 @@ def total_bytes(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> int:
 
 
 def write(path: pathlib.Path, contents: Contents) -> None:
-  """Writes a file a piece at a time.
-
-  Raises:
-    ValueError: the pieces do not cover every tensor exactly once, or have another shape.
-  """
+  """Writes a file a piece at a time."""
   header = {} if contents.metadata is None else {"__metadata__": contents.metadata}
   starts, end = {}, 0
   # As the safetensors library orders them: aligned data, then names.

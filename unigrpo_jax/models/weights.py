@@ -10,6 +10,7 @@ C latent features; the same of the vision tower with suffix v.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,11 +28,9 @@ FILES = {"bagel": "ema.safetensors", "vae": "ae.safetensors"}
 PARTS = tuple(FILES)
 # What decides the shapes of the tensors whose name starts so; longest names first.
 _CONFIG_FILES = (
-  ("language_model.", "llm_config.json"),
-  ("vit_model.", "vit_config.json"),
+  ("language_model.", "llm_config.json"), ("vit_model.", "vit_config.json"),
   ("connector.fc1.weight", "vit_config.json or llm_config.json"),
-  ("connector.", "llm_config.json"),
-  ("time_embedder.", "llm_config.json"),
+  ("connector.", "llm_config.json"), ("time_embedder.", "llm_config.json"),
   ("", "bagel_config.json (or, without that file, the released model)"),
 )
 
@@ -277,7 +276,7 @@ def lookup(nested: Mapping[str, Any], path: Path) -> Any:
   return nested
 
 
-class OfficialReader:
+class OfficialReader(contextlib.ExitStack):
   """The parameters of an official folder, checked against the table when opened.
 
   `leaves` is the table of `parts`, `files` is {file name: SafetensorsFile}.
@@ -291,12 +290,13 @@ class OfficialReader:
     *, observe: Callable[[str, np.ndarray], None] = lambda name, rows: None,
   ):
     """`observe` gets whatever is read from the files: a tensor's name and a slice of it."""
+    super().__init__()
     self._observe = observe
     self.leaves = table(config, parts)
     self.files: dict[str, safetensors_files.SafetensorsFile] = {}
     try:
       for name in (FILES[part] for part in parts):
-        self.files[name] = safetensors_files.SafetensorsFile(folder / name)
+        self.files[name] = self.enter_context(safetensors_files.SafetensorsFile(folder / name))
         _check(self.files[name], [leaf for leaf in self.leaves if leaf.file == name])
     except BaseException:
       self.close()
@@ -327,16 +327,6 @@ class OfficialReader:
     for name, target in zip(names, targets):
       target[...] = leaf.read_layer(functools.partial(read, name), inner)
     return out
-
-  def close(self) -> None:
-    for file in self.files.values():
-      file.close()
-
-  def __enter__(self) -> OfficialReader:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
 
 
 def _check(file: safetensors_files.SafetensorsFile, leaves: Sequence[Leaf]) -> None:

@@ -29,9 +29,8 @@ def is_full(error: BaseException) -> bool:
 def drop_lost_traces() -> None:
   """Keeps the traces that a failed read or write of Orbax leaves off the screen, from now on.
 
-  There are hundreds of them, some seconds later: of its background threads, of event loops that are
-  closed when TensorStore answers, of tasks that are collected. What failed is raised by Orbax all
-  the same. Its other log records, and traces of others, are shown.
+  There are hundreds, of its background threads, of closed event loops and of collected tasks. What
+  failed is raised by Orbax all the same.
   """
   def is_of_orbax(path: str) -> bool:
     return "orbax" in pathlib.PurePath(path).parts
@@ -78,13 +77,7 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainCheckpoints:
-  """The checkpoints of a training run: saved in the background, atomic, the last few kept.
-
-  Besides those, every so many-th may be kept, and the best one.
-
-  Raises:
-    InputError: `folder` cannot be used.
-  """
+  """The checkpoints of a training run: saved in the background, atomic, the last few kept."""
 
   def __init__(
     self, folder: pathlib.Path | str, *, keep: int | None, every: int = 0,
@@ -93,11 +86,9 @@ class TrainCheckpoints:
     """Opens the folder.
 
     Args:
-      folder: of the checkpoints.
       keep: how many of the latest stay; None for all.
-      every: the steps that are multiples of it stay; 0 for none.
-      score: of a step, or None where there is none; asked at every save, the same on all hosts. The
-        checkpoint where it is highest stays.
+      every: the steps that are multiples of it stay as well; 0 for none.
+      score: of a step or None, asked at every save, the same on all hosts. The best one stays.
       clean: removes what a killed save left behind; not where another process may be saving.
     """
     drop_lost_traces()
@@ -124,12 +115,7 @@ class TrainCheckpoints:
     return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-    """Saves `state` and the JSON object `record`; returns once the arrays are copied.
-
-    Args:
-      step: of the checkpoint.
-      state: a tree of arrays.
-      record: what else the run needs to continue.
+    """Saves the tree `state` and the JSON object `record`; returns once the arrays are copied.
 
     Raises:
       Storage: the previous save failed, or this one cannot start.

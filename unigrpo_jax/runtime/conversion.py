@@ -244,17 +244,11 @@ def _check_files(official: folders.ModelFolder, converted: folders.ModelFolder) 
 
 @dataclasses.dataclass
 class Difference:
-  """How the two sides of one tensor differ.
+  """How the two sides of one tensor differ."""
 
-  Attributes:
-    different: elements that differ: in any bit where both sides have one dtype, else in value.
-    largest: largest absolute difference; inf where one side alone is not a number.
-    official_nans, converted_nans: elements that are not numbers.
-  """
-
-  different: int = 0
-  largest: float = 0.0
-  official_nans: int = 0
+  different: int = 0  # elements: in any bit where both sides have one dtype, else in value
+  largest: float = 0.0  # absolute difference; inf where one side alone is not a number
+  official_nans: int = 0  # elements that are not numbers
   converted_nans: int = 0
 
   def add(self, a: np.ndarray, b: np.ndarray) -> None:

@@ -27,29 +27,20 @@ from unigrpo_jax.models import safetensors_files, weights
 from unigrpo_jax.runtime import checkpoints, stored_params
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
-# That are read; the last one is written. Version 1 kept the text of the official headers.
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2)  # The last one is written. 1 kept the text of the official headers.
 AGAIN = stored_params.AGAIN
-# The embedded checkpoint: its name, wherever a folder is expected, and where it lies.
-TINY = "tiny"
+TINY = "tiny"  # The embedded checkpoint, wherever a folder is expected.
 TINY_FOLDER = pathlib.Path(__file__).parents[1] / "assets" / "tiny_bagel"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-  """A folder with a BAGEL in it.
-
-  Attributes:
-    path: the folder.
-    kind: "official" or "converted".
-    files: the folder with the configs and the tokenizer.
-    config: the sizes, read from `files`.
-  """
+  """A folder with a BAGEL in it."""
 
   path: pathlib.Path
-  kind: str
-  files: pathlib.Path
-  config: config_lib.BagelConfig
+  kind: str  # "official" or "converted"
+  files: pathlib.Path  # the folder with the configs and the tokenizer
+  config: config_lib.BagelConfig  # read from `files`
 
   def open_params(
     self, parts: Sequence[str] = weights.PARTS
@@ -68,13 +59,11 @@ class ModelFolder:
 
     Args:
       dtype: one for all, or {part: dtype}; None keeps the stored one.
-      shardings: one `jax.sharding.Sharding` for all, or a tree of them like the result; None is the
-        first device.
+      shardings: one for all, or a tree of them like the result; None is the first device.
       parts: top-level keys to load, of ("bagel", "vae").
 
     Raises:
-      InputError: the weights are missing, broken, do not agree with the config, or do not fit in
-        device memory.
+      InputError: the weights are missing, broken, of another config, or too large for the devices.
     """
     if shardings is None:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -102,10 +91,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def open_folder(path: pathlib.Path | str) -> ModelFolder:
-  """Recognises a model folder and reads its config.
-
-  Args:
-    path: the folder, or "tiny" for the embedded checkpoint (a folder of that name is "./tiny").
+  """Recognises a model folder and reads its config; "tiny" is the embedded checkpoint.
 
   Raises:
     InputError: the folder does not exist, is neither kind, or its config cannot be read.
@@ -148,12 +134,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Path]:
-  """The files of a folder beside the official weights, sorted by name.
-
-  Args:
-    folder: an official folder, or the `files` of a converted one.
-    note: whether to say on stderr what is no file and so belongs to no copy of the folder.
-  """
+  """The files of an official folder beside the weights, by name; `note` prints what else it has."""
   names = set(weights.FILES.values())
   others = sorted(path for path in folder.iterdir() if path.name not in names)
   dropped = [
@@ -168,16 +149,9 @@ def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Pat
 def check_target(
   source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0
 ) -> None:
-  """Refuses a place where no model folder can be made.
+  """Refuses a target that exists, overlaps the source, or whose disk is too full.
 
-  Args:
-    source: the folder that is read.
-    target: the folder to be made.
-    overwrite: whether `target` may be replaced, if it is itself a model folder.
-    needed_bytes: size of what will be written.
-
-  Raises:
-    InputError: the target exists, overlaps the source, or the disk is too full.
+  With `overwrite`, a target that is itself a model folder may be replaced.
   """
   source, target = source.resolve(), pathlib.Path(target).resolve()
   if target == source or source in target.parents or target in source.parents:
@@ -211,16 +185,9 @@ def write_files(
   folder: ModelFolder, target: pathlib.Path, files: Mapping[str, safetensors_files.Contents], *,
   overwrite: bool,
 ) -> None:
-  """Makes an official folder, or replaces one, on success only.
+  """Makes an official folder of weight `files` and the other files of `folder`.
 
-  Args:
-    folder: where the configs and the tokenizer come from.
-    target: the folder to make.
-    files: the weight files.
-    overwrite: see `check_target`.
-
-  Raises:
-    InputError: the target cannot be made.
+  It replaces one on success only; raises InputError if it cannot be made, see `check_target`.
   """
   others = other_files(folder.files, note=True)
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
@@ -238,11 +205,8 @@ def write_official(
 ) -> None:
   """Writes parameters in memory as an official folder, replacing `target` on success.
 
-  Args:
-    target: the folder to make.
-    folder: where the configs, the tokenizer and the parts that `params` lacks come from.
-    params: {"bagel": ...}, {"vae": ...} or both, arrays whole on this host.
-    dtype: of the written parts of `params`; the other parts keep theirs.
+  `params` has the parts "bagel", "vae" or both, arrays whole on this host, to be written in
+  `dtype`; the other parts, configs and tokenizer are those of `folder`.
 
   Raises:
     InputError: the target cannot be made.

@@ -1,8 +1,7 @@
 """Several hosts as one program: connecting them, what they agree on, and what ends them together.
 
-Every host runs the same command. Whatever decides what runs next (a signal, an error, a score) is
-made known to all hosts first: one that took another branch would leave the others in a collective
-operation that never completes. On one host nothing here runs a device program.
+Whatever decides what runs next (a signal, an error, a score) is made known to all hosts first: one
+that took another branch would leave the others in a collective operation that never completes.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ from unigrpo_jax.runtime import host_flags, sharding
 
 HINT_SECONDS = 60
 START_SECONDS = 900  # Machines of a pod may be created one after the other.
-# A host that is silent for so long counts as dead. Moving a virtual machine takes some tens of
-# seconds; a busy program is not silent, as JAX sends heartbeats from threads of its own.
-SILENCE_SECONDS = 100
+SILENCE_SECONDS = 100  # Then a host is dead. Moving a virtual machine takes some tens of seconds.
 END_SECONDS = 60  # The first host to end waits so long for the others.
 AGAIN = "start all hosts again with the same command"
 # A process beside the program: when the runtime finds a dead host it aborts in native code, where
@@ -51,10 +48,9 @@ def start(
 ) -> None:
   """Connects the hosts where there are several; before anything else that uses a device.
 
-  Args:
-    coordinator, processes, process: HOST:PORT of process 0, how many there are, and which of them
-      this is, from 0. All or none: then the hosts of a cluster that JAX recognises are connected,
-      and a single machine connects nothing.
+  The arguments are HOST:PORT of process 0, how many there are, and which of them this is, from 0.
+  Without them, the hosts of a cluster that JAX recognises are connected; a single machine connects
+  nothing.
 
   Raises:
     InputError: the three do not fit together.
@@ -91,10 +87,8 @@ def from_flags(flags: Any) -> None:
 
 
 def in_cluster(environ: Mapping[str, str]) -> bool:
-  """Whether the environment's variables are of one of several hosts that JAX connects by itself.
-
-  Those are tasks of a SLURM job step, and workers or slices of TPUs (GKE's variables, or the
-  metadata of a TPU VM).
+  """Whether the environment is of one of several hosts that JAX connects by itself: tasks of a
+  SLURM job step, or workers or slices of TPUs (GKE's variables, or the metadata of a TPU VM).
   """
   number = lambda key: int(environ.get(key) or 1)
   if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ and number("SLURM_NTASKS") > 1:
@@ -190,14 +184,12 @@ class AgreedFlag:
       if flag.read():
         break
 
-  `any_host` blocks: a host waits until its devices have finished every step dispatched so far, and
-  they then idle until it dispatches the next. Here the reduction is one more tiny program in the
-  devices' queue, and `read` asks for that of the post before, which ran ahead of the previous step.
-  On one host there is no program, and `read` gives the latest post.
+  `any_host` waits until the devices have finished every step dispatched so far. Here the reduction
+  is one more program in their queue, and `read` asks for that of the post before, which ran ahead
+  of the previous step. On one host there is no program, and `read` gives the latest post.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
-    """`mesh`: devices of all hosts."""
     self._sharding = sharding.along_all(mesh)
     self._any = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
     self._previous, self._latest = False, False
@@ -278,16 +270,15 @@ def raise_on_all_hosts() -> Iterator[None]:
 
 
 def compare(config: Mapping[str, Any]) -> None:
-  """Checks that all hosts have the same nested `config`, and versions of the code and of JAX.
-
-  Raises:
-    InputError: names the first host that differs from host 0, and the key.
+  """Raises InputError unless all hosts have the same nested `config`, and versions of code and JAX.
   """
   if count() == 1:
     return
   values = {"the code": code_version(), "jax": jax.__version__}
   for key, value in traverse_util.flatten_dict(dict(config), sep=".").items():
-    values[key] = _digest_if_long(value)
+    text = json.dumps(value, default=str)
+    is_long = len(text) > 200  # a list of prompts, say
+    values[key] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest() if is_long else value
   reference, *others = map(json.loads, gather_texts(json.dumps(values, default=str)))
   for index, other in enumerate(others, 1):
     for key in reference | other:
@@ -296,12 +287,6 @@ def compare(config: Mapping[str, Any]) -> None:
         raise errors.InputError(
           f"{name(index)} has {key}={there!r}, host 0 has {here!r}; {AGAIN} and the same code"
         )
-
-
-def _digest_if_long(value: Any) -> Any:
-  """A value, or a digest of it where it is long, such as a list of prompts."""
-  text = json.dumps(value, default=str)
-  return value if len(text) <= 200 else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def code_version() -> str:
@@ -320,8 +305,7 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
   """Runs `main`, after `start`; when another host dies, it ends with one line and status 1.
 
   The line ends in `advice`: from where a restart continues. A collective operation that loses a
-  host raises an error, which is caught here; a host that only falls silent is found after
-  SILENCE_SECONDS by the runtime, which aborts the process.
+  host raises an error; a silent host is found after SILENCE_SECONDS by the runtime, which aborts.
   """
   if count() == 1:
     return main()
@@ -345,10 +329,8 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
 
 
 def _is_host_loss(error: BaseException | None) -> bool:
-  """Whether an error, or one that it comes from, says that a connection to a host broke.
-
-  Of a user's errors, only that of a save, `Storage`, may come from a lost host.
-  """
+  """Whether an error, or one that it comes from, says that a connection to a host broke."""
+  # Of a user's errors, only that of a save may come from a lost host.
   if isinstance(error, errors.InputError) and not isinstance(error, errors.Storage):
     return False
   while error is not None:

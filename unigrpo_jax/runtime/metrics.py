@@ -19,8 +19,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
-# Between two lines of progress where standard error is no terminal.
-PROGRESS_SECONDS = 30.0
+PROGRESS_SECONDS = 30.0  # Between two lines of progress where standard error is no terminal.
 _SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
 
 
@@ -41,15 +40,10 @@ class MetricsLog:
     self, names: Sequence[str], workdir: pathlib.Path, run_id: str, config: Mapping[str, Any], *,
     first_step: int = 0,
   ):
-    """Opens the writers.
+    """Opens the writers in `workdir`; on a pod, name them on one host only.
 
-    Args:
-      names: of `WRITERS`; none of them writes nothing. On a pod, give them to one host only.
-      workdir: of the run: gets `metrics.jsonl` and the folders `tensorboard` and `wandb`.
-      run_id: the same for a run and its resumptions.
-      config: of the run, plain values.
-      first_step: step of the checkpoint that the run resumes from; rows of later steps are dropped.
-        W&B cannot drop any: it ignores those that the run writes again.
+    A resumption has the run's `run_id`, and as `first_step` that of its checkpoint: rows of later
+    steps are dropped. W&B cannot drop any: it ignores those that the run writes again.
 
     Raises:
       InputError: an unknown name, or one whose library is not installed.
@@ -74,11 +68,7 @@ class MetricsLog:
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends a row; values are numbers or arrays without axes.
-
-    Raises:
-      Storage: the file cannot be written.
-    """
+    """Appends a row of numbers or arrays without axes; raises Storage if it cannot be written."""
     values = floats(values)
     if self._path:
       # JSON has no NaN and no infinity: `read` gives NaN for null.
@@ -116,11 +106,9 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[list[dict[str, float]], int]:
-  """Rows of a `metrics.jsonl`, NaN where it has null; half a last line is ignored.
+  """Rows of a `metrics.jsonl`, and how many lines but half a last one are unreadable.
 
-  Returns:
-    (rows in the order of the file, each with an int `step` that several may share; number of other
-    unreadable lines).
+  Rows are in the order of the file, each with an int `step` that several may share; null is NaN.
   """
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   rows = [_parse(line) for line in lines]
@@ -172,9 +160,8 @@ class PhaseTimer:
       ...
     log.write(step, timer.read_and_reset())
 
-  A phase inside a phase interrupts it, so no second counts twice. JAX returns before its devices
-  are done: a phase must end by waiting for its result (`jax.block_until_ready`), otherwise the
-  next one is charged for it.
+  A phase inside a phase interrupts it, so no second counts twice. A phase must end by waiting for
+  its result (`jax.block_until_ready`), otherwise the next one is charged for it.
   """
 
   def __init__(self, now: Callable[[], float] = time.monotonic):
@@ -195,10 +182,7 @@ class PhaseTimer:
       self._open.pop()
 
   def read_and_reset(self) -> dict[str, float]:
-    """`seconds/<phase>` and `share/<phase>` since the last call, and `seconds/total`, wall time.
-
-    The shares add up to less than 1 by what lies outside every phase.
-    """
+    """`seconds/<phase>` and `share/<phase>` since the last call, and `seconds/total`, wall time."""
     self._tick()
     total = self._last - self._start
     values = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
@@ -242,11 +226,7 @@ def progress(total: int, label: str, *, unit: str, enabled: bool = True) -> tqdm
         ...
         bar.update(1)
 
-  Args:
-    total: how many units there are to do.
-    label: what is done; `bar.set_description_str` changes it.
-    unit: plural; "B", bytes, are shown as kB, MB, GB.
-    enabled: False shows nothing.
+  `bar.set_description_str` changes the label. The unit is plural; "B" is shown as kB, MB, GB.
   """
   options = dict(
     total=total, desc=label, disable=not enabled,

@@ -11,8 +11,7 @@ import optax
 
 # Group -> its top-level parameters of the network; layers and norms belong to their expert's.
 GROUPS = {
-  "und": (),
-  "gen": (),
+  "und": (), "gen": (),
   "text": ("embed_tokens", "lm_head"),
   "latent": ("time_embedder", "vae2llm", "llm2vae"),
   "vit": ("vit", "connector"),
@@ -28,9 +27,7 @@ def trained(learning_rate: Mapping[str, float]) -> set[str]:
 
 
 def groups(params: Mapping[str, Any]) -> Any:
-  """The tree of the network's `params` with each leaf's group in its place.
-
-  Where there are LoRA adapters, they alone are their expert's group.
+  """The tree of `params` with each leaf's group in its place; LoRA adapters alone are an expert's.
   """
   # Parameters still boxed with their axis names have a further entry, which is no key.
   keys = lambda path: [entry.key for entry in path if hasattr(entry, "key")]
@@ -50,9 +47,7 @@ def groups(params: Mapping[str, Any]) -> Any:
 
 
 def split(params: Mapping[str, Any], trained: Collection[str]) -> tuple[Any, Any]:
-  """Two trees of the same shape: the parameters of the trained groups, to differentiate, and the
-  others. Each has None where the other has a parameter.
-  """
+  """The parameters of the trained groups and the others, each with None in the others' places."""
   labels = groups(params)
   pick = lambda wanted: jax.tree.map(
     lambda leaf, group: leaf if (group in trained) == wanted else None, params, labels
@@ -89,11 +84,8 @@ def adamw_by_group(
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov and Hutter 2019) for each group, its gradient clipped by its own norm.
 
-  Args:
-    schedules: learning rate of each group of GROUPS; with None, or no entry, it is frozen and has
-      no state.
-    b1, b2, eps, weight_decay: of AdamW.
-    clip_norm: largest gradient norm of a group.
+  `schedules` has the learning rate of each group of GROUPS; with None, or no entry, it is frozen
+  and has no state.
   """
   def one(schedule):
     if schedule is None:
@@ -124,12 +116,8 @@ def update_average(average: Any, params: Any, step: jax.Array, *, decay: float) 
 
     average <- d average + (1 - d) params,   d = ema_decay(step, decay)
 
-  Source: `EMAModuleWrapper` of Flow-GRPO.
-
-  Args:
-    average, params: trees of the same shape, float32.
-    step: of the optimizer, the one just taken, counted from 0, [] int32.
-    decay: the largest d.
+  Both trees are float32; `step`, [] int32, is the optimizer's just taken, counted from 0; `decay`
+  is the largest d. Source: `EMAModuleWrapper` of Flow-GRPO.
   """
   d = ema_decay(step, decay)
   # d < 1 always, but without the `where` XLA fuses multiply and add, and rounds differently.

@@ -20,14 +20,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Parameters are split over fsdp along the model width and over tensor
 # along heads, ffn and vocabulary; activations over data and fsdp along the batch.
 RULES = (
-  ("batch", ("data", "fsdp")),
-  ("embed", "fsdp"),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("mlp", "tensor"),
-  ("vocab", "tensor"),
+  ("batch", ("data", "fsdp")), ("embed", "fsdp"), ("heads", "tensor"), ("kv_heads", "tensor"),
+  ("mlp", "tensor"), ("vocab", "tensor"),
 )
-
 # For sampling, in "stationary" every device of fsdp has all it needs: no token waits for a gather.
 LAYOUTS = {"stationary": tuple(rule for rule in RULES if rule[0] != "embed"), "update": RULES}
 
@@ -35,11 +30,9 @@ LAYOUTS = {"stationary": tuple(rule for rule in RULES if rule[0] != "embed"), "u
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """A mesh over `devices` (all of them by default), laid out along their interconnect.
 
-  Slices of TPUs, which a slower network connects, are ways of `data`.
-
   Raises:
     InputError: the axes do not multiply to the number of devices, or `data` is no multiple of the
-      number of slices.
+      number of TPU slices, which a slower network connects.
   """
   devices = jax.devices() if devices is None else devices
   if data * fsdp * tensor != len(devices):
@@ -69,8 +62,7 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
 def needs_straight_programs(mesh: Mesh) -> bool:
   """Whether layers must be compiled one after the other, not as a loop.
 
-  XLA's CPU runtime keeps the collectives of a program in order, but not those of a loop and those
-  beside it: the devices may meet them in different orders, which is a deadlock.
+  XLA's CPU runtime does not keep collectives of a loop and those beside it in order: a deadlock.
   """
   return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
@@ -188,8 +180,8 @@ def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
 def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
   """The rows that this host reads of `arrays`, a tree of [rows, ...] along the batch.
 
-  The number of rows is a multiple of `batch_multiple`. Returns (indices of this host's, [n] int64,
-  increasing; the tree with [n, ...] NumPy arrays).
+  Rows are a multiple of `batch_multiple`. Returns (this host's indices, [n] int64, increasing; the
+  tree with [n, ...] NumPy arrays).
   """
   rows = jax.tree.leaves(arrays)[0].shape[0]
   if jax.process_count() == 1:

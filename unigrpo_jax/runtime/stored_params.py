@@ -24,14 +24,10 @@ from unigrpo_jax import errors
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import checkpoints
 
-# Stored chunks: small enough that a device of a large mesh reads little beyond its own slice.
-_CHUNK_BYTES = 16 * 2**20
-# A data file is gathered in memory before it is written; the default is 2 GiB.
-_DATA_FILE_BYTES = 128 * 2**20
-# What is written in one transaction; each costs some milliseconds, however small.
-_COMMIT_BYTES = 128 * 2**20
-# Orbax keeps the tree under this name inside a checkpoint folder, and joins keys with dots.
-_ITEM = "state"
+_CHUNK_BYTES = 16 * 2**20  # Small: a device of a large mesh reads little beyond its own slice.
+_DATA_FILE_BYTES = 128 * 2**20  # Gathered in memory before it is written; the default is 2 GiB.
+_COMMIT_BYTES = 128 * 2**20  # Of one transaction; each costs some milliseconds, however small.
+_ITEM = "state"  # Under which Orbax keeps the tree in a checkpoint folder, keys joined with dots.
 # Saves that overlap would signal each other's threads.
 _orbax_lock = threading.Lock()
 AGAIN = "convert the official folder again"
@@ -174,9 +170,7 @@ class Reader:
 
 def _spec(path: pathlib.Path, name: weights.Path) -> dict[str, Any]:
   kvstore = {
-    "driver": "ocdbt",
-    "base": f"file://{path / _ITEM}/",
-    "path": ".".join(name) + "/",
+    "driver": "ocdbt", "base": f"file://{path / _ITEM}/", "path": ".".join(name) + "/",
     "target_data_file_size": _DATA_FILE_BYTES,
   }
   return {"driver": "zarr3", "kvstore": kvstore}
