@@ -29,7 +29,8 @@ ORDER = (
   ("tools",),
 )
 ENTRY_POINTS = {
-  "train", "generate", "evaluate", "convert", "export", "build", "report", "compare", "bench", "plan",
+  "train", "generate", "evaluate", "convert", "export", "build", "report", "compare", "bench",
+  "plan",
 }
 LIBRARIES = {
   "errors": set(),

@@ -31,17 +31,11 @@ Outcome = dict[str, Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """What is compared.
+  """What is compared."""
 
-  Attributes:
-    config: name of its config file.
-    variant: of that, besides those that all methods share; "" for none.
-    mode: of the evaluation that the method is judged by.
-  """
-
-  config: str
-  variant: str
-  mode: str
+  config: str  # name of its config file
+  variant: str  # of that, besides those that all methods share; "" for none
+  mode: str  # of the evaluation that the method is judged by
 
 
 METHODS = {
@@ -54,21 +48,13 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The run of one method with one seed.
+  """The run of one method with one seed."""
 
-  Attributes:
-    name: "METHOD, seed SEED".
-    mode: of the evaluation that it is judged by.
-    folder: its workdir.
-    steps: in all.
-    arguments: of `unigrpo_jax.train`.
-  """
-
-  name: str
-  mode: str
-  folder: pathlib.Path
+  name: str  # "METHOD, seed SEED"
+  mode: str  # of the evaluation that it is judged by
+  folder: pathlib.Path  # its workdir
   steps: int
-  arguments: Sequence[str]
+  arguments: Sequence[str]  # of `unigrpo_jax.train`
 
   def outcome(self) -> Outcome | None:
     """{"before", "after": metrics of the evaluation}; None while the run is not finished."""
@@ -117,14 +103,8 @@ def prepare(
 def train(training: Training, cache: pathlib.Path) -> Outcome:
   """Trains in a process of its own, and returns the outcome.
 
-  SIGTERM and SIGINT are passed on to it: it saves itself, and this process exits.
-
-  Args:
-    training: what is trained.
-    cache: folder of compiled programs, which all runs share.
-
-  Raises:
-    SystemExit: the training failed or was stopped; the reason is printed.
+  A signal is passed on to it, so that it saves itself; this process then exits, as it does when the
+  training fails, with a line. `cache` is the folder of compiled programs, which all runs share.
   """
   print(f"== {training.name}", flush=True)
   command = [sys.executable, "-m", "unigrpo_jax.train", *training.arguments]
@@ -155,11 +135,7 @@ def train(training: Training, cache: pathlib.Path) -> Outcome:
 
 
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> str:
-  """Markdown: a line a method, means over seeds, and the gain of each seed.
-
-  Args:
-    outcomes: method -> seed -> outcome.
-  """
+  """Markdown of {method: {seed: outcome}}: a line a method, means over seeds, each seed's gain."""
   lines = [
     "| method | mode | " + " | ".join(REWARDS) + " | gain in reward, by seed |",
     "|" + " --- |" * (len(REWARDS) + 3),

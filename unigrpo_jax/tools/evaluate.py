@@ -22,11 +22,7 @@ ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
 
 
 def run(args: argparse.Namespace) -> None:
-  """Connects the hosts, then evaluates on all of them.
-
-  Raises:
-    InputError: an input is impossible; says which.
-  """
+  """Connects the hosts, and evaluates on all of them."""
   hosts.from_flags(args)
   hosts.run(lambda: evaluate(args), lambda: "nothing was written")
 
@@ -77,11 +73,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
-  """The modes and tasks that are asked for.
-
-  Raises:
-    InputError: a task needs other prompts.
-  """
+  """The modes and tasks that are asked for; refuses tasks that need other prompts."""
   if args.prompts_from == prompts_lib.ICONWORLD:
     return args.modes or ICONWORLD_MODES
   names = args.modes or DRAWING_MODES

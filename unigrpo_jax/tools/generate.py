@@ -26,11 +26,7 @@ from unigrpo_jax.tools import sampling_flags
 
 
 def run(args: argparse.Namespace) -> None:
-  """Connects the hosts, then generates on all of them.
-
-  Raises:
-    InputError: an input is impossible, or does not fit the devices; says which.
-  """
+  """Connects the hosts, and generates on all of them."""
   hosts.from_flags(args)
   hosts.run(lambda: generate(args), lambda: "what was drawn is written")
 
@@ -117,11 +113,7 @@ def make_settings(args: argparse.Namespace, defaults: Any) -> requests_lib.Setti
 
 
 def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
-  """Where each row goes.
-
-  Raises:
-    InputError: the place does not fit what is written, or cannot be written to.
-  """
+  """Where each row goes; refuses a place that does not fit or cannot be written to."""
   suffix = ".json" if args.understand else ".png"
   out = args.out
   if count == 1 and (out is None or out.suffix):

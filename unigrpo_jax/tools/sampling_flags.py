@@ -15,13 +15,7 @@ BOUNDS = {
 
 
 def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) -> None:
-  """Adds the flags to a parser.
-
-  Args:
-    parser: of the command.
-    steps: the flag of the time grid's points.
-    batch_size: rows that are run together by default; None: all.
-  """
+  """Adds the flags: `steps` names that of the time grid's points; a batch_size of None is all."""
   add = parser.add_argument
   add(steps, dest="num_timesteps", type=int, help="points of the time grid (default: 50); one "
       "velocity evaluation less")
@@ -41,11 +35,7 @@ def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) 
 
 
 def check(args: argparse.Namespace, steps: str) -> None:
-  """Refuses impossible values; `steps` as in `add`.
-
-  Raises:
-    InputError: names the flag, its value, and what it may be.
-  """
+  """Refuses impossible values; `steps` as in `add`."""
   errors.require(steps, args.num_timesteps, low=2, high=100_000)
   for name, bounds in BOUNDS.items():
     errors.require(f"--{name}", getattr(args, name), **bounds)
@@ -55,12 +45,7 @@ def check(args: argparse.Namespace, steps: str) -> None:
 
 
 def settings(args: argparse.Namespace, defaults: Any):
-  """The `requests.Settings` of the flags.
-
-  Args:
-    args: parsed flags.
-    defaults: `config.GenerationDefaults` of the checkpoint, for the flags that are not given.
-  """
+  """`requests.Settings` of the flags; where one is not given, of the `GenerationDefaults`."""
   # Only now: importing jax takes seconds.
   from unigrpo_jax.episodes import requests
   from unigrpo_jax.sampling import flow
