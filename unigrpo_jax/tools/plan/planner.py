@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax.episodes import programs, rollout, sampler, script
+from unigrpo_jax.episodes import programs, rollout, script
+from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.models import vae
 from unigrpo_jax.recipe import parts, rl
 from unigrpo_jax.runtime import sharding, state
@@ -72,16 +73,16 @@ class Planner:
       self._compile_update(self._compile_rollout())
     return plans.Plan(dict(self.mesh.shape), self._held, self._phases, self.spec.trajectories)
 
-  def _compile_rollout(self) -> sampler.Episode:
+  def _compile_rollout(self) -> sampler_lib.Episode:
     """The programs of a chunk; returns the shapes of what they give.
 
     What each reads comes from the one before it, laid out as the compiler left it.
     """
-    batch, its_sampler = self.batch, self.rollout.sampler
-    run = its_sampler.programs(batch, self.spec.rollout.sde)
-    self._compile("layout", its_sampler.cast, self.state.params, runs=1)
+    batch, sampler = self.batch, self.rollout.sampler
+    run = sampler.programs(batch, self.spec.rollout.sde)
+    self._compile("layout", sampler.cast, self.state.params, runs=1)
     params = jax.tree.map(
-      _placed, jax.eval_shape(its_sampler.cast, self.state.params), its_sampler.layout
+      _placed, jax.eval_shape(sampler.cast, self.state.params), sampler.layout
     )
     self._held["sampler"] = bytes_on_chip(params)
     inputs = self._by_rows(programs.Inputs(batch.texts))
@@ -107,9 +108,9 @@ class Planner:
     if "denoise" in self._phases:
       self._held["cache"] = bytes_on_chip(contexts.main)
     self._compile_vae()
-    return sampler.Episode(inputs, text, flow, np.arange(batch.rows), None, None, None)
+    return sampler_lib.Episode(inputs, text, flow, np.arange(batch.rows), None, None, None)
 
-  def _randomness(self) -> sampler.Randomness:
+  def _randomness(self) -> sampler_lib.Randomness:
     """Noise lies by rows; every device has all keys."""
     shapes = jax.eval_shape(lambda: self.rollout.randomness(jax.random.key(0), 0, self.batch))
     place = sharding.replicated(self.mesh)
@@ -130,9 +131,9 @@ class Planner:
       runs=self.chunks * -(-share // at_once),
     )
 
-  def _compile_update(self, chunk: sampler.Episode) -> None:
+  def _compile_update(self, chunk: sampler_lib.Episode) -> None:
     def experience(inputs, text, flow, adv, valid):
-      episode = sampler.Episode(inputs, text, flow, chunk.rows, None, None, None)
+      episode = sampler_lib.Episode(inputs, text, flow, chunk.rows, None, None, None)
       return self.algorithm.experience([episode] * self.chunks, adv, valid, jax.random.key(0))
 
     count = self.spec.trajectories
