@@ -74,7 +74,7 @@ def _start(config):
   network, optimizer = state.open_network(spec.network, jax.devices()[:1]), spec.optimizer.make()
   layout = state.layout(network, optimizer, ema=False, reference=False)
   return jax.device_get(state.first_state(
-    network, optimizer, layout, random_init=False, seed=spec.network.seed
+    network, optimizer, layout, random_init=False, seed=spec.seed
   ).params)
 
 

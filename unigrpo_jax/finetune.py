@@ -45,7 +45,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   )
   run = run_lib.Run(workdir, spec.run, network, deferred_stop=True)
   train_state = run.restore(layout, lambda: state.first_state(
-    network, optimizer, layout, random_init=spec.network.random_init, seed=spec.network.seed
+    network, optimizer, layout, random_init=spec.network.random_init, seed=spec.seed
   ))
   examples_feed = make_feed(spec, network, examples)
   step_fn = jax.jit(

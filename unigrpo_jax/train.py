@@ -44,76 +44,81 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   Raises:
     InputError: the config is impossible, or the run cannot continue; says why.
   """
+  # --- What the run is: impossible numbers are refused before a weight is read.
   with hosts.raise_on_all_hosts():
-    # --- What the run is: impossible numbers are refused before a weight is read.
     spec = rl.read(config)
     network = state.open_network(spec.network, devices)
     parts.check_fits(spec, network)
     prompt_set = prompts_lib.open_set(spec.prompts.source, spec.prompts.split)
-    prompts = prompts_lib.PromptStream(prompt_set, spec.prompts.seed, spec.prompts.per_step)
-    scorer = parts.make_scorer(spec.rewards)
+    prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
+    reward_fns = parts.make_scorer(spec.rewards)
 
-  # --- What samples, what learns, what rewards and evaluates.
+  # --- What samples, what scores, what evaluates.
+  group_size = spec.rollout.group_size
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)
+  rewards = scoring.Scoring(reward_fns, group_size, spec.rewards.normalise)
+  with hosts.raise_on_all_hosts():
+    evaluation = validation.Validation(spec.evaluation, rollout, reward_fns, workdir / "evaluations")
+
+  # --- What learns: the algorithm's loss, replayed over microbatches, in one jitted update.
   algorithm = parts.make_algorithm(spec, network, rollout)
   optimizer = spec.optimizer.make()
-  layout = state.layout(
+  state_layout = state.layout(
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference
   )
-  update = parts.make_update(spec, network, algorithm, optimizer, rollout.grid, layout)
-  group_size = spec.rollout.group_size
-  rewards = scoring.Scoring(scorer, group_size, spec.rewards.normalise)
-  with hosts.raise_on_all_hosts():
-    evaluation = validation.Validation(spec.evaluation, rollout, scorer, workdir / "evaluations")
+  update = parts.make_update(spec, network, algorithm, optimizer, rollout.grid, state_layout)
 
   # --- State: 1. this run's checkpoint, 2. the folder's weights, 3. random ones.
   run = run_lib.Run(
-    workdir, spec.run, network, positions={"prompt_position": prompts},
-    pinned={"prompts": prompt_set.fingerprint()},
+    workdir, spec.run, network,
+    positions={"prompt_position": prompts},  # kept with every checkpoint
+    pinned={"prompts": prompt_set.fingerprint()},  # must be the same when the run continues
   )
   if run.is_new:
     with hosts.raise_on_all_hosts():
       for prompt in prompt_set:  # One that is too long is refused now, not when its turn comes.
         rollout.prepare([prompt.prompt])
-  train_state = run.restore(layout, lambda: state.first_state(
-    network, optimizer, layout, random_init=spec.network.random_init, seed=spec.network.seed
+  train_state = run.restore(state_layout, lambda: state.first_state(
+    network, optimizer, state_layout, random_init=spec.network.random_init, seed=spec.seed
   ))
-  run.print_start(train_state, spec.optimizer.learning_rate, parts.describe(
-    spec, network.mesh, train_state
-  ))
+  run.print_start(
+    train_state, spec.optimizer.learning_rate, parts.describe(spec, network.mesh, train_state)
+  )
 
-  # --- The loop.
+  # --- The loop. An error or a signal within it saves the state that the run continues from.
   with contextlib.closing(rewards), run:
-    run.evaluate(evaluation, train_state)
-    for step in run.steps():
-      key = jax.random.fold_in(jax.random.key(spec.prompts.seed), step)
+    run.evaluate(evaluation, train_state)  # before the first step, or what a stop left out
+    for step in run.steps():  # saves a step that is due after its body, and ends at a signal
+      key = jax.random.fold_in(jax.random.key(spec.seed), step)
+      # Which denoising steps of each trajectory are drawn with noise, and trained.
       window = rl.window_steps(spec, step, sharding.batch_multiple(network.mesh))
       # Think and draw; each chunk is rewarded in threads while the next is drawn.
-      params = rollout.sampler.cast_and_reshard(train_state.params)
+      params = rollout.sampler.cast_and_reshard(train_state.params)  # the network's dtype
       batch, episodes, pending = prompts.next(), [], []
       for at in range(0, len(batch), spec.rollout.prompts_at_once):
         chunk = batch[at : at + spec.rollout.prompts_at_once]
         rows = slice(at * group_size, (at + len(chunk)) * group_size)
+        # A trajectory's randomness comes from the key and its number in the step.
         episode = rollout.sample(params, chunk, key, rows.start, window[rows], run.timer)
         pending.append(rewards.submit(chunk, episode, rows.start))
         episodes.append(episode)
         run.raise_if_stopped()
       with run.timer("reward"):
-        scores = rewards.gather(pending, len(batch))
-      # Compare within the group.
+        scores = rewards.gather(pending, len(batch))  # the same on all hosts
+      # Compare within the group; a group with a reward that failed is not valid, and counts nowhere.
       adv, valid, metrics = compare_within_groups(scores, spec)
-      experience = algorithm.experience(
-        episodes, *(sharding.put_rows(network.mesh, a) for a in (adv, valid)), key
-      )
-      del params, episodes, episode
-      # Move both experts; an update that is not finite, or whose sampler drifted, is rejected.
+      adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))
+      experience = algorithm.experience(episodes, adv, valid, key)
+      del params, episodes, episode, pending  # before the update needs the memory
+      # Move both experts. Where a number is not finite, or the sampler was not this policy, nothing
+      # moves and the run ends with the reason.
       with run.timer("update"):
         train_state, update_metrics = update(train_state, experience)
       del experience
-      run.commit(train_state, metrics | update_metrics)
-      run.evaluate(evaluation, train_state)
+      run.commit(train_state, metrics | update_metrics)  # a row of the log
+      run.evaluate(evaluation, train_state)  # where it is due; a row of its own
 
-  run.finish(train_state)
+  run.finish(train_state)  # exports, unless a signal stopped the run before its end
   return train_state
 
 
@@ -158,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A resumed run need not compile again.
     jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
 
-  def run() -> None:
+  def run_on_all_hosts() -> None:
     hosts.compare({"--workdir": str(args.workdir), "config": sections.plain(config)})
     algorithms[config.algorithm](config, args.workdir)
 
-  hosts.run(run, lambda: run_lib.continue_from(args.workdir))
+  hosts.run(run_on_all_hosts, lambda: run_lib.continue_from(args.workdir))
 
 
 if __name__ == "__main__":

@@ -69,12 +69,11 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class PromptsSpec:
-  """Which prompts, how many a step, all hosts together, in which order."""
+  """Which prompts, and how many a step, all hosts together."""
 
   source: str
   split: str
   per_step: int
-  seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +161,7 @@ class WindowSpec:
 class Spec:
   """A run of UniGRPO or of one of its halves."""
 
+  seed: int  # of prompts, samples, windows, evaluations and fresh parameters
   network: state.NetworkSpec
   run: run_lib.RunSpec
   optimizer: sections.OptimizerSpec
@@ -210,7 +210,7 @@ def read(config: ConfigDict) -> Spec:
   c, r, e = config, config.rollout, config.eval
   window_size = r.window_size if c.flow.train and c.flow.objective in SDE_OBJECTIVES else 0
   spec = Spec(
-    network=sections.network(c),
+    seed=c.seed, network=sections.network(c),
     run=sections.run(
       c, MUTABLE_KEYS | _endpoint_keys(c), DEFAULTS, evaluate_every=e.every,
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
@@ -219,7 +219,7 @@ def read(config: ConfigDict) -> Spec:
       alarms=("groups/dropped",), rate=("trajectories", c.prompts_per_step * c.group_size),
     ),
     optimizer=sections.optimizer(c, c.steps * c.epochs * c.minibatches),
-    prompts=PromptsSpec(c.prompts.source, c.prompts.split, c.prompts_per_step, c.seed),
+    prompts=PromptsSpec(c.prompts.source, c.prompts.split, c.prompts_per_step),
     rewards=sections.fill(
       RewardsSpec, c.reward, weights=c.rewards.to_dict(), options=c.reward_options.to_dict()
     ),
@@ -340,7 +340,7 @@ def window_steps(spec: Spec, iteration: int, ways: int = 1) -> np.ndarray:
   w = spec.window
   chunk = spec.rollout.prompts_at_once * spec.rollout.group_size
   return windows.draw(
-    w.convention, low=w.low, high=w.high, size=w.size, seed=spec.prompts.seed,
+    w.convention, low=w.low, high=w.high, size=w.size, seed=spec.seed,
     # A window that moves begins where it is after 0 iterations.
     iteration=iteration - (w.convention == "progressive"),
     prompts=spec.prompts.per_step, group_size=spec.rollout.group_size,

@@ -29,7 +29,6 @@ class NetworkSpec:
   Attributes:
     init_from: official or converted folder.
     random_init: keep its sizes, tokenizer and autoencoder, not its network.
-    seed: of random weights and fresh adapters.
     dtype: of activations, one of DTYPES; trained parameters are float32.
     remat: layers are computed again in the backward pass.
     attention: one of `attention.BACKENDS`.
@@ -39,7 +38,6 @@ class NetworkSpec:
 
   init_from: str
   random_init: bool
-  seed: int
   dtype: str
   remat: bool
   attention: str
