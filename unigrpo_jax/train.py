@@ -58,7 +58,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)
   rewards = scoring.Scoring(reward_fns, group_size, spec.rewards.normalise)
   with hosts.raise_on_all_hosts():
-    evaluation = validation.Validation(spec.evaluation, rollout, reward_fns, workdir / "evaluations")
+    evaluation = validation.Validation(
+      spec.evaluation, rollout, reward_fns, workdir / "evaluations"
+    )
 
   # --- What learns: the algorithm's loss, replayed over microbatches, in one jitted update.
   algorithm = parts.make_algorithm(spec, network, rollout)
@@ -105,7 +107,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         run.raise_if_stopped()
       with run.timer("reward"):
         scores = rewards.gather(pending, len(batch))  # the same on all hosts
-      # Compare within the group; a group with a reward that failed is not valid, and counts nowhere.
+      # Compare within the group; a group with a failed reward is not valid, and counts nowhere.
       adv, valid, metrics = compare_within_groups(scores, spec)
       adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))
       experience = algorithm.experience(episodes, adv, valid, key)
