@@ -43,6 +43,7 @@ def train(shallow, shards, tmp_path):
     environ = os.environ | {
       "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+      "GIT_DIR": os.devnull,  # hosts compare commits, and one may be made while they start
     }
     command = [
       sys.executable, "-m", "unigrpo_jax.train", "--config=configs/sft.py:tiny",
