@@ -31,61 +31,39 @@ NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-  """A text split, im_start and im_end included.
+  """A text split, im_start and im_end included."""
 
-  Attributes:
-    ids: [n] int.
-    labels: what the output at each token should predict, [n] int, `NO_LABEL` for nothing; None: no
-      loss on this text. See `next_token_labels`.
-    weights: weight of each label, [n] float; None: 1. Ignored where there is no label.
-  """
-
-  ids: np.ndarray
+  ids: np.ndarray  # [n] int
+  # What the output at each token should predict, [n] int, `NO_LABEL` for nothing; None: no loss on
+  # this text. See `next_token_labels`.
   labels: np.ndarray | None = None
-  weights: np.ndarray | None = None
+  weights: np.ndarray | None = None  # of each label, [n] float; None: 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchImage:
-  """An image as the ViT sees it.
+  """An image as the ViT sees it."""
 
-  Attributes:
-    pixels: [n, patch_dim] float32 in [-1, 1], see `images.patchify`.
-    ids: rows of the ViT position tables, [n] int.
-  """
-
-  pixels: np.ndarray
-  ids: np.ndarray
+  pixels: np.ndarray  # [n, patch_dim] float32 in [-1, 1], see `images.patchify`
+  ids: np.ndarray  # rows of the ViT position tables, [n] int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CleanImage:
-  """An image as latents without noise, context for what follows.
+  """An image as latents without noise, context for what follows."""
 
-  Attributes:
-    latents: [n, C] float32.
-    ids: rows of the latent position table, [n] int.
-  """
-
-  latents: np.ndarray
-  ids: np.ndarray
+  latents: np.ndarray  # [n, C] float32
+  ids: np.ndarray  # rows of the latent position table, [n] int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoisyImage:
-  """An image to denoise: x_t = (1 - t) target + t noise; its loss is on noise - target.
+  """An image to denoise: x_t = (1 - t) target + t noise; its loss is on noise - target."""
 
-  Attributes:
-    target: clean latent tokens, [n, C] float32.
-    noise: standard normal, [n, C] float32.
-    t: flow time in [0, 1], 1 is noise.
-    ids: rows of the latent position table, [n] int.
-  """
-
-  target: np.ndarray
-  noise: np.ndarray
-  t: float
-  ids: np.ndarray
+  target: np.ndarray  # clean latent tokens, [n, C] float32
+  noise: np.ndarray  # standard normal, [n, C] float32
+  t: float  # flow time in [0, 1], 1 is noise
+  ids: np.ndarray  # rows of the latent position table, [n] int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +81,15 @@ Split = Text | PatchImage | CleanImage | NoisyImage | Dropped
 
 @dataclasses.dataclass(frozen=True)
 class PadTo:
-  """Sizes are rounded up to multiples of these, so that batches repeat their shapes.
+  """Sizes are rounded up to multiples of these, so that batches repeat their shapes."""
 
-  Attributes:
-    tokens: of the understanding stream a row.
-    labels: a row.
-    patches: a ViT image.
-    images: ViT images a batch.
-    clean: clean latent tokens a row.
-    latents: latent tokens an image to denoise.
-    noisy: images to denoise a row.
-  """
-
-  tokens: int = 64
-  labels: int = 64
-  patches: int = 64
-  images: int = 1
-  clean: int = 64
-  latents: int = 64
-  noisy: int = 1
+  tokens: int = 64  # of the understanding stream a row
+  labels: int = 64  # a row
+  patches: int = 64  # a ViT image
+  images: int = 1  # ViT images a batch
+  clean: int = 64  # clean latent tokens a row
+  latents: int = 64  # latent tokens an image to denoise
+  noisy: int = 1  # images to denoise a row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,21 +33,13 @@ _EXPECTED = 'expected an object like {"prompt": "a red kite", "image": "kite.png
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-  """One thing to learn.
+  """One thing to learn."""
 
-  Attributes:
-    prompt: instruction or question.
-    text: reasoning before drawing, or the answer to learn; None for neither.
-    target: RGB image to draw (PIL), or None.
-    source: RGB image to edit or to answer about (PIL), or None.
-    where: it stands, "PATH, line N"; "" for nowhere.
-  """
-
-  prompt: str
-  text: str | None = None
-  target: Any = None
-  source: Any = None
-  where: str = ""
+  prompt: str  # instruction or question
+  text: str | None = None  # reasoning before drawing, or the answer to learn; None for neither
+  target: Any = None  # RGB image to draw (PIL), or None
+  source: Any = None  # RGB image to edit or to answer about (PIL), or None
+  where: str = ""  # "PATH, line N" of a file, for messages
 
 
 # (number of the row, its generator) -> its example.

@@ -39,22 +39,17 @@ _UNITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How an example becomes a training sequence.
+  """How an example becomes a training sequence."""
 
-  Attributes:
-    noise_draws: noisy copies of each target, which share its context.
-    timestep_shift: of the training times.
-    drop_text, drop_vit, drop_vae: probability of leaving a condition out, so that guidance has an
-      unconditional model to compare with.
-    ce_weighting: one of CE_WEIGHTINGS: every token of every text counts alike ("token"), every
-      text ("sample"), or in between, by the root of its length ("square").
-  """
-
-  noise_draws: int = 1
-  timestep_shift: float = 1.0
+  noise_draws: int = 1  # noisy copies of each target, which share its context
+  timestep_shift: float = 1.0  # of the training times
+  # Probability of leaving a condition out, so that guidance has an unconditional model to compare
+  # with.
   drop_text: float = 0.1
   drop_vit: float = 0.3
   drop_vae: float = 0.3
+  # One of CE_WEIGHTINGS: every token of every text counts alike ("token"), every text ("sample"),
+  # or in between, by the root of its length ("square").
   ce_weighting: str = "token"
 
 
@@ -65,16 +60,6 @@ class Feed:
   The rows of all steps are numbered from 0, and each has a generator of its own, seeded with its
   number. A batch therefore depends neither on the number of hosts nor, but for its layout, on the
   size of a microbatch, and a resumed run needs no state.
-
-  Attributes:
-    examples: what is learnt.
-    config, tokenizer: of the model.
-    encode_fn: the autoencoder.
-    recipe: how an example becomes a sequence.
-    limits: sizes of a microbatch's arrays; `images` are those of this host.
-    sequences_per_step, microbatch: rows of a step and of a microbatch, all hosts together.
-    local_rows: those of each microbatch that this host makes, [n] int32.
-    seed: of everything random.
   """
 
   examples: corpus.Corpus
@@ -82,10 +67,10 @@ class Feed:
   tokenizer: tokenizer_lib.Tokenizer
   encode_fn: EncodeFn
   recipe: Recipe
-  limits: packing.PadTo
-  sequences_per_step: int
-  microbatch: int
-  local_rows: np.ndarray
+  limits: packing.PadTo  # sizes of a microbatch's arrays; `images` are those of this host
+  sequences_per_step: int  # all hosts together
+  microbatch: int  # sequences, all hosts together
+  local_rows: np.ndarray  # of each microbatch, those that this host makes: [n] int32
   seed: int
 
   def batch(self, step: int) -> types.PackedBatch:
