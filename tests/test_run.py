@@ -224,6 +224,14 @@ def test_a_made_up_evaluation_counts_for_the_best(network, tmp_path):
   _check_whole(network, tmp_path, _train(network, tmp_path, _spec()))
 
 
+def test_the_evaluation_before_the_first_step_is_not_repeated(network, tmp_path):
+  """The stop in the first step saves the state that it evaluated."""
+  _run_until_end(network, tmp_path, _spec(), stop_at=3)
+  assert _kept(tmp_path) == [0] and _rows(tmp_path) == WHOLE[:1]
+  repeated = _raise_at("evaluation", 0, AssertionError("evaluated again"))
+  _check_whole(network, tmp_path, _train(network, tmp_path, _spec(), at=repeated))
+
+
 def test_an_evaluation_without_a_result_is_not_repeated(network, tmp_path):
   spec = _spec(best_metric="eval/other/reward")
   _train(network, tmp_path, spec)
