@@ -28,7 +28,7 @@ class Scores:
   """What B trajectories of an iteration scored, the same on all hosts.
 
   Attributes:
-    by_reward: {name: [B] float32}; NaN where a reward could not tell.
+    by_reward: {name: [B] float32}; NaN where a reward gave no score.
     total: what advantages are made of, [B] float32.
     weighted: the weighted sum, not normalised, [B] float32.
     group: which prompt each trajectory is of, [B].
@@ -96,7 +96,7 @@ class Scoring:
     )
 
   def gather(self, pending: Sequence[Pending], prompts: int) -> Scores:
-    """The scores of all chunks of an iteration, whole on every host.
+    """The scores of all chunks of an iteration, on every host those of all hosts.
 
     Raises:
       InputError: too many samples have no reward.

@@ -24,7 +24,8 @@ class ValidationSpec:
     every: steps from one to the next; 0: never.
     source, split: of the prompts, and `prompts`, how many of them.
     batch_size: rows at once, all hosts together.
-    modes: see `evaluation.Mode.parse`; the reward of the first tells which checkpoint is the best.
+    modes: see `evaluation.Mode.parse`; the best checkpoint is that with the highest reward in the
+      first.
     settings: how images are sampled; the guidance is that of the modes with guidance.
     keep: prompts whose images are saved.
     size: height and width of an image in pixels.
