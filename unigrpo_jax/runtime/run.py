@@ -309,6 +309,10 @@ class Run:
     self._deferred.post(self._stop_requested.is_set())
     return self._deferred.read()
 
+  def request_stop(self) -> None:
+    """Stops the run at the next point that all hosts agree on."""
+    self._stop_requested.set()
+
   def raise_if_stopped(self) -> None:
     """A point within a step at which all hosts may stop.
 
