@@ -30,7 +30,7 @@ def devices(name: str) -> tuple[chips.Chip, list]:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
   except (RuntimeError, ImportError) as error:
     reason = " ".join(str(error).split())
-    missing = "not installed" in reason or "libtpu" in reason
+    missing = "not installed" in reason or ("libtpu" in reason and "lockfile" not in reason)
     raise errors.InputError(
       f"--topology={name}: {INSTALL} ({reason})" if missing else f"--topology={name}: {reason}"
     ) from None
