@@ -1,12 +1,15 @@
 """The command line of training: what is wrong with it is one line, before anything is loaded."""
 
+import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from unigrpo_jax import errors, train
+from unigrpo_jax import errors, finetune, train
 
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/unigrpo.py:tiny"
 BROKEN = """
 from ml_collections import ConfigDict
@@ -42,7 +45,7 @@ def _error(capsys, *arguments):
   (("--config=nowhere.py", "--workdir={tmp}"), "nowhere.py: cannot be read (No such file or"),
 ])
 def test_a_wrong_command_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
-  monkeypatch.chdir(train.__file__.rsplit("/", 2)[0])
+  monkeypatch.chdir(ROOT)
   line = _error(capsys, *(text.format(tmp=tmp_path / "run") for text in arguments))
   assert line.startswith("error: ") and message in line
   assert not (tmp_path / "run").exists()
@@ -63,12 +66,39 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, capsys, code,
   assert message.format(file=file) in line
 
 
+@pytest.fixture
+def calls(monkeypatch):
+  """What is trained, without training."""
+  made = []
+  for name, module in (("unigrpo", train), ("sft", finetune)):
+    monkeypatch.setattr(module, "train", lambda config, workdir, name=name: made.append(
+      (name, config.steps, str(workdir), jax.config.jax_compilation_cache_dir)
+    ))
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield made
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("name", ["unigrpo", "sft"])
+def test_the_config_says_which_training_it_is(tmp_path, calls, name):
+  """Compiled programs are cached in the workdir, so that a resumed run need not compile again."""
+  config = ROOT / "configs" / f"{name}.py"
+  train.main([f"--config={config}:tiny", f"--workdir={tmp_path}", "--config.steps=7"])
+  assert calls == [(name, 7, str(tmp_path), str(tmp_path / "compiled"))]
+
+
+def test_a_cache_that_is_set_stays(tmp_path, calls):
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+  train.main([f"--config={ROOT / 'configs/unigrpo.py'}:tiny", f"--workdir={tmp_path / 'run'}"])
+  assert [call[-1] for call in calls] == [str(tmp_path / "mine")]
+
+
 def test_help_is_soon_there():
   """It needs no device, and shows how to begin."""
   done = subprocess.run(
     [sys.executable, "-m", "unigrpo_jax.train", "--help"],
-    capture_output=True, text=True, timeout=60, check=True,
-    cwd=train.__file__.rsplit("/", 2)[0],
+    capture_output=True, text=True, timeout=60, check=True, cwd=ROOT,
   )
   for text in (TINY, "--workdir", "--coordinator", "--config.KEY=VALUE"):
     assert text in done.stdout
