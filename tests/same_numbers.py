@@ -32,6 +32,10 @@ RUNS = {
   "nft": [UNIGRPO, "--config.flow.objective=nft"],
   "awm": [UNIGRPO, "--config.flow.objective=awm"],
   "fpo": [UNIGRPO, "--config.flow.objective=fpo"],
+  # The weight of a forward process's regulariser was once scaled with the image's size.
+  "nft_unscaled": [UNIGRPO, "--config.flow.objective=nft", "--config.flow.scale_with_size=False"],
+  "awm_unscaled": [UNIGRPO, "--config.flow.objective=awm", "--config.flow.scale_with_size=False"],
+  "fpo_unscaled": [UNIGRPO, "--config.flow.objective=fpo", "--config.flow.scale_with_size=False"],
   "sft": ["configs/sft.py:tiny"],
 }
 SMALL = (
