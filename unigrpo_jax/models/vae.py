@@ -177,7 +177,6 @@ def pack_latents(latents: jax.Array, patch_size: int) -> jax.Array:
   """[M, h p, w p, z] -> tokens [M, h w, p p z]: row-major grid, features (py, px, channel)."""
   num_images, height, width, channels = latents.shape
   p = patch_size
-
   h, w = height // p, width // p
   # [M, h, py, w, px, z] -> [M, h, w, py, px, z]
   grid = latents.reshape(num_images, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -190,7 +189,6 @@ def unpack_latents(
   """Inverse of `pack_latents`: [M, h w, p p z] -> [M, h p, w p, z]."""
   num_images, _, features = tokens.shape
   h, w, p = height_tokens, width_tokens, patch_size
-
   # [M, h, w, py, px, z] -> [M, h, py, w, px, z]
   grid = tokens.reshape(num_images, h, w, p, p, features // (p * p)).transpose(0, 1, 3, 2, 4, 5)
   return grid.reshape(num_images, h * p, w * p, features // (p * p))
