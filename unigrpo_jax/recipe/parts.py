@@ -146,7 +146,7 @@ def make_algorithm(
       t_second=float(flow.time_grid(settings.num_timesteps, settings.shift)[1]),
     )
   else:
-    common |= dict(draws=spec.run.config["rollout"]["window_size"])
+    common |= dict(draws=spec.window.draws)
   own = {
     "grpo": {}, "dppo": dict(threshold=f.dppo_threshold),
     "nft": dict(beta=f.nft_beta, bound=f.nft_bound),

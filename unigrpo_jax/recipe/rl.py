@@ -148,12 +148,13 @@ class UpdateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-  """Which steps have noise; see `windows.draw`. A `size` of 0 is none."""
+  """Which steps have noise; see `windows.draw`."""
 
   convention: str
   low: int
   high: int
-  size: int
+  size: int  # 0 for algorithms without an SDE
+  draws: int  # times and noises of an image, for algorithms that noise it again
   moving: windows.Moving
 
 
@@ -229,7 +230,7 @@ def read(config: ConfigDict) -> Spec:
       settings=sections.fill(requests.Settings, r, guidance=_guidance(r)),
     ),
     window=WindowSpec(
-      r.window, *r.window_range, window_size,
+      r.window, *r.window_range, window_size, r.window_size,
       windows.Moving(
         iterations=r.moving_iterations, stride=r.moving_stride or None,
         roll_back=r.moving_roll_back, dwell=r.moving_dwell,
@@ -314,10 +315,9 @@ def _check_window(spec: Spec) -> None:
     ) from None
   if not spec.flow.train:
     return
-  size = spec.run.config["rollout"]["window_size"]
-  if size < 1:
+  if w.draws < 1:
     raise errors.InputError(
-      f"config.rollout.window_size={size} leaves no step to train; set config.flow.train=False"
+      f"config.rollout.window_size={w.draws} leaves no step to train; set config.flow.train=False"
     )
   if spec.flow.objective in SDE_OBJECTIVES:
     noise = spec.rollout.sde
