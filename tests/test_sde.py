@@ -288,3 +288,9 @@ def test_refusals():
     run(lambda x, t: x, noise, times, [[1], [1]])
   with pytest.raises(AssertionError):
     step(image(1), image(1, 2), 0.5, 0.4, kind="flow", level=0.5)
+
+
+def test_a_density_of_an_unknown_kind_is_refused():
+  x = jnp.zeros((1, 2, 3))
+  with pytest.raises(ValueError, match="ode"):
+    sde.log_prob(x, x, jnp.ones(1), jnp.ones((1, 2), bool), kind="ode")

@@ -23,7 +23,7 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.episodes import sampler as sampler_lib
-from unigrpo_jax.runtime import checkpoints, sharding, state
+from unigrpo_jax.runtime import sharding, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +65,10 @@ class Pipeline:
       InputError: the weights are missing, broken, or do not agree with the config.
     """
     network = self.network
-    try:
-      self.params = network.folder.load_params(
-        dtype={"bagel": network.model.dtype, "vae": jnp.float32},
-        shardings=state.param_shardings(network.model, self.mesh, parts), parts=parts,
-      )
-    except jax.errors.JaxRuntimeError as error:
-      if not checkpoints.is_full(error):
-        raise
-      raise errors.InputError(f"{network.folder.path}: {checkpoints.TOO_SMALL}") from None
+    self.params = network.folder.load_params(
+      dtype={"bagel": network.model.dtype, "vae": jnp.float32},
+      shardings=state.param_shardings(network.model, self.mesh, parts), parts=parts,
+    )
     return self
 
   def batch_rows(self, batch_size: int, count: int) -> int:

@@ -48,8 +48,7 @@ def transition(
   x, v [..., I, C]; t, t_next [...] or broadcasting to it, 0 <= t_next < t <= 1. The noise level a
   (eta for `dance`) is not negative, for `cps` at most 2.
   """
-  if kind not in KINDS:
-    raise ValueError(f"kind={kind!r} is none of {KINDS}")
+  _require_kind(kind)
   chex.assert_equal_shape([x, v])
   x, v, t, t_next, t_second = (jnp.asarray(a, jnp.float32) for a in (x, v, t, t_next, t_second))
   chex.assert_is_broadcastable(t.shape, x.shape[:-2])
@@ -84,6 +83,7 @@ def log_prob(
   x_next (no gradient), mean [..., I, C], std [...] or broadcasting to it, float32, mask [..., I]
   bool -> [...] float32. A std of 0 has no density and gives NaN.
   """
+  _require_kind(kind)
   chex.assert_equal_shape([x_next, mean])
   chex.assert_type([x_next, mean, std], jnp.float32)
   chex.assert_type(mask, bool)
@@ -160,3 +160,8 @@ def integrate(
   (x, window), _ = jax.lax.scan(step, (noise, window), (index, times[:-1], times[1:], noisy))
   return types.FlowRollout(latents=x, **window)
 
+
+def _require_kind(kind: str) -> None:
+  """A wrong kind would pass for another: its density has the same shape."""
+  if kind not in KINDS:
+    raise ValueError(f"kind={kind!r} is none of {KINDS}")
