@@ -265,7 +265,7 @@ def test_attention_is_checked_against_names_and_devices():
     with pytest.raises(errors.InputError, match=words):
       _open_network(config)
   config.attention = "auto"
-  assert _open_network(config).model.backend == "plain"
+  assert _open_network(config).model.lowering.attention == "plain"  # on several devices
 
 
 @pytest.mark.parametrize("key, value, words", REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])

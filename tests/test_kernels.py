@@ -1,6 +1,7 @@
 """Attention kernels against the plain path, which test_attention.py holds to a plain softmax."""
 
 import functools
+import types as types_lib
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from tests import refusals
 from unigrpo_jax import types
-from unigrpo_jax.models import attention, bagel, kernels
+from unigrpo_jax.models import attention, bagel, kernels, lowering
 from unigrpo_jax.runtime import sharding
 
 splash = functools.partial(kernels.splash, interpret=True)
@@ -146,19 +147,36 @@ def test_blocks():
   assert kernels.block_size(5632, 512) == 512 and kernels.block_size(4098, 512) == 384
 
 
-def test_the_backend_fits_the_devices_and_the_dtype():
-  choose = attention.choose_backend
-  assert choose("auto", "tpu", "bfloat16") == "splash"
-  for name in ("auto", "plain"):
-    for platform, dtype in (("tpu", "float32"), ("cpu", "bfloat16"), ("gpu", "bfloat16")):
-      assert choose(name, platform, dtype) == "plain"
-  assert choose("cudnn", "gpu", jnp.bfloat16) == "cudnn"
-  for name, platform, dtype, words in (
-    ("splash", "cpu", "bfloat16", "config.attention='splash' runs on a tpu"),
-    ("cudnn", "tpu", "bfloat16", "config.attention='cudnn' runs on a gpu"),
-    ("splash", "tpu", "float32", "config.attention='splash' is not exact in config.dtype=float32"),
+def _mesh(platform, devices=1):
+  """As much of a mesh as the choice looks at."""
+  device = types_lib.SimpleNamespace(platform=platform)
+  return types_lib.SimpleNamespace(devices=np.array([device] * devices), size=devices)
+
+
+def test_the_lowering_fits_the_devices_and_the_dtype():
+  choose = lambda name, platform, dtype, *devices: lowering.choose(
+    name, _mesh(platform, *devices), dtype
+  )
+  for name, platform, dtype, devices, attends in (
+    ("auto", "tpu", "bfloat16", 4, "splash"), ("auto", "tpu", "float32", 4, "plain"),
+    ("auto", "gpu", "bfloat16", 4, "plain"), ("cudnn", "gpu", jnp.bfloat16, 4, "cudnn"),
+    ("auto", "cpu", "float32", 1, "blocked"), ("auto", "cpu", "bfloat16", 1, "blocked"),
+    ("auto", "cpu", "float32", 8, "plain"), ("plain", "tpu", "bfloat16", 4, "plain"),
   ):
-    assert words in refusals.refusal(choose, name, platform, dtype)
+    chosen = choose(name, platform, dtype, devices)
+    assert chosen.attention == attends
+    # Several CPU devices would deadlock in a loop over layers; accelerators keep it.
+    assert chosen.unroll == (platform == "cpu")
+    assert chosen.unroll_decoding == (platform == "cpu" and devices > 1)
+    assert chosen.own_gradients == (platform == "cpu" and dtype == "float32")
+  for name, platform, dtype, devices, words in (
+    ("splash", "cpu", "bfloat16", 1, "config.attention='splash' runs on a tpu"),
+    ("cudnn", "tpu", "bfloat16", 1, "config.attention='cudnn' runs on a gpu"),
+    ("splash", "tpu", "float32", 1, "config.attention='splash' is not exact in config.dtype="),
+    ("blocked", "cpu", "float32", 8, "config.attention='blocked' is for one device, but there are"),
+    ("flash", "cpu", "float32", 1, "config.attention='flash'"),
+  ):
+    assert words in refusals.refusal(choose, name, platform, dtype, devices)
 
 
 @pytest.fixture
@@ -199,7 +217,7 @@ def test_network_attends_by_it_among_images_only(config, model, params, calls):
 
   found = [
     jax.jit(jax.value_and_grad(functools.partial(run, network), has_aux=True))(params["bagel"])
-    for network in (model, model.clone(backend="splash"))
+    for network in (model, model.clone(lowering=lowering.Lowering("splash")))
   ]
   # The tower's patches; patches, clean and noisy latents with their two markers.
   assert set(calls) == {4, 6}

@@ -12,7 +12,7 @@ import pytest
 from tests import packed_reference
 from unigrpo_jax import types
 from unigrpo_jax.episodes import programs
-from unigrpo_jax.models import bagel
+from unigrpo_jax.models import bagel, lowering
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import sharding
 
@@ -328,13 +328,11 @@ def test_seven_billion_forward_and_backward_trace_on_shapes():
 
 
 def test_layers_one_after_the_other_are_the_loop(config, model, params):
-  """Several CPU devices, which need it, compile no loop over layers."""
-  assert sharding.needs_straight_programs(sharding.make_mesh(fsdp=8))
-  assert not sharding.needs_straight_programs(sharding.make_mesh(devices=jax.devices()[:1]))
   ids, mask = _pad([[5, 6, 7, 8]], 6)
 
   def read(unroll):
-    fn = functools.partial(model.clone(unroll=unroll).apply, method="read_text")
+    network = model.clone(lowering=lowering.Lowering(unroll=unroll))
+    fn = functools.partial(network.apply, method="read_text")
     compiled = jax.jit(fn).lower({"params": params["bagel"]}, ids, mask).compile()
     return compiled({"params": params["bagel"]}, ids, mask)[1], compiled.as_text()
 

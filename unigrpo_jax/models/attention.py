@@ -9,13 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from unigrpo_jax import errors, types
-from unigrpo_jax.models import kernels
-
-# How attention may be computed, by name: "auto" is for `choose_backend` to decide.
-BACKENDS = ("auto", "plain", "splash", "cudnn")
-# What a kernel runs on.
-_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+from unigrpo_jax import types
+from unigrpo_jax.models import blocked, kernels
 
 
 class Keys(NamedTuple):
@@ -30,30 +25,6 @@ class Keys(NamedTuple):
   order: chex.Array
 
 
-def choose_backend(name: str, platform: str, dtype) -> str:
-  """The backend for `attend` by its name, checked against the devices ("cpu", "gpu" or "tpu").
-
-  "auto" is the kernel for TPUs where it can be used, and "plain" elsewhere. The kernels round the
-  products of float32 arrays or do not take them: exact products are the plain path's.
-
-  Raises:
-    InputError: the kernel asked for is none of these devices', or not of this dtype.
-  """
-  exact = jnp.dtype(dtype) == jnp.float32
-  if name == "auto":
-    return "splash" if platform == "tpu" and not exact else "plain"
-  wanted = _PLATFORMS.get(name, platform)
-  if platform != wanted:
-    raise errors.InputError(
-      f"config.attention={name!r} runs on a {wanted}, but the devices are {platform}; set auto"
-    )
-  if name in _PLATFORMS and exact:
-    raise errors.InputError(
-      f"config.attention={name!r} is not exact in config.dtype=float32; set plain or bfloat16"
-    )
-  return name
-
-
 def attend(
   q, reach, parts: list[Keys], *, precision=None, query_block: int = 1024, backend: str = "plain",
   one_reach: bool = False,
@@ -66,7 +37,8 @@ def attend(
     parts: keys and values; their partial softmaxes are merged by log-sum-exp, so that a cache and
       the new tokens need not be concatenated.
     query_block: queries scored at once; the scores held are [B, N, query_block, S].
-    backend: "plain", or the kernel to use where it serves: see `kernels`.
+    backend: one of `lowering.ATTENTION` but "auto": "plain", or what is used where it serves; see
+      `kernels` and `blocked`.
     one_reach: whether a row's queries that see anything have the same reach; `splash` needs it.
 
   Returns:
@@ -79,9 +51,17 @@ def attend(
       return kernels.splash(q, reach, parts)
     if backend == "cudnn":
       return kernels.cudnn(q, reach, parts)
+  if in_cache := backend == "blocked" and length >= blocked.LEAST_QUERIES:
+    query_block = blocked.query_block(q.shape[2], sum(part.k.shape[1] for part in parts))
+    attend_block = lambda q, reach: blocked.attend(q, reach, parts, precision)
+  else:
+    attend_block = lambda q, reach: _attend_block(q, reach, parts, precision)
   blocks = -(-length // query_block)
   if blocks == 1:
-    return _attend_block(q, reach, parts, precision)
+    return attend_block(q, reach)
+  if not in_cache:
+    # Rematerialised, else the backward pass would keep the scores of every block.
+    attend_block = jax.checkpoint(attend_block)
   # Equal blocks: 4,098 queries become 5 x 820, not 4 x 1,024 and a block of 2.
   size = -(-length // blocks)
   pad = blocks * size - length
@@ -89,9 +69,7 @@ def attend(
   reach = jnp.pad(reach, ((0, 0), (0, pad)), constant_values=types.BLIND)
   q = jnp.moveaxis(q.reshape(q.shape[0], blocks, size, *q.shape[2:]), 1, 0)
   reach = jnp.moveaxis(reach.reshape(reach.shape[0], blocks, size), 1, 0)
-  # Rematerialised, else the backward pass would keep the scores of every block.
-  step = jax.checkpoint(lambda block: _attend_block(*block, parts, precision))
-  out = jnp.moveaxis(jax.lax.map(step, (q, reach)), 0, 1)
+  out = jnp.moveaxis(jax.lax.map(lambda block: attend_block(*block), (q, reach)), 0, 1)
   return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length]
 
 
@@ -135,10 +113,12 @@ def _partial_softmax(q, reach, keys: Keys, precision):
   return by_query(peak), by_query(weights.sum(-1)), by_query(out)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x, position, theta: float):
   """Rotary position embedding of x [B, T, N, H] float32, half-split (Su et al. 2021, as in Qwen2).
 
   The frequencies are theta^(-2j/H). Angles at bf16 would merge neighbouring positions beyond 256.
+  Its gradient is the rotation back: JAX's would pad each half and add them.
   """
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -146,3 +126,14 @@ def rotate(x, position, theta: float):
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = x[..., :half], x[..., half:]
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotate_forward(x, position, theta):
+  return rotate(x, position, theta), position
+
+
+def _rotate_backward(theta, position, dy):
+  return rotate(dy, -position, theta), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

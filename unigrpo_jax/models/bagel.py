@@ -8,6 +8,9 @@ length, an image by one. Time runs from data (t = 0) to noise (t = 1); dx/dt = n
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import chex
 from flax import linen as nn
 import jax
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import layers, mot, siglip
+from unigrpo_jax.models import lowering as lowering_lib
 
 
 class Bagel(nn.Module):
@@ -30,25 +34,24 @@ class Bagel(nn.Module):
   # Adapters on every projection of both experts. Without them the same parameters are the network
   # that the adapters started from.
   lora: layers.Lora | None = None
-  backend: str = "plain"  # see `attention.attend`
-  unroll: bool = False  # compiles layers one after the other, not as a loop
+  lowering: lowering_lib.Lowering = lowering_lib.Lowering()
 
   def setup(self):
     c, width = self.config, self.config.llm.hidden_size
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     self.embed_tokens = layers.Table(c.llm.vocab_size, width, ("vocab", "embed"), **kinds)
     self.layers = layers.scan_layers(
-      mot.Block, c.llm.num_layers, in_axes=(0, nn.broadcast), remat=self.remat, unroll=self.unroll
-    )(c.llm, self.dtype, self.param_dtype, self.lora, self.backend)
+      mot.Block, c.llm.num_layers, in_axes=(0, nn.broadcast), remat=self.remat
+    )(c.llm, self.dtype, self.param_dtype, self.lora, self.lowering)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
-    heads = kinds | dict(out_dtype=jnp.float32)
+    heads = kinds | dict(out_dtype=jnp.float32, own_gradient=self.lowering.own_gradients)
     self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **heads)
     self.time_embedder = layers.TwoLayer(width, "silu", **kinds)
     self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)
     self.llm2vae = layers.Linear((c.latent_dim,), ("embed", None), zero=True, **heads)
     self.latent_pos_embed = self._position_table(c.max_latent_size)
-    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype, self.backend, self.unroll)
+    self.vit = siglip.SigLIP(c.vit, self.dtype, self.param_dtype, self.lowering)
     self.connector = layers.TwoLayer(width, "gelu_tanh", **kinds)
     self.vit_pos_embed = self._position_table(c.vit_max_patches_per_side)
 
@@ -84,7 +87,7 @@ class Bagel(nn.Module):
 
   def decode(
     self, und: types.Tokens | None, gen: types.Tokens | None, context: types.Context | None, *,
-    keep_kv: bool = False, one_reach: bool = False,
+    keep_kv: bool = False, one_reach: bool = False, unroll: bool | None = None,
   ):
     """Runs one stream of tokens for each expert over `context`.
 
@@ -100,9 +103,26 @@ class Bagel(nn.Module):
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
       context_orders=tuple(part.order for part in parts), keep_kv=keep_kv, one_reach=one_reach,
     )
-    xs, kv = self.layers(xs, tuple((part.k, part.v) for part in parts), layout)
+    xs, kv = self._run_layers(xs, tuple((part.k, part.v) for part in parts), layout, unroll)
     normed = self.norm(xs)
     return normed["und"], normed["gen"], kv
+
+  def _run_layers(self, xs, context_kvs, layout: mot.Layout, unroll: bool | None):
+    """As a loop, or one after the other."""
+    unroll = self.lowering.unroll if unroll is None else unroll
+    if self.is_initializing() or not unroll:
+      return self.layers(xs, context_kvs, layout)
+    block = mot.Block(
+      self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
+    )
+    run = lambda params, *args: block.apply({"params": params}, *args)
+    run = jax.checkpoint(run) if self.remat else run
+    kvs = []
+    for layer in range(self.config.llm.num_layers):
+      pick = functools.partial(jax.tree.map, operator.itemgetter(layer))
+      xs, kv = run(pick(self.variables["params"]["layers"]), xs, pick(context_kvs), layout)
+      kvs.append(kv)
+    return xs, jax.tree.map(lambda *a: jnp.stack(a), *kvs)
 
   def logits(self, hidden):
     """Understanding-expert hidden states [..., D] -> [..., V] float32."""
@@ -119,7 +139,9 @@ class Bagel(nn.Module):
     count = jnp.cumsum(mask, axis=1)
     position = context.position[:, None] + count - 1
     tokens = _tokens(self.embed_text(ids), mask, position, slots, slots)
-    hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
+    hidden, _, kv = self.decode(
+      tokens, None, context, keep_kv=True, unroll=self.lowering.unroll_decoding
+    )
     return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
 
   def read_text(self, ids, mask, prefix: types.Context | None = None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -32,6 +33,55 @@ class Lora:
   alpha: float
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x, kernel, inputs: int):
+  """x [..., *in] times kernel [*in, *out], exact in float32; `inputs` axes are contracted.
+
+  A dot_general with a gradient of its own, for CPUs: of the two operands of the kernel's gradient
+  it transposes the narrower one. JAX's transposes that of the output, and XLA's CPU backend then
+  writes it, and whatever it was computed from, in transposed order too.
+  """
+  return _contract(x, kernel, range(x.ndim - inputs, x.ndim), range(inputs))
+
+
+def _contract(a, b, a_axes, b_axes):
+  axes = ((tuple(a_axes), tuple(b_axes)), ((), ()))
+  return jax.lax.dot_general(a, b, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def _product_forward(x, kernel, inputs):
+  return product(x, kernel, inputs), (x, kernel)
+
+
+def _product_backward(inputs, residuals, dy):
+  x, kernel = residuals
+  outputs, rows = kernel.ndim - inputs, range(x.ndim - inputs)
+  dx = _contract(dy, kernel, range(dy.ndim - outputs, dy.ndim), range(inputs, kernel.ndim))
+  if math.prod(kernel.shape[:inputs]) <= math.prod(kernel.shape[inputs:]):
+    return dx, _contract(x, dy, rows, rows)
+  dkernel = _contract(dy, x, rows, rows)
+  return dx, jnp.transpose(dkernel, (*range(outputs, kernel.ndim), *range(outputs)))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def gated(gate, up):
+  """silu(gate) * up, with a gradient that keeps its arguments alone; for CPUs, see `product`."""
+  return nn.silu(gate) * up
+
+
+def _gated_backward(residuals, dy):
+  gate, up = residuals
+  sigmoid = nn.sigmoid(gate)
+  dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+  return dgate, dy * gate * sigmoid
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+
+
 class Linear(nn.Module):
   """Contraction of the last axes of x with a kernel of any rank."""
 
@@ -43,6 +93,7 @@ class Linear(nn.Module):
   out_dtype: jnp.dtype | None = None  # of the product; None is `dtype`
   zero: bool = False  # starts the kernel at zero (output heads of a flow model)
   lora: Lora | None = None
+  own_gradient: bool = False  # that of `product`; in float32
 
   @nn.compact
   def __call__(self, x):
@@ -53,10 +104,13 @@ class Linear(nn.Module):
       "kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype
     )
     contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    y = jax.lax.dot_general(
-      x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
-      precision=matmul_precision(self.dtype), preferred_element_type=self.out_dtype,
-    )
+    if self.own_gradient:
+      y = product(x.astype(self.dtype), kernel.astype(self.dtype), inputs)
+    else:
+      y = jax.lax.dot_general(
+        x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
+        precision=matmul_precision(self.dtype), preferred_element_type=self.out_dtype,
+      )
     if self.lora is not None:
       y += self._adapter(x, inputs, shape).astype(y.dtype)
     if self.use_bias:

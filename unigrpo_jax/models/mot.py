@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.models import attention, layers
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import lowering as lowering_lib
 
 # The order in which the tokens of the experts stand in keys and queries.
 EXPERTS = ("und", "gen")
@@ -28,10 +29,14 @@ class Attention(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   lora: layers.Lora | None = None
+  own_gradients: bool = False
 
   def setup(self):
     c = self.config
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, lora=self.lora)
+    kinds = dict(
+      dtype=self.dtype, param_dtype=self.param_dtype, lora=self.lora,
+      own_gradient=self.own_gradients,
+    )
     heads = lambda n, name: layers.Linear((n, c.head_dim), ("embed", name, "head_dim"), **kinds)
     self.q = heads(c.num_heads, "heads")
     self.k = heads(c.num_kv_heads, "kv_heads")
@@ -61,14 +66,19 @@ class GatedMLP(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   lora: layers.Lora | None = None
+  own_gradients: bool = False
 
   @nn.compact
   def __call__(self, x):
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False, lora=self.lora)
+    kinds = dict(
+      dtype=self.dtype, param_dtype=self.param_dtype, use_bias=False, lora=self.lora,
+      own_gradient=self.own_gradients,
+    )
     wide, width = self.config.intermediate_size, self.config.hidden_size
     gate = layers.Linear((wide,), ("embed", "mlp"), name="gate", **kinds)(x)
     up = layers.Linear((wide,), ("embed", "mlp"), name="up", **kinds)(x)
-    hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+    hidden = layers.gated(gate, up) if self.own_gradients else nn.silu(gate) * up
+    hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
     return layers.Linear((width,), ("mlp", "embed"), name="down", **kinds)(hidden)
 
 
@@ -79,12 +89,13 @@ class Expert(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   lora: layers.Lora | None = None
+  own_gradients: bool = False
 
   def setup(self):
     norm = lambda: layers.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype)
     self.input_norm, self.post_attention_norm = norm(), norm()
-    self.attention = Attention(self.config, self.dtype, self.param_dtype, self.lora)
-    self.mlp = GatedMLP(self.config, self.dtype, self.param_dtype, self.lora)
+    kinds = (self.config, self.dtype, self.param_dtype, self.lora, self.own_gradients)
+    self.attention, self.mlp = Attention(*kinds), GatedMLP(*kinds)
 
   def project(self, x, position):
     return self.attention.project(self.input_norm(x), position)
@@ -113,11 +124,13 @@ class Block(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   lora: layers.Lora | None = None
-  backend: str = "plain"
+  lowering: lowering_lib.Lowering = lowering_lib.Lowering()
 
   def setup(self):
-    self.und = Expert(self.config, self.dtype, self.param_dtype, self.lora)
-    self.gen = Expert(self.config, self.dtype, self.param_dtype, self.lora)
+    kinds = (
+      self.config, self.dtype, self.param_dtype, self.lora, self.lowering.own_gradients
+    )
+    self.und, self.gen = Expert(*kinds), Expert(*kinds)
 
   def __call__(self, xs, context_kvs, layout: Layout):
     """xs {expert: [B, T, D] or None}, context_kvs (k, v) [Bc, S, K, H] each -> (xs, kv or None)."""
@@ -132,8 +145,8 @@ class Block(nn.Module):
     with jax.named_scope("attend"):
       reach = _join([s.reach for s in streams.values()])
       out = attention.attend(
-        q, reach, parts, precision=layers.matmul_precision(self.dtype), backend=self.backend,
-        one_reach=layout.one_reach,
+        q, reach, parts, precision=layers.matmul_precision(self.dtype),
+        backend=self.lowering.attention, one_reach=layout.one_reach,
       )
     lengths = [projection[0].shape[1] for projection in projected]
     outs = [out] if len(lengths) == 1 else jnp.split(out, lengths[:1], axis=1)

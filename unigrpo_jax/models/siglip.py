@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.models import attention, layers
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import lowering as lowering_lib
 
 # A 980 px image is 4900 patches: 16 heads of float32 scores for all pairs would be 1.5 GB. A block
 # of this many queries holds a tenth of that.
@@ -26,7 +27,7 @@ class Attention(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
-  backend: str
+  lowering: lowering_lib.Lowering
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -45,8 +46,8 @@ class Attention(nn.Module):
     reach = jnp.where(mask, types.EVERYTHING, types.BLIND)
     out = attention.attend(
       q, reach, [attention.Keys(k, v, order)],
-      precision=layers.matmul_precision(self.dtype), query_block=QUERY_BLOCK, backend=self.backend,
-      one_reach=True,
+      precision=layers.matmul_precision(self.dtype), query_block=QUERY_BLOCK,
+      backend=self.lowering.attention, one_reach=True,
     )
     return layers.Linear(
       (self.config.hidden_size,), ("heads", "head_dim", "embed"), name="out", **kinds
@@ -86,14 +87,15 @@ class Block(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype
   param_dtype: jnp.dtype
-  backend: str
+  lowering: lowering_lib.Lowering
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
     sizes = (self.config, self.dtype, self.param_dtype)
     norm = (self.config.layer_norm_eps, self.param_dtype)
     with jax.named_scope("attention"):
-      x = x + Attention(*sizes, self.backend, name="attention")(layer_norm(*norm, "norm1")(x), mask)
+      y = layer_norm(*norm, "norm1")(x)
+      x = x + Attention(*sizes, self.lowering, name="attention")(y, mask)
     with jax.named_scope("mlp"):
       x = x + MLP(*sizes, name="mlp")(layer_norm(*norm, "norm2")(x))
     return nn.with_logical_constraint(x, ("batch", "length", "features")), None
@@ -105,8 +107,7 @@ class SigLIP(nn.Module):
   config: config_lib.ViTConfig
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
-  backend: str = "plain"
-  unroll: bool = False
+  lowering: lowering_lib.Lowering = lowering_lib.Lowering()
 
   @nn.compact
   def __call__(self, patches: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -133,6 +134,8 @@ class SigLIP(nn.Module):
         **kinds,
       )(position_ids)
     with jax.named_scope("vit_layers"):
-      stack = layers.scan_layers(Block, config.num_layers, in_axes=nn.broadcast, unroll=self.unroll)
-      x, _ = stack(config, self.dtype, self.param_dtype, self.backend, name="layers")(x, mask)
+      stack = layers.scan_layers(
+        Block, config.num_layers, in_axes=nn.broadcast, unroll=self.lowering.unroll
+      )
+      x, _ = stack(config, self.dtype, self.param_dtype, self.lowering, name="layers")(x, mask)
     return layer_norm(config.layer_norm_eps, self.param_dtype, "post_norm")(x).astype(self.dtype)

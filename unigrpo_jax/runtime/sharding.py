@@ -59,14 +59,6 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def needs_straight_programs(mesh: Mesh) -> bool:
-  """Whether layers must be compiled one after the other, not as a loop.
-
-  XLA's CPU runtime does not keep collectives of a loop and those beside it in order: a deadlock.
-  """
-  return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-
-
 def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
   """All devices, laid out for sampling: tensor as wide as the key-value heads allow.
 

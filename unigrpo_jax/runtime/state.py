@@ -14,7 +14,7 @@ import optax
 
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.models import attention, bagel, layers, weights
+from unigrpo_jax.models import bagel, layers, lowering, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import folders, optim, sharding
@@ -31,7 +31,7 @@ class NetworkSpec:
     random_init: keep its sizes, tokenizer and autoencoder, not its network.
     dtype: of activations, one of DTYPES; trained parameters are float32.
     remat: layers are computed again in the backward pass.
-    attention: one of `attention.BACKENDS`.
+    attention: one of `lowering.ATTENTION`.
     mesh: {axis: size}; fsdp 0 takes all devices that the others leave.
     lora: adapters, or None.
   """
@@ -100,7 +100,6 @@ def build_network(
   others = sizes["data"] * sizes["tensor"]
   sizes["fsdp"] = sizes["fsdp"] or max(len(devices) // others, 1)
   mesh = sharding.make_mesh(**sizes, devices=devices)
-  errors.choose("config.attention", spec.attention, attention.BACKENDS)
   model = _bagel(
     folder.config, tokenizer, mesh, spec.attention, dtype=jnp.dtype(spec.dtype), remat=spec.remat,
     lora=spec.lora,
@@ -132,12 +131,10 @@ def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Net
   return Network(folder, tokenizer, model, mesh)
 
 
-def _bagel(config, tokenizer, mesh, backend: str, *, dtype, **options) -> bagel.Bagel:
-  platform = mesh.devices.flat[0].platform
+def _bagel(config, tokenizer, mesh, attention: str, *, dtype, **options) -> bagel.Bagel:
   return bagel.Bagel(
     config, (tokenizer.vision_start, tokenizer.vision_end), dtype=dtype,
-    backend=attention.choose_backend(backend, platform, jnp.dtype(dtype).name),
-    unroll=sharding.needs_straight_programs(mesh), **options,
+    lowering=lowering.choose(attention, mesh, dtype), **options,
   )
 
 

@@ -1,0 +1,75 @@
+"""How the network is written for its devices: the one place where platforms differ.
+
+The numbers are the same up to rounding. Accelerators have kernels, and compilers that schedule a
+loop over layers and fuse gradients well; a CPU has none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from unigrpo_jax import errors
+
+# How attention may be computed, by name: "auto" is for `choose` to decide.
+ATTENTION = ("auto", "plain", "blocked", "splash", "cudnn")
+# What a kernel runs on.
+_PLATFORMS = {"blocked": "cpu", "splash": "tpu", "cudnn": "gpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+  """What a network's modules ask; see `choose`.
+
+  Attributes:
+    attention: one of ATTENTION but "auto"; see `attention.attend`.
+    unroll: layers are compiled one after the other, not as a loop.
+    unroll_decoding: where tokens are appended to a cache, too.
+    own_gradients: products and the gated activation have gradients of their own, which write no
+      wide array in transposed order (`layers.product`, `layers.gated`); in float32.
+  """
+
+  attention: str = "plain"
+  unroll: bool = False
+  unroll_decoding: bool = False
+  own_gradients: bool = False
+
+
+def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
+  """The lowering for the devices of a mesh and a dtype of activations.
+
+  On CPUs layers are unrolled: a loop would stack what the backward pass needs. To decode they stay
+  a loop, since the cache would be copied for each layer; but over several CPU devices a loop would
+  deadlock, since XLA does not keep the collectives of a loop and those beside it in order.
+  `attention` is one of ATTENTION. The kernels of accelerators round the products of float32 arrays
+  or do not take them, so "auto" has exact products there by the plain path. Blocks of rows are of
+  one device.
+
+  Raises:
+    InputError: the attention asked for is none of these devices', or not of this dtype.
+  """
+  errors.choose("config.attention", attention, ATTENTION)
+  platform, exact = mesh.devices.flat[0].platform, jnp.dtype(dtype) == jnp.float32
+  wanted = _PLATFORMS.get(attention, platform)
+  if platform != wanted:
+    raise errors.InputError(
+      f"config.attention={attention!r} runs on a {wanted}, but the devices are {platform}; set auto"
+    )
+  if attention in ("splash", "cudnn") and exact:
+    raise errors.InputError(
+      f"config.attention={attention!r} is not exact in config.dtype=float32; set plain or bfloat16"
+    )
+  if attention == "blocked" and mesh.size > 1:
+    raise errors.InputError(
+      f"config.attention='blocked' is for one device, but there are {mesh.size}; set auto"
+    )
+  on_cpu = platform == "cpu"
+  if attention == "auto":
+    kernel = {"tpu": not exact and "splash", "cpu": mesh.size == 1 and "blocked"}
+    attention = kernel.get(platform) or "plain"
+  return Lowering(
+    attention, unroll=on_cpu, unroll_decoding=on_cpu and mesh.size > 1,
+    own_gradients=on_cpu and exact,
+  )
