@@ -67,8 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
   config.remat = True  # layers are computed again in the backward pass, not kept
-  # "splash" (TPU), "cudnn" (GPU), "blocked" (one CPU device), "plain"; auto: the first or the third
-  config.attention = "auto"
+  config.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "blocked" (CPU), "plain"
   config.mesh = ConfigDict()
   config.mesh.data = 1  # ways that hold whole copies of the parameters
   config.mesh.fsdp = 0  # 0: all devices that data and tensor leave

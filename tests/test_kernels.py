@@ -166,8 +166,8 @@ def test_the_lowering_fits_the_devices_and_the_dtype():
     chosen = choose(name, platform, dtype, devices)
     assert chosen.attention == attends
     # Several CPU devices would deadlock in a loop over layers; accelerators keep it.
-    assert chosen.unroll == (platform == "cpu")
-    assert chosen.unroll_decoding == (platform == "cpu" and devices > 1)
+    assert chosen.unroll == (platform == "cpu" and devices > 1)
+    assert chosen.unroll_gradients == (platform == "cpu")
     assert chosen.own_gradients == (platform == "cpu" and dtype == "float32")
   for name, platform, dtype, devices, words in (
     ("splash", "cpu", "bfloat16", 1, "config.attention='splash' runs on a tpu"),

@@ -96,9 +96,10 @@ def make_update(
   """
   total = schedule.minibatches * schedule.microbatches
 
-  run = lambda params, micro: replay.replay(model, params, micro, grid, algorithm.replay)
+  run = lambda model, params, micro: replay.replay(model, params, micro, grid, algorithm.replay)
+
   def loss_fn(trained_params, frozen, micro, old, weights, is_first_epoch):
-    output = run(optim.join(trained_params, frozen), micro)
+    output = run(model.for_gradients(), optim.join(trained_params, frozen), micro)
     return algorithm.loss(output, micro, old, weights, grid, is_first_epoch)
 
   def reference_and_old_values(state, micro):
@@ -111,7 +112,8 @@ def make_update(
     if schedule.old_values == "recomputed":
       blank = {"text": None if old.logp is None else jnp.zeros_like(old.logp),
                "flow": None if old.flow is None else jnp.zeros_like(micro.only.flow.t)}
-      _, (_, old, _) = algorithm.loss(run(state.params, micro), micro, old, blank, grid, None)
+      output = run(model, state.params, micro)
+      _, (_, old, _) = algorithm.loss(output, micro, old, blank, grid, None)
     return micro, old
 
   def update(state: types.TrainState, experience: types.Experience):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from unigrpo_jax import types
-from unigrpo_jax.models import blocked, kernels
+from unigrpo_jax.models import kernels, plain
 
 
 class Keys(NamedTuple):
@@ -38,7 +38,7 @@ def attend(
       the new tokens need not be concatenated.
     query_block: queries scored at once; the scores held are [B, N, query_block, S].
     backend: one of `lowering.ATTENTION` but "auto": "plain", or what is used where it serves; see
-      `kernels` and `blocked`.
+      `kernels` and `plain.attend_in_cache`.
     one_reach: whether a row's queries that see anything have the same reach; `splash` needs it.
 
   Returns:
@@ -51,11 +51,10 @@ def attend(
       return kernels.splash(q, reach, parts)
     if backend == "cudnn":
       return kernels.cudnn(q, reach, parts)
-  if in_cache := backend == "blocked" and length >= blocked.LEAST_QUERIES:
-    query_block = blocked.query_block(q.shape[2], sum(part.k.shape[1] for part in parts))
-    attend_block = lambda q, reach: blocked.attend(q, reach, parts, precision)
-  else:
-    attend_block = lambda q, reach: _attend_block(q, reach, parts, precision)
+  if in_cache := backend == "blocked":
+    query_block = plain.query_block(q.shape[2], sum(part.k.shape[1] for part in parts))
+  attend_some = plain.attend_in_cache if in_cache else plain.attend
+  attend_block = lambda q, reach: attend_some(q, reach, parts, precision)
   blocks = -(-length // query_block)
   if blocks == 1:
     return attend_block(q, reach)
@@ -71,46 +70,6 @@ def attend(
   reach = jnp.moveaxis(reach.reshape(reach.shape[0], blocks, size), 1, 0)
   out = jnp.moveaxis(jax.lax.map(lambda block: attend_block(*block), (q, reach)), 0, 1)
   return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length]
-
-
-def _attend_block(q, reach, parts: list[Keys], precision):
-  partials = [_partial_softmax(q, reach, part, precision) for part in parts]
-  peak = functools.reduce(jnp.maximum, [part_peak for part_peak, _, _ in partials])
-  # A query that sees nothing has peak -inf; 0 keeps exp(-inf - peak) a clean zero.
-  peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-  total, out = 0.0, 0.0
-  for part_peak, part_total, part_out in partials:
-    weight = jnp.exp(part_peak - peak)  # [B, T, N]
-    total += weight * part_total
-    out += weight[..., None] * part_out
-  return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
-
-
-def _partial_softmax(q, reach, keys: Keys, precision):
-  """Unnormalised softmax over one part: peak and total [B, T, N], sum [B, T, N, H], float32."""
-  rows, length, num_heads, head_dim = q.shape
-  key_rows, _, kv_heads, _ = keys.k.shape
-
-  shared = rows // key_rows * length
-  # [Bk, K, N/K, (B/Bk) T, H]: rows that share a context become longer queries. Heads lead
-  # everywhere, so that the products come out as they are needed: to transpose the scores costs as
-  # much as to compute them.
-  q = q.reshape(key_rows, shared, kv_heads, num_heads // kv_heads, head_dim)
-  q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(keys.k, 1, 2), jnp.moveaxis(keys.v, 1, 2)
-  visible = keys.order[:, None, :] <= reach.reshape(key_rows, shared)[:, :, None]
-  scores = jnp.einsum(
-    "bkgth,bksh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
-  )
-  scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-  peak = jax.lax.stop_gradient(scores.max(-1))
-  finite_peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-  weights = jnp.exp(scores - finite_peak[..., None])
-  out = jnp.einsum(
-    "bkgts,bksh->bkgth", weights.astype(v.dtype), v, precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-  by_query = lambda a: jnp.moveaxis(a, 3, 1).reshape(rows, length, num_heads, *a.shape[4:])
-  return by_query(peak), by_query(weights.sum(-1)), by_query(out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -8,6 +8,7 @@ length, an image by one. Time runs from data (t = 0) to noise (t = 1); dx/dt = n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 
@@ -61,6 +62,11 @@ class Bagel(nn.Module):
       param_dtype=self.param_dtype, init=layers.sincos_init(side),
     )
 
+  def for_gradients(self) -> Bagel:
+    """The same network, as it is written where its gradient is taken."""
+    unroll = self.lowering.unroll or self.lowering.unroll_gradients
+    return self.clone(lowering=dataclasses.replace(self.lowering, unroll=unroll))
+
   def __call__(self, batch: types.PackedBatch):
     """Touches every parameter; for `init`."""
     hidden, velocity = self.packed(batch)
@@ -87,7 +93,7 @@ class Bagel(nn.Module):
 
   def decode(
     self, und: types.Tokens | None, gen: types.Tokens | None, context: types.Context | None, *,
-    keep_kv: bool = False, one_reach: bool = False, unroll: bool | None = None,
+    keep_kv: bool = False, one_reach: bool = False,
   ):
     """Runs one stream of tokens for each expert over `context`.
 
@@ -103,14 +109,13 @@ class Bagel(nn.Module):
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
       context_orders=tuple(part.order for part in parts), keep_kv=keep_kv, one_reach=one_reach,
     )
-    xs, kv = self._run_layers(xs, tuple((part.k, part.v) for part in parts), layout, unroll)
+    xs, kv = self._run_layers(xs, tuple((part.k, part.v) for part in parts), layout)
     normed = self.norm(xs)
     return normed["und"], normed["gen"], kv
 
-  def _run_layers(self, xs, context_kvs, layout: mot.Layout, unroll: bool | None):
+  def _run_layers(self, xs, context_kvs, layout: mot.Layout):
     """As a loop, or one after the other."""
-    unroll = self.lowering.unroll if unroll is None else unroll
-    if self.is_initializing() or not unroll:
+    if self.is_initializing() or not self.lowering.unroll:
       return self.layers(xs, context_kvs, layout)
     block = mot.Block(
       self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
@@ -139,9 +144,7 @@ class Bagel(nn.Module):
     count = jnp.cumsum(mask, axis=1)
     position = context.position[:, None] + count - 1
     tokens = _tokens(self.embed_text(ids), mask, position, slots, slots)
-    hidden, _, kv = self.decode(
-      tokens, None, context, keep_kv=True, unroll=self.lowering.unroll_decoding
-    )
+    hidden, _, kv = self.decode(tokens, None, context, keep_kv=True)
     return _extend(context, kv, tokens.order, advance=count[:, -1]), hidden
 
   def read_text(self, ids, mask, prefix: types.Context | None = None):

@@ -26,23 +26,24 @@ class Lowering:
   Attributes:
     attention: one of ATTENTION but "auto"; see `attention.attend`.
     unroll: layers are compiled one after the other, not as a loop.
-    unroll_decoding: where tokens are appended to a cache, too.
+    unroll_gradients: so are they where a gradient is taken.
     own_gradients: products and the gated activation have gradients of their own, which write no
       wide array in transposed order (`layers.product`, `layers.gated`); in float32.
   """
 
   attention: str = "plain"
   unroll: bool = False
-  unroll_decoding: bool = False
+  unroll_gradients: bool = False
   own_gradients: bool = False
 
 
 def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
   """The lowering for the devices of a mesh and a dtype of activations.
 
-  On CPUs layers are unrolled: a loop would stack what the backward pass needs. To decode they stay
-  a loop, since the cache would be copied for each layer; but over several CPU devices a loop would
-  deadlock, since XLA does not keep the collectives of a loop and those beside it in order.
+  On CPUs layers are unrolled where a gradient is taken, since a loop would stack what the backward
+  pass needs. Elsewhere they are a loop: it compiles sooner, and decoding would copy the whole cache
+  for each layer. But over several CPU devices a loop would deadlock, since XLA does not keep the
+  collectives of a loop and those beside it in order.
   `attention` is one of ATTENTION. The kernels of accelerators round the products of float32 arrays
   or do not take them, so "auto" has exact products there by the plain path. Blocks of rows are of
   one device.
@@ -70,6 +71,6 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
     kernel = {"tpu": not exact and "splash", "cpu": mesh.size == 1 and "blocked"}
     attention = kernel.get(platform) or "plain"
   return Lowering(
-    attention, unroll=on_cpu, unroll_decoding=on_cpu and mesh.size > 1,
+    attention, unroll=on_cpu and mesh.size > 1, unroll_gradients=on_cpu,
     own_gradients=on_cpu and exact,
   )

@@ -72,7 +72,8 @@ def make_supervised_step(
     microbatches.
   """
   def loss_fn(trained_params, frozen, batch, share):
-    return supervised_loss(model, optim.join(trained_params, frozen), batch, share, **weights)
+    params = optim.join(trained_params, frozen)
+    return supervised_loss(model.for_gradients(), params, batch, share, **weights)
 
   def step(state: types.TrainState, batches: types.PackedBatch):
     grads, terms = update.accumulate(
