@@ -210,6 +210,21 @@ def test_sampling_has_a_mesh_of_its_own():
   assert any("--config.rollout.tensor=2: about 1.50 GiB" in line for line in lines)
 
 
+def test_a_plan_with_fewer_tensor_ways_of_sampling():
+  """The parameters are whole where the update has them in parts; the update has its own mesh."""
+  plan = {}
+  for ways in (2, 1):
+    spec = rl.read(config_files.load(f"{UNIGRPO}:tiny", [
+      "--config.mesh.tensor=2", "--config.mesh.fsdp=2", f"--config.rollout.tensor={ways}",
+    ]))
+    network = state.open_network(spec.network, jax.devices()[:4])
+    plan[ways] = planner.Planner(spec, network, only=("layout",)).run()
+  assert [plan[ways].sampling_mesh["fsdp"] for ways in (2, 1)] == [2, 4]
+  assert plan[1].mesh == plan[2].mesh == plan[2].sampling_mesh
+  assert 1.5 < plan[1].held["sampler"] / plan[2].held["sampler"] < 2.01
+  assert plan[1].held["parameters"] == plan[2].held["parameters"]
+
+
 def test_some_phases_alone_have_no_time_of_an_iteration():
   some = dataclasses.replace(_plan(), phases={"update": _phase("update", 5)})
   record = figures.record(some, CHIP)

@@ -76,7 +76,7 @@ def test_parameters_are_whole_along_the_ways_that_sampling_has_not(shallow):
   assert [axis for axis in kernel.spec if axis] == ["tensor"]
   parts.check_fits(spec, network)
   spec = rl.read(_config(shallow, 1, **{"rollout.prompts_at_once": 1}))
-  with pytest.raises(errors.InputError, match="x group_size=4 .* the ways of sampling's batch=8"):
+  with pytest.raises(errors.InputError, match=r"x group_size=4 .*\(config.rollout.tensor\)=8"):
     parts.check_fits(spec, network)
 
 

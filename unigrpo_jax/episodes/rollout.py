@@ -131,12 +131,11 @@ class Rollout:
       return episode
     step = self.spec.prompt_copies(sampled_on) // self.spec.prompt_copies(mesh)
     place = lambda a: jax.device_put(a, sharding.row_sharding(mesh, a.shape[0]))
-    with sharding.activate(sampled_on):
-      inputs = jax.tree.map(
-        # The system prompt has one row, and is no array of the devices.
-        lambda a: a if a.shape[0] == 1 else place(a[::step]), episode.inputs
-      )
-      text, flow = jax.tree.map(place, (episode.text, episode.flow))
+    inputs = jax.tree.map(
+      # The system prompt has one row, and is no array of the devices.
+      lambda a: a if a.shape[0] == 1 else place(a[::step]), episode.inputs
+    )
+    text, flow = jax.tree.map(place, (episode.text, episode.flow))
     return dataclasses.replace(episode, inputs=inputs, text=text, flow=flow)
 
   def randomness(self, key, first: int, batch: requests.Batch) -> sampler_lib.Randomness:

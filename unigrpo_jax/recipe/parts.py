@@ -42,7 +42,7 @@ def check_fits(spec: rl.Spec, network: state.Network) -> None:
      "config.microbatch x minibatches", micro),
     ("config.microbatch", spec.update.microbatch, "config.mesh data x fsdp", ways),
     (f"{at_once} x group_size", prompts_at_once * spec.rollout.group_size,
-     "the ways of sampling's batch", sampling_ways),
+     "devices / tensor ways of sampling (config.rollout.tensor)", sampling_ways),
   ):
     if number % parts:
       raise errors.InputError(f"{what}={number} does not divide by {by}={parts}; change one")

@@ -63,7 +63,7 @@ def with_tensor_ways(mesh: Mesh, tensor: int) -> Mesh:
   if tensor < 1 or mesh.shape["tensor"] % tensor:
     raise errors.InputError(
       f"config.rollout.tensor={tensor} does not divide config.mesh.tensor={mesh.shape['tensor']}; "
-      "make it a divisor, or 0 for the same"
+      "make it a divisor, or 0: chosen by the device's memory"
     )
   return _mesh(mesh.devices, (mesh.shape["data"], -1, tensor))
 
