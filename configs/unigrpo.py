@@ -50,6 +50,9 @@ def get_config(variants: str = "") -> ConfigDict:
   config.rollout.think = True  # reason before drawing
   config.rollout.prompts_at_once = 16  # of all hosts; fewer need less memory
   config.rollout.layout = "stationary"  # parameters while sampling: copied along fsdp; or "update"
+  # A divisor of mesh.tensor. 0: the fewest whose share of the parameters takes a third of a
+  # device's memory, or less.
+  config.rollout.tensor = 0  # ways that each layer is cut into while sampling
   config.rollout.prompt_tokens = 256  # room for a prompt, with its two markers
   config.rollout.max_tokens = 1024  # of a reasoning
   config.rollout.temperature = 1.0  # of sampled tokens, and of their log-probabilities

@@ -19,8 +19,7 @@ import pytest
 
 from tests import rewards_of_hosts, test_train_unigrpo
 from unigrpo_jax import errors
-from unigrpo_jax.recipe import parts, rl
-from unigrpo_jax.runtime import hosts, sharding, state
+from unigrpo_jax.runtime import hosts, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
@@ -30,7 +29,7 @@ SMALL = {
   "rollout.window_size": 2, "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1,
   "eval.every": 4, "eval.prompts": 3, "eval.batch_size": 4, "eval.keep": 2,
   "eval.modes": ["think"], "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
-  "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+  "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "rollout.tensor": 1,
   # The first words of the embedded network are certain: without it they would have no gradient, of
   # whose rounding Adam would make whole steps.
   "rollout.temperature": 4.0,
@@ -47,7 +46,7 @@ def get_config():
 COMPARED = """
 from unigrpo_jax import errors
 from unigrpo_jax.runtime import hosts, sharding
-import sys
+import jax, numpy as np, sys
 def main():
   number = int(sys.argv[3].partition("=")[2])
   hosts.start(sys.argv[1].partition("=")[2], 2, number)
@@ -58,6 +57,15 @@ def main():
     flag.post(step == 1 and number == 1)
     seen.append(flag.read())
   print(seen)
+  sampling = sharding.make_mesh(fsdp=8)
+  rows = sharding.put_rows(sampling, np.arange(16))
+  for groups in (2, 1):
+    readers = sharding.with_whole_groups(sampling, groups)
+    print(sharding.local_rows(readers, rows)[1].tolist())
+  update = sharding.make_mesh(fsdp=2, tensor=4)
+  moved = jax.device_put(rows, sharding.along_batch(update))
+  print([shard.data.tolist() == [*range(8 * number, 8 * number + 8)]
+         for shard in moved.addressable_shards])
   try:
     with hosts.raise_on_all_hosts():
       if number == 1:
@@ -132,8 +140,11 @@ def run(shallow, tmp_path):
 
 
 def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
-  """One of two is killed; the run continues until one gets a signal: it is that of one host."""
-  [(status, _, words)] = run("one", 1, seen="whole")
+  """One of two is killed; the run continues until one gets a signal: it is that of one host.
+
+  The two sample with fewer tensor ways, too.
+  """
+  [(status, _, words)] = run("one", 1, "--config.rollout.tensor=2", seen="whole")
   assert status == 0, words
 
   # Calls of the reward on a host: one for the evaluation before the first step, then two a step.
@@ -199,7 +210,10 @@ def test_what_hosts_exchange():
     assert status == 2 and words in err, err
     assert out[1:3] == ["True False ['é', 0]", "[0.0, 1.0, 7.0, 7.0]"]
     assert out[3] == "[False, False, True, False]"
-    assert out[4] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
+    half = [*range(8 * number, 8 * number + 8)]
+    # Of one group, which both have, the first reads all.
+    assert out[4:7] == [str(half), str([] if number else [*range(16)]), str([True] * 4)]
+    assert out[7] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
 
 
 def test_what_may_work_the_next_time_has_another_status(capsys):
@@ -310,39 +324,3 @@ def test_a_tpu_vm_asks_for_its_neighbours(attributes, starts):
 def test_impossible_flags_are_refused(given, words):
   with pytest.raises(errors.InputError, match=words):
     hosts.start(*given)
-
-
-class _Device:
-  """A device of another host, for what only asks where devices are."""
-
-  def __init__(self, number):
-    self.id, self.process_index = number, number // 4
-
-
-def test_a_row_of_two_hosts_is_the_first_ones(monkeypatch):
-  """A mesh whose tensor axis joins the hosts, and one whose does not."""
-  class Rows:
-    def __init__(self, mesh, axis=0):
-      self.mesh = mesh
-
-    def devices_indices_map(self, shape):
-      data, fsdp, tensor = self.mesh
-      size = shape[0] // (data * fsdp)
-      return {
-        _Device(n): (slice(n // tensor * size, (n // tensor + 1) * size),)
-        for n in range(data * fsdp * tensor)
-      }
-
-  monkeypatch.setattr(sharding, "along_batch", Rows)
-  assert sharding.row_hosts((2, 2, 2), 8).tolist() == [0] * 4 + [1] * 4
-  assert sharding.row_hosts((1, 1, 8), 4).tolist() == [0] * 4
-
-
-def test_a_group_over_two_hosts_is_refused(monkeypatch):
-  config = test_train_unigrpo._config("tiny", **{"rollout.prompts_at_once": 1, "group_size": 4,
-                                                 "microbatch": 4, "mesh.fsdp": 2})
-  spec = rl.read(config)
-  network = state.open_network(spec.network, jax.devices()[:2])
-  monkeypatch.setattr(sharding, "row_hosts", lambda mesh, rows: np.arange(rows) * 2 // rows)
-  with pytest.raises(errors.InputError, match="config.rollout.prompts_at_once=1: .*split a group"):
-    parts.check_fits(spec, network)

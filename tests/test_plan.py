@@ -43,7 +43,8 @@ def _plan(**changed):
   phases |= changed
   held = {"parameters": 2 * GIB, "optimizer": 4 * GIB, "moving average": 0, "reference": GIB,
           "sampler": 3 * GIB, "cache": 2 * GIB, "recorded": GIB}
-  return plans.Plan({"data": 1, "fsdp": 4, "tensor": 2}, held, phases, 768)
+  mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+  return plans.Plan(mesh, mesh, held, phases, 768)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,37 @@ def test_advice_divides_over_the_mesh():
   config = config_files.load(UNIGRPO, ["--config.microbatch=48"])
   lines = advice.lines(config, plan, figures.record(plan, CHIP), CHIP)
   assert any("--config.microbatch=24:" in line for line in lines)
+
+
+def test_sampling_has_a_mesh_of_its_own():
+  """Its collectives are named by it, and what does not fit there may have more tensor ways."""
+  pairs = hlo.Collective("all-gather", 1e9, [[0, 1], [2, 3], [4, 5], [6, 7]], 1)
+  phases = {name: _phase(name, collectives=[pairs]) for name in ("denoise", "update")}
+  phases["denoise"] = dataclasses.replace(phases["denoise"], exceeds=60 * GIB)
+  plan = dataclasses.replace(
+    _plan(**phases), sampling_mesh={"data": 1, "fsdp": 8, "tensor": 1})
+  record = figures.record(plan, CHIP)
+  axes = lambda name: [row["axis"] for row in record["phases"][name]["collectives"]]
+  assert axes("update") == ["tensor"] and axes("denoise") == ["other"]
+  text = page.render("v6e:2x4", record, CHIP)
+  assert "mesh data 1 x fsdp 4 x tensor 2, sampling data 1 x fsdp 8 x tensor 1" in text
+  lines = advice.lines(config_files.load(UNIGRPO), plan, record, CHIP)
+  assert any("--config.rollout.tensor=2: about 1.50 GiB" in line for line in lines)
+
+
+def test_a_plan_with_fewer_tensor_ways_of_sampling():
+  """The parameters are whole where the update has them in parts; the update has its own mesh."""
+  plan = {}
+  for ways in (2, 1):
+    spec = rl.read(config_files.load(f"{UNIGRPO}:tiny", [
+      "--config.mesh.tensor=2", "--config.mesh.fsdp=2", f"--config.rollout.tensor={ways}",
+    ]))
+    network = state.open_network(spec.network, jax.devices()[:4])
+    plan[ways] = planner.Planner(spec, network, only=("layout",)).run()
+  assert [plan[ways].sampling_mesh["fsdp"] for ways in (2, 1)] == [2, 4]
+  assert plan[1].mesh == plan[2].mesh == plan[2].sampling_mesh
+  assert 1.5 < plan[1].held["sampler"] / plan[2].held["sampler"] < 2.01
+  assert plan[1].held["parameters"] == plan[2].held["parameters"]
 
 
 def test_some_phases_alone_have_no_time_of_an_iteration():

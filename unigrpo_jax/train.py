@@ -84,7 +84,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network, optimizer, state_layout, random_init=spec.network.random_init, seed=spec.seed
   ))
   run.print_start(
-    train_state, spec.optimizer.learning_rate, parts.describe(spec, network.mesh, train_state)
+    train_state, spec.optimizer.learning_rate, parts.describe(spec, network, train_state)
   )
 
   # --- The loop. An error or a signal within it saves the state that the run continues from.

@@ -40,6 +40,14 @@ class RolloutSpec:
   sde: sampler_lib.SDE  # noise of the steps in a window
   same_noise: bool = False  # a group starts from the same noise
   layout: str = "stationary"  # of the parameters while sampling, one of `sharding.LAYOUTS`
+  tensor: int = 0  # ways that a layer is cut into while sampling; 0: `state.fewest_tensor_ways`
+
+  def mesh(self, network: state.Network) -> jax.sharding.Mesh:
+    """The mesh of sampling on the devices of the update's; see `sharding.with_tensor_ways`."""
+    ways = self.tensor or network.mesh.shape["tensor"]
+    if not self.tensor and self.layout == "stationary":
+      ways = state.fewest_tensor_ways(network)
+    return sharding.with_tensor_ways(network.mesh, ways)
 
   def prompt_copies(self, mesh) -> int:
     """How often a prompt is read, each for a part of its group, so that prompts divide over it."""
@@ -48,16 +56,25 @@ class RolloutSpec:
 
 
 class Rollout:
-  """Samples chunks of trajectories; call it within `sharding.activate`."""
+  """Samples chunks of trajectories, on a mesh of its own."""
 
   def __init__(self, network: state.Network, vae_params, spec: RolloutSpec):
     """Compiles nothing yet.
 
+    Args:
+      network: what is trained; `self.network` is the same on the mesh of sampling.
+      vae_params: of its autoencoder; None: no pixels are needed.
+      spec: how trajectories are sampled.
+
     Raises:
-      InputError: the image size is impossible, or the model has too few positions.
+      InputError: the image size or the tensor ways are impossible, or the model has too few
+        positions.
     """
-    self.network, self.spec = network, spec
-    self.sampler = sampler_lib.Sampler(network, vae_params, layout=spec.layout, all_rows=False)
+    self._update_mesh, self.spec = network.mesh, spec
+    self.network = dataclasses.replace(network, mesh=spec.mesh(network))
+    self.sampler = sampler_lib.Sampler(
+      self.network, vae_params, layout=spec.layout, groups=spec.prompts_at_once
+    )
     self.grid = requests.latent_grid(network.config, [(spec.height, spec.width)])
     example = self.prepare(["a"])
     self.script = example.script
@@ -79,6 +96,8 @@ class Rollout:
   ) -> sampler_lib.Episode:
     """Samples a chunk of P prompts, with their text as `prompt`; `key` is the iteration's.
 
+    The arrays on the devices are laid out for the update; see `for_update`.
+
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
       first: number of the chunk's first trajectory in the iteration.
@@ -87,15 +106,37 @@ class Rollout:
     Raises:
       Diverged: a log-probability or a latent is not finite.
     """
-    s, batch = self.spec, self.prepare([prompt.prompt for prompt in prompts])
-    randomness = self.randomness(key, first, batch)
-    episode = self.sampler.sample(params, batch, randomness, window=window, sde=s.sde, timer=timer)
-    with hosts.raise_on_all_hosts():
-      if episode.host_text is not None:
-        _check_text(episode.host_text.logp)
-    if not bool(jnp.isfinite(episode.flow.latents).all()):
-      raise errors.Diverged(DIVERGED.format("latents of some images"))
-    return episode
+    batch = self.prepare([prompt.prompt for prompt in prompts])
+    with sharding.activate(self.network.mesh):
+      # Made again here: what was computed under another mesh does not mix with what is here.
+      key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
+      episode = self.sampler.sample(
+        params, batch, self.randomness(key, first, batch), window=window, sde=self.spec.sde,
+        timer=timer,
+      )
+      with hosts.raise_on_all_hosts():
+        if episode.host_text is not None:
+          _check_text(episode.host_text.logp)
+      if not bool(jnp.isfinite(episode.flow.latents).all()):
+        raise errors.Diverged(DIVERGED.format("latents of some images"))
+    return self.for_update(episode)
+
+  def for_update(self, episode: sampler_lib.Episode) -> sampler_lib.Episode:
+    """The arrays on the devices with as many copies of a prompt, and laid out, as for the update.
+
+    A way of the update's batch gets the rows that its own devices sampled.
+    """
+    mesh, sampled_on = self._update_mesh, self.network.mesh
+    if mesh == sampled_on:
+      return episode
+    step = self.spec.prompt_copies(sampled_on) // self.spec.prompt_copies(mesh)
+    place = lambda a: jax.device_put(a, sharding.row_sharding(mesh, a.shape[0]))
+    inputs = jax.tree.map(
+      # The system prompt has one row, and is no array of the devices.
+      lambda a: a if a.shape[0] == 1 else place(a[::step]), episode.inputs
+    )
+    text, flow = jax.tree.map(place, (episode.text, episode.flow))
+    return dataclasses.replace(episode, inputs=inputs, text=text, flow=flow)
 
   def randomness(self, key, first: int, batch: requests.Batch) -> sampler_lib.Randomness:
     """Of the trajectories `first`, `first` + 1, ... of the iteration with this key."""

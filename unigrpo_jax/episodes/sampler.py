@@ -76,16 +76,18 @@ class Sampler:
 
   def __init__(
     self, network: state.Network, vae_params: Any, *, layout: str = "update",
-    all_rows: bool = True,
+    groups: int | None = None,
   ):
     """Compiles nothing yet.
 
     `vae_params` None: no pixels are needed. `layout`, of the parameters, is one of
-    `sharding.LAYOUTS`. With `all_rows` every host reads all rows of an `Episode`, else its own.
+    `sharding.LAYOUTS`. With `groups`, of a batch, each host reads whole groups of an `Episode`'s
+    rows, its own ones; else every host reads all rows.
     """
     self.network, self.model, self.mesh = network, network.model, network.mesh
     self.vae, self.vae_params = vae_lib.VAE(network.config.vae), vae_params
-    self._all_rows, self._ways = all_rows, sharding.batch_multiple(self.mesh)
+    self._ways = sharding.batch_multiple(self.mesh)
+    self._readers = None if groups is None else sharding.with_whole_groups(self.mesh, groups)
     self.layout = state.param_shardings(
       self.model, self.mesh, ("bagel",), sharding.LAYOUTS[layout]
     )["bagel"]
@@ -171,9 +173,9 @@ class Sampler:
 
   def _read(self, arrays, real: int) -> tuple[np.ndarray, Any]:
     """(Rows, arrays of these rows as NumPy) of arrays on the devices, rows first."""
-    if self._all_rows:
+    if self._readers is None:
       return np.arange(real), jax.tree.map(lambda a: a[:real], sharding.fetch(arrays))
-    return sharding.local_rows(self.mesh, arrays)
+    return sharding.local_rows(self._readers, arrays)
 
   def _decoded(self, text: types.TextRollout | None) -> list[str] | None:
     if text is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import base, update
@@ -32,9 +31,9 @@ def check_fits(spec: rl.Spec, network: state.Network) -> None:
   Raises:
     InputError: names the key, its value, and what to do.
   """
-  group_size, ways = spec.rollout.group_size, sharding.batch_multiple(network.mesh)
+  ways = sharding.batch_multiple(network.mesh)
+  sampling_ways = sharding.batch_multiple(spec.rollout.mesh(network))
   prompts_at_once = spec.rollout.prompts_at_once
-  chunk = prompts_at_once * group_size
   micro = spec.update.microbatch * spec.update.minibatches
   at_once = "config.rollout.prompts_at_once"
   for what, number, by, parts in (
@@ -42,19 +41,11 @@ def check_fits(spec: rl.Spec, network: state.Network) -> None:
     ("the trajectories of an iteration, config.prompts_per_step x group_size", spec.trajectories,
      "config.microbatch x minibatches", micro),
     ("config.microbatch", spec.update.microbatch, "config.mesh data x fsdp", ways),
-    (f"{at_once} x group_size", chunk, "config.mesh data x fsdp", ways),
+    (f"{at_once} x group_size", prompts_at_once * spec.rollout.group_size,
+     "devices / tensor ways of sampling (config.rollout.tensor)", sampling_ways),
   ):
     if number % parts:
       raise errors.InputError(f"{what}={number} does not divide by {by}={parts}; change one")
-  # A reward may compare the trajectories of a prompt, so one host scores all of them.
-  groups = sharding.row_hosts(network.mesh, chunk).reshape(-1, group_size)
-  if (groups != groups[:, :1]).any():
-    count = len(np.unique(groups))
-    raise errors.InputError(
-      f"{at_once}={prompts_at_once}: the {chunk} trajectories of a chunk over "
-      f"{count} hosts would split a group of config.group_size={group_size}; make "
-      f"{at_once} a multiple of {count}"
-    )
   schedule(spec, network.mesh)
 
 
@@ -203,9 +194,10 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
   }
 
 
-def describe(spec: rl.Spec, mesh, train_state) -> list[str]:
+def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
   """What an iteration is, before it compiles."""
-  r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, mesh)
+  r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, network.mesh)
+  ways = r.mesh(network).shape["tensor"]
   held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(train_state))
   return [
     f"a step: {spec.prompts.per_step} prompts x {r.group_size} = {spec.trajectories:,} "
@@ -218,4 +210,5 @@ def describe(spec: rl.Spec, mesh, train_state) -> list[str]:
     f"state: {held / 2**30:.2f} GiB a device (parameters, optimizer"
     + (", moving average" if train_state.ema is not None else "")
     + (", reference)" if train_state.reference is not None else ")"),
+    f"tensor ways: {network.mesh.shape['tensor']} in the update, {ways} while sampling",
   ]

@@ -28,7 +28,8 @@ FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO
 # speed alone.
 MUTABLE_KEYS = {
   "eval", "drift", "reward.threads", "reward.max_failed_fraction",
-  "rollout.prompts_at_once", "rollout.layout", "text.chunk", "microbatch", "remat",
+  "rollout.prompts_at_once", "rollout.layout", "rollout.tensor", "text.chunk", "microbatch",
+  "remat",
 }
 # Of served rewards: where they are and how they are asked, not what is asked.
 ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
@@ -36,6 +37,7 @@ ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", 
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
+  "rollout.tensor": 0,
 }
 BOUNDS: checks.Bounds = (
   ({"low": 0}, (
@@ -43,6 +45,7 @@ BOUNDS: checks.Bounds = (
     "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
     "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
     "drift.flow", "flow.awm_clip", "flow.fpo_clip", "rollout.moving_stride",
+    "rollout.tensor",
   )),
   ({"low": 1}, (
     "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import math
 from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -28,7 +28,7 @@ LAYOUTS = {"stationary": tuple(rule for rule in RULES if rule[0] != "embed"), "u
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh over `devices` (all of them by default), laid out along their interconnect.
+  """A mesh over `devices` (all of them by default), host by host along its axes, tensor innermost.
 
   Raises:
     InputError: the axes do not multiply to the number of devices, or `data` is no multiple of the
@@ -48,15 +48,55 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) ->
       f"config.mesh.data={data} must be a multiple of the {slices} slices: the slower network "
       "between them carries nothing but the sum of gradients"
     )
-  # Axes may have to share one of the torus: 64 x 4 devices on 16 x 16.
-  options = dict(devices=devices, allow_split_physical_axes=True)
-  shape = (data // slices, fsdp, tensor)
-  if slices == 1:
-    grid = mesh_utils.create_device_mesh(shape, **options)
-  else:
-    grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), **options)
+  return _mesh(_host_by_host(devices), (data, fsdp, tensor))
+
+
+def with_tensor_ways(mesh: Mesh, tensor: int) -> Mesh:
+  """The same devices in the same order with fewer tensor ways, and so many more of fsdp.
+
+  A way of the batch in `mesh` has the rows of consecutive ones here, on its own devices. Programs
+  take arrays of both meshes.
+
+  Raises:
+    InputError: `tensor` does not divide the mesh's.
+  """
+  if tensor < 1 or mesh.shape["tensor"] % tensor:
+    raise errors.InputError(
+      f"config.rollout.tensor={tensor} does not divide config.mesh.tensor={mesh.shape['tensor']}; "
+      "make it a divisor, or 0: chosen by the device's memory"
+    )
+  return _mesh(mesh.devices, (mesh.shape["data"], -1, tensor))
+
+
+def _mesh(devices: Any, shape: tuple[int, int, int]) -> Mesh:
   # Auto is given explicitly: under the Explicit default, Linen's logical constraints fail.
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  axis_types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(np.reshape(np.asarray(devices, object), shape), MESH_AXES, axis_types=axis_types)
+
+
+def _host_by_host(devices: Sequence[Any]) -> list[Any]:
+  """Slices one after the other, in each the hosts along its torus, in each host its devices.
+
+  A host then has consecutive ways of the batch, however many of its devices share a way; and the
+  devices of a tensor group are neighbours: on a TPU a host's are a block of the torus.
+  """
+  own: dict[int, list[Any]] = {}
+  for device in sorted(devices, key=lambda device: device.id):
+    own.setdefault(device.process_index, []).append(device)
+
+  def place(host):
+    # The last axis of the torus changes fastest: hosts often are two chips wide along the others.
+    first = host[0]
+    coords = tuple(getattr(first, "coords", ()))
+    return getattr(first, "slice_index", 0), coords, first.process_index
+
+  return [device for host in sorted(own.values(), key=place) for device in host]
+
+
+def device_memory(devices: Sequence[Any]) -> int | None:
+  """Bytes of one of the devices; None where none is this host's, or it does not know, as a CPU."""
+  own = [device for device in jax.local_devices() if device in devices]
+  return (own[0].memory_stats() or {}).get("bytes_limit") if own else None
 
 
 def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
@@ -67,9 +107,8 @@ def sampling_mesh(num_kv_heads: int, param_bytes: int) -> Mesh:
   """
   count = len(jax.devices())
   tensor = math.gcd(count, num_kv_heads)
-  # The CPU backend, for one, does not know its limit.
-  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-  axis = "data" if param_bytes / tensor <= 0.7 * limit else "fsdp"
+  limit = device_memory(jax.devices())
+  axis = "data" if limit is None or param_bytes / tensor <= 0.7 * limit else "fsdp"
   return make_mesh(**{axis: count // tensor}, tensor=tensor)
 
 
@@ -161,12 +200,27 @@ def fetch(tree: Any) -> Any:
 def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
   """Which host reads each of `rows` rows along the batch: [rows] process indices.
 
-  Where the tensor axis spans several hosts, all of which have a row, it is the first of them.
+  Where the tensor axis spans several hosts, all of which have a row, it is the first of them. Rows
+  are a multiple of `batch_multiple`.
   """
-  hosts = np.full(rows, np.iinfo(np.int32).max)
-  for device, (index,) in along_batch(mesh).devices_indices_map((rows,)).items():
-    hosts[index] = np.minimum(hosts[index], device.process_index)
-  return hosts
+  ways = batch_multiple(mesh)
+  hosts = [
+    min(device.process_index for device in way) for way in mesh.devices.reshape(ways, -1)
+  ]
+  return np.repeat(hosts, rows // ways)
+
+
+def with_whole_groups(mesh: Mesh, groups: int) -> Mesh:
+  """`mesh` where each host reads whole ones of so many equal groups of rows, by `row_hosts`.
+
+  Else the same devices in the same order with fewer ways of the batch, each of whole groups: there
+  several devices have a row, and the first of their hosts reads it.
+  """
+  ways = batch_multiple(mesh)
+  hosts = row_hosts(mesh, groups * ways).reshape(groups, ways)
+  if (hosts == hosts[:, :1]).all():
+    return mesh
+  return _mesh(mesh.devices, (1, math.gcd(ways, groups), -1))
 
 
 def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
@@ -179,13 +233,14 @@ def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
   if jax.process_count() == 1:
     return np.arange(rows), jax.device_get(arrays)
   local = np.flatnonzero(row_hosts(mesh, rows) == jax.process_index())
+  owned = set(local.tolist())
 
   def read(array):
     # The compiler may have split it along other axes.
     array = jax.device_put(array, along_batch(mesh))
-    values = np.empty(array.shape, array.dtype)
-    for shard in array.addressable_shards:
-      values[shard.index] = shard.data
-    return values[local]
+    # One of the copies that tensor ways have of a row.
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    parts = [np.asarray(shards[first]) for first in sorted(shards) if first in owned]
+    return np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *parts])
 
   return local, jax.tree.map(read, arrays)

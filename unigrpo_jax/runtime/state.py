@@ -54,12 +54,14 @@ class Network:
     tokenizer: its tokenizer.
     model: the `Bagel`.
     mesh: devices.
+    device_memory: bytes of one of them; None: not known.
   """
 
   folder: folders.ModelFolder
   tokenizer: tokenizer_lib.Tokenizer
   model: bagel.Bagel
   mesh: jax.sharding.Mesh
+  device_memory: float | None = None
 
   @property
   def config(self) -> config_lib.BagelConfig:
@@ -104,7 +106,26 @@ def build_network(
     folder.config, tokenizer, mesh, spec.attention, dtype=jnp.dtype(spec.dtype), remat=spec.remat,
     lora=spec.lora,
   )
-  return Network(folder, tokenizer, model, mesh)
+  return Network(folder, tokenizer, model, mesh, sharding.device_memory(devices))
+
+
+def fewest_tensor_ways(network: Network) -> int:
+  """The fewest tensor ways whose share of the parameters takes a third of a device, or less.
+
+  The ways divide those of the mesh, and are as many where the memory is not known. Tensor ways
+  wait for each other in every layer; the rest of the memory is for the state and activations.
+  """
+  most, memory = network.mesh.shape["tensor"], network.device_memory
+  if memory is None:
+    return most
+  size = _param_bytes(network.config, network.model.dtype)
+  fits = (ways for ways in range(1, most) if most % ways == 0 and 3 * size <= ways * memory)
+  return next(fits, most)
+
+
+def _param_bytes(config: config_lib.BagelConfig, dtype) -> int:
+  count = sum(math.prod(leaf.shape) for leaf in weights.table(config))
+  return count * jnp.dtype(dtype).itemsize
 
 
 def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Network:
@@ -124,8 +145,7 @@ def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Net
   if dtype is None:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   if mesh is None:
-    count = sum(math.prod(leaf.shape) for leaf in weights.table(folder.config))
-    size = count * jnp.dtype(dtype).itemsize
+    size = _param_bytes(folder.config, dtype)
     mesh = sharding.sampling_mesh(folder.config.llm.num_kv_heads, size)
   model = _bagel(folder.config, tokenizer, mesh, "auto", dtype=dtype, param_dtype=dtype)
   return Network(folder, tokenizer, model, mesh)

@@ -34,18 +34,21 @@ def _of_update(config, plan, size: float, excess: float) -> Iterator[tuple[float
   """Changes for an update that needs `size` bytes besides the state, `excess` of them too many."""
   if not config.remat:
     yield size / 2, "--config.remat=true", " or more"
-  count = _halved(config.microbatch, 1, plan, size, excess)
+  count = _halved(config.microbatch, 1, plan.mesh, size, excess)
   if count < config.microbatch:
     yield size * (1 - count / config.microbatch), f"--config.microbatch={count}", ""
 
 
 def _of_rollout(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
   """Likewise for a phase of the rollout."""
-  at_once, fsdp = config.rollout.prompts_at_once, plan.mesh["fsdp"]
+  at_once, fsdp = config.rollout.prompts_at_once, plan.sampling_mesh["fsdp"]
   size += plan.held.get("cache", 0)
-  count = _halved(at_once, config.group_size, plan, size, excess)
+  count = _halved(at_once, config.group_size, plan.sampling_mesh, size, excess)
   if count < at_once:
     yield size * (1 - count / at_once), f"--config.rollout.prompts_at_once={count}", ""
+  tensor = plan.sampling_mesh["tensor"]
+  if tensor < plan.mesh["tensor"]:
+    yield plan.held.get("sampler", 0) / 2, f"--config.rollout.tensor={2 * tensor}", ""
   if config.rollout.layout == "stationary" and fsdp > 1:
     freed = plan.held.get("sampler", 0) * (1 - 1 / fsdp)
     yield freed, "--config.rollout.layout=update", "; then every token gathers the parameters"
@@ -61,10 +64,10 @@ def _of_both(config, plan) -> Iterator[tuple[float, str, str]]:
     yield freed, "the variant lora, --config=FILE.py:lora", note
 
 
-def _halved(count: int, rows: int, plan, size: float, excess: float) -> int:
+def _halved(count: int, rows: int, mesh, size: float, excess: float) -> int:
   """`count` halved until that frees `excess` of the `size` bytes, which are in proportion to it,
   while `rows` times it divides over the mesh."""
-  ways, left = plan.mesh["data"] * plan.mesh["fsdp"], count
+  ways, left = mesh["data"] * mesh["fsdp"], count
   while size * (1 - left / count) < excess and left % 2 == 0 and left // 2 * rows % ways == 0:
     left //= 2
   return left

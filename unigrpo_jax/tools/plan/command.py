@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = args.texts and args.texts / name.replace(":", "_")
     progress = functools.partial(_print_progress, name, time.monotonic())
     chip, devices = topology.devices(name)
-    network = topology.open_network(spec.network, devices)
+    network = topology.open_network(spec.network, chip, devices)
     plan = planner.Planner(spec, network, progress, args.phases, texts).run()
     records[name] = figures.record(plan, chip)
     print(page.render(name, records[name], chip, topology.summary(spec)))

@@ -30,7 +30,8 @@ def record(plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
   if is_compiled and set(plans.PHASES) <= phases.keys():
     seconds = sum(phase["seconds"] for phase in phases.values())
   return {
-    "chip": chip.name, "hbm": chip.hbm, "mesh": dict(plan.mesh), "held": dict(plan.held),
+    "chip": chip.name, "hbm": chip.hbm, "mesh": dict(plan.mesh),
+    "sampling_mesh": dict(plan.sampling_mesh), "held": dict(plan.held),
     "phases": phases, "peak": peak, "spare": 1 - largest / chip.hbm,
     "fits": is_compiled and largest <= (1 - SPARE) * chip.hbm, "seconds": seconds,
     "images_per_hour": 3600 * plan.trajectories / seconds if seconds is not None else None,
@@ -58,8 +59,9 @@ def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, 
     return figures | {"seconds": 0.0}
   program, runs = phase.program, phase.runs
   sent: dict[tuple[str, str], float] = defaultdict(float)
+  mesh = plan.mesh if phase.name == "update" else plan.sampling_mesh
   for collective in program.collectives:
-    along = "+".join(hlo.axes(collective.groups, plan.mesh)) or "none"
+    along = "+".join(hlo.axes(collective.groups, mesh)) or "none"
     sent[collective.kind, along] += runs * collective.times * hlo.wire_bytes(collective)
   flops = runs * (program.flops + _kernel_flops(program))
   times = {

@@ -21,7 +21,9 @@ def render(
   name: str, figures: Mapping[str, Any], chip: chips.Chip, summary: Sequence[str] = ()
 ) -> str:
   """One page about a topology, with `figures.record` and lines about the run below the title."""
-  mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+  mesh = _mesh(figures["mesh"])
+  if figures["sampling_mesh"] != figures["mesh"]:
+    mesh += f", sampling {_mesh(figures['sampling_mesh'])}"
   phases, iteration = figures["phases"], []
   if figures["seconds"] is not None:
     iteration = ["", f"at best {figures['seconds']:.0f} s an iteration, "
@@ -71,6 +73,10 @@ def comparison(records: Mapping[str, Mapping[str, Any]]) -> str:
     "topology", "chips", "peak GiB", "free", "fits", "s an iteration", "images/h", "images/h a chip"
   )
   return "\n".join(_table(header, *rows)) + "\n"
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+  return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def _count(figures: Mapping[str, Any]) -> int:

@@ -56,7 +56,7 @@ class Planner:
     self.update = parts.make_update(
       spec, network, self.algorithm, optimizer, self.rollout.grid, layout
     )
-    self.vae_params = _vae_params(network)
+    self.vae_params = _vae_params(self.rollout.network)
     self.chunks = spec.prompts.per_step // spec.rollout.prompts_at_once
     self.model_flops = self._model_flops()
 
@@ -69,9 +69,14 @@ class Planner:
         ("reference", s.reference),
       )
     }
+    with sharding.activate(self.rollout.network.mesh):
+      chunk = self._compile_rollout()
     with sharding.activate(self.mesh):
-      self._compile_update(self._compile_rollout())
-    return plans.Plan(dict(self.mesh.shape), self._held, self._phases, self.spec.trajectories)
+      self._compile_update(chunk)
+    return plans.Plan(
+      dict(self.mesh.shape), dict(self.rollout.network.mesh.shape), self._held, self._phases,
+      self.spec.trajectories,
+    )
 
   def _compile_rollout(self) -> sampler_lib.Episode:
     """The programs of a chunk; returns the shapes of what they give.
@@ -113,7 +118,7 @@ class Planner:
   def _randomness(self) -> sampler_lib.Randomness:
     """Noise lies by rows; every device has all keys."""
     shapes = jax.eval_shape(lambda: self.rollout.randomness(jax.random.key(0), 0, self.batch))
-    place = sharding.replicated(self.mesh)
+    place = sharding.replicated(self.rollout.network.mesh)
     keys = {"text": _placed(shapes.text, place), "steps": _placed(shapes.steps, place)}
     return self._by_rows(shapes).replace(**keys)
 
@@ -121,7 +126,7 @@ class Planner:
     """Decoding of as many images as `Sampler` gives the devices at once."""
     c, r, rows = self.network.config.vae, self.spec.rollout, self.batch.rows
     spread = sharding.along_all if rows % self.mesh.size == 0 else sharding.along_batch
-    place = spread(self.mesh)
+    place = spread(self.rollout.network.mesh)
     (share,) = place.shard_shape((rows,))
     at_once = min(self.rollout.sampler.images_at_once((r.height, r.width)), share)
     shape = (rows // share * at_once, r.height // c.downsample, r.width // c.downsample)
@@ -133,14 +138,16 @@ class Planner:
 
   def _compile_update(self, chunk: sampler_lib.Episode) -> None:
     def experience(inputs, text, flow, adv, valid):
-      episode = sampler_lib.Episode(inputs, text, flow, chunk.rows, None, None, None)
+      episode = self.rollout.for_update(
+        sampler_lib.Episode(inputs, text, flow, chunk.rows, None, None, None)
+      )
       return self.algorithm.experience([episode] * self.chunks, adv, valid, jax.random.key(0))
 
     count = self.spec.trajectories
     experience = self._by_rows(jax.eval_shape(
       experience, chunk.inputs, chunk.text, chunk.flow, np.zeros(count, np.float32),
       np.ones(count, bool),
-    ))
+    ), self.mesh)
     self._compile("update", self.update.jitted, self.state, experience, runs=1)
     if "update" in self._phases:
       self._held["recorded"] = bytes_on_chip(experience)
@@ -169,10 +176,11 @@ class Planner:
         self._phases[name] = phase
     return self._by_rows(jax.eval_shape(fn, *args)) if results is None else results
 
-  def _by_rows(self, tree: Any) -> Any:
-    """Shapes of arrays, each along the batch where that divides its first axis."""
+  def _by_rows(self, tree: Any, mesh=None) -> Any:
+    """Shapes of arrays, each along the batch of a mesh, by default that of sampling, if it can."""
+    mesh = mesh or self.rollout.network.mesh
     place = lambda a: (
-      sharding.row_sharding(self.mesh, a.shape[0]) if a.ndim else sharding.replicated(self.mesh)
+      sharding.row_sharding(mesh, a.shape[0]) if a.ndim else sharding.replicated(mesh)
     )
     return jax.tree.map(lambda a: _placed(a, place(a)), tree)
 

@@ -47,7 +47,8 @@ class Plan:
   reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
   """
 
-  mesh: Mapping[str, int]  # {axis: size}
+  mesh: Mapping[str, int]  # of the update, {axis: size}
+  sampling_mesh: Mapping[str, int]  # of the other phases, on the same chips
   held: Mapping[str, int]
   phases: Mapping[str, Phase]  # by name
   trajectories: int  # of an iteration

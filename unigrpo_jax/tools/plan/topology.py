@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jax.experimental import topologies
 
@@ -37,12 +39,16 @@ def devices(name: str) -> tuple[chips.Chip, list]:
   return chips.CHIPS[kind], list(topology.devices)
 
 
-def open_network(spec: state.NetworkSpec, chip_devices: list) -> state.Network:
+def open_network(
+  spec: state.NetworkSpec, chip: chips.Chip, chip_devices: list
+) -> state.Network:
   """A network, by default BAGEL-7B-MoT, on devices that may not be there; without weights."""
   if spec.init_from:
-    return state.open_network(spec, chip_devices)
-  folder = folders.ModelFolder(None, "official", None, config_lib.bagel_7b())
-  return state.build_network(spec, folder, stub_tokenizer(), chip_devices)
+    network = state.open_network(spec, chip_devices)
+  else:
+    folder = folders.ModelFolder(None, "official", None, config_lib.bagel_7b())
+    network = state.build_network(spec, folder, stub_tokenizer(), chip_devices)
+  return dataclasses.replace(network, device_memory=chip.hbm)
 
 
 def stub_tokenizer() -> tokenizer_lib.Tokenizer:
