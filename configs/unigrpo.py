@@ -143,7 +143,9 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
-  config.remat = True  # layers are computed again in the backward pass, not kept
+  # The backward pass computes again: all of a layer ("full", the least memory), all but its
+  # attention or its MLP ("attention", "mlp"), what is cheap ("layer"), nothing ("none").
+  config.remat = "layer"  # one of these names; True and False are refused
   # "splash" (TPU), "cudnn" (GPU), "blocked" (one CPU device), "plain"; auto: the first or the third
   config.attention = "auto"
   config.mesh = ConfigDict()
@@ -187,7 +189,7 @@ def tiny(config: ConfigDict) -> None:
     every=32, prompts=300, batch_size=100, modes=("think", "plain"), num_timesteps=25,
     cfg_text_scale=2.0, cfg_interval=(0.0, 1.0)))
   config.dtype = "float32"
-  config.remat = False
+  config.remat = "none"
   config.mesh.tensor = 1
 
 

@@ -30,7 +30,7 @@ class Bagel(nn.Module):
   # Of activations and caches. float32 also asks for exact float32 products.
   dtype: jnp.dtype = jnp.bfloat16
   param_dtype: jnp.dtype = jnp.float32  # of parameters made by `init`
-  remat: bool = True  # recomputes each decoder layer in the backward pass
+  remat: str = "full"  # what the backward pass computes again: see `layers.REMAT`
   # Adapters on every projection of both experts. Without them the same parameters are the network
   # that the adapters started from.
   lora: layers.Lora | None = None
