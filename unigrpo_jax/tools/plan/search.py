@@ -159,23 +159,28 @@ def overrides(point: Point) -> list[str]:
 
 
 class Store:
-  """The results of searches, a line of JSON each; a line that a stop cut short is dropped."""
+  """The results of searches, a line of JSON each; a line that a stop cut short is passed over."""
 
   def __init__(self, path: pathlib.Path):
+    """Reads a file, if there is one.
+
+    Raises:
+      InputError: it is no file of results.
+    """
     self._path = path
     self._results: dict[str, dict[str, Any]] = {}
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-      path.write_text(whole, encoding="utf-8")
-    for number, line in enumerate(whole.splitlines(), 1):
+    self._cut = not text.endswith("\n") and bool(text)
+    for number, line in enumerate(text.splitlines(), 1):
       try:
         row = json.loads(line)
         self._results[self._hash(row["key"])] = row
       except (ValueError, KeyError, TypeError):
-        raise errors.InputError(
-          f"--results={path}, line {number}: no result of a search; give another file"
-        ) from None
+        start = '{"key": '
+        if not line.startswith(start) and not start.startswith(line):
+          raise errors.InputError(
+            f"--results={path}, line {number}: no result of a search; give another file"
+          ) from None
 
   def __len__(self) -> int:
     return len(self._results)
@@ -187,7 +192,8 @@ class Store:
     row = {"key": dict(key), **values}
     self._results[self._hash(key)] = row
     with self._path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(row) + "\n")
+      file.write("\n" * self._cut + json.dumps(row) + "\n")
+    self._cut = False
 
   @staticmethod
   def _hash(key: Mapping[str, Any]) -> str:
