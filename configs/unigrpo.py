@@ -144,7 +144,8 @@ def get_config(variants: str = "") -> ConfigDict:
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
   # The backward pass computes again: all of a layer ("full", the least memory), all but its
-  # attention or its MLP ("attention", "mlp"), what is cheap ("layer"), nothing ("none").
+  # attention or its MLP ("attention", "mlp"), what is cheap ("layer"), all but products with
+  # weights ("dots"), nothing ("none").
   config.remat = "layer"  # one of these names; True and False are refused
   # "splash" (TPU), "cudnn" (GPU), "blocked" (one CPU device), "plain"; auto: the first or the third
   config.attention = "auto"

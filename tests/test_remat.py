@@ -49,5 +49,6 @@ def test_gradients_are_equal(gradients, policy):
 
 def test_what_is_kept_is_not_computed_again(gradients):
   flops = {policy: flops for policy, (_, flops) in gradients.items()}
-  assert flops["full"] > flops["residual"] > flops["attention"] > flops["layer"] > flops["none"]
-  assert flops["residual"] > flops["mlp"] > flops["layer"]
+  assert flops["full"] > flops["attention"] > flops["layer"] > flops["none"]
+  assert flops["full"] > flops["mlp"] > flops["layer"] > flops["none"]
+  assert flops["full"] > flops["dots"] > flops["none"]

@@ -154,13 +154,12 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
 # computed again. Names are those of `checkpoint_name` in `mot` and `kernels`.
 _only = jax.checkpoint_policies.save_only_these_names
 REMAT = {
-  "full": None,  # nothing
-  "residual": _only("residual"),
+  "full": jax.checkpoint_policies.nothing_saveable,
   "attention": _only("residual", "attention"),
   "mlp": _only("residual", "mlp"),
   "layer": _only("residual", "attention", "mlp"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": None,  # nothing is computed again
 }
 
 
@@ -169,8 +168,9 @@ def scan_layers(block, length: int, *, in_axes, remat: str = "full", unroll: boo
 
   With `unroll` the compiled program has the layers one after the other in place of a loop.
   """
-  if remat != "none":
-    block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+  policy = REMAT[remat]
+  if policy is not None:
+    block = nn.remat(block, prevent_cse=False, policy=policy)
   return nn.scan(
     block,
     variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
