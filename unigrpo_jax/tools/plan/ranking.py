@@ -50,12 +50,12 @@ def _ranking(candidates, config_point) -> list[str]:
     totals = [sum(phase["times"][name] for phase in phases) for name in _RESOURCES]
     seconds = [
       text for value, loss in zip(result.times, lost)
-      for text in (f"{value:.2f}", f"{loss:.1%}" if loss else "best")
+      for text in (f"{value:.4g}", f"{loss:.1%}" if loss else "best")
     ]
     mark = "*" if dict(result.point) == dict(config_point) else ""
     rows.append((
       f"{number}{mark}", *(str(result.point[name]) for name in names), *seconds,
-      *(f"{total:.2f}" for total in totals),
+      *(f"{total:.4g}" for total in totals),
       f"{max(result.figures['peak'].values()) / chips.GIB:.2f}",
     ))
   marked = "; * is the config as it is" if any("*" in row[0] for row in rows) else ""

@@ -247,7 +247,7 @@ class Search:
       start = time.monotonic()
       result, source = self._result(point, phases, results)
       results.append(result)
-      words = result.reason or "max {:.2f} s, sum {:.2f} s".format(*result.times)
+      words = result.reason or "max {:.4g} s, sum {:.4g} s".format(*result.times)
       self._report(
         f"{self._topology} {stage} {number}/{len(points)}: {describe(point)}: {words} "
         f"({source or f'{time.monotonic() - start:.0f} s'})"
