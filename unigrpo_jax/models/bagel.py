@@ -116,7 +116,8 @@ class Bagel(nn.Module):
       self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
     )
     run = lambda params, *args: block.apply({"params": params}, *args)
-    run = jax.checkpoint(run) if self.remat else run
+    policy = layers.REMAT[self.remat]
+    run = run if policy is None else jax.checkpoint(run, policy=policy)
     kvs = []
     for layer in range(self.config.llm.num_layers):
       pick = functools.partial(jax.tree.map, operator.itemgetter(layer))
