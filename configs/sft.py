@@ -66,7 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
-  config.remat = True  # layers are computed again in the backward pass, not kept
+  config.remat = "full"  # computed again in the backward pass; see configs/unigrpo.py
   config.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "blocked" (CPU), "plain"
   config.mesh = ConfigDict()
   config.mesh.data = 1  # ways that hold whole copies of the parameters
@@ -108,7 +108,7 @@ def tiny(config: ConfigDict) -> None:
   config.weight_decay = 0.01
   config.ema_decay = 0.995
   config.dtype = "float32"
-  config.remat = False
+  config.remat = "none"
   config.log_every = 10
   config.checkpoint_every = 200
   config.keep_checkpoints = 2

@@ -146,7 +146,10 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Devices
   config.dtype = "bfloat16"  # of activations; parameters are float32
-  config.remat = True  # layers are computed again in the backward pass, not kept
+  # The backward pass computes again: all of a layer ("full", the least memory), all but its
+  # attention or its MLP ("attention", "mlp"), what is cheap ("layer"), all but products with
+  # weights ("dots"), nothing ("none").
+  config.remat = "layer"  # one of these names; True and False are refused
   config.attention = "auto"  # "splash" (TPU), "cudnn" (GPU), "blocked" (CPU), "plain"
   config.mesh = ConfigDict()
   config.mesh.data = 1  # ways that hold whole copies of the parameters
@@ -189,7 +192,7 @@ def tiny(config: ConfigDict) -> None:
     every=32, prompts=300, batch_size=100, modes=("think", "plain"), num_timesteps=25,
     cfg_text_scale=2.0, cfg_interval=(0.0, 1.0)))
   config.dtype = "float32"
-  config.remat = False
+  config.remat = "none"
   config.mesh.tensor = 1
 
 

@@ -61,7 +61,7 @@ def test_the_drift_guard_acts_on_percentiles(tiny):
 def adapted(golden):
   """The golden BAGEL in bfloat16 with adapters."""
   spec = state.NetworkSpec(
-    str(golden), random_init=False, dtype="bfloat16", remat=False, attention="plain",
+    str(golden), random_init=False, dtype="bfloat16", remat="none", attention="plain",
     mesh=dict(data=1, fsdp=1, tensor=1), lora=layers.Lora(rank=2, alpha=4.0),
   )
   markers = python_types.SimpleNamespace(vision_start=285, vision_end=286)

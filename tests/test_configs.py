@@ -312,6 +312,17 @@ def test_what_supervised_training_refuses_names_its_key_in_a_line(key, value, wo
   assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name, read", [(UNIGRPO, rl.read), (SFT, sft.read)])
+@pytest.mark.parametrize("value", [True, False, "true"])
+def test_rematerialisation_is_a_policy_by_name(name, read, value):
+  """What older config files and commands say is refused with the names."""
+  config = _load(name).get_config()
+  with config.ignore_type():
+    config.remat = value
+  with pytest.raises(errors.InputError, match=f"config.remat={value!r} is none of full, "):
+    read(config)
+
+
 @pytest.mark.parametrize(
   "changes, words",
   [

@@ -152,7 +152,7 @@ def test_the_network_and_its_gradient_are_the_same(config, model, params, monkey
 
   results = [
     jax.jit(jax.value_and_grad(functools.partial(run, network), has_aux=True))(params["bagel"])
-    for network in (model.clone(remat=False), model.clone(lowering=CPU).for_gradients())
+    for network in (model.clone(remat="none"), model.clone(lowering=CPU).for_gradients())
   ]
   (wanted, wanted_grads), (got, got_grads) = results
   chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=2e-5)

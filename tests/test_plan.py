@@ -108,6 +108,8 @@ def test_shapes_fit_in_every_kind_of_run(overrides):
   network = state.open_network(spec.network, jax.devices())
   planned = planner.Planner(spec, network, only=()).run()
   assert planned.phases == {} and planned.held["parameters"] > 0
+  # Of the rollout, and beside every phase of the next chunk: known without the update's program.
+  assert planned.held["recorded"] > 0
   assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
 
 
@@ -171,7 +173,7 @@ def test_verdict_and_first_changes(phase, verdict, changes):
 @pytest.mark.parametrize("name", plans.PHASES)
 def test_advice_is_what_a_command_line_takes(name):
   """Each `--config.KEY=VALUE` changes that key of the config, to another value of its type."""
-  base = ["--config.remat=false", "--config.mesh.tensor=2"]
+  base = ["--config.remat=none", "--config.mesh.tensor=2"]
   config = config_files.load(UNIGRPO, base)
   plan = _plan(**{name: _phase(name, exceeds=60 * GIB)})
   lines = advice.lines(config, plan, figures.record(plan, CHIP), CHIP)

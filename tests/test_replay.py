@@ -16,7 +16,7 @@ DRIFT = 1e-6 / 1024**0.5  # Of means that are rounded to 2e-7, five standard dev
 
 @pytest.fixture(scope="module")
 def small(model):
-  return model.clone(remat=False)
+  return model.clone(remat="none")
 
 
 @pytest.fixture(scope="module")

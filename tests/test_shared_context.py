@@ -19,7 +19,7 @@ COPIES, IMAGES = 2, 2
 @pytest.fixture(scope="module")
 def call(model, params):
   """call(method, *args): on the golden weights."""
-  small = model.clone(remat=False)
+  small = model.clone(remat="none")
   run = jax.jit(
     lambda params, method, args: small.apply({"params": params}, *args, method=method),
     static_argnums=1,

@@ -212,7 +212,7 @@ def test_what_a_resumed_run_may_change(shallow, whole):
   before = rows_of(workdir)
   resumed = _train(_config(shallow, **{
     "learning_rate.und": 1e-7, "eval.batch_size": 1, "drift.text": 0.5, "microbatch": 4,
-    "rollout.prompts_at_once": 2, "rollout.layout": "update", "text.chunk": 4, "remat": True,
+    "rollout.prompts_at_once": 2, "rollout.layout": "update", "text.chunk": 4, "remat": "full",
     "reward.threads": 1, "reward.max_failed_fraction": 0.1, "writers": (), "checkpoint_every": 7,
   }), workdir)
   chex.assert_trees_all_equal(resumed.params, last.params)

@@ -18,7 +18,7 @@ ATOL = 3e-6  # Of parameters that a step moves by up to 1e-2: float32 sums in an
 
 @pytest.fixture(scope="module")
 def small(model):
-  return model.clone(remat=False)
+  return model.clone(remat="none")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ BOTH = dict(und=1e-2, gen=1e-2)
 
 @pytest.fixture(scope="module")
 def small(model):
-  return model.clone(remat=False)
+  return model.clone(remat="none")
 
 
 @pytest.fixture(scope="module")

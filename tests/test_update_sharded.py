@@ -20,7 +20,7 @@ MESHES = {"fsdp8": dict(fsdp=8), "2x2x2": dict(data=2, fsdp=2, tensor=2)}
 
 @pytest.fixture(scope="module")
 def networks(model):
-  small = model.clone(remat=False)
+  small = model.clone(remat="none")
   return {"full": small, "lora": small.clone(lora=layers.Lora(rank=2, alpha=4.0))}
 
 

@@ -31,7 +31,7 @@ class Bagel(nn.Module):
   # Of activations and caches. float32 also asks for exact float32 products.
   dtype: jnp.dtype = jnp.bfloat16
   param_dtype: jnp.dtype = jnp.float32  # of parameters made by `init`
-  remat: bool = True  # recomputes each decoder layer in the backward pass
+  remat: str = "full"  # what the backward pass computes again: see `layers.REMAT`
   # Adapters on every projection of both experts. Without them the same parameters are the network
   # that the adapters started from.
   lora: layers.Lora | None = None
@@ -121,7 +121,8 @@ class Bagel(nn.Module):
       self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
     )
     run = lambda params, *args: block.apply({"params": params}, *args)
-    run = jax.checkpoint(run) if self.remat else run
+    policy = layers.REMAT[self.remat]
+    run = run if policy is None else jax.checkpoint(run, policy=policy)
     kvs = []
     for layer in range(self.config.llm.num_layers):
       pick = functools.partial(jax.tree.map, operator.itemgetter(layer))

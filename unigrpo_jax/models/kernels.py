@@ -116,7 +116,7 @@ def _splash_on_one(q, reach, parts, interpret: bool):
       block_q_dkv=query_block, block_kv_dkv=key_block,
       block_q_dq=query_block, block_kv_dq=key_block,
     ),
-    head_shards=1, q_seq_shards=1, interpret=interpret,
+    head_shards=1, q_seq_shards=1, interpret=interpret, residual_checkpoint_name="attention",
   )
   segments = splash_attention.SegmentIds(
     q=jnp.ones((rows, shape[0]), jnp.int32),

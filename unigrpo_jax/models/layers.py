@@ -150,13 +150,29 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
   return merged
 
 
-def scan_layers(block, length: int, *, in_axes, remat: bool = True, unroll: bool = False):
-  """`length` layers of `block`: scanned, so that they trace as one, and rematerialised if asked.
+# What a layer keeps for its backward pass besides its input, by the name of the policy: the rest is
+# computed again. Names are those of `checkpoint_name` in `mot` and `kernels`.
+_only = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "attention": _only("residual", "attention"),
+  "mlp": _only("residual", "mlp"),
+  "layer": _only("residual", "attention", "mlp"),
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,  # nothing is computed again
+}
+
+
+def scan_layers(block, length: int, *, in_axes, remat: str = "full", unroll: bool = False):
+  """`length` layers of `block`: scanned, so that they trace as one; `remat` is one of `REMAT`.
 
   With `unroll` the compiled program has the layers one after the other in place of a loop.
   """
+  policy = REMAT[remat]
+  if policy is not None:
+    block = nn.remat(block, prevent_cse=False, policy=policy)
   return nn.scan(
-    nn.remat(block, prevent_cse=False) if remat else block,
+    block,
     variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
     unroll=length if unroll else 1, metadata_params={nn.PARTITION_NAME: "layers"},
   )

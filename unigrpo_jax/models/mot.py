@@ -11,6 +11,7 @@ import chex
 from flax import linen as nn
 from flax import struct
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from unigrpo_jax import types
@@ -56,7 +57,7 @@ class Attention(nn.Module):
     q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
     k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))
     v = nn.with_logical_constraint(v, ("batch", "length", "kv_heads", "head_dim"))
-    return q, k, v
+    return ad_checkpoint.checkpoint_name((q, k, v), "attention")
 
 
 class GatedMLP(nn.Module):
@@ -77,6 +78,7 @@ class GatedMLP(nn.Module):
     wide, width = self.config.intermediate_size, self.config.hidden_size
     gate = layers.Linear((wide,), ("embed", "mlp"), name="gate", **kinds)(x)
     up = layers.Linear((wide,), ("embed", "mlp"), name="up", **kinds)(x)
+    gate, up = ad_checkpoint.checkpoint_name((gate, up), "mlp")
     hidden = layers.gated(gate, up) if self.own_gradients else nn.silu(gate) * up
     hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
     return layers.Linear((width,), ("mlp", "embed"), name="down", **kinds)(hidden)
@@ -102,7 +104,7 @@ class Expert(nn.Module):
 
   def finish(self, x, attended):
     """Residual and MLP: x [B, T, D], attended [B, T, N, H] -> [B, T, D]."""
-    x = x + self.attention.o(attended)
+    x = ad_checkpoint.checkpoint_name(x + self.attention.o(attended), "residual")
     x = x + self.mlp(self.post_attention_norm(x))
     return nn.with_logical_constraint(x, ("batch", "length", "features"))
 

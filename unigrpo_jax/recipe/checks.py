@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from unigrpo_jax import errors
+from unigrpo_jax.models import layers
 from unigrpo_jax.runtime import metrics
 
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
@@ -35,7 +36,9 @@ def check(
   Raises:
     InputError: names the key, its value, and what it may be.
   """
-  general = {"export_dtype": EXPORT_DTYPES, "schedule": ("constant", "cosine")}
+  general = {
+    "export_dtype": EXPORT_DTYPES, "schedule": ("constant", "cosine"), "remat": tuple(layers.REMAT),
+  }
   for key, options in (general | dict(choices)).items():
     errors.choose(f"config.{key}", _value(config, key), options)
   for name in config.writers:

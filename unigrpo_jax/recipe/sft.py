@@ -17,7 +17,7 @@ from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.supervised import feed
 
 # The numbers of a step depend on neither, but for rounding.
-MUTABLE_KEYS = {"limits", "microbatch"}
+MUTABLE_KEYS = {"limits", "microbatch", "remat"}
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {"attention": "auto", "keep_every": 0}
 BOUNDS: checks.Bounds = (

@@ -30,7 +30,7 @@ class NetworkSpec:
     init_from: official or converted folder.
     random_init: keep its sizes, tokenizer and autoencoder, not its network.
     dtype: of activations, one of DTYPES; trained parameters are float32.
-    remat: layers are computed again in the backward pass.
+    remat: what the backward pass computes again, one of `layers.REMAT`.
     attention: one of `lowering.ATTENTION`.
     mesh: {axis: size}; fsdp 0 takes all devices that the others leave.
     lora: adapters, or None.
@@ -39,7 +39,7 @@ class NetworkSpec:
   init_from: str
   random_init: bool
   dtype: str
-  remat: bool
+  remat: str
   attention: str
   mesh: Mapping[str, int]
   lora: layers.Lora | None = None

@@ -67,7 +67,7 @@ class Bench:
   """
 
   def __init__(
-    self, work: workloads.Workload, *, dtype: str, remat: bool, compiling: run.CompileTimer
+    self, work: workloads.Workload, *, dtype: str, remat: str, compiling: run.CompileTimer
   ):
     self.timer, self.compiled, self._compiling = metrics_lib.PhaseTimer(), {}, compiling
     self.work, self.spec = work, rl.read(workloads.training_config(work, dtype, remat))
@@ -138,7 +138,7 @@ class Bench:
 
 
 def measure(
-  name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: bool
+  name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: str
 ) -> dict[str, Any]:
   """Times a workload; returns its part of the JSON file.
 
@@ -146,7 +146,7 @@ def measure(
     name, work: of the shape.
     repeats: rounds after the one that compiles.
     dtype: of activations and of the matmul.
-    remat: recomputes each layer in the backward pass.
+    remat: what the backward pass computes again, one of `layers.REMAT`.
 
   Raises:
     InputError: the trainer does not compute what the sampler did.
@@ -275,7 +275,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
       path = pathlib.Path(folder) / "bench.json"
       command = [
         sys.executable, "-m", "unigrpo_jax.bench", f"--shape={name}", f"--json={path}",
-        f"--repeats={args.repeats}", f"--dtype={args.dtype}", *["--remat"] * args.remat,
+        f"--repeats={args.repeats}", f"--dtype={args.dtype}", f"--remat={args.remat}",
       ]
       if subprocess.run(command, check=False).returncode:
         raise errors.InputError(f"--shape={name} failed; its error is above")
@@ -304,8 +304,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="rounds that are timed, at least 3 for a meaningful median (default: %(default)s)")
   add("--dtype", choices=state.DTYPES, default="float32",
       help="of activations and of the matmul; parameters are float32 (default: %(default)s)")
-  add("--remat", action="store_true",
-      help="recompute each layer in the backward pass, as the released size needs")
+  add("--remat", choices=tuple(layers.REMAT), default="none",
+      help="what the backward pass computes again, as config.remat (default: %(default)s)")
   args = parser.parse_args(argv)
   errors.require("--repeats", args.repeats, low=1)
   if args.json is not None and not args.json.parent.is_dir():

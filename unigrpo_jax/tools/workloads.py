@@ -95,7 +95,7 @@ def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
 
 
 def training_config(
-  work: Workload, dtype: str, remat: bool, trained: Collection[str] = ("und", "gen")
+  work: Workload, dtype: str, remat: str, trained: Collection[str] = ("und", "gen")
 ):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
   config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")

@@ -15,9 +15,23 @@ import jax
 
 from unigrpo_jax import errors
 from unigrpo_jax.recipe import config_files, rl
-from unigrpo_jax.tools.plan import advice, figures, page, planner, plans, topology
+from unigrpo_jax.tools.plan import (
+  advice,
+  figures,
+  page,
+  planner,
+  plans,
+  ranking,
+  search,
+  topology,
+)
 
-DESCRIPTION = "Compiles a training for chips that need not be there; prints what it needs of them."
+BEST = 3
+RESULTS = pathlib.Path("plan_search.jsonl")
+
+DESCRIPTION = """\
+Compiles a training for chips that need not be there; prints what it needs of them, or with --search
+which layout of it is the fastest."""
 
 EPILOG = """\
 --config.KEY=VALUE changes a key of the config, as for training.
@@ -33,14 +47,21 @@ What the page says:
                  seconds that each alone would take at the chip's peak. An iteration at best is the
                  sum over the phases of the largest of the three: a bound, not a forecast
 
+--search compiles sampling with every value of --tensor and --prompts_at_once, then the update with
+every value of --microbatch and --remat for the fastest layouts that fit, and prints the ranking,
+what to paste, and what was dropped. Each result is a line of --results, which no later search
+compiles again; after a change of the programs, give a new file.
+
 examples:
   python -m unigrpo_jax.plan --config=configs/unigrpo.py --topology=v5p:4x4x4
   python -m unigrpo_jax.plan --config=configs/unigrpo.py:lora --topology v6e:4x4 v6e:4x8
-  python -m unigrpo_jax.plan --config=configs/unigrpo.py --topology=v6e:16x16 --json=plan.json"""
+  python -m unigrpo_jax.plan --config=configs/unigrpo.py --topology=v6e:16x16 --json=plan.json
+  python -m unigrpo_jax.plan --config=configs/unigrpo.py --topology=v5p:4x4x4 --search \\
+    --tensor=2,4 --microbatch=32,64 --remat=full,layer"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  args, overrides = _parser().parse_known_args(argv)
+  args, overrides = _parse(argv)
   config = config_files.load(args.config, overrides)
   if config.algorithm != "unigrpo":
     raise errors.InputError(
@@ -50,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   jax.config.update("jax_platforms", "cpu")
   spec = rl.read(config)
+  if args.search:
+    _search(args, overrides, config)
+    return
 
   records = {}
   for name in args.topology:
@@ -67,6 +91,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(page.comparison(records))
 
 
+def _search(args: argparse.Namespace, overrides: Sequence[str], config) -> None:
+  """Each topology's search, one after the other."""
+  store = search.Store(args.results)
+  print(f"{args.results}: {len(store)} results so far", file=sys.stderr)
+  for name in args.topology:
+    space = search.Space(config, search.chip_count(name), _given(args))
+    compile_point = search.compiler(args.config, overrides, name)
+    report = functools.partial(print, file=sys.stderr, flush=True)
+    found = search.Search(name, space, compile_point, store, report, args.best).run()
+    print(ranking.render(name, *found, space.of_config()), flush=True)
+
+
+def _given(args: argparse.Namespace) -> dict[str, tuple]:
+  """The values that the command names, by dimension of the search."""
+  texts = {d.name: getattr(args, d.name) for d in search.DIMENSIONS}
+  return {name: search.parse(name, text) for name, text in texts.items() if text is not None}
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+  """Raises InputError for a flag without the one that it belongs to."""
+  args, overrides = _parser().parse_known_args(argv)
+  of_search = {d.name: None for d in search.DIMENSIONS} | {"best": BEST, "results": RESULTS}
+  of_page = {"phases": plans.PHASES, "texts": None, "json": None}
+  for name, default in (of_page if args.search else of_search).items():
+    if getattr(args, name) != default:
+      words = "not with --search" if args.search else "only with --search"
+      raise errors.InputError(f"--{name} is {words}; leave it out")
+  errors.require("--best", args.best, low=1)
+  return args, overrides
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.plan", description=DESCRIPTION, epilog=EPILOG,
@@ -80,6 +135,15 @@ def _parser() -> argparse.ArgumentParser:
       help=f"compile only these, of {', '.join(plans.PHASES)}; no time of an iteration then")
   add("--texts", type=pathlib.Path, metavar="FOLDER", help="save the compiled texts there")
   add("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
+  add("--search", action="store_true",
+      help="find the fastest layout; the flags below restrict what is tried")
+  for dimension in search.DIMENSIONS:
+    add(f"--{dimension.name}", metavar="VALUES",
+        help=f"values of config.{dimension.key}, joined by commas")
+  add("--best", type=int, default=BEST, metavar="N",
+      help="compile the update for at most so many layouts (default: %(default)s)")
+  add("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
+      help="JSON lines of the results of searches (default: %(default)s)")
   return parser
 
 

@@ -32,19 +32,19 @@ def render(
     f"{name}: {_count(figures)} chips, mesh {mesh}", *summary, "",
     f"memory of a chip, GiB of {_gib(chip.hbm)}",
     *(f"  {cause:16} {_gib(value):>8}" for cause, value in figures["held"].items() if value), "",
-    *_table(
+    *table(
       ("phase", "runs", "peak GiB", "results", "temporaries", "compiled in"),
       *(_memory_row(phase, values, figures["peak"][phase]) for phase, values in phases.items()),
     ),
-    "", _verdict(figures, chip), "",
+    "", verdict(figures, chip), "",
     "time of an iteration at the chip's peak figures, s; FLOPs of a chip",
-    *_table(
+    *table(
       ("phase", "compute", "HBM", "interconnect", "PFLOP", "of model FLOPs"),
       *(_time_row(phase, values) for phase, values in phases.items()),
     ),
     *iteration, "",
     "interconnect, GB that a chip sends in an iteration",
-    *_table(
+    *table(
       ("phase", "collective", "axis", "GB"),
       *((_TITLES[phase], row["kind"], row["axis"], f"{row['bytes'] / 1e9:,.2f}")
         for phase, values in phases.items() for row in values.get("collectives", ())
@@ -72,7 +72,7 @@ def comparison(records: Mapping[str, Mapping[str, Any]]) -> str:
   header = (
     "topology", "chips", "peak GiB", "free", "fits", "s an iteration", "images/h", "images/h a chip"
   )
-  return "\n".join(_table(header, *rows)) + "\n"
+  return "\n".join(table(header, *rows)) + "\n"
 
 
 def _mesh(sizes: Mapping[str, int]) -> str:
@@ -104,7 +104,7 @@ def _time_row(phase: str, values: Mapping[str, Any]) -> tuple[str, ...]:
   return (_TITLES[phase], *times, f"{values['flops'] / 1e15:,.2f}", ratio)
 
 
-def _verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
+def verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
   phase, peak = max(figures["peak"].items(), key=lambda item: item[1])
   spare, needs = figures["spare"], f"{_TITLES[phase]} needs {_gib(peak)} GiB"
   if figures["fits"]:
@@ -114,7 +114,7 @@ def _verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
   return f"does not fit: {needs}, {_gib(peak - chip.hbm)} more than there are"
 
 
-def _table(*rows: Sequence[str]) -> list[str]:
+def table(*rows: Sequence[str]) -> list[str]:
   """Cells in columns: the first to the left, numbers to the right; short rows are filled up."""
   columns = list(itertools.zip_longest(*rows, fillvalue=""))
   widths = [max(map(len, column)) for column in columns]

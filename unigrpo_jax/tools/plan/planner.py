@@ -148,9 +148,8 @@ class Planner:
       experience, chunk.inputs, chunk.text, chunk.flow, np.zeros(count, np.float32),
       np.ones(count, bool),
     ), self.mesh)
+    self._held["recorded"] = bytes_on_chip(experience)
     self._compile("update", self.update.jitted, self.state, experience, runs=1)
-    if "update" in self._phases:
-      self._held["recorded"] = bytes_on_chip(experience)
 
   def _compile(self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1):
     """The results of a program, as shapes with shardings; records its phase.
@@ -187,7 +186,8 @@ class Planner:
   def _model_flops(self) -> dict[str, float]:
     """Model FLOPs of the phases in an iteration; reasonings as long as they may be.
 
-    Those of the update contain the forward that `remat` computes again.
+    Those of the update contain the forward that remat "full" computes again, and nothing of what
+    the other policies do.
     """
     spec, s, count = self.spec, self.spec.rollout.settings, self.spec.trajectories
     sizes, tokens = flops.Sizes.of(self.network.config), s.max_tokens if s.think else 0
@@ -201,7 +201,7 @@ class Planner:
     image = velocity * (steps * count)
     # Under adapters, whose own products are not counted, the weights have no gradient.
     trained = set() if spec.network.lora else spec.optimizer.trained & set(flops.PARTS)
-    forwards = 1 + spec.network.remat
+    forwards = 1 + (spec.network.remat == "full")
     epoch = forwards * image.forward + image.backward(trained & {"gen", "latent"})
     if spec.trains_text:
       epoch += forwards * text.forward + text.backward(trained & {"und", "text"})
