@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -67,15 +67,18 @@ class Bench:
   """
 
   def __init__(
-    self, work: workloads.Workload, *, dtype: str, remat: bool, compiling: run.CompileTimer
+    self, work: workloads.Workload, *, dtype: str, remat: bool, compiling: run.CompileTimer,
+    updates: Collection[str] = tuple(workloads.TRAINED), devices: Sequence | None = None,
   ):
+    """`updates` of TRAINED are run, on `devices`; by default all of them, on one device."""
     self.timer, self.compiled, self._compiling = metrics_lib.PhaseTimer(), {}, compiling
     self.work, self.spec = work, rl.read(workloads.training_config(work, dtype, remat))
-    network = workloads.network(work, self.spec.network, jax.devices()[0])
-    self.mesh, self.rollout = network.mesh, rollout.Rollout(network, None, self.spec.rollout)
+    network = workloads.network(work, self.spec.network, devices or jax.devices()[:1])
+    self.network, self.mesh = network, network.mesh
+    self.rollout = rollout.Rollout(network, None, self.spec.rollout)
     self.updates, self.opt_states = {}, {}
-    for name, trained in workloads.TRAINED.items():
-      spec = rl.read(workloads.training_config(work, dtype, remat, trained))
+    for name in updates:
+      spec = rl.read(workloads.training_config(work, dtype, remat, workloads.TRAINED[name]))
       optimizer = spec.optimizer.make()
       layout = state.layout(network, optimizer, ema=False, reference=False)
       self.algorithm = parts.make_algorithm(spec, network, self.rollout)
@@ -110,13 +113,16 @@ class Bench:
       yield
     self.compiled.setdefault(phase, []).append(self._compiling.read_and_reset())
 
+  def _window(self, iteration: int) -> np.ndarray:
+    return rl.window_steps(self.spec, iteration, sharding.batch_multiple(self.mesh))
+
   def iteration(self, number: int) -> dict[str, float]:
     """Runs and times every phase once; returns the tokens and the updates' metrics.
 
     Raises:
       UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
     """
-    key, window = jax.random.key(number), rl.window_steps(self.spec, number + 1)
+    key, window = jax.random.key(number), self._window(number + 1)
     params = self.rollout.sampler.cast_and_reshard(self.params)
     prompt = prompts.Prompt("a prompt", {})
     episode = self.rollout.sample(params, [prompt], key, 0, window, self.timed)
@@ -124,7 +130,7 @@ class Bench:
     experience = self.algorithm.experience(
       [episode], *(sharding.put_rows(self.mesh, a) for a in rows), key
     )
-    metrics = {"tokens": int(episode.host_text.mask.sum())}
+    metrics = {"tokens": int(episode.text.mask.sum())}
     for name, update in self.updates.items():
       # Each starts from the policy that sampled; the last one's result samples next.
       params = jax.tree.map(jnp.copy, self.params)

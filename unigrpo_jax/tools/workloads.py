@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 import dataclasses
 import math
 
@@ -78,8 +78,8 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
   )
 
 
-def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
-  """The network of a workload on a device, without weights."""
+def network(work: Workload, spec: state.NetworkSpec, devices: Sequence) -> state.Network:
+  """The network of a workload on devices, without weights."""
   folder = folders.ModelFolder(None, "official", None, network_config(work))
 
   def encode(text: str) -> list[int]:
@@ -91,7 +91,7 @@ def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
     None, im_start=1, im_end=NEVER, vision_start=work.vocab - 3, vision_end=work.vocab - 2,
     size=work.vocab, encode_text=encode, decode_ids=lambda ids: "",
   )
-  return state.build_network(spec, folder, stub, [device])
+  return state.build_network(spec, folder, stub, devices)
 
 
 def training_config(
