@@ -1,12 +1,13 @@
 """How much of an iteration the devices have nothing to do.
 
-  python -m tests.idle_share CHECKOUT [--chunks=4] [--config.KEY=VALUE ...]
+  python -m tests.idle_share CHECKOUT [--chunks=8] [--reward-seconds=1] [--config.KEY=VALUE ...]
 
 Trains four iterations of `configs/unigrpo.py:tiny` in a checkout, by its own code, in chunks of 16
-prompts / CHUNKS, with a reward that sleeps as long as a chunk took to draw in the second iteration,
-and prints what a profile of the last two says: the share of time in which no operation ran on any
-thread of the devices, and the longest of these gaps. Gaps shorter than GAP within a program are not
-idleness but the overhead between small operations.
+prompts / CHUNKS, with a reward that sleeps so many seconds a chunk, and prints what a profile of
+the last two says: the share of time in which no operation ran on any thread of the devices, and the
+longest of these gaps. Those shorter than GAP are not counted: they are the overhead between small
+operations of a program. Choose a reward as slow as drawing: the line of each step says what a chunk
+took.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def operations(folder: pathlib.Path) -> list[tuple[float, float]]:
   ]
 
 
-def _train(chunks: int, overrides: list[str]) -> None:
+def _train(chunks: int, reward: float, overrides: list[str]) -> None:
   """In the process of its own: prints the figures."""
   import idle_share
   import jax
@@ -67,6 +68,7 @@ def _train(chunks: int, overrides: list[str]) -> None:
   from unigrpo_jax.recipe import config_files
   from unigrpo_jax.runtime import metrics
 
+  idle_share.slow.seconds = reward  # of the module that the config names; this is __main__
   write = metrics.MetricsLog.write
   profile = pathlib.Path(tempfile.mkdtemp())
   times = {}
@@ -80,7 +82,6 @@ def _train(chunks: int, overrides: list[str]) -> None:
       f"{name} {seconds:.2f}" for name, seconds in phases.items()
     ) + f"; a chunk {drawing:.2f}", flush=True)
     if step == FIRST:
-      idle_share.slow.seconds = drawing
       options = jax.profiler.ProfileOptions()
       options.host_tracer_level, options.python_tracer_level = 1, 0
       jax.profiler.start_trace(str(profile), profiler_options=options)
@@ -103,7 +104,7 @@ def _train(chunks: int, overrides: list[str]) -> None:
   found = gaps(intervals, start, end)
   idle = sum(length for _, length in found)
   print(f"{len(intervals)} operations in {end - start:.2f} s; idle {idle / (end - start):.1%}, "
-        f"a reward takes {idle_share.slow.seconds:.2f} s; longest gaps, ms: "
+        f"a reward takes {reward:.2f} s; longest gaps, ms: "
         + ", ".join(f"{1e3 * length:.0f}" for length in
                     sorted((length for _, length in found), reverse=True)[:12]))
 
@@ -111,16 +112,17 @@ def _train(chunks: int, overrides: list[str]) -> None:
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("checkout", type=pathlib.Path)
-  parser.add_argument("--chunks", type=int, default=4, help="of an iteration (default: 4)")
+  parser.add_argument("--chunks", type=int, default=8, help="of an iteration (default: 8)")
+  parser.add_argument("--reward-seconds", type=float, default=1.0, help="a chunk (default: 1)")
   args, overrides = parser.parse_known_args(argv)
   checkout = args.checkout.absolute()
-  command = [checkout / ".venv/bin/python", __file__, str(args.chunks), *overrides]
+  command = [checkout / ".venv/bin/python", __file__, str(args.chunks), str(args.reward_seconds), *overrides]
   environ = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
   return subprocess.run(command, cwd=checkout, env=environ, check=False).returncode
 
 
 if __name__ == "__main__":
   if sys.argv[1:] and sys.argv[1].isdigit():
-    _train(int(sys.argv[1]), sys.argv[2:])
+    _train(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
   else:
     sys.exit(main())

@@ -20,7 +20,7 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 from unigrpo_jax.runtime import metrics, run, sharding
-from unigrpo_jax.tools import bench, workloads
+from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
 
 # What grows -> (the field of a `Workload`, or "devices"; how many times).
@@ -70,7 +70,7 @@ def measure_point(
   """
   work, seconds = point.workload(base), []
   with run.CompileTimer() as compiling:
-    made = bench.Bench(
+    made = timing.Bench(
       work, dtype=dtype, remat=remat, compiling=compiling, updates=("joint_update",),
       devices=jax.devices()[: point.devices],
     )
@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
   ):
     for name in missing:
       report["points"][name] = _in_process(args, name, pathlib.Path(folder))
-      report |= bench.environment(args) | {"fits": fits(report["points"])}
+      report |= timing.environment(args) | {"fits": fits(report["points"])}
       if args.json is not None:
         atomic.write_text(args.json, json.dumps(report, indent=1) + "\n")
       bar.update(1)

@@ -95,14 +95,15 @@ def network(work: Workload, spec: state.NetworkSpec, devices: Sequence) -> state
 
 
 def training_config(
-  work: Workload, dtype: str, remat: bool, trained: Collection[str] = ("und", "gen")
+  work: Workload, dtype: str, remat: bool, trained: Collection[str] = ("und", "gen"), *,
+  attention: str = "auto",
 ):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
   config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
   config.update(dict(
-    dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
-    microbatch=work.group,
+    dtype=dtype, remat=remat, attention=attention, epochs=1, prompts_per_step=1,
+    group_size=work.group, microbatch=work.group,
   ))
   config.mesh.tensor = 1
   config.rollout.update(dict(
