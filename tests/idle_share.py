@@ -116,7 +116,8 @@ def main(argv=None) -> int:
   parser.add_argument("--reward-seconds", type=float, default=1.0, help="a chunk (default: 1)")
   args, overrides = parser.parse_known_args(argv)
   checkout = args.checkout.absolute()
-  command = [checkout / ".venv/bin/python", __file__, str(args.chunks), str(args.reward_seconds), *overrides]
+  numbers = [str(args.chunks), str(args.reward_seconds)]
+  command = [checkout / ".venv/bin/python", __file__, *numbers, *overrides]
   environ = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
   return subprocess.run(command, cwd=checkout, env=environ, check=False).returncode
 
