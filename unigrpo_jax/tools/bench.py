@@ -89,7 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   what.add_argument(
     "--scaling", action="store_true",
     help="how seconds and bytes of each phase grow with trajectories, image tokens, the length of "
-    "the reasonings and devices (CPU); with --json it goes on where it was stopped")
+    "the reasonings and devices, on CPU; with --json it goes on where it was stopped")
   what.add_argument(
     "--device-check", action="store_true",
     help="blocks of BAGEL's width on one device, beside its measured limits; ten minutes at most")

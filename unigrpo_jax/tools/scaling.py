@@ -157,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
     )
     args.json.write_text(json.dumps(one), encoding="utf-8")
     return
+  jax.config.update("jax_platforms", "cpu")  # as in the processes
   report = settings | {"points": {}}
   if args.json is not None and args.json.exists():
     report = json.loads(args.json.read_text(encoding="utf-8"))
@@ -188,7 +189,9 @@ def _in_process(args: argparse.Namespace, name: str, folder: pathlib.Path) -> di
     *["--remat"] * args.remat,
   ]
   count = points()[name].devices
-  environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+  environ = os.environ | {
+    "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")
+  }
   flags = environ.get("XLA_FLAGS", "")
   environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
   if subprocess.run(command, check=False, env=environ).returncode:
