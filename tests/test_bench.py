@@ -7,7 +7,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import sampler
-from unigrpo_jax.tools import bench, flops, workloads
+from unigrpo_jax.tools import bench, flops, timing, workloads
 
 SMALL = workloads.Workload(
   layers=2, width=32, heads=4, kv_heads=2, ffn=48, vocab=64, system=5, prompt=3, tokens=4,
@@ -70,7 +70,7 @@ def test_the_summary_by_hand():
   """Median seconds 2, 1, 3, 4, 5, 5 and 6, of which an iteration is 1 + 3 + 4 + 5 + 5 = 18."""
   names = ["matmul", *workloads.PHASES]
   seconds = {name: [value, 0.5, 9] for name, value in zip(names, (2, 1, 3, 4, 5, 5, 6))}
-  got = bench.summary(SMALL, seconds, dict.fromkeys(names, 0.25))
+  got = timing.summary(SMALL, seconds, dict.fromkeys(names, 0.25))
   assert got["phases"]["denoise"]["share"] == pytest.approx(4 / 18)
   assert got["phases"]["joint_update"]["share"] is None
   assert got["totals"]["rollout"]["seconds"] == 8

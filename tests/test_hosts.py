@@ -61,7 +61,7 @@ def main():
   rows = sharding.put_rows(sampling, np.arange(16))
   for groups in (2, 1):
     readers = sharding.with_whole_groups(sampling, groups)
-    print(sharding.local_rows(readers, rows)[1].tolist())
+    print(sharding.local_rows(readers, rows)[1]().tolist())
   update = sharding.make_mesh(fsdp=2, tensor=4)
   moved = jax.device_put(rows, sharding.along_batch(update))
   print([shard.data.tolist() == [*range(8 * number, 8 * number + 8)]

@@ -54,9 +54,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     reward_fns = parts.make_scorer(spec.rewards)
 
   # --- What samples, what scores, what evaluates.
-  group_size = spec.rollout.group_size
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)
-  rewards = scoring.Scoring(reward_fns, group_size, spec.rewards.normalise)
+  rewards = scoring.Scoring(reward_fns, spec.rollout.group_size, spec.rewards.normalise)
   with hosts.raise_on_all_hosts():
     evaluation = validation.Validation(
       spec.evaluation, rollout, reward_fns, workdir / "evaluations"
@@ -94,15 +93,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       key = jax.random.fold_in(jax.random.key(spec.seed), step)
       # Which denoising steps of each trajectory are drawn with noise, and trained.
       window = rl.window_steps(spec, step, sharding.batch_multiple(network.mesh))
-      # Think and draw; each chunk is rewarded in threads while the next is drawn.
+      # Think and draw; each chunk is read and rewarded in threads while the next is drawn.
       params = rollout.sampler.cast_and_reshard(train_state.params)  # the network's dtype
       batch, episodes, pending = prompts.next(), [], []
-      for at in range(0, len(batch), spec.rollout.prompts_at_once):
-        chunk = batch[at : at + spec.rollout.prompts_at_once]
-        rows = slice(at * group_size, (at + len(chunk)) * group_size)
-        # A trajectory's randomness comes from the key and its number in the step.
-        episode = rollout.sample(params, chunk, key, rows.start, window[rows], run.timer)
-        pending.append(rewards.submit(chunk, episode, rows.start))
+      # A trajectory's randomness comes from the key and its number in the step.
+      for chunk, first, episode in rollout.sample_chunks(params, batch, key, window, run.timer):
+        pending.append(rewards.submit(chunk, episode, first))
         episodes.append(episode)
         run.raise_if_stopped()
       with run.timer("reward"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 import dataclasses
 from typing import Any
 
@@ -18,7 +19,7 @@ class Pending:
   """Scores that are being computed of the trajectories `rows` of an iteration, [n]."""
 
   rows: np.ndarray
-  scores: Any
+  scores: Any  # see `rewards.Scorer.submit`
   lengths: np.ndarray | None
   finished: np.ndarray | None
 
@@ -69,39 +70,50 @@ class Scores:
 
 
 class Scoring:
-  """Scores episodes in threads while the next ones are sampled."""
+  """Scores episodes in threads while the next ones are sampled.
+
+  One thread waits for images and words, and hands them to those of the rewards.
+  """
 
   def __init__(self, scorer: rewards.Scorer, group_size: int, normalise: bool):
     """`normalise`: each reward within its group before they are summed."""
     self._scorer, self._group_size, self._normalise = scorer, group_size, normalise
+    self._reader = futures.ThreadPoolExecutor(1, thread_name_prefix="episodes")
 
-  def submit(self, prompts: Sequence[Any], episode: sampler.Episode, first: int) -> Pending:
-    """Begins to score this host's trajectories of a chunk.
+  def submit(
+    self, prompts: Sequence[Any], episode: sampler.Episode, first: int
+  ) -> futures.Future[Pending]:
+    """Begins to score this host's trajectories of a chunk; waits for nothing.
 
     Args:
       prompts: of the chunk, with `prompt` and `metadata`.
       episode: their groups.
       first: number of the chunk's first trajectory in the iteration.
     """
-    samples = []
-    for place, (row, image) in enumerate(zip(episode.rows, episode.images)):
+    return self._reader.submit(self._read, prompts, episode, first)
+
+  def _read(self, prompts: Sequence[Any], episode: sampler.Episode, first: int) -> Pending:
+    read, samples = episode.read(), []
+    for place, (row, image) in enumerate(zip(read.rows, read.images)):
       prompt = prompts[row // self._group_size]
-      text = None if episode.texts is None else episode.texts[place]
+      text = None if read.texts is None else read.texts[place]
       samples.append(rewards.Sample(prompt.prompt, image, text, prompt.metadata))
-    text = episode.host_text
+    text = read.text
     return Pending(
-      first + episode.rows, self._scorer.submit(samples),
+      first + read.rows, self._scorer.submit(samples),
       None if text is None else np.float32(text.mask.sum(axis=1)),
       None if text is None else np.float32(text.finished),
     )
 
-  def gather(self, pending: Sequence[Pending], prompts: int) -> Scores:
+  def gather(self, chunks: Sequence[futures.Future[Pending]], prompts: int) -> Scores:
     """The scores of all chunks of an iteration, on every host those of all hosts.
 
     Raises:
+      Diverged: what was sampled is not finite.
       InputError: too many samples have no reward.
     """
     with hosts.raise_on_all_hosts():
+      pending = [chunk.result() for chunk in chunks]
       scores = [part.scores.result() for part in pending]
     rows = np.concatenate([part.rows for part in pending])
     total = prompts * self._group_size
@@ -123,4 +135,5 @@ class Scoring:
     return result
 
   def close(self) -> None:
+    self._reader.shutdown(cancel_futures=True)
     self._scorer.close()

@@ -104,9 +104,12 @@ class Pipeline:
         self.params["bagel"], batch, randomness, timer=self._timed, progress=progress
       )
       latents = None if episode.flow is None else sharding.fetch(episode.flow.latents)
-    _check_finite("text", episode.host_text and episode.host_text.logp)
+      if episode.pixels:
+        sampler_lib.wait_for_images(episode, self._timed)
+    result = episode.read()
+    _check_finite("text", result.text and result.text.logp)
     _check_finite("image", latents if latents is None else latents[: batch.real])
-    return [self._result(episode, row) for row in range(batch.real)]
+    return [self._result(result, row) for row in range(batch.real)]
 
   def _randomness(self, batch: requests_lib.Batch) -> sampler_lib.Randomness:
     """Of each row by its seed; the noise at its own length: padding must not change it."""
@@ -124,21 +127,21 @@ class Pipeline:
     ])
     return sampler_lib.Randomness(text, sharding.put_rows(self.mesh, noise))
 
-  def _result(self, episode: sampler_lib.Episode, row: int) -> Result:
-    image = None if episode.images is None else episode.images[row]
-    if episode.host_text is None:
+  def _result(self, rows: sampler_lib.HostRows, row: int) -> Result:
+    image = None if rows.images is None else rows.images[row]
+    if rows.text is None:
       return Result(text=None, ids=(), finished=True, image=image)
-    ids, mask = episode.host_text.ids[row], episode.host_text.mask[row]
+    ids, mask = rows.text.ids[row], rows.text.mask[row]
     return Result(
-      text=episode.texts[row], ids=tuple(int(i) for i in ids[mask]),
-      finished=bool(episode.host_text.finished[row]), image=image,
+      text=rows.texts[row], ids=tuple(int(i) for i in ids[mask]),
+      finished=bool(rows.text.finished[row]), image=image,
     )
 
   @contextlib.contextmanager
   def _timed(self, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    self.seconds[phase] = round(time.perf_counter() - start, 3)
+    self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 3)
 
 
 def _check_finite(what: str, values: np.ndarray | None) -> None:

@@ -6,7 +6,7 @@ chunk, its neighbours or the devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -19,7 +19,7 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import requests, script
 from unigrpo_jax.episodes import sampler as sampler_lib
-from unigrpo_jax.runtime import hosts, sharding, state
+from unigrpo_jax.runtime import sharding, state
 
 DIVERGED = (
   "the {} are not finite; the policy has diverged: lower the learning rates and resume from a "
@@ -90,21 +90,37 @@ class Rollout:
       prompt_copies=s.prompt_copies(self.network.mesh),
     )
 
+  def sample_chunks(
+    self, params, prompts: Sequence[Any], key, window: np.ndarray, timer: sampler_lib.Timer
+  ) -> Iterator[tuple[Sequence[Any], int, sampler_lib.Episode]]:
+    """Samples the prompts of an iteration, `prompts_at_once` at a time; see `sample`.
+
+    Yields (prompts of the chunk, number of its first trajectory, what it gave) before its images
+    are decoded: the devices do that, and begin with the next chunk, while the caller has this one.
+    """
+    size, episode = self.spec.prompts_at_once, None
+    for at in range(0, len(prompts), size):
+      chunk, first = prompts[at : at + size], at * self.spec.group_size
+      rows = slice(first, first + len(chunk) * self.spec.group_size)
+      episode = self.sample(params, chunk, key, first, window[rows], timer, episode)
+      yield chunk, first, episode
+    sampler_lib.wait_for_images(episode, timer)
+
   def sample(
     self, params, prompts: Sequence[Any], key, first: int, window: np.ndarray,
-    timer: sampler_lib.Timer,
+    timer: sampler_lib.Timer, previous: sampler_lib.Episode | None = None,
   ) -> sampler_lib.Episode:
     """Samples a chunk of P prompts, with their text as `prompt`; `key` is the iteration's.
 
-    The arrays on the devices are laid out for the update; see `for_update`.
+    The arrays on the devices are laid out for the update; see `for_update`. What it gave is checked
+    where it is read: `Episode.read` raises Diverged where a log-probability that this host reads,
+    or any latent, is not finite.
 
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
       first: number of the chunk's first trajectory in the iteration.
       window: SDE steps of each trajectory, [P * group_size, W] int32.
-
-    Raises:
-      Diverged: a log-probability or a latent is not finite.
+      timer, previous: see `Sampler.sample`.
     """
     batch = self.prepare([prompt.prompt for prompt in prompts])
     with sharding.activate(self.network.mesh):
@@ -112,19 +128,17 @@ class Rollout:
       key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
       episode = self.sampler.sample(
         params, batch, self.randomness(key, first, batch), window=window, sde=self.spec.sde,
-        timer=timer,
+        previous=previous, timer=timer,
       )
-      with hosts.raise_on_all_hosts():
-        if episode.host_text is not None:
-          _check_text(episode.host_text.logp)
-      if not bool(jnp.isfinite(episode.flow.latents).all()):
-        raise errors.Diverged(DIVERGED.format("latents of some images"))
-    return self.for_update(episode)
+      finite = jnp.isfinite(episode.flow.latents).all()
+    read = functools.partial(_read_finite, episode.read, finite)
+    return self.for_update(dataclasses.replace(episode, read=read))
 
   def for_update(self, episode: sampler_lib.Episode) -> sampler_lib.Episode:
     """The arrays on the devices with as many copies of a prompt, and laid out, as for the update.
 
-    A way of the update's batch gets the rows that its own devices sampled.
+    A way of the update's batch gets the rows that its own devices sampled. Pixels, and what `read`
+    gives, stay as they were sampled.
     """
     mesh, sampled_on = self._update_mesh, self.network.mesh
     if mesh == sampled_on:
@@ -165,7 +179,14 @@ def _randomness(rows: int, shape: tuple[int, int], same_noise: int, place):
   return jax.jit(make, out_shardings=where)
 
 
-def _check_text(logp: np.ndarray) -> None:
-  bad = (~np.isfinite(logp).all(axis=1)).sum()
-  if bad:
-    raise errors.Diverged(DIVERGED.format(f"log-probabilities of {bad} of {len(logp)} reasonings"))
+def _read_finite(read: Callable[[], sampler_lib.HostRows], finite) -> sampler_lib.HostRows:
+  """What `read` gives; raises Diverged where something in it, or `finite`, says that it is not."""
+  if not bool(finite):
+    raise errors.Diverged(DIVERGED.format("latents of some images"))
+  rows = read()
+  if rows.text is not None:
+    bad = (~np.isfinite(rows.text.logp).all(axis=1)).sum()
+    if bad:
+      what = f"log-probabilities of {bad} of {len(rows.text.logp)} reasonings"
+      raise errors.Diverged(DIVERGED.format(what))
+  return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -44,17 +44,25 @@ class Randomness:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Episode:
-  """What B rows gave."""
+class HostRows:
+  """What a host reads of an episode, NumPy."""
 
-  inputs: programs.Inputs  # what they read, on the devices
-  text: types.TextRollout | None  # sampled tokens on the devices
-  flow: types.FlowRollout | None  # images and recorded steps on the devices
-  # The rest lies on the host, of these rows: [n].
-  rows: np.ndarray
-  host_text: types.TextRollout | None  # their sampled tokens, NumPy
+  rows: np.ndarray  # which of its rows these are, [n], increasing
+  text: types.TextRollout | None  # their sampled tokens
   texts: list[str] | None  # the same, decoded
   images: list[np.ndarray] | None  # [H, W, 3] uint8 each
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Episode:
+  """What B rows gave, on the devices, which may still be at work on `pixels`."""
+
+  inputs: programs.Inputs  # what they read
+  text: types.TextRollout | None  # sampled tokens
+  flow: types.FlowRollout | None  # images and recorded steps
+  pixels: Sequence[jax.Array] = ()  # decoded images, uint8, a few rows each
+  # Waits for the devices and launches nothing, so any thread may call it.
+  read: Callable[[], HostRows] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,22 +138,30 @@ class Sampler:
 
   def sample(
     self, params, batch: requests.Batch, randomness: Randomness, *,
-    window: np.ndarray | None = None, sde: SDE | None = None,
+    window: np.ndarray | None = None, sde: SDE | None = None, previous: Episode | None = None,
     timer: Timer = lambda phase: contextlib.nullcontext(), progress: Progress | None = None,
   ) -> Episode:
     """Reads what is given and seen, then samples text and images as the batch's script says.
 
+    It returns when the latents are there; images are still being decoded.
+
     Args:
       params: of the network; see `cast_and_reshard`.
       window: SDE steps of each row, [B, W] int32; None: images come from the ODE.
-      timer: of the phases "read", "decode", "denoise" and "vae".
+      previous: what was sampled before, whose images may still be being decoded; that time is not
+        counted as this one's.
+      timer: of the phases "read", "decode", "denoise" and "vae", each of which waits for its
+        results; but of the images it is `wait_for_images` that waits.
       progress: called after every token and denoising step; on several hosts never.
     """
     run = self.programs(batch, sde, progress)
     put = functools.partial(sharding.put_rows, self.mesh)
     with timer("read"):
       inputs = jax.tree.map(lambda a: a if a.shape[0] == 1 else put(a), self._inputs(batch))
-      contexts = jax.block_until_ready(run.prefill(params, inputs))
+      contexts = run.prefill(params, inputs)
+      if previous is not None:
+        wait_for_images(previous, timer)
+      jax.block_until_ready(contexts)
     text = flow = None
     for segment in batch.script.own:
       if isinstance(segment, script_lib.Sampled):
@@ -162,19 +178,30 @@ class Sampler:
           steps = () if window is None else (randomness.steps, put(window))
           flow = run.denoise(params, contexts, randomness.noise, grid, *steps)
           jax.block_until_ready(flow)
-    rows, host_text = np.arange(batch.real), None
-    if text is not None:
-      rows, host_text = self._read(text, batch.real)
-    images = None
+    rows, read_text = self._read(text, batch.real)
+    decoded = None
     if flow is not None and self.vae_params is not None:
       with timer("vae"):
-        rows, images = self._decode(flow.latents, batch)
-    return Episode(inputs, text, flow, rows, host_text, self._decoded(host_text), images)
+        decoded = list(self._decode(flow.latents, batch))
 
-  def _read(self, arrays, real: int) -> tuple[np.ndarray, Any]:
-    """(Rows, arrays of these rows as NumPy) of arrays on the devices, rows first."""
+    def read() -> HostRows:
+      host_text = read_text()
+      texts = self._decoded(host_text)
+      if decoded is None:
+        return HostRows(rows, host_text, texts, None)
+      images = {row: image for part in decoded for row, image in zip(part.rows, part.read())}
+      drawn = sorted(row for row in images if row < batch.real)  # without those that fill it up
+      return HostRows(np.array(drawn, int), host_text, texts, [images[row] for row in drawn])
+
+    return Episode(inputs, text, flow, [part.pixels for part in decoded or ()], read)
+
+  def _read(self, arrays, real: int) -> tuple[np.ndarray, Callable[[], Any]]:
+    """(Rows, what waits for arrays of these rows as NumPy) of arrays on the devices, rows first."""
+    if arrays is None:
+      return np.arange(real), lambda: None
     if self._readers is None:
-      return np.arange(real), jax.tree.map(lambda a: a[:real], sharding.fetch(arrays))
+      read = sharding.start_fetch(arrays)
+      return np.arange(real), lambda: jax.tree.map(lambda a: a[:real], read())
     return sharding.local_rows(self._readers, arrays)
 
   def _decoded(self, text: types.TextRollout | None) -> list[str] | None:
@@ -218,23 +245,21 @@ class Sampler:
     """Images of a height and width that a device decodes together, within its memory."""
     return max(programs.VAE_PIXELS // (size[0] * size[1]), 1)
 
-  def _decode(self, latents, batch: requests.Batch) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The rows that this host reads, and their images."""
-    rows, images = [], []
+  def _decode(self, latents, batch: requests.Batch) -> Iterator[_Images]:
+    """Launches the decoding of all rows' images, a few at a time."""
     for size in sorted(set(batch.sizes)):
       members = np.flatnonzero([other == size for other in batch.sizes])
       filled = members[np.arange(len(members) + -len(members) % self._ways) % len(members)]
       some = latents if len(members) == batch.rows else latents[filled]
-      for place, image in self._decode_one_size(some, size):
-        if place < len(members) and members[place] < batch.real:
-          rows.append(members[place])
-          images.append(image)
-    order = np.argsort(rows)
-    return np.asarray(rows, int)[order], [images[place] for place in order]
-
+      for places, pixels, read in self._decode_one_size(some, size):
+        rows = [members[place] if place < len(members) else batch.real for place in places]
+        yield _Images(rows, pixels, read)
 
   def _decode_one_size(self, latents, size: tuple[int, int]):
-    """Yields (row, image) of latents [B, I, C] of one size: this host's rows, or all."""
+    """Yields (places, pixels, what reads them) of latents [B, I, C] of one size.
+
+    Places are of this host's rows, or of all, among the B; images are read in their order.
+    """
     c, (height, width) = self.network.config, size
     h, w = height // c.latent_stride, width // c.latent_stride
     grids = vae_lib.unpack_latents(latents[:, : h * w], h, w, c.latent_patch_size)
@@ -250,8 +275,24 @@ class Sampler:
       chunk = grids[:, part].reshape(-1, *grids.shape[2:])
       if everywhere:
         chunk = jax.device_put(chunk, sharding.along_all(self.mesh))
-      local, pixels = self._read(self.decode_images(self.vae_params, chunk), len(chunk))
-      yield from zip(numbers[:, part].ravel()[local], pixels)
+      pixels = self.decode_images(self.vae_params, chunk)
+      local, read = self._read(pixels, len(chunk))
+      yield numbers[:, part].ravel()[local], pixels, read
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Images:
+  """Images that the devices decode together."""
+
+  rows: Sequence[int]  # of those that this host reads
+  pixels: jax.Array  # uint8, of all
+  read: Callable[[], np.ndarray]  # waits for those that this host reads
+
+
+def wait_for_images(episode: Episode, timer: Timer) -> None:
+  """Waits until an episode's images are decoded; see `Sampler.sample`."""
+  with timer("vae"):
+    jax.block_until_ready(episode.pixels)
 
 
 @functools.lru_cache(maxsize=16)

@@ -128,6 +128,7 @@ class Run:
     self._workdir, self._spec, self._network = workdir, spec, network
     self._positions, self._pinned = dict(positions or {}), dict(pinned or {})
     self._deferred = hosts.AgreedFlag(network.mesh) if deferred_stop else None
+    self._within = hosts.AgreedFlag(network.mesh)
     self._stop_requested, self._stack = threading.Event(), contextlib.ExitStack()
     self._state: types.TrainState | None = None
     self._record: dict[str, Any] = {}
@@ -314,12 +315,13 @@ class Run:
     self._stop_requested.set()
 
   def raise_if_stopped(self) -> None:
-    """A point within a step at which all hosts may stop.
+    """A point within a step at which all hosts may stop; it waits for nothing that runs.
 
     Raises:
-      Stopped: a signal reached a host.
+      Stopped: a signal reached a host; where there are several, before the last such point.
     """
-    if hosts.any_host(self._stop_requested.is_set()):
+    self._within.post(self._stop_requested.is_set())
+    if self._within.read():
       raise Stopped
 
   def commit(self, train_state: types.TrainState, values: Mapping[str, Any]) -> None:

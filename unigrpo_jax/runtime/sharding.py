@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import math
 from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -189,12 +189,27 @@ def put(array: Any, where: NamedSharding) -> jax.Array:
 
 def fetch(tree: Any) -> Any:
   """A tree of arrays as NumPy arrays, complete on every host; all hosts call it together."""
-  def read(array):
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-      return multihost_utils.process_allgather(array, tiled=True)
-    return jax.device_get(array)
+  return start_fetch(tree)()
 
-  return jax.tree.map(read, tree)
+
+def start_fetch(tree: Any) -> Callable[[], Any]:
+  """The first half of `fetch`, which launches what all hosts run together and waits for nothing.
+
+  The function that it returns is the second half: it waits, launches nothing, and may be called in
+  any thread.
+  """
+  def launch(array):
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return _replicate(replicated(array.sharding.mesh))(array).addressable_data(0)
+    return array
+
+  launched = jax.tree.map(launch, tree)
+  return lambda: jax.device_get(launched)
+
+
+@functools.lru_cache(maxsize=8)
+def _replicate(where: NamedSharding):
+  return jax.jit(lambda array: array, out_shardings=where)
 
 
 def row_hosts(mesh: Mesh, rows: int) -> np.ndarray:
@@ -223,24 +238,24 @@ def with_whole_groups(mesh: Mesh, groups: int) -> Mesh:
   return _mesh(mesh.devices, (1, math.gcd(ways, groups), -1))
 
 
-def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Any]:
+def local_rows(mesh: Mesh, arrays: Any) -> tuple[np.ndarray, Callable[[], Any]]:
   """The rows that this host reads of `arrays`, a tree of [rows, ...] along the batch.
 
-  Rows are a multiple of `batch_multiple`. Returns (this host's indices, [n] int64, increasing; the
-  tree with [n, ...] NumPy arrays).
+  Rows are a multiple of `batch_multiple`. Returns (this host's indices, [n] int64, increasing; what
+  waits for the tree with [n, ...] NumPy arrays: as in `start_fetch`, in any thread).
   """
   rows = jax.tree.leaves(arrays)[0].shape[0]
   if jax.process_count() == 1:
-    return np.arange(rows), jax.device_get(arrays)
+    return np.arange(rows), lambda: jax.device_get(arrays)
   local = np.flatnonzero(row_hosts(mesh, rows) == jax.process_index())
   owned = set(local.tolist())
+  # The compiler may have split them along other axes.
+  placed = jax.tree.map(lambda array: jax.device_put(array, along_batch(mesh)), arrays)
 
   def read(array):
-    # The compiler may have split it along other axes.
-    array = jax.device_put(array, along_batch(mesh))
     # One of the copies that tensor ways have of a row.
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     parts = [np.asarray(shards[first]) for first in sorted(shards) if first in owned]
     return np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *parts])
 
-  return local, jax.tree.map(read, arrays)
+  return local, lambda: jax.tree.map(read, placed)

@@ -1,34 +1,21 @@
-"""Times a joint iteration on random weights: `python -m unigrpo_jax.bench --help`."""
+"""The benchmark's command line: `python -m unigrpo_jax.bench --help`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Sequence
 import dataclasses
 import json
-import os
 import pathlib
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from unigrpo_jax import errors, types
-from unigrpo_jax.data import prompts
-from unigrpo_jax.episodes import rollout
+from unigrpo_jax import errors
 from unigrpo_jax.models import layers
-from unigrpo_jax.recipe import parts, rl
-from unigrpo_jax.runtime import metrics as metrics_lib
-from unigrpo_jax.runtime import run, sharding, state
-from unigrpo_jax.tools import workloads
+from unigrpo_jax.runtime import state
+from unigrpo_jax.tools import device_check, scaling, timing, workloads
 
 DESCRIPTION = """Times one joint iteration of UniGRPO for a group of one prompt, on random weights.
 
@@ -53,218 +40,11 @@ EPILOG = """shapes:
 examples:
   python -m unigrpo_jax.bench --shape=tiny --json=bench.json
   python -m unigrpo_jax.bench --shape=all --repeats=5 --json=bench.json
+  python -m unigrpo_jax.bench --scaling --json=scaling.json
+  python -m unigrpo_jax.bench --device-check --dtype=bfloat16 --remat=full --json=device.json
 
 A busy machine slows everything: compare the column "of matmul", which the same rounds measured.
 One device is used. With --shape=all every shape has a process, and so a peak memory, of its own."""
-
-
-class Bench:
-  """A network with random weights, and what an iteration runs.
-
-  Attributes:
-    timer: seconds of the phases since it was read.
-    compiled: by phase, the seconds that each of its runs compiled.
-  """
-
-  def __init__(
-    self, work: workloads.Workload, *, dtype: str, remat: str, compiling: run.CompileTimer
-  ):
-    self.timer, self.compiled, self._compiling = metrics_lib.PhaseTimer(), {}, compiling
-    self.work, self.spec = work, rl.read(workloads.training_config(work, dtype, remat))
-    network = workloads.network(work, self.spec.network, jax.devices()[0])
-    self.mesh, self.rollout = network.mesh, rollout.Rollout(network, None, self.spec.rollout)
-    self.updates, self.opt_states = {}, {}
-    for name, trained in workloads.TRAINED.items():
-      spec = rl.read(workloads.training_config(work, dtype, remat, trained))
-      optimizer = spec.optimizer.make()
-      layout = state.layout(network, optimizer, ema=False, reference=False)
-      self.algorithm = parts.make_algorithm(spec, network, self.rollout)
-      self.updates[name] = parts.make_update(
-        spec, network, self.algorithm, optimizer, self.rollout.grid, layout
-      )
-      first = state.first_state(network, optimizer, layout, random_init=True, seed=0)
-      self.params, self.opt_states[name] = first.params, first.opt_state
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    # It starts at zero, and then there is no velocity and no gradient to what lies under it.
-    kernel = self.params["llm2vae"]["kernel"]
-    self.params["llm2vae"]["kernel"] = jax.device_put(0.02 * draw(*kernel.shape), kernel.sharding)
-    self.adv = draw(work.group)
-    self.matrix = jnp.asarray(draw(workloads.MATMUL_SIDE, workloads.MATMUL_SIDE), dtype)
-    precision = layers.matmul_precision(dtype)
-    self.product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
-
-  @contextlib.contextmanager
-  def timed(self, phase: str) -> Iterator[None]:
-    """Times a phase, and the matmul before it: the machine's load changes within a round."""
-    with self._timed("matmul"):
-      for _ in range(workloads.MATMULS):
-        jax.block_until_ready(self.product(self.matrix))
-    with self._timed(phase):
-      yield
-
-  @contextlib.contextmanager
-  def _timed(self, phase: str) -> Iterator[None]:
-    self._compiling.read_and_reset()
-    with self.timer(phase):
-      yield
-    self.compiled.setdefault(phase, []).append(self._compiling.read_and_reset())
-
-  def iteration(self, number: int) -> dict[str, float]:
-    """Runs and times every phase once; returns the tokens and the updates' metrics.
-
-    Raises:
-      UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
-    """
-    key, window = jax.random.key(number), rl.window_steps(self.spec, number + 1)
-    params = self.rollout.sampler.cast_and_reshard(self.params)
-    prompt = prompts.Prompt("a prompt", {})
-    episode = self.rollout.sample(params, [prompt], key, 0, window, self.timed)
-    rows = (self.adv, np.ones(self.work.group, bool))
-    experience = self.algorithm.experience(
-      [episode], *(sharding.put_rows(self.mesh, a) for a in rows), key
-    )
-    metrics = {"tokens": int(episode.host_text.mask.sum())}
-    for name, update in self.updates.items():
-      # Each starts from the policy that sampled; the last one's result samples next.
-      params = jax.tree.map(jnp.copy, self.params)
-      before = types.TrainState(jnp.int32(number), params, self.opt_states[name], ema=None)
-      with self.timed(name):
-        after, update_metrics = update(before, experience)
-      self.opt_states[name] = after.opt_state
-      metrics |= update_metrics
-    self.params = after.params
-    return metrics
-
-
-def measure(
-  name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: str
-) -> dict[str, Any]:
-  """Times a workload; returns its part of the JSON file.
-
-  Args:
-    name, work: of the shape.
-    repeats: rounds after the one that compiles.
-    dtype: of activations and of the matmul.
-    remat: what the backward pass computes again, one of `layers.REMAT`.
-
-  Raises:
-    InputError: the trainer does not compute what the sampler did.
-  """
-  load = os.getloadavg()[0]
-  seconds, metrics = [], []  # of each round
-  with run.CompileTimer() as compiling:
-    bench = Bench(work, dtype=dtype, remat=remat, compiling=compiling)
-    with sharding.activate(bench.mesh), errors.at("nothing was measured"):
-      for number in range(repeats + 1):
-        bench.timer.read_and_reset()
-        metrics.append(bench.iteration(number))
-        seconds.append(bench.timer.read_and_reset())
-        what = f"round {number} of {repeats}" if number else "compiled"
-        print(f"{name}: {what}, {seconds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
-  drift = {kind: max(each[f"drift/{kind}"] for each in metrics) for kind in ("text", "flow")}
-  return {
-    "shape": name, "workload": dataclasses.asdict(work), "load_average": load,
-    "trajectory_tokens": metrics[-1]["tokens"] // work.group, "drift": drift,
-    "warm_compile_seconds": sum(sum(each[1:]) for each in bench.compiled.values()),
-    "peak_memory_bytes": peak_memory(),
-  } | summary(
-    work, {phase: [each[f"seconds/{phase}"] for each in seconds[1:]] for phase in bench.compiled},
-    {phase: each[0] for phase, each in bench.compiled.items()},
-  )
-
-
-def summary(
-  work: workloads.Workload, seconds: Mapping[str, Sequence[float]], compiled: Mapping[str, float]
-) -> dict[str, Any]:
-  """Medians, shares, rates and ratios of measured seconds.
-
-  Args:
-    work: what was timed.
-    seconds: of each phase, a number a round.
-    compiled: seconds that each phase compiled.
-  """
-  median = {phase: statistics.median(values) for phase, values in seconds.items()}
-  flops = workloads.phase_flops(work)
-  matmul_rate = flops["matmul"] / median["matmul"]
-
-  def rates(count: int, duration: float) -> dict[str, float]:
-    rate = count / duration
-    return {
-      "seconds": duration, "flops": count, "gflops_per_second": rate / 1e9,
-      "of_matmul": rate / matmul_rate,
-    }
-
-  totals = {
-    name: rates(*(sum(values[phase] for phase in phases) for values in (flops, median)))
-    for name, phases in workloads.TOTALS.items()
-  }
-  duration = {name: total["seconds"] for name, total in totals.items()}
-  rows = {
-    phase: rates(flops[phase], value) | {
-      "rounds": list(seconds[phase]), "compile_seconds": compiled[phase],
-      "share": value / duration["iteration"] if phase in workloads.ITERATION else None,
-    }
-    for phase, value in median.items()
-  }
-  return {
-    "phases": rows, "totals": totals,
-    "rates": {
-      "images_per_second": work.group / duration["rollout"],
-      "reasoning_tokens_per_second": work.group * work.tokens / median["decode"],
-      "velocity_evaluations_per_second": work.group * (work.points - 1) / median["denoise"],
-      "trajectories_per_second": work.group / duration["iteration"],
-      "trajectories_per_second_joint": work.group / duration["joint_iteration"],
-    },
-  }
-
-
-def peak_memory() -> int:
-  """Largest resident memory of this process so far, in bytes; compiling included."""
-  used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return used if sys.platform == "darwin" else used * 1024
-
-
-def table(result: Mapping[str, Any]) -> str:
-  """A measured shape as text."""
-  work = workloads.Workload(**result["workload"])
-  lines = [
-    f"{result['shape']}: {work.layers} layers x {work.width}, vocabulary {work.vocab}; one prompt "
-    f"x {work.group} trajectories",
-    f"  text {work.system} + {work.prompt} + {work.tokens} tokens, {work.latents} latents, "
-    f"{work.points - 1} velocity evaluations, {work.window} SDE steps",
-    f"  {'phase':<15} {'seconds':>9} {'share':>6} {'compile s':>9} {'GFLOP':>9} {'GFLOP/s':>8} "
-    f"{'of matmul':>9}",
-  ]
-  for name, row in (result["phases"] | result["totals"]).items():
-    share = "" if row.get("share") is None else f"{row['share']:.1%}"
-    compiled = f"{row['compile_seconds']:.2f}" if "compile_seconds" in row else ""
-    lines.append(
-      f"  {name:<15} {row['seconds']:>9.4f} {share:>6} {compiled:>9} {row['flops'] / 1e9:>9.2f} "
-      f"{row['gflops_per_second']:>8.1f} {row['of_matmul']:>9.3f}"
-    )
-  rates = result["rates"]
-  lines += [
-    f"  {rates['images_per_second']:.3g} images/s of the rollout, "
-    f"{rates['trajectories_per_second']:.3g} trajectories/s of an iteration "
-    f"({rates['trajectories_per_second_joint']:.3g} of a joint one)",
-    f"  {rates['reasoning_tokens_per_second']:.4g} reasoning tokens/s, "
-    f"{rates['velocity_evaluations_per_second']:.4g} velocity evaluations/s",
-    f"  peak resident memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB, load average "
-    f"{result['load_average']:.1f}, drift of text {result['drift']['text']:.1e}, of flow "
-    f"{result['drift']['flow']:.1e}",
-  ]
-  return "\n".join(lines)
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-  """What the numbers were measured with."""
-  return {
-    "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "backend": jax.default_backend(),
-    "device": jax.devices()[0].device_kind, "cpus": len(os.sched_getaffinity(0))
-    if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    "dtype": args.dtype, "remat": args.remat, "repeats": args.repeats,
-  }
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -306,7 +86,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="of activations and of the matmul; parameters are float32 (default: %(default)s)")
   add("--remat", choices=tuple(layers.REMAT), default="none",
       help="what the backward pass computes again, as config.remat (default: %(default)s)")
+  what = parser.add_mutually_exclusive_group()
+  what.add_argument(
+    "--scaling", action="store_true",
+    help="how seconds and bytes of each phase grow with trajectories, image tokens, the length of "
+    "the reasonings and devices, on CPU; with --json it goes on where it was stopped")
+  what.add_argument(
+    "--device-check", action="store_true",
+    help="blocks of BAGEL's width on one device, beside its measured limits; no round begins after "
+    "ten minutes")
+  add("--point", choices=scaling.points(), help=argparse.SUPPRESS)  # one process of --scaling
+  add("--layers", type=int, default=0,
+      help="of --device-check; 0: as many as fit (default: %(default)s)")
+  add("--toy", action="store_true", help="--device-check at the width of a test")
   args = parser.parse_args(argv)
+  errors.require("--layers", args.layers, low=0)
+  if args.shape == "all" and args.scaling:
+    raise errors.InputError("--shape=all: --scaling starts from one shape; name it")
   errors.require("--repeats", args.repeats, low=1)
   if args.json is not None and not args.json.parent.is_dir():
     raise errors.InputError(f"--json={args.json}: no such folder; create it first")
@@ -315,14 +111,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
+  if args.scaling:
+    return scaling.main(args)
+  if args.device_check:
+    return device_check.main(args)
   if args.shape == "all":
     report = measure_all(args)
   else:
-    result = measure(
+    result = timing.measure(
       args.shape, workloads.SHAPES[args.shape], repeats=args.repeats, dtype=args.dtype,
       remat=args.remat,
     )
-    print(table(result), flush=True)
-    report = environment(args) | {"shapes": [result]}
+    print(timing.table(result), flush=True)
+    report = timing.environment(args) | {"shapes": [result]}
   if args.json is not None:
     args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

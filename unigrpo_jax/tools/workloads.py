@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 import dataclasses
 import math
 
@@ -78,8 +78,8 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
   )
 
 
-def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
-  """The network of a workload on a device, without weights."""
+def network(work: Workload, spec: state.NetworkSpec, devices: Sequence) -> state.Network:
+  """The network of a workload on devices, without weights."""
   folder = folders.ModelFolder(None, "official", None, network_config(work))
 
   def encode(text: str) -> list[int]:
@@ -91,18 +91,19 @@ def network(work: Workload, spec: state.NetworkSpec, device) -> state.Network:
     None, im_start=1, im_end=NEVER, vision_start=work.vocab - 3, vision_end=work.vocab - 2,
     size=work.vocab, encode_text=encode, decode_ids=lambda ids: "",
   )
-  return state.build_network(spec, folder, stub, [device])
+  return state.build_network(spec, folder, stub, devices)
 
 
 def training_config(
-  work: Workload, dtype: str, remat: str, trained: Collection[str] = ("und", "gen")
+  work: Workload, dtype: str, remat: str, trained: Collection[str] = ("und", "gen"), *,
+  attention: str = "auto",
 ):
   """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
   config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
   config.update(dict(
-    dtype=dtype, remat=remat, epochs=1, prompts_per_step=1, group_size=work.group,
-    microbatch=work.group,
+    dtype=dtype, remat=remat, attention=attention, epochs=1, prompts_per_step=1,
+    group_size=work.group, microbatch=work.group,
   ))
   config.mesh.tensor = 1
   config.rollout.update(dict(

@@ -113,7 +113,7 @@ class Planner:
     if "denoise" in self._phases:
       self._held["cache"] = bytes_on_chip(contexts.main)
     self._compile_vae()
-    return sampler_lib.Episode(inputs, text, flow, np.arange(batch.rows), None, None, None)
+    return sampler_lib.Episode(inputs, text, flow)
 
   def _randomness(self) -> sampler_lib.Randomness:
     """Noise lies by rows; every device has all keys."""
@@ -138,9 +138,7 @@ class Planner:
 
   def _compile_update(self, chunk: sampler_lib.Episode) -> None:
     def experience(inputs, text, flow, adv, valid):
-      episode = self.rollout.for_update(
-        sampler_lib.Episode(inputs, text, flow, chunk.rows, None, None, None)
-      )
+      episode = self.rollout.for_update(sampler_lib.Episode(inputs, text, flow))
       return self.algorithm.experience([episode] * self.chunks, adv, valid, jax.random.key(0))
 
     count = self.spec.trajectories

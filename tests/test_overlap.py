@@ -1,0 +1,63 @@
+"""The host's part of an iteration does not keep the devices waiting, nor hide what went wrong."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from tests import idle_share, test_train_unigrpo
+from unigrpo_jax import errors, rewards, train, types
+from unigrpo_jax.benchmarks import scoring
+from unigrpo_jax.episodes import rollout, sampler
+
+
+def test_a_chunk_is_read_while_the_next_is_sampled(shallow, tmp_path, monkeypatch):
+  """Words are decoded only when the next chunk is in the devices' queue, and it gets there."""
+  launched, waited = threading.Event(), []
+  wait, decode = sampler.wait_for_images, sampler.Sampler._decoded
+
+  def listen(episode, timer):
+    launched.set()
+    wait(episode, timer)
+
+  def late(self, text):
+    waited.append(launched.wait(120))
+    return decode(self, text)
+
+  monkeypatch.setattr(sampler, "wait_for_images", listen)
+  monkeypatch.setattr(sampler.Sampler, "_decoded", late)
+  config = test_train_unigrpo._config(shallow, **{"steps": 1, "eval.every": 0})
+  last = train.train(config, tmp_path, jax.devices()[:1])
+  assert waited == [True, True] and int(last.step) == 2
+
+
+def _rows(logp):
+  blank = np.zeros((2, 2))
+  text = types.TextRollout(ids=blank, logp=np.array(logp), mask=blank > 0, finished=blank[0] > 0)
+  return sampler.HostRows(np.arange(2), text, ["a", "b"], [np.zeros((2, 2, 3), np.uint8)] * 2)
+
+
+@pytest.mark.parametrize("logp, finite, words", [
+  ([[0, 0], [0, np.nan]], True, "log-probabilities of 1 of 2 reasonings"),
+  ([[0, 0], [0, 0]], False, "latents of some images"),
+])
+def test_what_diverged_is_found_when_it_is_read(logp, finite, words):
+  """In a thread; whoever gathers the scores learns of it, and no reward sees it."""
+  seen = []
+  scorer = rewards.Scorer({"a": lambda samples: seen.append(samples)}, {"a": 1.0})
+  made = scoring.Scoring(scorer, group_size=2, normalise=False)
+  read = lambda: rollout._read_finite(lambda: _rows(logp), np.bool_(finite))
+  chunk = made.submit(["a prompt"], sampler.Episode(None, None, None, read=read), 0)
+  with pytest.raises(errors.Diverged, match=words):
+    made.gather([chunk], 1)
+  made.close()
+  assert not seen
+
+
+def test_gaps_by_hand():
+  """Between 0 and 10: 0 to 1, 3 to 4 and 8 to 10; what lies within another one adds nothing."""
+  intervals = [(4, 8), (1, 3), (5, 6), (1.5, 2)]
+  assert idle_share.gaps(intervals, 0, 10, 0.5) == [(0, 1), (3, 1), (8, 2)]
+  assert idle_share.gaps(intervals, 2, 7, 0.5) == [(3, 1)]
+  assert idle_share.gaps(intervals, 0, 10, 1.5) == [(8, 2)]
