@@ -13,9 +13,8 @@ import numpy as np
 from tests.parity import cases
 from unigrpo_jax import types
 from unigrpo_jax.data import images, tokenizer
-from unigrpo_jax.models import bagel, vae, weights
+from unigrpo_jax.models import bagel, lowering, vae, weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import lowering
 from unigrpo_jax.runtime import folders, sharding
 from unigrpo_jax.sampling import flow, text
 
