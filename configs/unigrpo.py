@@ -50,7 +50,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.rollout.think = True  # reason before drawing
   config.rollout.prompts_at_once = 16  # of all hosts; fewer need less memory
   config.rollout.layout = "stationary"  # parameters while sampling: copied along fsdp; or "update"
-  # A divisor of mesh.tensor. 0: the fewest whose share of the parameters takes a third of a
+  # A divisor of mesh.tensor. 0: the fewest whose share of the parameters takes a quarter of a
   # device's memory, or less.
   config.rollout.tensor = 0  # ways that each layer is cut into while sampling
   config.rollout.prompt_tokens = 256  # room for a prompt, with its two markers

@@ -5,6 +5,8 @@
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "$0")/venv.sh"
+# shellcheck source=launch/env.sh
+source "$(dirname "$0")/env.sh" cpu
 out=${OUT:-out}
 mkdir -p "$out"
 echo "== python -m unigrpo_jax.generate, into $out/kites.png"

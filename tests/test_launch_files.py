@@ -183,6 +183,13 @@ def test_flags_that_are_given_come_last():
   assert (given["XLA_PYTHON_CLIENT_MEM_FRACTION"], given["NCCL_DEBUG"]) == ("0.5", "INFO")
 
 
+def test_a_cpu_gives_no_memory_back_between_runs_of_a_program():
+  names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+  assert [_environment("cpu")[name] for name in names] == ["1", "0", "-1"]
+  assert _environment("cpu", MALLOC_ARENA_MAX="4")["MALLOC_ARENA_MAX"] == "4"
+  assert not set(names) & set(_environment("tpu"))
+
+
 def test_a_tpu_gets_no_flags_for_gpus_nor_the_other_way_round():
   assert "XLA_FLAGS" not in _environment("tpu")
   assert "LIBTPU_INIT_ARGS" not in _environment("gpu")

@@ -12,7 +12,8 @@ from unigrpo_jax.tools.plan import chips, command, ranking, search
 UNIGRPO = str(config_files.FOLDER / "unigrpo.py")
 TOPOLOGY = "v5p:4x4x4"
 GIVEN = {
-  "tensor": (2, 4), "prompts_at_once": (16, 32), "microbatch": (32, 64), "remat": ("full", "layer")
+  "tensor": (2, 4), "rollout_tensor": (2,), "prompts_at_once": (16, 32), "microbatch": (32, 64),
+  "remat": ("full", "layer"),
 }
 
 
@@ -68,8 +69,10 @@ def test_the_update_is_compiled_for_the_fastest_sampling_of_each_layout(start):
   assert len(sampled) == 4 and len(updated) == 8
   assert {(point["tensor"], point["prompts_at_once"]) for point in updated} == {(2, 32), (4, 32)}
   assert len(lines) == 12 and all(line.startswith(TOPOLOGY) for line in lines)
-  assert "sampling" in lines[0] and "1/4: tensor 2, prompts_at_once 16: refused" in lines[0]
-  assert len(candidates) == 6
+  refused = "sampling 1/4: tensor 2, rollout_tensor 2, prompts_at_once 16: refused"
+  assert refused in lines[0]
+  # With every sampling of their layout, the slower ones too.
+  assert len(candidates) == 3 + 2 * 3
 
 
 def test_only_the_best_layouts_go_on(start):
@@ -82,14 +85,14 @@ def test_ranking_by_hand(start):
   """Four phases of sampling at (1, 0.5, tensor / 8), and the update."""
   candidates, _, _ = start(Compiler())
   by_point = {tuple(result.point.values()): result.times for result in candidates}
-  assert by_point[2, 32, "layer", 32] == pytest.approx((4 + 40, 4 * 1.75 + 40 + 30 + 22))
-  assert by_point[4, 32, "full", 64] == pytest.approx((4 + 48, 4 * 2.0 + 48 + 30 + 14))
+  assert by_point[2, 2, 32, "layer", 32] == pytest.approx((4 + 40, 4 * 1.75 + 40 + 30 + 22))
+  assert by_point[4, 2, 32, "full", 64] == pytest.approx((4 + 48, 4 * 2.0 + 48 + 30 + 14))
   # By max it is best as well as that of tensor 4; by sum "full" at 64 is not far behind.
-  assert tuple(candidates[0].point.values()) == (2, 32, "layer", 32)
+  assert tuple(candidates[0].point.values()) == (2, 2, 32, "layer", 32)
   assert [sum(r.times) for r in candidates] == sorted(sum(r.times) for r in candidates)
   lost = ranking.losses(candidates)
   assert lost[0][0] == 0 and min(by_sum for _, by_sum in lost) == 0
-  place = [tuple(r.point.values()) for r in candidates].index((4, 32, "full", 64))
+  place = [tuple(r.point.values()) for r in candidates].index((4, 2, 32, "full", 64))
   best_sum = min(result.times[1] for result in candidates)
   assert lost[place] == pytest.approx((52 / 44 - 1, 100 / best_sum - 1))
 
@@ -97,17 +100,18 @@ def test_ranking_by_hand(start):
 def test_the_page_shows_what_to_paste_and_what_was_dropped(start):
   candidates, dropped, _ = start(Compiler())
   config = config_files.load(
-    UNIGRPO, ["--config.rollout.prompts_at_once=32", "--config.remat=full"])
+    UNIGRPO, [
+      "--config.rollout.prompts_at_once=32", "--config.rollout.tensor=2", "--config.remat=full"])
   text = ranking.render(TOPOLOGY, candidates, dropped, search.Space(config, 64).of_config())
-  assert "6 candidates" in text and "* is the config as it is" in text
+  assert "9 candidates" in text and "* is the config as it is" in text
   marked = [line for line in text.splitlines() if line.split() and line.split()[0].endswith("*")]
-  assert len(marked) == 1 and marked[0].split()[1:5] == ["4", "32", "full", "64"]
+  assert len(marked) == 1 and marked[0].split()[1:6] == ["4", "2", "32", "full", "64"]
   assert "18.2%" in marked[0]  # 52 s, where the best takes 44
   assert "split a group" in text and "too tight: update needs" in text
   best = text[text.index("best by the mean of both") :].splitlines()
-  assert best[1:5] == [
-    "  --config.mesh.tensor=2", "  --config.rollout.prompts_at_once=32",
-    "  --config.remat=layer", "  --config.microbatch=32",
+  assert best[1:6] == [
+    "  --config.mesh.tensor=2", "  --config.rollout.tensor=2",
+    "  --config.rollout.prompts_at_once=32", "  --config.remat=layer", "  --config.microbatch=32",
   ]
   # Each block is what a command line takes.
   for line in best:
@@ -184,7 +188,9 @@ def test_sampling_is_not_refused_for_a_microbatch(start):
       raise errors.InputError(f"config.microbatch={point['microbatch']} does not divide")
     return _figures(phases, (1, 1, 1))
 
-  given = GIVEN | {"tensor": (1, 4), "remat": ("full",)}
+  given = GIVEN | {
+    "tensor": (1, 4), "rollout_tensor": (1,), "prompts_at_once": (32,), "remat": ("full",)
+  }
   candidates, dropped, _ = start(compiler, given)
   assert [(r.point["tensor"], r.point["microbatch"]) for r in candidates] == [
     (1, 64), (4, 32), (4, 64)]
@@ -201,7 +207,7 @@ def test_a_microbatch_that_sampling_is_refused_for_is_not_kept(start):
   _, dropped, _ = start(compiler, GIVEN | {"microbatch": (32,)})
   assert len(dropped) == 4
   candidates, dropped, _ = start(compiler, GIVEN | {"microbatch": (64,)})
-  assert len(candidates) == 4 and dropped == []
+  assert len(candidates) == 2 * 2 * 2 and dropped == []
 
 
 def test_a_crash_is_tried_again_by_the_next_start(start):
@@ -257,7 +263,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(search, "compiler", lambda *_: Compiler())
   results = tmp_path / "results.jsonl"
   command.main([
-    f"--config={UNIGRPO}", f"--topology={TOPOLOGY}", "--search", "--tensor=4,2", "--remat=full",
+    f"--config={UNIGRPO}", f"--topology={TOPOLOGY}", "--search", "--tensor=4,2",
+    "--rollout_tensor=2", "--remat=full",
     "--prompts_at_once=32", "--microbatch=64", f"--results={results}",
   ])
   captured = capsys.readouterr()

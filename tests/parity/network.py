@@ -13,9 +13,9 @@ import numpy as np
 from tests.parity import cases
 from unigrpo_jax import types
 from unigrpo_jax.data import images, tokenizer
-from unigrpo_jax.models import bagel, vae, weights
+from unigrpo_jax.models import bagel, lowering, vae, weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.runtime import folders
+from unigrpo_jax.runtime import folders, sharding
 from unigrpo_jax.sampling import flow, text
 
 # Lengths are rounded up to these, so that most cases share a compiled program; the padding is a
@@ -77,7 +77,11 @@ class Network:
       if not (folder.path / file).is_file():
         raise cases.NotCovered(f"the folder has no {file}")
     self.config = folder.config
-    self.model = bagel.Bagel(self.config, folder.image_markers, dtype=jnp.float32)
+    # As it runs on these devices.
+    self.model = bagel.Bagel(
+      self.config, folder.image_markers, dtype=jnp.float32,
+      lowering=lowering.choose("auto", sharding.make_mesh(devices=jax.devices()[:1]), jnp.float32),
+    )
     self.params = folders.open_folder(folder.path).load_params(dtype=jnp.float32)
     self.vae = vae.VAE(self.config.vae)
     self._compiled = {}

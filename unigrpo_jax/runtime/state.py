@@ -110,16 +110,17 @@ def build_network(
 
 
 def fewest_tensor_ways(network: Network) -> int:
-  """The fewest tensor ways whose share of the parameters takes a third of a device, or less.
+  """The fewest tensor ways whose share of the parameters takes a quarter of a device, or less.
 
   The ways divide those of the mesh, and are as many where the memory is not known. Tensor ways
-  wait for each other in every layer; the rest of the memory is for the state and activations.
+  wait for each other in every layer, but each token reads all that a device holds; the rest of the
+  memory is for the state and activations.
   """
   most, memory = network.mesh.shape["tensor"], network.device_memory
   if memory is None:
     return most
   size = _param_bytes(network.config, network.model.dtype)
-  fits = (ways for ways in range(1, most) if most % ways == 0 and 3 * size <= ways * memory)
+  fits = (ways for ways in range(1, most) if most % ways == 0 and 4 * size <= ways * memory)
   return next(fits, most)
 
 

@@ -47,10 +47,10 @@ What the page says:
                  seconds that each alone would take at the chip's peak. An iteration at best is the
                  sum over the phases of the largest of the three: a bound, not a forecast
 
---search compiles sampling with every value of --tensor and --prompts_at_once, then the update with
-every value of --microbatch and --remat for the fastest layouts that fit, and prints the ranking,
-what to paste, and what was dropped. Each result is a line of --results, which no later search
-compiles again; after a change of the programs, give a new file.
+--search compiles sampling with every value of --tensor, --rollout_tensor and --prompts_at_once,
+then the update with every value of --microbatch and --remat for the fastest layouts that fit, and
+prints the ranking, what to paste, and what was dropped. Each result is a line of --results, which
+no later search compiles again; after a change of the programs, give a new file.
 
 examples:
   python -m unigrpo_jax.plan --config=configs/unigrpo.py --topology=v5p:4x4x4

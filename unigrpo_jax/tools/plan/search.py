@@ -55,6 +55,7 @@ class Dimension:
 
 DIMENSIONS = (
   Dimension("tensor", "mesh.tensor", SAMPLING + UPDATE),
+  Dimension("rollout_tensor", "rollout.tensor", SAMPLING),
   Dimension("prompts_at_once", "rollout.prompts_at_once", SAMPLING, grows=True),
   Dimension("remat", "remat", UPDATE),
   Dimension("microbatch", "microbatch", UPDATE, grows=True),
@@ -139,6 +140,9 @@ class Space:
 
   def values(self, name: str, point: Point) -> tuple[Any, ...]:
     """What a dimension is tried with at a point of those before it."""
+    if name == "rollout_tensor":  # Not more parts of a layer than in the update.
+      sizes = self.given.get(name, (1, 2, 4))
+      return tuple(size for size in sizes if point["tensor"] % size == 0)
     if name in self.given:
       return self.given[name]
     prompts, rows = self.config.prompts_per_step, self.config.group_size
@@ -232,11 +236,11 @@ class Search:
     finalists = list(layouts.values())[: self._best]
     points = [p for layout in finalists for p in self._space.points(UPDATE, layout.point)]
     updated = self._stage(points, UPDATE)
-    candidates = []
-    for result in updated:
-      for layout in finalists:
-        if not result.reason and layout.point.items() <= result.point.items():
-          candidates.append(_together(layout, result))
+    candidates = [
+      _together(sampling, result) for result in updated if not result.reason
+      for sampling in sampled if not sampling.reason
+      and all(sampling.point[name] == result.point[name] for name in shared)
+    ]
     dropped = [result for result in (*sampled, *updated) if result.reason]
     return sorted(candidates, key=lambda result: sum(result.times)), dropped
 
@@ -384,4 +388,4 @@ def _together(sampled: Result, updated: Result) -> Result:
   figures = {
     name: {**sampled.figures[name], **updated.figures[name]} for name in ("phases", "peak")
   }
-  return Result(updated.point, figures)
+  return Result({**updated.point, **sampled.point}, figures)
