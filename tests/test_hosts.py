@@ -24,15 +24,15 @@ from unigrpo_jax.runtime import hosts, sharding
 ROOT = pathlib.Path(__file__).parents[1]
 # Two chunks an iteration, of which each host has one group; the evaluation's batch is filled up.
 SMALL = {
-  "steps": 4, "prompts_per_step": 4, "rollout.prompts_at_once": 2, "group_size": 2, "microbatch": 8,
+  "steps": 4, "prompts_per_step": 4, "rollout.prompts_at_once": 2, "group_size": 4, "microbatch": 8,
   "rollout.max_tokens": 6, "rollout.num_timesteps": 5, "rollout.window_range": [0, 3],
   "rollout.window_size": 2, "text.chunk": 8, "checkpoint_every": 1, "keep_checkpoints": 1,
   "eval.every": 4, "eval.prompts": 3, "eval.batch_size": 4, "eval.keep": 2,
   "eval.modes": ["think"], "eval.num_timesteps": 4, "warmup_steps": 0, "schedule": "constant",
   "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "rollout.tensor": 1,
   # The first words of the embedded network are certain: without it they would have no gradient, of
-  # whose rounding Adam would make whole steps.
-  "rollout.temperature": 4.0,
+  # whose rounding Adam would make whole steps; nor may it of other gradients that are next to none.
+  "rollout.temperature": 4.0, "eps": 1e-5,
 }
 CONFIG = """
 from unigrpo_jax.recipe import config_files
