@@ -44,9 +44,9 @@ def product(x, kernel, inputs: int):
   return _contract(x, kernel, range(x.ndim - inputs, x.ndim), range(inputs))
 
 
-def _contract(a, b, a_axes, b_axes):
+def _contract(a, b, a_axes, b_axes, precision=jax.lax.Precision.HIGHEST, out_dtype=None):
   axes = ((tuple(a_axes), tuple(b_axes)), ((), ()))
-  return jax.lax.dot_general(a, b, axes, precision=jax.lax.Precision.HIGHEST)
+  return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=out_dtype)
 
 
 def _product_forward(x, kernel, inputs):
@@ -103,13 +103,13 @@ class Linear(nn.Module):
     kernel = self.param(
       "kernel", nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype
     )
-    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    operands = (x.astype(self.dtype), kernel.astype(self.dtype))
     if self.own_gradient:
-      y = product(x.astype(self.dtype), kernel.astype(self.dtype), inputs)
+      y = product(*operands, inputs)
     else:
-      y = jax.lax.dot_general(
-        x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())),
-        precision=matmul_precision(self.dtype), preferred_element_type=self.out_dtype,
+      y = _contract(
+        *operands, range(x.ndim - inputs, x.ndim), range(inputs), matmul_precision(self.dtype),
+        self.out_dtype,
       )
     if self.lora is not None:
       y += self._adapter(x, inputs, shape).astype(y.dtype)
@@ -127,10 +127,10 @@ class Linear(nn.Module):
     up_init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes[inputs:]))
     down = self.param(LORA_DOWN, down_init, (*shape[:inputs], rank), self.param_dtype)
     up = self.param(LORA_UP, up_init, (rank, *shape[inputs:]), self.param_dtype)
-    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
     precision = matmul_precision(self.dtype)
-    x = jax.lax.dot_general(
-      x.astype(self.dtype), down.astype(self.dtype), (contract, ((), ())), precision=precision
+    x = _contract(
+      x.astype(self.dtype), down.astype(self.dtype), range(x.ndim - inputs, x.ndim), range(inputs),
+      precision,
     )
     y = jnp.tensordot(x, up.astype(self.dtype), axes=1, precision=precision)
     return y * (self.lora.alpha / rank)
