@@ -1,24 +1,28 @@
 """One of BAGEL's decoder blocks in PyTorch, to compare a device's rate with.
 
-The only file that imports PyTorch, which nothing here needs: `device_check` imports it where it is
-installed.
+  python launch/torch_block.py '{"width": 3584, ...}' bfloat16 3
+
+The arguments are a workload of the benchmark (`unigrpo_jax/tools/workloads.py`) as JSON, a dtype,
+and how often it is timed; the seconds are printed as JSON. A script of its own, since the package
+has nothing to do with PyTorch: `bench --device-check` runs it where PyTorch is installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import json
+import sys
 import time
+import types
 
 import torch
 from torch.nn import functional
-
-from unigrpo_jax.tools import workloads
 
 
 class Block(torch.nn.Module):
   """Norms, projections with biases, q and k normed by head, attention, and the gated MLP."""
 
-  def __init__(self, work: workloads.Workload):
+  def __init__(self, work: types.SimpleNamespace):
     super().__init__()
     self.heads, self.kv_heads, self.head_dim = work.heads, work.kv_heads, work.width // work.heads
     linear = lambda a, b, bias=False: torch.nn.Linear(a, b, bias=bias)
@@ -58,7 +62,7 @@ def _rotate(x, angles):
   return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def seconds(work: workloads.Workload, dtype: str, repeats: int) -> dict[str, float]:
+def seconds(work: types.SimpleNamespace, dtype: str, repeats: int) -> dict[str, float]:
   """{"forward", "forward_backward"}: of an image's tokens over their context, `group` images.
 
   The block is that of the generation expert alone; medians, on the GPU where there is one.
@@ -95,3 +99,8 @@ def _median(function: Callable[[], None], repeats: int, wait: Callable[[], None]
     wait()
     taken.append(time.perf_counter() - start)
   return sorted(taken[2:])[repeats // 2]
+
+
+if __name__ == "__main__":
+  workload, dtype, repeats = sys.argv[1:]
+  print(json.dumps(seconds(types.SimpleNamespace(**json.loads(workload)), dtype, int(repeats))))

@@ -61,8 +61,6 @@ ONLY_IN = {
   },
 }
 FORBIDDEN = {"torch", "tensorflow", "clu", "pickle"}
-# Files that may import what the rest may not: the benchmark's block in PyTorch, where there is one.
-EXCEPTIONS = {PACKAGE / "tools" / "torch_block.py": {"torch"}}
 
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -103,7 +101,7 @@ def test_a_room_imports_only_rooms_to_its_left_and_its_libraries(path):
     assert other not in ENTRY_POINTS, f"{room} imports the entry point {other}"
     assert entry or RANK[other] < RANK[room], f"{room} imports {other}, which is not to its left"
   kind = "entry point" if entry else room
-  allowed = LIBRARIES[kind] | {"unigrpo_jax"} | EXCEPTIONS.get(path, set())
+  allowed = LIBRARIES[kind] | {"unigrpo_jax"}
   for name in _imports(path):
     top = name.split(".")[0]
     assert top in sys.stdlib_module_names or top == "__future__" or any(
@@ -116,7 +114,7 @@ def test_a_room_imports_only_rooms_to_its_left_and_its_libraries(path):
 @every_file
 def test_nothing_forbidden_is_imported_and_no_file_is_long(path):
   for name in _imports(path):
-    assert name.split(".")[0] not in FORBIDDEN - EXCEPTIONS.get(path, set()), name
+    assert name.split(".")[0] not in FORBIDDEN, name
     assert not name.startswith("jax.experimental.pjit"), name
   assert len(path.read_text().splitlines()) <= 500, "split it by noun"
 

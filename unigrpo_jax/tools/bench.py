@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 from unigrpo_jax import errors
@@ -51,15 +48,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
   """Every shape in a process of its own, one after the other."""
   report: dict[str, Any] = {}
   for name in workloads.SHAPES:
-    with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder) / "bench.json"
-      command = [
-        sys.executable, "-m", "unigrpo_jax.bench", f"--shape={name}", f"--json={path}",
-        f"--repeats={args.repeats}", f"--dtype={args.dtype}", f"--remat={args.remat}",
-      ]
-      if subprocess.run(command, check=False).returncode:
-        raise errors.InputError(f"--shape={name} failed; its error is above")
-      one = json.loads(path.read_text())
+    one = timing.in_process(args, f"--shape={name}", [f"--shape={name}"])
     report = one | {"shapes": [*report.get("shapes", []), *one["shapes"]]}
   return report
 

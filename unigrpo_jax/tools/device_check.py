@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from typing import Any
@@ -36,6 +38,7 @@ MEMORY = 0.8  # of the device's, for what trains; the rest is for activations
 LIMIT = 600  # seconds; what has not ended by then is left out, but a round is not interrupted
 SIDES = {"full": (8192, 2**28), "toy": (64, 2**12)}  # of the matmul; numbers that are copied
 KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+TORCH_BLOCK = pathlib.Path(__file__).parents[2] / "launch" / "torch_block.py"  # of a clone
 
 
 def layers_that_fit(work: workloads.Workload, limit: int | None) -> int:
@@ -103,25 +106,16 @@ def measure_phases(
   Raises:
     TimeoutError: there is none after the round that compiles.
   """
-  seconds = []
   with run.CompileTimer() as compiling:
     made = timing.Bench(
       work, dtype=dtype, remat=remat, compiling=compiling, updates=("joint_update",),
       attention=attention,
     )
-    with sharding.activate(made.mesh), errors.at(f"attention {attention} was not measured"):
-      for number in range(repeats + 1):
-        if time.monotonic() > deadline:
-          break
-        made.timer.read_and_reset()
-        made.iteration(number)
-        seconds.append(made.timer.read_and_reset())
+    failure = f"attention {attention} was not measured"
+    seconds = [each for _, each in timing.rounds(made, repeats, failure, deadline)]
   if len(seconds) < 2:
     raise TimeoutError
-  return {
-    phase: statistics.median(each[f"seconds/{phase}"] for each in seconds[1:])
-    for phase in workloads.JOINT_ITERATION
-  }
+  return timing.medians(seconds)
 
 
 def rates(
@@ -183,7 +177,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
   shape = "toy" if args.toy else "full"
   work = SHAPES[shape]
   if not args.toy and not args.layers:
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = sharding.device_memory([device])
     work = dataclasses.replace(work, layers=layers_that_fit(work, limit))
   elif args.layers:
     work = dataclasses.replace(work, layers=args.layers)
@@ -199,9 +193,9 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
   }
   say(f"copy and matmul measured; {work.layers} layers")
   kernel = KERNELS.get(device.platform)
-  if kernel == "cudnn" and args.dtype == "float32":
+  if kernel and args.dtype == "float32":
+    left_out.append(f"{kernel}, which needs bfloat16")
     kernel = None
-    left_out.append("cudnn, which needs bfloat16")
   elif kernel is None:
     left_out.append(f"an attention kernel: there is none for {device.platform}")
   for attention in filter(None, (kernel, "plain")):
@@ -222,15 +216,17 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
   report["workload"] = dataclasses.asdict(work)
   if importlib.util.find_spec("torch") is None:
     left_out.append("PyTorch, which is not installed")
+  elif not TORCH_BLOCK.exists():
+    left_out.append(f"PyTorch: {TORCH_BLOCK.name} is only in a clone")
   elif time.monotonic() > deadline or not report["attention"]:
     left_out.append(f"PyTorch: {over}")
   else:
-    from unigrpo_jax.tools import torch_block
     say("PyTorch's block")
     best = min(row["seconds"]["denoise"] / row["layers"] for row in report["attention"].values())
-    report["pytorch"] = torch_block.seconds(work, args.dtype, args.repeats) | {
-      "here": best / (work.points - 1)
-    }
+    try:
+      report["pytorch"] = _torch_seconds(work, args, deadline) | {"here": best / (work.points - 1)}
+    except subprocess.SubprocessError as error:
+      left_out.append(f"PyTorch: {error}")
   say("done")
   return report
 
@@ -254,6 +250,16 @@ def _largest_that_fits(
       raise errors.InputError("one layer does not fit in the device's memory; take a larger device")
     work = dataclasses.replace(work, layers=work.layers * 3 // 4)
     say(f"out of memory; {work.layers} layers")
+
+
+def _torch_seconds(work: workloads.Workload, args, deadline: float) -> dict[str, float]:
+  """What TORCH_BLOCK measures; SubprocessError where it fails, or goes on after `deadline`."""
+  workload = json.dumps(dataclasses.asdict(work))
+  command = [sys.executable, str(TORCH_BLOCK), workload, args.dtype, str(args.repeats)]
+  done = subprocess.run(
+    command, check=True, stdout=subprocess.PIPE, text=True, timeout=deadline - time.monotonic()
+  )
+  return json.loads(done.stdout)
 
 
 def main(args: argparse.Namespace) -> None:

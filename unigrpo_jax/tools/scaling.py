@@ -8,9 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import statistics
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
@@ -19,7 +16,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
-from unigrpo_jax.runtime import metrics, run, sharding
+from unigrpo_jax.runtime import metrics, run
 from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
 
@@ -68,7 +65,7 @@ def measure_point(
 
   Bytes are the compiler's: arguments, results and temporaries of the phase's program.
   """
-  work, seconds = point.workload(base), []
+  work = point.workload(base)
   with run.CompileTimer() as compiling:
     made = timing.Bench(
       work, dtype=dtype, remat=remat, compiling=compiling, updates=("joint_update",),
@@ -76,18 +73,11 @@ def measure_point(
     )
     plan = planner.Planner(made.spec, made.network, only=("read", "decode", "denoise", "update"))
     phases = plan.run().phases
-    with sharding.activate(made.mesh), errors.at("nothing was measured"):
-      for number in range(repeats + 1):
-        made.timer.read_and_reset()
-        made.iteration(number)
-        seconds.append(made.timer.read_and_reset())
+    seconds = [each for _, each in timing.rounds(made, repeats, "nothing was measured")]
   flops = workloads.phase_flops(work)
   compiled = {phase: phases["update" if phase == "joint_update" else phase] for phase in PHASES}
   return {
-    "seconds": {
-      phase: statistics.median(each[f"seconds/{phase}"] for each in seconds[1:])
-      for phase in PHASES
-    },
+    "seconds": timing.medians(seconds),
     "bytes": {phase: sum(made.bytes.values()) for phase, made in compiled.items()},
     "flops": {phase: flops[phase] for phase in PHASES},
   }
@@ -182,18 +172,11 @@ def main(args: argparse.Namespace) -> None:
 
 def _in_process(args: argparse.Namespace, name: str, folder: pathlib.Path) -> dict[str, Any]:
   """A point, measured in a process with as many CPU devices as it needs."""
-  path = folder / "point.json"
-  command = [
-    sys.executable, "-m", "unigrpo_jax.bench", "--scaling", f"--point={name}", f"--json={path}",
-    f"--shape={args.shape}", f"--repeats={args.repeats}", f"--dtype={args.dtype}",
-    f"--remat={args.remat}",
-  ]
   count = points()[name].devices
   environ = os.environ | {
     "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")
   }
-  flags = environ.get("XLA_FLAGS", "")
-  environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
-  if subprocess.run(command, check=False, env=environ).returncode:
-    raise errors.InputError(f"--scaling: point {name} failed; its error is above")
-  return json.loads(path.read_text(encoding="utf-8"))
+  given = environ.get("XLA_FLAGS", "")
+  environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count={count}"
+  flags = ["--scaling", f"--point={name}", f"--shape={args.shape}"]
+  return timing.in_process(args, f"--scaling: point {name}", flags, environ)

@@ -7,10 +7,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import json
+import math
 import os
+import pathlib
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -118,6 +123,50 @@ class Bench:
     return metrics
 
 
+def rounds(
+  bench: Bench, repeats: int, failure: str, deadline: float = math.inf
+) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+  """Yields (metrics, seconds by phase) of the round that compiles and of `repeats` more.
+
+  None begins after `deadline`, by `time.monotonic`; `failure` says what an error means.
+  """
+  with sharding.activate(bench.mesh), errors.at(failure):
+    for number in range(repeats + 1):
+      if time.monotonic() > deadline:
+        return
+      bench.timer.read_and_reset()
+      metrics = bench.iteration(number)
+      yield metrics, bench.timer.read_and_reset()
+
+
+def medians(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Of each phase of a joint iteration, without the round that compiled."""
+  return {
+    phase: statistics.median(each[f"seconds/{phase}"] for each in seconds[1:])
+    for phase in workloads.JOINT_ITERATION
+  }
+
+
+def in_process(
+  args: argparse.Namespace, what: str, flags: Sequence[str],
+  environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+  """The JSON that a benchmark with `flags`, in a process of its own, writes.
+
+  Raises:
+    InputError: it failed; `what` names it.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "bench.json"
+    command = [
+      sys.executable, "-m", "unigrpo_jax.bench", *flags, f"--json={path}",
+      f"--repeats={args.repeats}", f"--dtype={args.dtype}", f"--remat={args.remat}",
+    ]
+    if subprocess.run(command, check=False, env=environ).returncode:
+      raise errors.InputError(f"{what} failed; its error is above")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def measure(
   name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: str
 ) -> dict[str, Any]:
@@ -136,13 +185,11 @@ def measure(
   seconds, metrics = [], []  # of each round
   with run.CompileTimer() as compiling:
     bench = Bench(work, dtype=dtype, remat=remat, compiling=compiling)
-    with sharding.activate(bench.mesh), errors.at("nothing was measured"):
-      for number in range(repeats + 1):
-        bench.timer.read_and_reset()
-        metrics.append(bench.iteration(number))
-        seconds.append(bench.timer.read_and_reset())
-        what = f"round {number} of {repeats}" if number else "compiled"
-        print(f"{name}: {what}, {seconds[-1]['seconds/total']:.1f} s", file=sys.stderr, flush=True)
+    for number, (values, taken) in enumerate(rounds(bench, repeats, "nothing was measured")):
+      metrics.append(values)
+      seconds.append(taken)
+      what = f"round {number} of {repeats}" if number else "compiled"
+      print(f"{name}: {what}, {taken['seconds/total']:.1f} s", file=sys.stderr, flush=True)
   drift = {kind: max(each[f"drift/{kind}"] for each in metrics) for kind in ("text", "flow")}
   return {
     "shape": name, "workload": dataclasses.asdict(work), "load_average": load,
