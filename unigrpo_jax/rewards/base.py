@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import io
+import math
 import threading
 from typing import Any
 
@@ -36,7 +37,7 @@ class Sample:
 class Scores:
   """Scores of one call, and why some are missing."""
 
-  values: np.ndarray  # [N], any real dtype, larger is better; NaN where there is no score
+  values: np.ndarray  # [N], any real numbers, larger is better; NaN where there is no score
   reason: str | None = None  # one line about the NaN
 
 
@@ -118,10 +119,14 @@ def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
 def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   """Calls a reward, unless there are no samples, and checks its result.
 
+  Real numbers of any dtype count: those of jax, of ml_dtypes (bfloat16, float8), of PyTorch, also
+  on an accelerator or with a gradient; and Decimal, Fraction and bool.
+
   Returns values [N] float32, each finite or NaN, and a reason where there is a NaN.
 
   Raises:
-    ValueError: the result has a wrong shape or dtype; and whatever the reward raises.
+    ValueError: the result has a wrong shape, or none of it is a real number; and whatever the
+      reward raises.
   """
   count = len(samples)
   if not count:
@@ -129,11 +134,7 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   result = reward(samples)
   if not isinstance(result, Scores):
     result = Scores(result)
-  given = np.asarray(result.values)
-  if given.shape != (count,) or given.dtype.kind not in "biuf":
-    raise ValueError(
-      f"a reward must return [{count}] numbers, one a sample; got {list(given.shape)} {given.dtype}"
-    )
+  given, unreal = _real(_array(result.values), count)
   with np.errstate(over="ignore"):
     values = given.astype(np.float32)
   infinite, missing = np.isinf(values), np.isnan(values)
@@ -145,7 +146,52 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   elif missing.any():
     prompt = samples[int(missing.argmax())].prompt[:60]
     reason = result.reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
+    reason += f": {unreal}" if unreal else ""
   return Scores(values, reason)
+
+
+def _array(values) -> np.ndarray:
+  """Values as numpy takes them, or as objects where it cannot."""
+  try:
+    return np.asarray(values)
+  except Exception:
+    # A PyTorch tensor with a gradient, in bfloat16 or on an accelerator; or a list of such, or of
+    # lists of several lengths.
+    if not hasattr(values, "__len__"):
+      raise
+    items = values.tolist() if hasattr(values, "tolist") else list(values)
+    return np.fromiter(items, object, len(items))
+
+
+def _real(given: np.ndarray, count: int) -> tuple[np.ndarray, str | None]:
+  """[count] real numbers, NaN for what is none, and the first thing that is none."""
+  unreal: list[str] = []
+  if given.shape == (count,):
+    # numpy itself does not know that bfloat16 is real, but that it may become float64.
+    if given.dtype.kind in "biuf" or np.can_cast(given.dtype, np.float64):
+      return given, None
+    numbers = np.array([_number(item, unreal) for item in given.astype(object)])
+    if len(unreal) < count:
+      return numbers, unreal[0] if unreal else None
+  raise ValueError(
+    f"a reward must return [{count}] numbers, one a sample; got {list(given.shape)} {given.dtype}"
+    + (f" ({unreal[0]})" if unreal else "")
+  )
+
+
+def _number(item, unreal: list[str]) -> float:
+  """A Decimal, a Fraction, a tensor without axes ... as float; NaN, and a line, for what is none.
+  """
+  try:
+    # float() would read text, and drop an imaginary part with a warning.
+    if not isinstance(item, str | bytes | complex | np.complexfloating) and not np.shape(item):
+      return float(item)
+  except OverflowError:
+    return math.inf
+  except Exception:  # Whatever an object of another library raises.
+    pass
+  unreal.append(f"{item!r:.60} is no real number")
+  return math.nan
 
 
 @register("brightness")
