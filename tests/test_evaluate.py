@@ -172,7 +172,7 @@ def test_no_picture_of_an_older_evaluation_stays(tmp_path):
     (["--out=o", "--prompts_from=p.txt", "--prompts=9"], "--prompts=9: p.txt, split test, has 2"),
     (["--out=o", "--size", "40", "32", "--prompts=1"], "height=40"),
     (["--out=p.txt"], "--out=p.txt is a file"),
-    (["--out=p.txt/o"], "--out=p.txt/o: cannot write there"),
+    (["--out=p.txt/o"], "--out=p.txt/o: cannot be written to"),
     (["--out=o", "--rewards", "brightnes"], "did you mean 'brightness'?"),
     (["--out=o", "--modes", "edit", "--rewards", "brightness"], "nothing is drawn for --rewards"),
     (["--out=o", "--reward_options", '{"a": {}}'], "--reward_options needs --rewards"),

@@ -42,6 +42,7 @@ LIBRARIES = {
   "data": {"numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets"},
   "runtime": {
     "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",
+    "etils",
   },
   "episodes": {"jax", "numpy", "flax.struct"},
   "algorithms": {"jax", "numpy", "flax.struct", "optax"},

@@ -85,7 +85,10 @@ class _Library(types.ModuleType):
 
   def __init__(self):
     super().__init__("library")
-    self.calls = []
+    self.calls, self.record_writer = [], self
+
+  def register_writer_factory(self, prefix, factory):
+    self.prefix = prefix
 
   def SummaryWriter(self, **arguments):
     self.calls.append(arguments)
@@ -117,7 +120,7 @@ def test_every_writer_gets_every_row(tmp_path, monkeypatch):
   log.close()
   assert metrics.read(tmp_path / "metrics.jsonl")[0] == [{"step": 5, "loss": 0.5}]
   opened, written, closed = boards.calls
-  assert opened == {"logdir": str(tmp_path / "tensorboard"), "purge_step": 5}
+  assert opened == {"logdir": f"{boards.prefix}:{tmp_path / 'tensorboard'}", "purge_step": 5}
   assert written == ("loss", 0.5, 5) and closed == "closed"
   opened, written, closed = wandb.calls
   assert opened["id"] == "an_id" and opened["config"] == {"seed": 1}

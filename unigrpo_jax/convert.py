@@ -97,19 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.runtime import conversion
 
-  try:
-    if args.check:
-      if not conversion.check(source, args.target):
-        sys.exit(1)
-    elif args.export:
-      conversion.export(source, args.target, overwrite=args.overwrite)
-    else:
-      conversion.convert(source, args.target, overwrite=args.overwrite)
-  except OSError as error:
-    raise errors.InputError(
-      f"{error.filename or args.target}: {error.strerror or error}; "
-      "check permissions and free space"
-    ) from error
+  if args.check:
+    if not conversion.check(source, args.target):
+      sys.exit(1)
+  elif args.export:
+    conversion.export(source, args.target, overwrite=args.overwrite)
+  else:
+    conversion.convert(source, args.target, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Callable, Collection, Iterator
 import contextlib
 import difflib
+import errno
 import math
+import os
 import sys
 from typing import Any
 
@@ -20,7 +22,7 @@ class Diverged(InputError):
 
 
 class Storage(InputError):
-  """A checkpoint that could not be written: the same command may do better next time."""
+  """Something could not be read or written: the same command may do better next time."""
 
 
 class UpdateRejected(InputError):
@@ -34,6 +36,19 @@ class UpdateRejected(InputError):
     super().__init__(message)
     self.state = state
 
+
+# What the file system says, and what to do. Where it is the state of the machine, not a wrong name,
+# trying again may help.
+_FULL = "free disk space, then run the same command again"
+_AGAIN = "run the same command again"
+_TEMPORARY = {
+  errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
+  **dict.fromkeys((
+    errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENODEV,
+    errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO,
+  ), _AGAIN),
+}
+_OTHER = "give another place, or change its permissions"
 
 # Those that one host may find alone and all others then raise.
 KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage)}
@@ -72,7 +87,46 @@ def at(where: str) -> Iterator[None]:
   except InputError as error:
     if not where:
       raise
-    raise InputError(f"{where}: {error}") from None
+    raise reworded(error, f"{where}: {error}") from None
+
+
+def reworded(error: InputError, message: str) -> InputError:
+  """An error of the same kind with another message."""
+  return KINDS.get(type(error).__name__, InputError)(message)
+
+
+def of_storage(
+  error: Exception, path: Any = None, did: str = "used", reason: str = ""
+) -> InputError:
+  """A failed read or write in one line: `Storage` where trying again may help, else `InputError`.
+
+  Args:
+    error: an `OSError`, or what a library made of one, which quotes it.
+    path: of the file or folder; None: as the error names it; "": none.
+    did: what could not be done to it: "read", "written", "used".
+    reason: what the error says; "": all of it.
+  """
+  text = str(error)
+  number = getattr(error, "errno", None)
+  if number not in _TEMPORARY:
+    number = next((n for n in _TEMPORARY if os.strerror(n) in text), number)
+  reason = reason or getattr(error, "strerror", None) or text or type(error).__name__
+  place = getattr(error, "filename", None) if path is None else path
+  kind = Storage if number in _TEMPORARY else InputError
+  advice = _TEMPORARY.get(number, _OTHER)
+  return kind(f"{f'{place}: ' if place else ''}cannot be {did} ({reason}); {advice}")
+
+
+@contextlib.contextmanager
+def storage(path: Any = None, did: str = "written") -> Iterator[None]:
+  """Raises `of_storage` of an `OSError` within; without `path`, of those that name a file or say
+  that something is full or out of order."""
+  try:
+    yield
+  except OSError as error:
+    if path is None and error.filename is None and error.errno not in _TEMPORARY:
+      raise  # Of a socket, or a fault of the program.
+    raise of_storage(error, path, did) from error
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -83,13 +137,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def report(main: Callable[[], Any]) -> Any:
-  """Runs an entry point; an `InputError` becomes one line on stderr and exit status 2, or 1 where
-  trying again may help.
+  """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and
+  exit status 2, or 1 where trying again may help.
 
   Returns what it returns.
   """
   try:
-    return main()
+    with storage(did="used"):
+      return main()
   except InputError as error:
     sys.stdout.flush()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 from unigrpo_jax.tools.report import page, workdir
 
 DESCRIPTION = """Makes one HTML page about a run: rewards with intervals, health, the same prompts
@@ -24,11 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   if out.is_dir():
     raise errors.InputError(f"--out={out} is a folder; name a file in it")
   text = page.render(workdir.read(args.workdir))
-  try:
+  with errors.storage(f"--out={out}"):
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-  except OSError as error:
-    raise errors.InputError(f"--out={out} cannot be written: {error.strerror}") from error
+    atomic.write_text(out, text)
   print(f"wrote {out} ({len(text.encode()) / 1e6:.2f} MB)")
 
 

@@ -163,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   def run_on_all_hosts() -> None:
     hosts.compare({"--workdir": str(args.workdir), "config": sections.plain(config)})
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        run_lib.check_workdir(args.workdir)
     algorithms[config.algorithm](config, args.workdir)
 
   hosts.run(run_on_all_hosts, lambda: run_lib.continue_from(args.workdir))

@@ -25,6 +25,7 @@ import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import contact_sheet, intervals
+from unigrpo_jax.data import atomic
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import hosts
 
@@ -147,7 +148,7 @@ class Results:
     """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
 
     Raises:
-      InputError: the folder cannot be written to.
+      InputError: the folder cannot be written to; Storage where trying again may help.
     """
     import PIL.Image
 
@@ -156,23 +157,24 @@ class Results:
       "title": title, "modes": self.modes, "rows": [dataclasses.asdict(row) for row in self.rows]
     }
     text = "\n".join([f"# {title}\n", *map(self.table, self.rewards)])
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
+    pictures = {folder / name: PIL.Image.fromarray(image) for name, image in self.images.items()}
+    if pictures:
+      pictures[folder / "contact.png"] = contact_sheet.draw(title, self.rows, self.images)
+    with errors.storage(folder):
+      others = []
       if (folder / "results.json").exists():  # And so the pictures of another evaluation.
-        for old in [folder / "contact.png", *folder.glob("images/*.png")]:
-          if old.name == "contact.png" or _PICTURE.fullmatch(old.name):
-            old.unlink(missing_ok=True)
-      (folder / "results.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        others = [path for path in folder.glob("images/*.png") if _PICTURE.fullmatch(path.name)]
+        others.append(folder / "contact.png")
+      for path, picture in pictures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
+      folder.mkdir(parents=True, exist_ok=True)
+      atomic.write_text(folder / "results.md", text)
+      atomic.write_text(
+        folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"
       )
-      (folder / "results.md").write_text(text, encoding="utf-8")
-      for name, image in self.images.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(image).save(folder / name)
-      if self.images:
-        contact_sheet.draw(title, self.rows, self.images).save(folder / "contact.png")
-    except OSError as error:
-      raise errors.InputError(f"{folder}: cannot be written to ({error.strerror})") from None
+      for path in set(others) - pictures.keys():
+        path.unlink(missing_ok=True)
 
 
 class Evaluation:

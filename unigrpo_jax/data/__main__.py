@@ -112,12 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   # After the arguments are known to be good: importing TFDS takes a second.
   from unigrpo_jax.data import prompt_folders
 
-  try:
-    folder = prompt_folders.build(args.name, splits, args.out, overwrite=args.overwrite)
-  except OSError as error:
-    raise errors.InputError(
-      f"{error.filename or args.out}: {error.strerror or error}; check permissions and free space"
-    ) from None
+  folder = prompt_folders.build(args.name, splits, args.out, overwrite=args.overwrite)
   for split in splits:
     opened = prompts.open_set(folder, split)
     print(f"{folder}, split {split}: {len(opened)} prompts, the first {opened[0].prompt[:60]!r}")

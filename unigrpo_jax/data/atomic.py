@@ -29,17 +29,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def probe(path: pathlib.Path) -> None:
-  """Raises InputError unless a file can be written at `path`; leaves nothing behind."""
+  """Raises InputError, or Storage, unless a file can be written at `path`; leaves nothing behind.
+  """
   made = []
   try:
     for folder in reversed(path.absolute().parents):
+      if folder.is_symlink() and not folder.exists():
+        raise errors.InputError(f"{folder} is a link to a place that does not exist; make it first")
       if not folder.exists():
         folder.mkdir(exist_ok=True)
         made.append(folder)
     with _beside(path) as partial:
       partial.write_bytes(b"")
   except OSError as error:
-    raise errors.InputError(f"cannot write there ({error.strerror}); give another place") from None
+    raise errors.of_storage(error, "", "written to") from None
   finally:
     remove_empty(reversed(made))
 
@@ -87,16 +90,18 @@ def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
   staged = target.with_name(f"{prefix}{secrets.token_hex(4)}")
   with _interruptible() as ignore_signals:
     try:
-      staged.mkdir(parents=True)
-      yield staged
-      replace(staged, target)
+      with errors.storage():
+        staged.mkdir(parents=True)
+        yield staged
+        replace(staged, target)
     except BaseException as error:
       # A closing terminal sends more than one signal: the second must not stop the cleaning.
       ignore_signals()
       _remove(staged)
       remove_empty(missing)
       if isinstance(error, errors.InputError):
-        raise errors.InputError(str(error).replace(str(staged), str(target))) from None
+        message = str(error).replace(str(staged), str(target))
+        raise errors.reworded(error, message) from None
       raise
 
 

@@ -34,8 +34,8 @@ def build(
   With `overwrite`, it replaces a set of this name, after success only.
 
   Raises:
-    InputError: a name is not possible, the folder exists, or the disk is full.
-    OSError: `out` cannot be written to.
+    InputError: a name is not possible, the folder exists, or `out` cannot be written to; Storage
+      where trying again may help.
   """
   for kind, value in [("name", name), *(("split", split) for split in splits)]:
     # What TFDS would refuse only when the set is read.
@@ -51,8 +51,8 @@ def build(
     )
   if target.exists() and not (target / VERSION / "dataset_info.json").is_file():
     raise errors.InputError(
-      f"{target}: is not a prompt set, so --overwrite does not replace it; delete it yourself or "
-      "choose another --name or --out"
+      f"{target}: is not a prompt set, so --overwrite does not replace it; choose another "
+      "--name or --out"
     )
   try:
     with atomic.staging(target) as staged:
@@ -64,9 +64,7 @@ def build(
     if type(error) is not RuntimeError:
       raise
     # ArrayRecord's error where the disk is full.
-    raise errors.InputError(
-      f"{target}: cannot be written ({_first_line(error)}); check permissions and free space"
-    ) from error
+    raise errors.of_storage(error, target, "written", _first_line(error)) from error
   return target / VERSION
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
+import glob
 import logging
 import pathlib
+import posixpath
 import re
 import sys
 from typing import Any
 
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from unigrpo_jax import errors
@@ -57,15 +60,44 @@ def drop_lost_traces() -> None:
   sys.unraisablehook = show_others
 
 
+class _Folder(epath.gpath.PosixGPath):
+  """A folder for Orbax, whose name is a name: without this, etils takes a "[" or "*" in it for a
+  pattern when it lists what the folder holds, and "/gs/" for a bucket.
+  """
+
+  @property
+  def _uri_scheme(self) -> None:
+    return None
+
+  def glob(self, pattern: str) -> Iterator[_Folder]:
+    pattern = posixpath.join(glob.escape(str(self)), pattern)
+    return (self._new(path) for path in self._backend.glob(pattern))
+
+
+def check_name(path: pathlib.Path) -> None:
+  """Refuses the few names that TensorStore and Orbax take for those of other folders.
+
+  Raises:
+    InputError: names what is wrong.
+  """
+  if wrong := re.search(r"\\|gs:/|[\ud800-\udfff]", f"{path.absolute()}/"):
+    raise errors.InputError(
+      f"{path}: no checkpoint can be kept under a name with {wrong[0]!r}; give another folder"
+    )
+
+
 @contextlib.contextmanager
-def writing(path: pathlib.Path, kind: type = errors.InputError) -> Iterator[None]:
-  """Turns a failed write, of whatever sort the libraries raise, into one line."""
+def writing(path: pathlib.Path, kind: type[errors.InputError] | None = None) -> Iterator[None]:
+  """Turns a failed write, of whatever sort the libraries raise, into one line.
+
+  Raises:
+    InputError: of the `kind`; None: as the failure says, see `errors.of_storage`.
+  """
   try:
     yield
   except Exception as error:
-    raise kind(
-      f"{path}: cannot be written ({first_line(error)}); check free disk space and permissions"
-    ) from None
+    failed = errors.of_storage(error, path, "written", first_line(error))
+    raise (failed if kind is None else kind(str(failed))) from None
 
 
 def first_line(error: BaseException) -> str:
@@ -99,7 +131,7 @@ class TrainCheckpoints:
     if score is not None:
       kept.append(_Best(score))
     self._checkpointer = ocp.training.Checkpointer(
-      pathlib.Path(folder).absolute(),
+      _Folder(pathlib.Path(folder).absolute()),
       preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
     )
 
@@ -143,7 +175,8 @@ class TrainCheckpoints:
     except Exception as error:
       raise errors.InputError(
         f"{self._checkpointer.directory}: checkpoint {step} cannot be loaded "
-        f"({first_line(error.__cause__ or error)}); remove it to resume from the one before"
+        f"({first_line(error.__cause__ or error)}); to resume from the one before, move "
+        "it to another folder"
       ) from error
 
   def close(self) -> None:

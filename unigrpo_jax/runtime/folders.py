@@ -166,8 +166,7 @@ def check_target(
     is_empty = target.is_dir() and not any(target.iterdir())
     if not is_empty and not is_folder(target):
       raise errors.InputError(
-        f"target {target} is not a model folder, so nothing replaces it; delete it yourself or "
-        "choose another folder"
+        f"target {target} is not a model folder, so nothing replaces it; choose another folder"
       )
   parent = next(folder for folder in target.parents if folder.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -253,12 +253,14 @@ def share(total: int) -> range:
 @contextlib.contextmanager
 def raise_on_all_hosts() -> Iterator[None]:
   """Raises the `InputError` of the first host that has one within on all; others add its number.
+  An `OSError` of a file becomes one, see `errors.storage`.
 
   All hosts enter and leave it; within, each works on its own, without collective operations.
   """
   local = ""
   try:
-    yield
+    with errors.storage(did="used"):
+      yield
   except errors.InputError as error:
     if count() == 1:
       raise

@@ -17,6 +17,7 @@ import tqdm
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
+from unigrpo_jax.runtime import event_files
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
 PROGRESS_SECONDS = 30.0  # Between two lines of progress where standard error is no terminal.
@@ -46,7 +47,8 @@ class MetricsLog:
     steps are dropped. W&B cannot drop any: it ignores those that the run writes again.
 
     Raises:
-      InputError: an unknown name, or one whose library is not installed.
+      InputError: an unknown name, or one whose library is not installed; or the folder cannot be
+        written to, Storage where trying again may help.
     """
     for name in names:
       errors.choose("metrics writer", name, WRITERS)
@@ -55,9 +57,9 @@ class MetricsLog:
       self._path = workdir / "metrics.jsonl"
       _drop_after(self._path, first_step)
     if "tensorboard" in names:
-      # tensorboardX needs no TensorFlow. TensorBoard hides older events from `purge_step` on.
-      self._board = _import("tensorboardX", "tensorboard").SummaryWriter(
-        logdir=str(workdir / "tensorboard"), purge_step=first_step + 1
+      library = _import("tensorboardX", "tensorboard")  # It needs no TensorFlow.
+      self._board, self._event_files = event_files.open_board(
+        library, workdir / "tensorboard", purge_step=first_step + 1
       )
     if "wandb" in names:
       library = _import("wandb", "wandb")
@@ -74,18 +76,14 @@ class MetricsLog:
       # JSON has no NaN and no infinity: `read` gives NaN for null.
       row = {name: v if math.isfinite(v) else None for name, v in values.items()}
       text = json.dumps({"step": step} | row, allow_nan=False) + "\n"
-      try:
-        with self._path.open("a", encoding="utf-8") as file:
-          file.write(text)
-      except OSError as error:
-        raise errors.Storage(
-          f"{self._path}: cannot be written ({error.strerror}); check free disk space and "
-          "permissions"
-        ) from None
+      with errors.storage(self._path), self._path.open("a", encoding="utf-8") as file:
+        file.write(text)
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
       self._board.flush()
+      for file in self._event_files:
+        file.raise_failed()
     if self._wandb:
       self._wandb.log(values, step=step)
 
@@ -98,11 +96,12 @@ class MetricsLog:
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
   """Removes the rows of later steps, and the half line that a killed run may leave."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-  rows = [(_parse(line), line + "\n") for line in lines]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Atomic: a run that is killed here would otherwise lose its history.
-  atomic.write_text(path, "".join(line for row, line in rows if row and row["step"] <= step))
+  with errors.storage(path):
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [(_parse(line), line + "\n") for line in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Atomic: a run that is killed here would otherwise lose its history.
+    atomic.write_text(path, "".join(line for row, line in rows if row and row["step"] <= step))
 
 
 def read(path: pathlib.Path) -> tuple[list[dict[str, float]], int]:

@@ -194,25 +194,29 @@ class Run:
 
   def _introduce(self, resumed: bool) -> None:
     """Writes config.json and run.json."""
-    if hosts.first():
-      self._workdir.mkdir(parents=True, exist_ok=True)
-      write_json(self._workdir / "config.json", self._spec.config)
-      write_json(self._workdir / "run.json", {
-        "run_id": self._run_id,
-        "resumed": resumed,
-        "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-          name: importlib.metadata.version(name)
-          for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-        },
-        "devices": state.describe_devices(self._network.mesh),
-        "device_kind": self._network.mesh.devices.flat[0].device_kind,
-        "parameters": {
-          group: count for group, count in state.group_sizes(self._state.params).items() if count
-        },
-      })
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        self._write_introduction(resumed)
     with hosts.raise_on_all_hosts():
       _check_shared(self._workdir, self._run_id)
+
+  def _write_introduction(self, resumed: bool) -> None:
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    write_json(self._workdir / "config.json", self._spec.config)
+    write_json(self._workdir / "run.json", {
+      "run_id": self._run_id,
+      "resumed": resumed,
+      "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "versions": {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+      },
+      "devices": state.describe_devices(self._network.mesh),
+      "device_kind": self._network.mesh.devices.flat[0].device_kind,
+      "parameters": {
+        group: count for group, count in state.group_sizes(self._state.params).items() if count
+      },
+    })
 
   def print_start(
     self, train_state: types.TrainState, learning_rate: Mapping[str, float], lines: Sequence[str]
@@ -413,6 +417,18 @@ class Run:
       )
       return
     state.export(self._network, train_state.averaged, spec.export_to, spec.export_dtype)
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+  """Refuses a folder that cannot hold a run, before anything is loaded or computed.
+
+  Raises:
+    InputError: its name, or whatever is in its place; Storage where trying again may help.
+  """
+  checkpoints.check_name(workdir)
+  for folder in (workdir, workdir / "checkpoints", workdir / "evaluations"):
+    with errors.at(f"--workdir={workdir}" if folder is workdir else str(folder)):
+      atomic.probe(folder / "probe")
 
 
 def _check_shared(workdir: pathlib.Path, run_id: str) -> None:

@@ -58,6 +58,7 @@ class Writer:
   def __init__(self, path: pathlib.Path, arrays: Mapping[weights.Path, NewArray]):
     """Makes the checkpoint folder `path` for `arrays`, which are zero until they are written."""
     self._path = path.absolute()
+    checkpoints.check_name(path)
     small = {name: np.zeros(1, array.dtype) for name, array in arrays.items()}
     with checkpoints.writing(self._path):
       checkpoints.drop_lost_traces()
@@ -119,6 +120,7 @@ class Reader:
 
   def __init__(self, path: pathlib.Path, leaves: Sequence[weights.Leaf]):
     self.path, self.leaves = path.absolute(), leaves
+    checkpoints.check_name(path)
     if not self.path.is_dir():
       raise errors.InputError(f"{self.path}: no such checkpoint folder; {AGAIN}")
     context = tensorstore.Context()
@@ -169,8 +171,10 @@ class Reader:
 
 
 def _spec(path: pathlib.Path, name: weights.Path) -> dict[str, Any]:
+  # Not a "file://" URL, in which some characters of a name would mean something else.
+  base = {"driver": "file", "path": f"{path / _ITEM}/"}
   kvstore = {
-    "driver": "ocdbt", "base": f"file://{path / _ITEM}/", "path": ".".join(name) + "/",
+    "driver": "ocdbt", "base": base, "path": ".".join(name) + "/",
     "target_data_file_size": _DATA_FILE_BYTES,
   }
   return {"driver": "zarr3", "kvstore": kvstore}

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 from unigrpo_jax.models import layers
 from unigrpo_jax.runtime import state
 from unigrpo_jax.tools import device_check, scaling, timing, workloads
@@ -93,8 +94,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   if args.shape == "all" and args.scaling:
     raise errors.InputError("--shape=all: --scaling starts from one shape; name it")
   errors.require("--repeats", args.repeats, low=1)
-  if args.json is not None and not args.json.parent.is_dir():
-    raise errors.InputError(f"--json={args.json}: no such folder; create it first")
+  if args.json is not None:
+    with errors.at(f"--json={args.json}"):
+      if not args.json.parent.is_dir():
+        raise errors.InputError("no such folder; create it first")
+      atomic.probe(args.json)
   return args
 
 
@@ -114,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(timing.table(result), flush=True)
     report = timing.environment(args) | {"shapes": [result]}
   if args.json is not None:
-    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    atomic.write_text(args.json, json.dumps(report, indent=2) + "\n")

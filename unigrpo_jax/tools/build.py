@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from unigrpo_jax import errors, finetune
-from unigrpo_jax.data import atomic, bpe
+from unigrpo_jax.data import bpe
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.iconworld import prompts, renderer, tasks
@@ -204,8 +204,7 @@ def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> Non
         )
   elif pathlib.Path(arguments["out"]).exists():
     raise errors.InputError(f"--out={arguments['out']} exists already; choose another folder")
-  with errors.at(f"--workdir={workdir}"):
-    atomic.probe(record)
+  run_lib.check_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   run_lib.write_json(record, arguments)
 

@@ -21,8 +21,9 @@ import sys
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 from unigrpo_jax.recipe import config_files, rl
-from unigrpo_jax.runtime import metrics, resumption
+from unigrpo_jax.runtime import metrics, resumption, run
 
 REWARDS = ("reward", "iconworld_strict", "iconworld_soft", "iconworld_reasoning")
 # {"eval/<mode>/<reward>": mean}, before and after a run.
@@ -178,12 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     (method, seed): prepare(method, seed, args.workdir, args.variants, overrides)
     for seed in args.seeds for method in args.methods
   }
+  run.check_workdir(args.workdir)
   outcomes: dict[str, dict[int, Outcome]] = {}
   for (method, seed), training in trainings.items():
     outcome = training.outcome() or train(training, args.workdir / "compiled")
     outcomes.setdefault(method, {})[seed] = outcome
     # After every run, so that the table of an interrupted comparison can be read.
     text = table(outcomes)
-    (args.workdir / "results.md").write_text(text, encoding="utf-8")
-    (args.workdir / "results.json").write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
+    atomic.write_text(args.workdir / "results.md", text)
+    atomic.write_text(args.workdir / "results.json", json.dumps(outcomes, indent=1))
   print(text)

@@ -177,7 +177,7 @@ def _save(
     "seed": request.seed,
     **record,
   }
-  try:
+  with errors.storage(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     if result.image is not None:
       record |= {"size": result.image.shape[:2], "upscale": upscale}
@@ -185,8 +185,6 @@ def _save(
       atomic.write(path, lambda aside: image.save(aside, format="PNG"))
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     atomic.write_text(path.with_suffix(".json"), text)
-  except OSError as error:
-    raise errors.InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _print(

@@ -14,6 +14,7 @@ import time
 import jax
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
 from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.tools.plan import (
   advice,
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(page.render(name, records[name], chip, topology.summary(spec)))
     print("\n".join(advice.lines(config, plan, records[name], chip)), flush=True)
     if args.json:
-      args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+      atomic.write_text(args.json, json.dumps(records, indent=1) + "\n")
   if len(records) > 1:
     print(page.comparison(records))
 
@@ -119,6 +120,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
       words = "not with --search" if args.search else "only with --search"
       raise errors.InputError(f"--{name} is {words}; leave it out")
   errors.require("--best", args.best, low=1)
+  for name, path in (("json", args.json), ("results", args.search and args.results)):
+    if path:
+      with errors.at(f"--{name}={path}"):
+        atomic.probe(path)
   return args, overrides
 
 

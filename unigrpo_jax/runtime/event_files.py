@@ -1,0 +1,74 @@
+"""TensorBoard's event files, written so that a full disk is an error and not a wait without end."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from unigrpo_jax import errors
+
+_PREFIX = "unigrpo"  # Of a file's name for tensorboardX, which chooses by it who writes the file.
+
+
+class EventFile:
+  """A file that tensorboardX's thread writes to.
+
+  An error would end that thread, and the run would wait for it for ever. So it is kept here.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._file, self._failed = path, path.open("wb"), None
+
+  def write(self, data: bytes) -> None:
+    self._attempt(self._file.write, data)
+
+  def flush(self) -> None:
+    self._attempt(self._file.flush)
+
+  def close(self) -> None:
+    self._attempt(self._file.close)
+
+  def _attempt(self, call: Any, *arguments: bytes) -> None:
+    try:
+      if self._failed is None:
+        call(*arguments)
+    except OSError as error:
+      self._failed = error
+
+  def raise_failed(self) -> None:
+    """Raises InputError, or Storage where trying again may help, if a write failed."""
+    if self._failed is not None:
+      raise errors.of_storage(self._failed, self._path, "written")
+
+
+class Files(list[EventFile]):
+  """The event files of a writer of tensorboardX; what tensorboardX asks for them."""
+
+  def directory_check(self, name: str) -> None:
+    _path(name).mkdir(parents=True, exist_ok=True)
+
+  def open(self, name: str) -> EventFile:
+    self.append(EventFile(_path(name)))
+    return self[-1]
+
+
+def _path(name: str) -> pathlib.Path:
+  return pathlib.Path(name.removeprefix(f"{_PREFIX}:"))
+
+
+def open_board(library: Any, folder: pathlib.Path, purge_step: int) -> tuple[Any, Files]:
+  """tensorboardX's writer into `folder`, and its files.
+
+  Args:
+    library: tensorboardX.
+    folder: for the files.
+    purge_step: TensorBoard hides older events from it on.
+
+  Raises:
+    InputError: the folder cannot be written to; or Storage.
+  """
+  files = Files()
+  library.record_writer.register_writer_factory(_PREFIX, files)
+  with errors.storage(folder):
+    logdir = f"{_PREFIX}:{folder.absolute()}"
+    return library.SummaryWriter(logdir=logdir, purge_step=purge_step), files
