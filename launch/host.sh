@@ -7,7 +7,8 @@
 #   bash launch/host.sh status        running, "ended STATUS", or none
 #   bash launch/host.sh stop          SIGTERM, which saves; waits for the end
 #
-# --backend  tpu or gpu: its requirements and its flags (launch/env.sh)
+# --backend  tpu or gpu: its requirements, unless REQUIREMENTS names others, and its flags
+#            (launch/env.sh)
 # --bucket   of Cloud Storage, with a hierarchical namespace; gcsfuse mounts it as bucket/
 # --dry-run  prints the commands
 #
@@ -58,7 +59,7 @@ install() {
     apt python3.11 python3.11-venv
     export PYTHON=python3.11
   fi
-  export REQUIREMENTS=requirements-$backend.txt
+  export REQUIREMENTS=${REQUIREMENTS:-requirements-$backend.txt}
   echo "+ REQUIREMENTS=$REQUIREMENTS source launch/venv.sh"
   # shellcheck source=launch/venv.sh
   [[ -n $dry_run ]] || source launch/venv.sh

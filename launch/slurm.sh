@@ -12,7 +12,8 @@
 # --name           of the job, unigrpo unless given; its output goes to NAME.log
 # --dry-run        prints the command
 #
-# JAX finds the other processes through SLURM. CUDA comes with requirements-gpu.txt.
+# JAX finds the other processes through SLURM. CUDA 12 comes with requirements-gpu.txt; CUDA 13 with
+# REQUIREMENTS=requirements-cuda13.txt before this command.
 set -euo pipefail
 flags="nodes gpus partition account time name"
 nodes=1 gpus=8 partition="" account="" time=24:00:00 name=unigrpo

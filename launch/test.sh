@@ -2,6 +2,7 @@
 # Sets up .venv, checks the style and runs the tests. Arguments go to pytest, for example -m slow.
 # WORKERS processes share the files of tests, 2 unless it is set.
 set -euo pipefail
+REQUIREMENTS="requirements-dev.txt"
 # shellcheck source=launch/venv.sh
 source "$(dirname "$0")/venv.sh"
 echo "== ruff check"

@@ -90,7 +90,10 @@ def _bash(script, *arguments, cwd=ROOT, path=None, **environment):
   return subprocess.run(
     ["bash", str(cwd / "launch" / f"{script}.sh"), *arguments], cwd=cwd, text=True, timeout=60,
     capture_output=True,
-    env={**os.environ, **environment, **({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})},
+    env={
+      **os.environ, "REQUIREMENTS": "", **environment,
+      **({"PATH": f"{path}:{os.environ['PATH']}"} if path else {}),
+    },
   )
 
 
@@ -102,9 +105,18 @@ def test_bash_can_read_it(script):
 def test_shellcheck_has_nothing_to_say():
   beside = str(pathlib.Path(sys.executable).parent)
   shellcheck = shutil.which("shellcheck", path=f"{beside}:{os.environ['PATH']}")
-  assert shellcheck, "pip install -r requirements.txt brings it"
+  assert shellcheck, "pip install -r requirements-dev.txt brings it"
   found = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, text=True, capture_output=True)
   assert found.returncode == 0, found.stdout
+
+
+def test_cuda_13_is_chosen_by_its_requirements():
+  for given, used in (("", "requirements-gpu.txt"), ("requirements-cuda13.txt",) * 2):
+    done = _bash("host", "install", "--backend=gpu", "--dry-run", REQUIREMENTS=given)
+    assert f"REQUIREMENTS={used} source" in done.stdout
+  for name, extra in (("gpu", "cuda12"), ("cuda13", "cuda13"), ("tpu", "tpu")):
+    text = (ROOT / f"requirements-{name}.txt").read_text()
+    assert text.split() == ["-r", "requirements.txt", f"jax[{extra}]"]
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import sys
 import jax
 import pytest
 
+from tests import refusals
 from unigrpo_jax import errors, finetune, train
+from unigrpo_jax.recipe import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/unigrpo.py:tiny"
@@ -102,3 +104,25 @@ def test_help_is_soon_there():
   )
   for text in (TINY, "--workdir", "--coordinator", "--config.KEY=VALUE"):
     assert text in done.stdout
+
+
+def test_a_config_of_ones_own_comes_before_that_of_the_package(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  load = lambda name: config_files.load(name, ["--config.steps=7"])
+  assert load("configs/unigrpo.py:tiny").init_from == "tiny"
+  assert load("./configs/flow_grpo.py").text.train is False  # which reads the file beside it
+  (tmp_path / "configs").mkdir()
+  for name in ("unigrpo", "mine"):
+    (tmp_path / f"configs/{name}.py").write_text(BROKEN.format(1))
+    assert load(f"configs/{name}.py").to_dict() == {"steps": 7}
+  assert load("configs/text_grpo.py").flow.train is False
+
+
+@pytest.mark.parametrize("name", [
+  "configs/nope.py", "nope.py", "unigrpo.py", "other/configs/unigrpo.py", "configs/sft",
+])
+def test_a_config_that_is_missing_is_answered_by_those_that_exist(tmp_path, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  message = refusals.refusal(config_files.load, name)
+  assert f"--config={name}: cannot be read" in message and "\n" not in message
+  assert all(f"configs/{path.name}" in message for path in (ROOT / "configs").glob("*.py"))

@@ -12,14 +12,25 @@ from ml_collections import ConfigDict, config_flags
 
 from unigrpo_jax import errors
 
-FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+_PACKAGE = pathlib.Path(__file__).parents[1]
+FOLDER = _PACKAGE / "configs"  # of an installation
+if not FOLDER.is_dir():
+  FOLDER = _PACKAGE.parent / "configs"  # of a clone
+
+
+def find(path: pathlib.Path) -> pathlib.Path:
+  """The config file at `path`; where there is none at `configs/NAME.py`, that of the package."""
+  packaged = FOLDER / path.name
+  if path.parent == pathlib.Path("configs") and packaged.is_file() and not path.exists():
+    return packaged
+  return path
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """The config that `--config=NAME --config.KEY=VALUE ...` describes.
 
   Args:
-    name: `FILE.py:VARIANTS`, e.g. "configs/unigrpo.py:tiny,lora".
+    name: `FILE.py:VARIANTS`, e.g. "configs/unigrpo.py:tiny,lora"; see `find`.
     overrides: command line arguments, e.g. ["--config.seed=1", "--config.rollout.sde", "cps"].
 
   Raises:
@@ -28,10 +39,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
   for argument in overrides:
     if argument.partition("=")[0] in ("-config", "--config"):
       raise errors.InputError(f"{argument}: the config is {name}; give --config.KEY=VALUE")
-  path, _, variants = name.partition(":")
-  _run(pathlib.Path(path), variants)  # so that its own faults are not taken for those of a flag
+  path, colon, variants = name.partition(":")
+  path = find(pathlib.Path(path))
+  _run(path, variants)  # so that its own faults are not taken for those of a flag
   values = flags.FlagValues()
-  arguments = [f"--config={name}", *overrides]
+  arguments = [f"--config={path}{colon}{variants}", *overrides]
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
   try:
     rest = values(["", *arguments])
@@ -60,9 +72,10 @@ def _run(path: pathlib.Path, variants: str) -> None:
   try:
     runpy.run_path(str(path))["get_config"](*[variants] * bool(variants))
   except OSError as error:
+    names = ", ".join(f"configs/{file.name}" for file in sorted(FOLDER.glob("*.py")))
     raise errors.InputError(
-      f"--config={path}: cannot be read ({error.strerror}); give a file such as "
-      "configs/unigrpo.py, with a variant as in configs/unigrpo.py:tiny"
+      f"--config={path}: cannot be read ({error.strerror}); give a file of your own or one of "
+      f"{names}, with a variant as in configs/unigrpo.py:tiny"
     ) from None
   except ValueError as error:
     raise errors.InputError(f"--config={path}:{variants}: {error}") from None

@@ -292,13 +292,20 @@ def compare(config: Mapping[str, Any]) -> None:
 
 
 def code_version() -> str:
-  """The commit of the code, with "-dirty" where a file differs from it; "unknown" without git."""
-  command = "git describe --always --dirty --abbrev=40 --exclude=*"
-  folder = pathlib.Path(__file__).parent
-  try:
+  """The commit of the code, with "-dirty" where a file differs from it; "unknown" without git.
+
+  Nor is it known of an installation within a repository of something else.
+  """
+  file = pathlib.Path(__file__)
+
+  def git(*arguments: str) -> str:
     return subprocess.run(
-      command.split(), cwd=folder, capture_output=True, text=True, check=True, timeout=60
+      ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True, timeout=60
     ).stdout.strip()
+
+  try:
+    git("ls-files", "--error-unmatch", file.name)
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
   except (OSError, subprocess.SubprocessError):
     return "unknown"
 

@@ -37,7 +37,7 @@ which layout of it is the fastest."""
 EPILOG = """\
 --config.KEY=VALUE changes a key of the config, as for training.
 
-Compiled with the TPU compiler, which needs no TPU: pip install -r requirements-tpu.txt. The sizes
+Compiled with the TPU compiler, which needs no TPU: pip install "jax[tpu]". The sizes
 are those of config.init_from, of which only configs and tokenizer are read, or of BAGEL-7B-MoT.
 
 What the page says:

@@ -14,7 +14,7 @@ from unigrpo_jax.recipe import rl
 from unigrpo_jax.runtime import folders, state
 from unigrpo_jax.tools.plan import chips
 
-INSTALL = "install the TPU compiler, pip install -r requirements-tpu.txt"
+INSTALL = 'install the TPU compiler, pip install "jax[tpu]"'
 
 
 def devices(name: str) -> tuple[chips.Chip, list]:
