@@ -116,6 +116,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.lora = ConfigDict()
   config.lora.rank = 0  # 0: everything trains
   config.lora.alpha = 128.0  # adapters count alpha / rank times
+  config.lora.adapter = ""  # PEFT folder to start from; with rank 0, its rank and alpha count
   config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
   config.learning_rate.und = 1e-6  # understanding expert: reasons
   config.learning_rate.gen = 3e-5  # generation expert: draws

@@ -313,7 +313,7 @@ def test_drift_limits_of_bfloat16(shallow):
 
 
 def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
-  """The export is an official folder with the adapters in its kernels."""
+  """Merged into an official folder, or as adapters that another run starts from."""
   changes = {
     "steps": 1, "rollout.think": False, "text.train": False, "lora.rank": 2, "eval.every": 0,
     "export_to": str(tmp_path / "out"), "export_dtype": "float32", "learning_rate.und": 0.0,
@@ -326,6 +326,19 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   want = np.einsum("ldr,lrf->ldf", gate["lora_down"], gate["lora_up"]) * 128.0 / 2
   assert np.abs(want).max() > 1e-4
   np.testing.assert_allclose(change, want, atol=1e-6)
+
+  # By themselves, for PEFT; and another run starts from them.
+  export.main([str(tmp_path / "run"), str(tmp_path / "adapters"), "--adapter"])
+  again = {"lora.rank": 0, "lora.adapter": str(tmp_path / "adapters")}
+  spec = rl.read(_config(shallow, **changes | again))
+  network = state.open_network(spec.network, jax.devices()[:1])
+  optimizer = spec.optimizer.make()
+  where = state.layout(network, optimizer, ema=False, reference=spec.copies_reference)
+  first = state.first_state(
+    network, optimizer, where, random_init=False, seed=0, adapter=spec.network.adapter
+  )
+  chex.assert_trees_all_equal(first.params, last.params)
+  chex.assert_trees_all_equal(first.reference, last.params)  # its policy before the first step
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add = parser.add_argument
   add("--checkpoint", default="tiny",
       help='official or converted folder, or "tiny", the embedded one (default: %(default)s)')
+  add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--out", type=pathlib.Path, required=True, help="folder for the results")
   add("--prompts_from", default="iconworld",
       help="iconworld, a .txt or .jsonl file, or a set that unigrpo_jax.data built "

@@ -1,5 +1,7 @@
 """Writes a checkpoint of a training run as an official folder: `python -m unigrpo_jax.export -h`.
 
+Adapters are merged into the weights; with --adapter they are written by themselves, for PEFT.
+
 Works while the run continues: it reads the newest complete checkpoint, or the one of --step.
 """
 
@@ -19,20 +21,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("workdir", type=pathlib.Path, help="of the run")
-  parser.add_argument("out", type=pathlib.Path, help="official folder to write")
+  parser.add_argument("out", type=pathlib.Path, help="folder to write")
+  parser.add_argument(
+    "--adapter", action="store_true",
+    help="write the run's LoRA adapters alone, as PEFT does (adapter_model.safetensors)",
+  )
   parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
   parser.add_argument(
     "--dtype", choices=("bfloat16", "float16", "float32"),
-    help="of the weights (default: config.export_dtype of the run)",
+    help="of the weights (default: config.export_dtype of the run; with --adapter float32)",
   )
-  parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
+  parser.add_argument("--overwrite", action="store_true", help="replace such a folder")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.tools import export
 
   export.export(
-    args.workdir, args.out, step=args.step, dtype=args.dtype, overwrite=args.overwrite
+    args.workdir, args.out, step=args.step, dtype=args.dtype, overwrite=args.overwrite,
+    adapter=args.adapter,
   )
 
 

@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add = parser.add_argument
   add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, or "
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
+  add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--prompt", help="what to draw, change or answer")
   add("--prompts_file", type=pathlib.Path, help=".txt with one prompt a line, or .jsonl with "
       'one {"prompt": ...} a line; UTF-8, blank lines are skipped')

@@ -80,7 +80,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       for prompt in prompt_set:  # One that is too long is refused now, not when its turn comes.
         rollout.prepare([prompt.prompt])
   train_state = run.restore(state_layout, lambda: state.first_state(
-    network, optimizer, state_layout, random_init=spec.network.random_init, seed=spec.seed
+    network, optimizer, state_layout, random_init=spec.network.random_init, seed=spec.seed,
+    adapter=spec.network.adapter,
   ))
   run.print_start(
     train_state, spec.optimizer.learning_rate, parts.describe(spec, network, train_state)

@@ -47,16 +47,20 @@ class Pipeline:
     self._sampler = sampler_lib.Sampler(network, None)
 
   @classmethod
-  def open(cls, path: pathlib.Path | str, *, dtype=None, mesh=None) -> Pipeline:
+  def open(
+    cls, path: pathlib.Path | str, *, adapter: pathlib.Path | str | None = None, dtype=None,
+    mesh=None,
+  ) -> Pipeline:
     """Opens an official or a converted folder; loads no weights yet.
 
-    `dtype` is the network's (the VAE is float32 always), by default float32 on CPU and bfloat16
-    elsewhere; `mesh` is by default all devices.
+    `adapter` is a folder of LoRA adapters, which are added to its weights. `dtype` is the
+    network's (the VAE is float32 always), by default float32 on CPU and bfloat16 elsewhere; `mesh`
+    is by default all devices.
 
     Raises:
       InputError: it is no such folder, or its config or tokenizer cannot be used.
     """
-    return cls(state.open_for_sampling(path, dtype=dtype, mesh=mesh))
+    return cls(state.open_for_sampling(path, adapter=adapter, dtype=dtype, mesh=mesh))
 
   def load(self, parts: Sequence[str] = ("bagel", "vae")) -> Pipeline:
     """Loads the weights, each parameter straight into its shards; ("bagel",) suffices to answer.

@@ -37,7 +37,7 @@ ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", 
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
-  "rollout.tensor": 0,
+  "rollout.tensor": 0, "lora.adapter": "",
 }
 BOUNDS: checks.Bounds = (
   ({"low": 0}, (
@@ -197,8 +197,12 @@ class Spec:
 
   @property
   def copies_reference(self) -> bool:
-    """Whether the reference has parameters of its own: adapters leave the experts as they were."""
-    untouched = self.network.lora is not None and self.optimizer.trained <= {"und", "gen"}
+    """Whether the reference has parameters of its own: fresh adapters leave the experts as they
+    were."""
+    untouched = (
+      self.network.lora is not None and not self.network.adapter
+      and self.optimizer.trained <= {"und", "gen"}
+    )
     return self.needs_reference and not untouched
 
 
@@ -209,6 +213,7 @@ def read(config: ConfigDict) -> Spec:
     InputError: a number or a combination is impossible; names the key, its value, and what to do.
   """
   config = sections.fill_defaults(config, DEFAULTS)
+  sections.fill_rank(config)
   checks.check(config, CHOICES, BOUNDS)
   _check_combinations(config)
   c, r, e = config, config.rollout, config.eval

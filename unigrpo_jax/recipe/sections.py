@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 import optax
 
-from unigrpo_jax.models import layers
+from unigrpo_jax import errors
+from unigrpo_jax.models import adapters, layers
 from unigrpo_jax.runtime import optim, resumption, state
 from unigrpo_jax.runtime import run as run_lib
 
@@ -83,7 +85,20 @@ def network(config: ConfigDict) -> state.NetworkSpec:
     state.NetworkSpec, config, attention=config.get("attention", "auto"),
     mesh=config.mesh.to_dict(),
     lora=layers.Lora(lora.rank, lora.alpha) if lora and lora.rank else None,
+    adapter=lora.get("adapter", "") if lora else "",
   )
+
+
+def fill_rank(config: ConfigDict) -> None:
+  """Where a run starts from adapters and names no rank, sets theirs, and their alpha.
+
+  Raises:
+    InputError: the folder cannot be read.
+  """
+  if config.lora.adapter and not config.lora.rank:
+    with errors.at("config.lora.adapter"):
+      _, lora = adapters.read_config(pathlib.Path(config.lora.adapter))
+    config.lora.rank, config.lora.alpha = lora.rank, float(lora.alpha)
 
 
 def optimizer(config: ConfigDict, steps: int) -> OptimizerSpec:

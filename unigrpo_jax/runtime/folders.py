@@ -8,7 +8,7 @@ A converted folder holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import os
 import pathlib
@@ -22,8 +22,8 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
+from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import safetensors_files, weights
 from unigrpo_jax.runtime import checkpoints, stored_params
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
@@ -41,14 +41,17 @@ class ModelFolder:
   kind: str  # "official" or "converted"
   files: pathlib.Path  # the folder with the configs and the tokenizer
   config: config_lib.BagelConfig  # read from `files`
+  adapter: adapters.Adapter | None = None  # added to the weights when they are read
 
   def open_params(
     self, parts: Sequence[str] = weights.PARTS
-  ) -> weights.OfficialReader | stored_params.Reader:
+  ) -> weights.OfficialReader | stored_params.Reader | adapters.MergedReader:
     """Opens the weights of `parts`, to be read a slice at a time; see `load_params`."""
     if self.kind == "official":
-      return weights.OfficialReader(self.path, self.config, parts)
-    return stored_params.Reader(self.path / PARAMS, weights.table(self.config, parts))
+      reader = weights.OfficialReader(self.path, self.config, parts)
+    else:
+      reader = stored_params.Reader(self.path / PARAMS, weights.table(self.config, parts))
+    return reader if self.adapter is None else adapters.MergedReader(reader, self.adapter)
 
   def load_params(
     self, dtype: Any = None, shardings: Any = None, parts: Sequence[str] = weights.PARTS
@@ -147,11 +150,13 @@ def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Pat
 
 
 def check_target(
-  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0
+  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool, needed_bytes: int = 0,
+  is_replaceable: Callable[[pathlib.Path], bool] = is_folder,
 ) -> None:
   """Refuses a target that exists, overlaps the source, or whose disk is too full.
 
-  With `overwrite`, a target that is itself a model folder may be replaced.
+  With `overwrite`, a target that is itself such a folder, by default a model folder, may be
+  replaced.
   """
   source, target = source.resolve(), pathlib.Path(target).resolve()
   if target == source or source in target.parents or target in source.parents:
@@ -164,9 +169,9 @@ def check_target(
         f"target {target} exists already; choose another folder, or pass --overwrite"
       )
     is_empty = target.is_dir() and not any(target.iterdir())
-    if not is_empty and not is_folder(target):
+    if not is_empty and not is_replaceable(target):
       raise errors.InputError(
-        f"target {target} is not a model folder, so nothing replaces it; choose another folder"
+        f"target {target} holds something else, so nothing replaces it; choose another folder"
       )
   parent = next(folder for folder in target.parents if folder.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

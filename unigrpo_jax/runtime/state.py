@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 import math
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
 from unigrpo_jax import errors, types
+from unigrpo_jax.data import atomic
 from unigrpo_jax.data import tokenizer as tokenizer_lib
-from unigrpo_jax.models import bagel, layers, lowering, weights
+from unigrpo_jax.models import adapters, bagel, layers, lowering, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import folders, optim, sharding
@@ -34,6 +37,7 @@ class NetworkSpec:
     attention: one of `lowering.ATTENTION`.
     mesh: {axis: size}; fsdp 0 takes all devices that the others leave.
     lora: adapters, or None.
+    adapter: folder of the first adapters, which PEFT can read; "": fresh ones.
   """
 
   init_from: str
@@ -43,6 +47,7 @@ class NetworkSpec:
   attention: str
   mesh: Mapping[str, int]
   lora: layers.Lora | None = None
+  adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,11 +134,14 @@ def _param_bytes(config: config_lib.BagelConfig, dtype) -> int:
   return count * jnp.dtype(dtype).itemsize
 
 
-def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Network:
+def open_for_sampling(
+  path: pathlib.Path | str, *, adapter: pathlib.Path | str | None = None, dtype=None, mesh=None
+) -> Network:
   """The network of a folder that is only sampled from; its parameters have the dtype too.
 
   Args:
     path: official or converted folder.
+    adapter: folder of LoRA adapters, which are added to its weights; None for none.
     dtype: of the network; None: float32 on CPU, bfloat16 elsewhere.
     mesh: devices; None: all of them.
 
@@ -141,6 +149,8 @@ def open_for_sampling(path: pathlib.Path | str, *, dtype=None, mesh=None) -> Net
     InputError: it is no such folder, or its config or tokenizer cannot be used.
   """
   folder = folders.open_folder(path)
+  if adapter is not None:
+    folder = dataclasses.replace(folder, adapter=adapters.Adapter(adapter, folder.config))
   tokenizer = tokenizer_lib.load(folder.files)
   tokenizer.check_fits(folder.config.llm.vocab_size)
   if dtype is None:
@@ -235,24 +245,30 @@ def _state_of(params, model, optimizer, *, ema: bool, reference: bool) -> types.
 
 def first_state(
   network: Network, optimizer: optax.GradientTransformation, where: StateLayout, *,
-  random_init: bool, seed: int,
+  random_init: bool, seed: int, adapter: str = "",
 ) -> types.TrainState:
-  """The state before the first step: from the folder's weights, or from random ones."""
+  """The state before the first step: from the folder's weights, or from random ones.
+
+  Raises:
+    InputError: the weights or the folder of adapters, "" for fresh ones, cannot be used.
+  """
   model, config = network.model, network.config
   init = lambda key: sharding.unbox(model.init(key, bagel.example_batch(config))["params"])
   copies = dict(
     ema=where.shardings.ema is not None, reference=where.shardings.reference is not None
   )
   state_of = lambda params: _state_of(_stored(params, model), model, optimizer, **copies)
-  key = jax.random.key(seed)
+  key, loaded = jax.random.key(seed), {}
+  if adapter:
+    opened = adapters.Adapter(adapter, config)
+    loaded = opened.params(model.lora, where.shardings.params)
   with sharding.activate(network.mesh):
-    if random_init:
-      return jax.jit(lambda key: state_of(init(key)), out_shardings=where.shardings)(key)
-    # The compiler drops the initialisation of whatever the folder's weights replace.
-    plain = _without_adapters(where.shardings.params)
-    loaded = network.folder.load_params(
-      dtype=jnp.float32, shardings={"bagel": plain}, parts=("bagel",)
-    )["bagel"]
+    if not random_init:
+      plain = _without_adapters(where.shardings.params)
+      loaded = _join(loaded, network.folder.load_params(
+        dtype=jnp.float32, shardings={"bagel": plain}, parts=("bagel",)
+      )["bagel"])
+    # The compiler drops the initialisation of whatever the loaded weights replace.
     start = lambda key, loaded: state_of(_update(init(key), loaded))
     return jax.jit(start, out_shardings=where.shardings, donate_argnums=1)(key, loaded)
 
@@ -267,10 +283,16 @@ def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
   """`tree` with the leaves that `values` has."""
   return {
-    name: _update(value, values[name]) if isinstance(value, Mapping)
+    name: _update(value, values.get(name, {})) if isinstance(value, Mapping)
     else values.get(name, value)
     for name, value in tree.items()
   }
+
+
+def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+  """The leaves of both trees."""
+  flat = traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second)
+  return traverse_util.unflatten_dict(flat)
 
 
 def export(network: Network, params, target: str, dtype: str) -> None:
@@ -281,6 +303,34 @@ def export(network: Network, params, target: str, dtype: str) -> None:
     pathlib.Path(target), network.folder, {"bagel": params}, dtype=jnp.dtype(dtype)
   )
   print(f"exported {target}", flush=True)
+
+
+def export_adapter(
+  network: Network, params, target: pathlib.Path, dtype: str, *, base: str, overwrite: bool
+) -> None:
+  """Writes the adapters of a network as a folder that PEFT reads.
+
+  Args:
+    network, params: what was trained, with adapters.
+    target: folder to write.
+    dtype: of the two matrices of each layer.
+    base: what the adapters are of.
+    overwrite: whether an existing folder of adapters is replaced.
+
+  Raises:
+    InputError: the target cannot be made.
+  """
+  lora = network.model.lora
+  contents = adapters.contents(params, network.config, lora.rank, jnp.dtype(dtype))
+  folders.check_target(
+    network.folder.path, target, overwrite=overwrite, is_replaceable=adapters.is_folder,
+    needed_bytes=safetensors_files.total_bytes(contents.tensors),
+  )
+  with atomic.staging(target) as staged:
+    config = json.dumps(adapters.config_of(lora, base), indent=2)
+    (staged / adapters.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    safetensors_files.write(staged / adapters.FILE, contents)
+  print(f"exported the adapters to {target}", flush=True)
 
 
 def group_sizes(params) -> dict[str, int]:

@@ -40,7 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
       check_out(args.out)
     examples = read_examples(args)
     scorer = make_scorer(args)
-    pipeline = pipeline_lib.Pipeline.open(args.checkpoint)
+    pipeline = pipeline_lib.Pipeline.open(args.checkpoint, adapter=args.adapter)
   hosts.compare({"prompts": [[example.prompt, example.metadata] for example in examples]})
   settings = sampling_flags.settings(args, pipeline.config.generation)
   drawing = None
@@ -50,8 +50,9 @@ def evaluate(args: argparse.Namespace) -> None:
       modes=modes, batch_size=args.batch_size, seed=args.seed, num_saved_images=args.keep,
       size=args.size and tuple(args.size),
     )
+  checkpoint = args.checkpoint + (f" with {args.adapter}" if args.adapter else "")
   hosts.print_first(
-    f"{args.checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
+    f"{checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
   )
   pipeline.load()
   results = evaluation.Results([], {})
@@ -68,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
   hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
   with hosts.raise_on_all_hosts():
     if hosts.first():
-      results.save(args.out, f"{args.checkpoint} on {args.prompts_from}, {args.split}")
+      results.save(args.out, f"{checkpoint} on {args.prompts_from}, {args.split}")
   hosts.print_first(f"wrote {args.out}")
 
 

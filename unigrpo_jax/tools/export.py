@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 
 import jax
 import ml_collections
 
 from unigrpo_jax import errors
+from unigrpo_jax.models import adapters
 from unigrpo_jax.recipe import sections
 from unigrpo_jax.runtime import checkpoints, folders, state
 
 
 def export(
   workdir: pathlib.Path, target: pathlib.Path, *, step: int | None = None,
-  dtype: str | None = None, overwrite: bool = False,
+  dtype: str | None = None, overwrite: bool = False, adapter: bool = False,
 ) -> None:
   """Exports the policy of a run, or its moving average where the run has one.
 
@@ -22,8 +24,9 @@ def export(
     workdir: of the run.
     target: official folder to write.
     step: of the checkpoint; None: the newest.
-    dtype: of the weights; None: `export_dtype` of the run's config.
-    overwrite: whether an existing model folder is replaced.
+    dtype: of the weights; None: `export_dtype` of the run's config, of adapters float32.
+    overwrite: whether an existing folder of the kind is replaced.
+    adapter: write the adapters alone, as a folder of PEFT.
 
   Raises:
     InputError: there is no such checkpoint, or it cannot be read or written.
@@ -47,10 +50,27 @@ def export(
   # Of the config only this is read, so that runs of older versions can be exported too.
   network = state.open_network(sections.network(config))
   optimizer = sections.optimizer(config, config.steps)
-  folders.check_target(network.folder.path, target, overwrite=overwrite)
+  if adapter and network.model.lora is None:
+    raise errors.InputError(
+      f"{workdir}: the run trains no adapters (config.lora.rank=0); leave out --adapter"
+    )
+  if adapter and (others := sorted(optimizer.trained - {"und", "gen"})):
+    print(
+      f"note: the run also trains {', '.join(others)}, which adapters do not hold; only an export "
+      "without --adapter has them", file=sys.stderr,
+    )
+  folders.check_target(
+    network.folder.path, target, overwrite=overwrite,
+    is_replaceable=adapters.is_folder if adapter else folders.is_folder,
+  )
   ema = optimizer.ema_decay is not None
   abstract = state.layout(network, optimizer.make(), ema=ema, reference=False).abstract
   # Only what is written: the whole state is many times that.
   wanted = {"ema": abstract.ema} if ema else {"params": abstract.params}
   [params] = saved.load(step, wanted, partial=True).values()
-  state.export(network, params, str(target), dtype or config.export_dtype)
+  if adapter:
+    state.export_adapter(
+      network, params, target, dtype or "float32", base=config.init_from, overwrite=overwrite
+    )
+  else:
+    state.export(network, params, str(target), dtype or config.export_dtype)

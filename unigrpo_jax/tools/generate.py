@@ -41,7 +41,9 @@ def generate(args: argparse.Namespace) -> None:
   with hosts.raise_on_all_hosts():
     paths = output_paths(args, len(prompts)) if hosts.first() else []
     image = images.load_rgb(args.image) if args.image else None
-    pipeline = pipeline_lib.Pipeline.open(args.checkpoint, dtype=args.dtype)
+    pipeline = pipeline_lib.Pipeline.open(
+      args.checkpoint, adapter=args.adapter, dtype=args.dtype
+    )
   size = None
   if args.height or args.width:
     size = (args.height or args.width, args.width or args.height)
@@ -79,6 +81,7 @@ def generate(args: argparse.Namespace) -> None:
       bars.close()
     record = {
       "checkpoint": args.checkpoint,
+      "adapter": args.adapter,
       "image": str(args.image) if args.image else None,
       "settings": dataclasses.asdict(settings),
       "dtype": jnp.dtype(pipeline.network.model.dtype).name,
