@@ -3,7 +3,9 @@
 import asyncio
 import concurrent.futures
 import logging
+import pathlib
 import resource
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.models import weights
-from unigrpo_jax.runtime import checkpoints, stored_params
+from unigrpo_jax.runtime import checkpoints, checksums, stored_params
 
 
 def test_overlapping_writers_in_threads_both_succeed(config, tmp_path):
@@ -93,3 +95,110 @@ def test_only_lost_tasks_of_orbax_are_dropped(saved, caplog, where, shown):
     "Task exception was never retrieved\nfuture: <Task coro=<read() done, defined at %s:3>>", where
   )
   assert ("never retrieved" in caplog.text) == shown
+
+
+@pytest.fixture
+def three(saved):
+  """Checkpoints 1, 2 and 3, complete; their folder."""
+  array = np.random.default_rng(0).normal(size=2**12)
+  for step in (1, 2, 3):
+    saved.save(step, {"a": array, "step": np.array([step])}, {"seed": step})
+  saved.close()
+  return pathlib.Path(saved._checkpointer.directory)
+
+
+def _newest(folder, **options):
+  again = checkpoints.TrainCheckpoints(folder, keep=1)
+  abstract = {"a": np.zeros(2**12), "step": np.array([0])}
+  read = lambda step: (again.record(step)["seed"], int(again.load(step, abstract)["step"][0]))
+  return again, again.newest(read, **options)
+
+
+def _damage(step, kind):
+  """Damages a checkpoint; `kind` is "empty", "unsealed", or "HOW FILE", with a part of its name."""
+  if kind == "empty":
+    shutil.rmtree(step)
+    step.mkdir()
+    return
+  if kind.startswith("unsealed"):
+    (step / checksums.FILE).unlink()
+    kind = kind.removeprefix("unsealed ")
+  how, _, name = kind.partition(" ")
+  file = max(
+    (path for path in step.rglob("*") if name in str(path.relative_to(step)) and path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  data = bytearray(file.read_bytes())
+  if how == "gone":
+    file.unlink()
+  elif how == "cut":
+    file.write_bytes(data[: len(data) // 2])
+  else:
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES = [
+  "empty", "gone _CHECKPOINT_METADATA", "cut _CHECKPOINT_METADATA", "flip _CHECKPOINT_METADATA",
+  "gone _METADATA", "flip state/_METADATA", "cut manifest.ocdbt", "cut process_0/d/",
+  "flip process_0/d/", "gone process_0/d/", "cut checksums.json",
+  "unsealed cut _CHECKPOINT_METADATA", "unsealed gone _CHECKPOINT_METADATA",
+  "unsealed cut process_0/d/", "unsealed gone process_0/d/", "unsealed flip state/_METADATA",
+  "unsealed gone state/_METADATA", "unsealed cut state/manifest.ocdbt", "unsealed cut state/d/",
+  "unsealed gone state/manifest.ocdbt",
+]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(three, kind, capsys):
+  """Its step and what it lost are printed, and it neither stays among the others nor is lost."""
+  _damage(three / "3", kind)
+  again, found = _newest(three)
+  assert found == (2, (2, 2)) and again.steps == [1, 2]
+  printed = capsys.readouterr().out
+  assert f"{three / '3'} is damaged: " in printed and "step 2: 1 step less; kept" in printed
+  [aside] = (three.parent / "run_damaged").iterdir()
+  assert aside.name.startswith("3-")
+  again.save(3, {"a": np.zeros(2**12), "step": np.array([3])}, {"seed": 4})
+  again.close()
+  assert _newest(three)[1] == (3, (4, 3))
+
+
+def test_two_damaged_ones_and_a_stray_one_are_passed_over(three, capsys):
+  _damage(three / "3", "cut process_0/d/")
+  _damage(three / "2", "gone _CHECKPOINT_METADATA")
+  (three / "99").mkdir()
+  (three / "old").mkdir()
+  (three / "4.orbax-checkpoint-tmp").mkdir()
+  assert _newest(three)[1] == (1, (1, 1))
+  assert "of step 1: 98 steps less" in capsys.readouterr().out
+  assert sorted(path.name for path in three.iterdir()) == ["1", "old"]
+
+
+def test_where_all_are_damaged_none_is_touched(three):
+  for step in "123":
+    _damage(three / step, "flip process_0/d/")
+  with pytest.raises(errors.InputError, match="3 is damaged.*1 is damaged.*a new") as error:
+    _newest(three)
+  assert "\n" not in str(error.value)
+  assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_reader_moves_nothing(three, capsys):
+  _damage(three / "3", "empty")
+  assert _newest(three, move=False)[1] == (2, (2, 2))
+  assert "kept in" not in capsys.readouterr().out and (three / "3").is_dir()
+  with pytest.raises(errors.InputError, match="3 is damaged: it is empty; .*choose another one"):
+    _newest(three, only=3, move=False)
+
+
+def test_a_large_file_is_known_by_its_size_and_ends(tmp_path, monkeypatch):
+  monkeypatch.setattr(checksums, "_READ_BYTES", 2**10)
+  data = np.random.default_rng(0).bytes(2**14)
+  (tmp_path / "a").write_bytes(data)
+  checksums.write(tmp_path)
+  checksums.verify(tmp_path)
+  for damaged in (data[:-1], data[:-1] + b"?", b"?" + data[1:]):
+    (tmp_path / "a").write_bytes(damaged)
+    with pytest.raises(errors.Damaged, match="is damaged: (a has|the checksum of a)"):
+      checksums.verify(tmp_path)

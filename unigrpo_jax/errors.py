@@ -25,6 +25,10 @@ class Storage(InputError):
   """Something could not be read or written: the same command may do better next time."""
 
 
+class Damaged(InputError):
+  """A checkpoint whose files are not those that were saved."""
+
+
 class UpdateRejected(InputError):
   """An update whose numbers are not finite, or whose sampler drifted from the trainer.
 
@@ -51,7 +55,7 @@ _TEMPORARY = {
 _OTHER = "give another place, or change its permissions"
 
 # Those that one host may find alone and all others then raise.
-KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage)}
+KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage, Damaged)}
 
 
 def require(

@@ -20,6 +20,7 @@ from unigrpo_jax.supervised import corpus, feed
 from unigrpo_jax.supervised import step as step_lib
 
 
+@hosts.holds_workdir
 def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   """Runs the training that `config` describes, in or from `workdir`; returns its last state.
 

@@ -29,6 +29,7 @@ from unigrpo_jax.runtime import host_flags, hosts, sharding, state
 from unigrpo_jax.runtime import run as run_lib
 
 
+@hosts.holds_workdir
 def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   """UniGRPO: think, draw, reward, compare within the group, move both experts.
 

@@ -85,7 +85,7 @@ def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
   missing = [folder for folder in target.parents if not folder.exists()]
   prefix = f"{target.name}.partial-"
   for other in target.parent.glob(f"{prefix}*"):
-    print(f"note: {other} belongs to a run that is active or was killed", file=sys.stderr)
+    print(f"note: {other} is of a run that was killed; delete it", file=sys.stderr)
   # Not the process id: those of containers repeat.
   staged = target.with_name(f"{prefix}{secrets.token_hex(4)}")
   with _interruptible() as ignore_signals:

@@ -6,19 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import glob
+import json
 import logging
 import pathlib
 import posixpath
 import re
+import secrets
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
+from orbax.checkpoint import path as path_lib
 from orbax.checkpoint import v1 as ocp
 
 from unigrpo_jax import errors
+from unigrpo_jax.runtime import checksums, hosts
 
 TOO_SMALL = "its weights do not fit in device memory; take more devices, or bfloat16"
+# Of TensorStore: files that are missing, too short, or whose checksums or codes are wrong.
+_DAMAGE = re.compile("DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|INVALID_ARGUMENT: Error (reading|decoding)")
+_Read = TypeVar("_Read")
 # Of Orbax: what logs the traces of failed background threads. They reach us as exceptions too.
 _BACKGROUND_FILES = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
@@ -124,6 +131,8 @@ class TrainCheckpoints:
       clean: removes what a killed save left behind; not where another process may be saving.
     """
     drop_lost_traces()
+    self._unsealed: int | None = None
+    self._names = _ReadableNames()
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
     if every:
@@ -133,18 +142,79 @@ class TrainCheckpoints:
     self._checkpointer = ocp.training.Checkpointer(
       _Folder(pathlib.Path(folder).absolute()),
       preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
+      step_name_format=self._names,
     )
 
   @property
   def latest(self) -> int | None:
-    """The step of the newest complete checkpoint."""
-    newest = self._checkpointer.latest
-    return None if newest is None else newest.step
+    """The step of the newest checkpoint, sound or not."""
+    return max(self.steps, default=None)
 
   @property
   def steps(self) -> list[int]:
-    """The steps of all complete checkpoints."""
-    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+    """The steps of all checkpoints, sound or not."""
+    readable = {checkpoint.step for checkpoint in self._checkpointer.checkpoints}
+    return sorted(readable | self._names.unreadable.keys())
+
+  def newest(
+    self, read: Callable[[int], _Read], *, only: int | None = None, move: bool = True
+  ) -> tuple[int, _Read]:
+    """(step, `read(step)`) of the newest sound checkpoint; there must be a checkpoint.
+
+    Prints which damaged ones are passed over, and moves them to a folder beside, where nothing
+    counts or removes them.
+
+    Args:
+      read: reads a step; may raise Damaged, and of several hosts all do so.
+      only: this step and no other.
+      move: not where another process may use the folder.
+
+    Raises:
+      InputError: none is sound, or whatever `read` raises.
+    """
+    damaged = {}
+    for step in reversed(self.steps) if only is None else (only,):
+      try:
+        with hosts.raise_on_all_hosts():
+          if step in self._names.unreadable:
+            raise errors.Damaged(
+              f"{self._path(step)} is damaged: its metadata cannot be read "
+              f"({self._names.unreadable[step]})"
+            )
+          if hosts.first():
+            checksums.verify(self._path(step))
+        found = read(step)
+      except errors.Damaged as error:
+        damaged[step] = error
+        continue
+      self._pass_over(damaged, step, move)
+      return step, found
+    reasons = "; ".join(map(str, damaged.values()))
+    advice = "choose a new --workdir" if only is None else "choose another one"
+    raise errors.InputError(f"{reasons}; put back a sound copy, or {advice}")
+
+  def _pass_over(self, damaged: Mapping[int, errors.Damaged], step: int, move: bool) -> None:
+    """Prints what `damaged` lost over `step`; moves it aside."""
+    if not damaged:
+      return
+    aside = pathlib.Path(f"{self._checkpointer.directory}_damaged")
+    lost = max(damaged) - step
+    hosts.print_first(
+      "\n".join(map(str, damaged.values())) + f"\npassed over for the checkpoint of step {step}: "
+      f"{lost} step{'s' * (lost > 1)} less" + f"; kept in {aside}" * move
+    )
+    if not move:
+      return
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        with writing(aside, errors.Storage):
+          aside.mkdir(exist_ok=True)
+          for number in damaged:
+            self._path(number).rename(aside / f"{number}-{secrets.token_hex(2)}")
+    self._checkpointer.reload()
+
+  def _path(self, step: int) -> pathlib.Path:
+    return pathlib.Path(self._checkpointer.directory) / str(step)
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
     """Saves the tree `state` and the JSON object `record`; returns once the arrays are copied.
@@ -155,17 +225,42 @@ class TrainCheckpoints:
     with writing(self._checkpointer.directory, errors.Storage):
       # A failed save must not go unnoticed until the run needs it.
       self._checkpointer.wait()
+      self._seal()
       self._checkpointer.save_async(step, state, custom_metadata=dict(record), force=True)
+      self._unsealed = step
+
+  def _seal(self) -> None:
+    """Keeps the checksums of what was saved last, beside it, once it is complete."""
+    if self._unsealed is not None and hosts.first():
+      with contextlib.suppress(FileNotFoundError):  # It may be removed already.
+        checksums.write(self._path(self._unsealed))
+    self._unsealed = None
 
   def record(self, step: int) -> dict[str, Any]:
-    """The JSON object that was saved with `step`."""
-    return dict(self._checkpointer.metadata(step).custom_metadata or {})
+    """The JSON object that was saved with `step`.
+
+    Raises:
+      Damaged: it is missing, or cannot be read.
+    """
+    try:
+      record = dict(self._checkpointer.metadata(step).custom_metadata or {})
+    except Exception as error:
+      raise errors.Damaged(
+        f"{self._path(step)} is damaged: its metadata cannot be read ({first_line(error)})"
+      ) from error
+    if not record:
+      raise errors.Damaged(f"{self._path(step)} is damaged: it has no metadata")
+    return record
 
   def load(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
     """The state of `step`, each array straight into the sharding that `abstract` gives it.
 
     With `partial`, `abstract` is a mapping from names of the state's fields, and the others are not
     read.
+
+    Raises:
+      Damaged: its files are.
+      InputError: it is of another tree, or cannot be read for another reason.
     """
     context = ocp.Context()
     context.pytree_options.loading.partial_load = partial
@@ -173,6 +268,9 @@ class TrainCheckpoints:
       with context:
         return self._checkpointer.load(step, abstract)
     except Exception as error:
+      # The other hosts would wait for one that goes on alone.
+      if cause := _damage(error) if hosts.count() == 1 else None:
+        raise errors.Damaged(f"{self._path(step)} is damaged: {cause}") from error
       raise errors.InputError(
         f"{self._checkpointer.directory}: checkpoint {step} cannot be loaded "
         f"({first_line(error.__cause__ or error)}); to resume from the one before, move "
@@ -183,7 +281,44 @@ class TrainCheckpoints:
     """Waits for the save under way; raises Storage if it fails."""
     with writing(self._checkpointer.directory, errors.Storage):
       self._checkpointer.wait()
+      self._seal()
       self._checkpointer.close()
+
+
+def _damage(error: BaseException | None) -> str | None:
+  """What in an error, or in those that it comes from, says that files are damaged; else None."""
+  while error is not None:
+    is_wrong = isinstance(error, (FileNotFoundError, json.JSONDecodeError))
+    if is_wrong or type(error) is KeyError or _DAMAGE.search(str(error)):
+      return first_line(error)
+    error = error.__cause__ or error.__context__
+  return None
+
+
+class _ReadableNames:
+  """Orbax's names of checkpoint folders, without those whose metadata it fails to read: one alone
+  would keep it from opening any.
+
+  Attributes:
+    unreadable: {step: why}, of the last search.
+  """
+
+  def __init__(self):
+    self._names = path_lib.step.standard_name_format()
+    self.unreadable: dict[int, str] = {}
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._names, name)
+
+  def find_all(self, folder: Any) -> Iterator[Any]:
+    self.unreadable.clear()
+    for found in self._names.find_all(folder):
+      try:
+        _ = found.commit_timestamp  # It keeps what it reads.
+      except Exception as error:
+        self.unreadable[found.step] = first_line(error)
+      else:
+        yield found
 
 
 class _Best:

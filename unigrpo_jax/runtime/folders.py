@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, locks
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import checkpoints, stored_params
@@ -122,6 +122,11 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
   if is_folder(path):
     return ModelFolder(path, "official", path, config_lib.read_config(path))
+  if (path / "checkpoints").is_dir():
+    raise errors.InputError(
+      f"{path}: is the workdir of a run; export its newest checkpoint with python -m "
+      f"unigrpo_jax.export {path} OUT, and give that folder"
+    )
   raise errors.InputError(
     f"{path}: not a BAGEL folder: it holds neither {config_lib.LLM_FILE} and "
     f"{' and '.join(weights.FILES.values())} (official) nor {MANIFEST} (converted)"
@@ -197,7 +202,7 @@ def write_files(
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
   needed += sum(path.stat().st_size for path in others)
   check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
-  with atomic.staging(target) as staged:
+  with locks.hold(locks.beside(target), f"target {target}"), atomic.staging(target) as staged:
     for path in others:
       shutil.copyfile(path, staged / path.name)
     for name, contents in files.items():

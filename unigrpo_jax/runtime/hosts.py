@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import locks
 from unigrpo_jax.runtime import host_flags, sharding
 
 HINT_SECONDS = 60
@@ -269,6 +271,32 @@ def raise_on_all_hosts() -> Iterator[None]:
     if reported:
       kind, _, message = reported.partition(":")
       raise errors.KINDS[kind](message if reported == local else f"{name(index)}: {message}")
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path, flag: str) -> Iterator[None]:
+  """Within, no other program that asks for it writes into the folder, which messages call `flag`.
+
+  The first host holds its lock, for all.
+
+  Raises:
+    InputError: another program does; says which.
+  """
+  with contextlib.ExitStack() as stack:
+    with raise_on_all_hosts():
+      if first():
+        stack.enter_context(locks.hold(locks.inside(folder), f"{flag}={folder}"))
+    yield
+
+
+def holds_workdir(train: Callable[..., Any]) -> Callable[..., Any]:
+  """`train(config, workdir, devices=None)`, which holds its workdir until it returns or raises."""
+  @functools.wraps(train)
+  def alone(config, workdir, devices=None):
+    with hold(workdir, "--workdir"):
+      return train(config, workdir, devices)
+
+  return alone
 
 
 def compare(config: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from unigrpo_jax import errors, types
 from unigrpo_jax.data import atomic
 from unigrpo_jax.runtime import (
   checkpoints,
+  compile_timer,
   folders,
   hosts,
   metrics,
@@ -154,20 +155,25 @@ class Run:
   def restore(
     self, layout: state.StateLayout, first_state: Callable[[], types.TrainState]
   ) -> types.TrainState:
-    """The state to continue from: 1. this run's newest checkpoint, else 2. `first_state()`.
+    """The state to continue from: 1. this run's newest sound checkpoint, else 2. `first_state()`.
 
     Raises:
-      InputError: the checkpoint is of another configuration or cannot be read, or not all hosts
-        see the folder.
+      InputError: the checkpoints are of another configuration or none can be read, or not all
+        hosts see the folder.
     """
+    def read(step: int) -> tuple[dict[str, Any], types.TrainState]:
+      record = self._saved.record(step)
+      if missing := {"config", *self._positions} - record.keys():
+        raise errors.Damaged(f"checkpoint {step} is damaged: it has no {', '.join(missing)}")
+      self._check(record)
+      return record, self._saved.load(step, layout.abstract)
+
     record = {}
     if self.is_new:
       self._state = first_state()
     else:
-      self.step = self._resumed_from
-      record = self._saved.record(self.step)
-      self._check(record)
-      self._state = self._saved.load(self.step, layout.abstract)
+      self.step, (record, self._state) = self._saved.newest(read)
+      self._newest = self.step
       for name, position in self._positions.items():
         position.restore(record[name])
       hosts.print_first(f"resumed {self._workdir} at step {self.step}")
@@ -247,7 +253,7 @@ class Run:
       stack.callback(self._log.close)
       self._evaluations.update(self._logged_evaluations())
       stack.enter_context(sharding.activate(self._network.mesh))
-      self._compiling = stack.enter_context(CompileTimer())
+      self._compiling = stack.enter_context(compile_timer.CompileTimer())
       stack.enter_context(stop_on_signal(self._stop_requested))
       self._clock = metrics.Clock(self.step, self._spec.steps)
       self._first_step = self.step + 1
@@ -477,24 +483,3 @@ def stop_on_signal(stop_requested: threading.Event) -> Iterator[None]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler or signal.SIG_DFL)
-
-
-class CompileTimer:
-  """Seconds that XLA compiled, while it is entered."""
-
-  def __enter__(self) -> CompileTimer:
-    self._seconds = 0.0
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def __exit__(self, *_) -> None:
-    jax.monitoring.unregister_event_duration_listener(self._listen)
-
-  def _listen(self, name: str, seconds: float, **_) -> None:
-    if name.endswith("backend_compile_duration"):
-      self._seconds += seconds
-
-  def read_and_reset(self) -> float:
-    """Since the last call."""
-    seconds, self._seconds = self._seconds, 0.0
-    return seconds

@@ -32,7 +32,7 @@ from unigrpo_jax.iconworld import prompts, renderer, tasks
 from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files
-from unigrpo_jax.runtime import checkpoints, folders, metrics, optim, sharding
+from unigrpo_jax.runtime import checkpoints, folders, hosts, metrics, optim, sharding
 from unigrpo_jax.runtime import run as run_lib
 
 VOCABULARY = 640
@@ -130,7 +130,9 @@ def train_vae(
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), jax.eval_shape(fresh)
   )
-  state = fresh() if saved.latest is None else saved.load(saved.latest, abstract)
+  state = fresh()
+  if saved.steps:
+    _, state = saved.newest(lambda step: saved.load(step, abstract))
   clock = metrics.Clock(int(state["step"]), steps)
   try:
     for step in range(int(state["step"]), steps):
@@ -253,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   errors.require("--seed", args.seed, low=0)
   errors.require("--vae_steps", args.vae_steps, low=1)
   errors.require("--vae_rows", args.vae_rows, low=1)
-  build(
-    args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
-    overrides=overrides,
-  )
+  with hosts.hold(args.workdir, "--workdir"):
+    build(
+      args.workdir, args.out, seed=args.seed, vae_steps=args.vae_steps, vae_rows=args.vae_rows,
+      overrides=overrides,
+    )

@@ -21,7 +21,8 @@ import sys
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.runtime import metrics, resumption, run
 
@@ -91,7 +92,7 @@ def prepare(
   record = folder / "config.json"
   if record.exists():
     # A finished run is not trained again, so it must have been trained with this configuration.
-    before, now = json.loads(record.read_text()), spec.run.config
+    before, now = config_lib.read_json(record), spec.run.config
     mutable = resumption.mutable_keys(before, now, spec.run.mutable_keys - {"eval"})
     with errors.at(str(folder)):
       resumption.check(before, now, mutable - {"learning_rate"}, spec.run.defaults)
@@ -180,12 +181,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds for method in args.methods
   }
   run.check_workdir(args.workdir)
-  outcomes: dict[str, dict[int, Outcome]] = {}
-  for (method, seed), training in trainings.items():
-    outcome = training.outcome() or train(training, args.workdir / "compiled")
-    outcomes.setdefault(method, {})[seed] = outcome
-    # After every run, so that the table of an interrupted comparison can be read.
-    text = table(outcomes)
-    atomic.write_text(args.workdir / "results.md", text)
-    atomic.write_text(args.workdir / "results.json", json.dumps(outcomes, indent=1))
-  print(text)
+  # Not `hosts.hold`, which would take the devices that the trainings need.
+  with locks.hold(locks.inside(args.workdir), f"--workdir={args.workdir}"):
+    outcomes: dict[str, dict[int, Outcome]] = {}
+    for (method, seed), training in trainings.items():
+      outcome = training.outcome() or train(training, args.workdir / "compiled")
+      outcomes.setdefault(method, {})[seed] = outcome
+      # After every run, so that the table of an interrupted comparison can be read.
+      text = table(outcomes)
+      atomic.write_text(args.workdir / "results.md", text)
+      atomic.write_text(args.workdir / "results.json", json.dumps(outcomes, indent=1))
+    print(text)

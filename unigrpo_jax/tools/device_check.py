@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from unigrpo_jax import errors
 from unigrpo_jax.models import layers
-from unigrpo_jax.runtime import checkpoints, run, sharding
+from unigrpo_jax.runtime import checkpoints, compile_timer, sharding
 from unigrpo_jax.tools import flops, timing, workloads
 
 # BAGEL-7B-MoT's blocks; a small vocabulary leaves the memory to them. Images of 512 x 512 pixels.
@@ -106,7 +106,7 @@ def measure_phases(
   Raises:
     TimeoutError: there is none after the round that compiles.
   """
-  with run.CompileTimer() as compiling:
+  with compile_timer.CompileTimer() as compiling:
     made = timing.Bench(
       work, dtype=dtype, remat=remat, compiling=compiling, updates=("joint_update",),
       attention=attention,

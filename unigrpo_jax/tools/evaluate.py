@@ -24,7 +24,15 @@ ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
 def run(args: argparse.Namespace) -> None:
   """Connects the hosts, and evaluates on all of them."""
   hosts.from_flags(args)
-  hosts.run(lambda: evaluate(args), lambda: "nothing was written")
+
+  def evaluate_alone() -> None:
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        check_out(args.out)
+    with hosts.hold(args.out, "--out"):
+      evaluate(args)
+
+  hosts.run(evaluate_alone, lambda: "nothing was written")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -36,8 +44,6 @@ def evaluate(args: argparse.Namespace) -> None:
     raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
   hosts.compare(vars(args) | {"process": None})
   with hosts.raise_on_all_hosts():
-    if hosts.first():
-      check_out(args.out)
     examples = read_examples(args)
     scorer = make_scorer(args)
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint, adapter=args.adapter)

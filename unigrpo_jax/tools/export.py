@@ -38,12 +38,12 @@ def export(
     raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")
   # Nothing is removed: the run may be saving one.
   saved = checkpoints.TrainCheckpoints(folder, keep=None, clean=False)
-  step = saved.latest if step is None else step
-  if step is None or step not in saved.steps:
+  if not saved.steps or step not in (None, *saved.steps):
     raise errors.InputError(
       f"{workdir}: no checkpoint {'yet' if step is None else step}; it has {saved.steps}"
     )
-  config = ml_collections.ConfigDict(saved.record(step)["config"])
+  step, record = saved.newest(saved.record, only=step, move=False)
+  config = ml_collections.ConfigDict(record["config"])
   # The devices of this machine, however many the run has.
   config.mesh.update(dict(data=1, fsdp=0, tensor=1))
   config.attention = "plain"
@@ -67,7 +67,8 @@ def export(
   abstract = state.layout(network, optimizer.make(), ema=ema, reference=False).abstract
   # Only what is written: the whole state is many times that.
   wanted = {"ema": abstract.ema} if ema else {"params": abstract.params}
-  [params] = saved.load(step, wanted, partial=True).values()
+  with errors.at(f"--step={step}"):
+    [params] = saved.load(step, wanted, partial=True).values()
   if adapter:
     state.export_adapter(
       network, params, target, dtype or "float32", base=config.init_from, overwrite=overwrite

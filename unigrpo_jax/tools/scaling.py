@@ -16,7 +16,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
-from unigrpo_jax.runtime import metrics, run
+from unigrpo_jax.runtime import compile_timer, metrics
 from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
 
@@ -66,7 +66,7 @@ def measure_point(
   Bytes are the compiler's: arguments, results and temporaries of the phase's program.
   """
   work = point.workload(base)
-  with run.CompileTimer() as compiling:
+  with compile_timer.CompileTimer() as compiling:
     made = timing.Bench(
       work, dtype=dtype, remat=remat, compiling=compiling, updates=("joint_update",),
       devices=jax.devices()[: point.devices],

@@ -28,8 +28,8 @@ from unigrpo_jax.data import prompts
 from unigrpo_jax.episodes import rollout
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import parts, rl
+from unigrpo_jax.runtime import compile_timer, sharding, state
 from unigrpo_jax.runtime import metrics as metrics_lib
-from unigrpo_jax.runtime import run, sharding, state
 from unigrpo_jax.tools import workloads
 
 
@@ -42,7 +42,8 @@ class Bench:
   """
 
   def __init__(
-    self, work: workloads.Workload, *, dtype: str, remat: str, compiling: run.CompileTimer,
+    self, work: workloads.Workload, *, dtype: str, remat: str,
+    compiling: compile_timer.CompileTimer,
     updates: Collection[str] = tuple(workloads.TRAINED), devices: Sequence | None = None,
     attention: str = "auto",
   ):
@@ -183,7 +184,7 @@ def measure(
   """
   load = os.getloadavg()[0]
   seconds, metrics = [], []  # of each round
-  with run.CompileTimer() as compiling:
+  with compile_timer.CompileTimer() as compiling:
     bench = Bench(work, dtype=dtype, remat=remat, compiling=compiling)
     for number, (values, taken) in enumerate(rounds(bench, repeats, "nothing was measured")):
       metrics.append(values)
