@@ -159,6 +159,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Log
   config.writers = ("jsonl",)  # and "tensorboard", "wandb"
+  config.pictures_every = 10  # iterations between groups of a rollout shown by these two; 0: none
   config.checkpoint_every = 20  # iterations
   config.keep_checkpoints = 2  # the last so many; the best one stays besides
   config.keep_every = 0  # checkpoints of steps that are its multiples stay; 0 for none

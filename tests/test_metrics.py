@@ -1,5 +1,6 @@
 """Writers of metrics: what is kept, what is dropped, what is refused; seconds by phase."""
 
+import io
 import json
 import math
 import sys
@@ -7,9 +8,11 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.runtime import metrics
 
 
@@ -99,6 +102,15 @@ class _Library(types.ModuleType):
   def add_scalar(self, name, value, step):
     self.calls.append((name, value, step))
 
+  def add_image(self, name, image, step, dataformats):
+    self.calls.append((name, image.shape, step, dataformats))
+
+  def add_text(self, name, text, step):
+    self.calls.append((name, text, step))
+
+  def Image(self, image, caption):
+    return image.shape, caption
+
   def log(self, values, step):
     self.calls.append((values, step))
 
@@ -127,16 +139,64 @@ def test_every_writer_gets_every_row(tmp_path, monkeypatch):
   assert opened["resume"] == "allow" and written == ({"loss": 0.5}, 5) and closed == "closed"
 
 
-def test_tensorboard_event_files_hold_the_scalars(tmp_path):
-  library = pytest.importorskip("tensorboardX")
-  log = metrics.MetricsLog(["tensorboard"], tmp_path, "run", {})
-  log.write(3, {"reward/mean": 0.25})
-  log.close()
+@pytest.fixture
+def panel():
+  """Two drawings of a prompt, as an evaluation gives them."""
+  image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+  rows = [
+    evaluation.Row("think", "all", "a <red> kite", "<think>a|b</think>", {"reward": 0.5}, "a.png"),
+    evaluation.Row("plain", "all", "a <red> kite", None, {"reward": 0.25}, "b.png"),
+  ]
+  [made] = evaluation.Results(rows, {"a.png": image, "b.png": image[::-1]}).panels(3)
+  return made
+
+
+def test_pictures_with_their_words_go_to_tensorboard_and_wandb(tmp_path, monkeypatch, panel):
+  """Side by side with reasoning and reward; the file has the numbers of the row alone."""
+  boards, wandb = _Library(), _Library()
+  monkeypatch.setitem(sys.modules, "tensorboardX", boards)
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  log = metrics.MetricsLog(metrics.WRITERS, tmp_path, "an_id", {})
+  log.write(7, {"eval/think/reward": 0.5, "samples/eval/0": panel})
+  assert metrics.read(tmp_path / "metrics.jsonl")[0] == [{"step": 7, "eval/think/reward": 0.5}]
+  _, scalar, image, text = boards.calls
+  assert scalar == ("eval/think/reward", 0.5, 7)
+  assert image == ("samples/eval/0", panel.sheet.shape, 7, "HWC")
+  assert text == ("samples/eval/0", "\n".join([
+    "**a &lt;red&gt; kite**", "", "| picture | rewards | reasoning |", "|---|---|---|",
+    "| think | reward 0.5 | &lt;think&gt;a\\|b&lt;/think&gt; |", "| plain | reward 0.25 |  |",
+  ]), 7)
+  shown = [
+    ((4, 4, 3), "a <red> kite\nthink: reward 0.5\n<think>a|b</think>"),
+    ((4, 4, 3), "a <red> kite\nplain: reward 0.25"),
+  ]
+  assert wandb.calls[1] == ({"eval/think/reward": 0.5, "samples/eval/0": shown}, 7)
+  # Both pictures are in the sheet, enlarged, with words to their left.
+  height, width, _ = panel.sheet.shape
+  assert height > 128 and width > 2 * 128 and panel.sheet.dtype == np.uint8
+  assert (panel.sheet[12:140, -140:-12] == panel.sheet[12:140, -280:-152][::-1]).all()
+
+
+def test_tensorboard_event_files_hold_scalars_pictures_and_words(tmp_path, panel):
+  pytest.importorskip("tensorboardX")
   from tensorboardX import proto
 
-  assert library and proto
+  log = metrics.MetricsLog(["tensorboard"], tmp_path, "run", {})
+  log.write(3, {"reward/mean": 0.25, "samples/eval/0": panel})
+  log.close()
   [path] = (tmp_path / "tensorboard").iterdir()
-  assert b"reward/mean" in path.read_bytes()
+  data, values = path.read_bytes(), {}
+  while data:  # 8 bytes of length, 4 of its checksum, the event, 4 of its checksum
+    length = int.from_bytes(data[:8], "little")
+    event = proto.event_pb2.Event.FromString(data[12 : 12 + length])
+    values |= {value.tag: value for value in event.summary.value}
+    data = data[16 + length :]
+  assert values.pop("reward/mean").simple_value == 0.25
+  image = values.pop("samples/eval/0").image
+  picture = np.asarray(PIL.Image.open(io.BytesIO(image.encoded_image_string)))
+  np.testing.assert_array_equal(picture, panel.sheet)
+  [(name, text)] = values.items()
+  assert name.startswith("samples/eval/0") and b"reward 0.25" in text.tensor.string_val[0]
 
 
 def test_phases_and_what_lies_between_them():

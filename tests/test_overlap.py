@@ -1,6 +1,7 @@
 """The host's part of an iteration does not keep the devices waiting, nor hide what went wrong."""
 
 import threading
+import types as types_lib
 
 import jax
 import numpy as np
@@ -53,6 +54,29 @@ def test_what_diverged_is_found_when_it_is_read(logp, finite, words):
     made.gather([chunk], 1)
   made.close()
   assert not seen
+
+
+def test_the_first_groups_are_shown_with_their_rewards():
+  """Two chunks of two prompts: the first two groups, six trajectories of each at most."""
+  score = lambda samples: [float(sample.image.mean()) for sample in samples]
+  made = scoring.Scoring(rewards.Scorer({"a": score}, {"a": 2.0}), group_size=7, normalise=False)
+  chunks = []
+  for chunk in (0, 1):
+    images = [np.full((2, 2, 3), 14 * chunk + row, np.uint8) for row in range(14)]
+    read = sampler.HostRows(np.arange(14), None, [f"thought {i}" for i in range(14)], images)
+    prompts = [
+      types_lib.SimpleNamespace(prompt=f"prompt {2 * chunk + i}", metadata={}) for i in (0, 1)
+    ]
+    episode = sampler.Episode(None, None, None, read=lambda read=read: read)
+    chunks.append(made.submit(prompts, episode, 14 * chunk))
+  shown = made.gather(chunks, 4).panels()
+  made.close()
+  assert list(shown) == ["samples/rollout/0", "samples/rollout/1"]
+  second = shown["samples/rollout/1"]
+  assert second.prompt == "prompt 1" and len(second.pictures) == 6
+  assert second.pictures[2].label == "#10" and second.pictures[2].text == "thought 9"
+  assert second.pictures[2].rewards == {"reward": 18.0, "a": 9.0}
+  assert second.sheet.ndim == 3 and "| #10 | reward 18, a 9 | thought 9 |" in second.markdown()
 
 
 def test_gaps_by_hand():

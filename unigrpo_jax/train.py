@@ -115,6 +115,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       with run.timer("update"):
         train_state, update_metrics = update(train_state, experience)
       del experience
+      if spec.pictures_every and step % spec.pictures_every == 0:
+        metrics |= scores.panels()  # for TensorBoard and W&B
       run.commit(train_state, metrics | update_metrics)  # a row of the log
       run.evaluate(evaluation, train_state)  # where it is due; a row of its own
 

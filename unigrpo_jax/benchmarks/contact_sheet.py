@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import textwrap
 from typing import Any
 
@@ -11,7 +12,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from unigrpo_jax.runtime import panels
+
 SIDE, GAP, LINE, WORDS = 128, 12, 15, 64  # pixels, pixels, pixels, characters
+CUT = 400  # characters of a reasoning that a panel's picture shows
 WIDE = 1300  # pixels that a sheet may take to put prompts side by side
 
 
@@ -22,10 +26,7 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
 
   Pictures are shown with sides of at most `SIDE` pixels, small ones enlarged without smoothing.
   """
-  kept = [row for row in rows if row.image in images]
-  modes = list(dict.fromkeys(row.mode for row in kept))
-  columns = [[row for row in kept if row.mode == mode] for mode in modes]
-  blocks = [_strip(strip, images) for strip in zip(*columns)]
+  blocks = [strip(of_prompt, images) for of_prompt in by_prompt(rows, images)]
   width = max(block.width for block in blocks)
   side_by_side = max(WIDE // width, 1)
   lines = [blocks[i : i + side_by_side] for i in range(0, len(blocks), side_by_side)]
@@ -42,7 +43,27 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
   return sheet
 
 
-def _strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
+def by_prompt(rows: Sequence[Any], images: dict[str, np.ndarray]) -> list[tuple[Any, ...]]:
+  """The kept rows of each prompt, one a mode."""
+  kept = [row for row in rows if row.image in images]
+  modes = list(dict.fromkeys(row.mode for row in kept))
+  return list(zip(*[[row for row in kept if row.mode == mode] for mode in modes]))
+
+
+def panel(rows: Sequence[Any], images: dict[str, np.ndarray]) -> panels.Panel:
+  """The kept rows of a prompt for a log; long reasonings are cut in the picture alone."""
+  cut = [
+    dataclasses.replace(row, text=row.text and textwrap.shorten(row.text, CUT, placeholder=" ..."))
+    for row in rows
+  ]
+  return panels.Panel(
+    rows[0].prompt,
+    tuple(panels.Picture(row.mode, images[row.image], row.text, row.rewards) for row in rows),
+    np.asarray(strip(cut, images)),
+  )
+
+
+def strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
   """One prompt: its words to the left, a picture a mode with its rewards beneath."""
   left = textwrap.wrap(rows[0].prompt, WORDS)
   for text in dict.fromkeys(row.text for row in rows if row.text is not None):
@@ -52,13 +73,13 @@ def _strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Imag
   beneath = [[row.mode, *(f"{k} {v:.2f}" for k, v in row.rewards.items())] for row in rows]
   tall = max(len(left) * LINE, SIDE + max(map(len, beneath)) * LINE) + 2 * GAP
   start = WORDS * 7 + 2 * GAP
-  strip = PIL.Image.new("RGB", (start + len(rows) * (SIDE + GAP), tall), "white")
-  _write(strip, GAP, GAP, "\n".join(left))
+  made = PIL.Image.new("RGB", (start + len(rows) * (SIDE + GAP), tall), "white")
+  _write(made, GAP, GAP, "\n".join(left))
   for place, (row, lines) in enumerate(zip(rows, beneath)):
     x = start + place * (SIDE + GAP)
-    strip.paste(_fit(images[row.image]), (x, GAP))
-    _write(strip, x, GAP + SIDE, "\n".join(lines))
-  return strip
+    made.paste(_fit(images[row.image]), (x, GAP))
+    _write(made, x, GAP + SIDE, "\n".join(lines))
+  return made
 
 
 def _fit(image: np.ndarray) -> PIL.Image.Image:

@@ -27,7 +27,7 @@ from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import contact_sheet, intervals
 from unigrpo_jax.data import atomic
 from unigrpo_jax.episodes import requests as requests_lib
-from unigrpo_jax.runtime import hosts
+from unigrpo_jax.runtime import hosts, panels
 
 _PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
 
@@ -127,6 +127,11 @@ class Results:
       row.rewards[reward] for row in self.rows
       if row.mode == name and reward in row.rewards and category in (None, row.category)
     ]
+
+  def panels(self, count: int) -> list[panels.Panel]:
+    """The pictures of the first `count` prompts that have some, for a log."""
+    prompts = contact_sheet.by_prompt(self.rows, self.images)[:count]
+    return [contact_sheet.panel(rows, self.images) for rows in prompts]
 
   def table(self, reward: str) -> str:
     """Markdown: a line a mode, means by category, and over all with the interval."""

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import contact_sheet, evaluation
 from unigrpo_jax.episodes import sampler
-from unigrpo_jax.runtime import hosts
+from unigrpo_jax.runtime import hosts, panels
+
+PANELS, COLUMNS = 2, 6  # prompts of a step that a log may show, and trajectories of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Pending:
   scores: Any  # see `rewards.Scorer.submit`
   lengths: np.ndarray | None
   finished: np.ndarray | None
+  shown: Mapping[int, rewards.Sample]  # those of `rows` that a panel shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Scores:
     weighted: the weighted sum, not normalised, [B] float32.
     group: which prompt each trajectory is of, [B].
     text: {"lengths", "finished"}: of the sampled text, [B] float32; {} without.
+    shown: {trajectory: sample} of the first groups, as far as this host has them.
   """
 
   by_reward: Mapping[str, np.ndarray]
@@ -41,6 +46,22 @@ class Scores:
   weighted: np.ndarray
   group: np.ndarray
   text: Mapping[str, np.ndarray]
+  shown: Mapping[int, rewards.Sample]
+
+  def panels(self) -> dict[str, panels.Panel]:
+    """The first groups for a log: pictures side by side, with reasonings and rewards."""
+    groups: dict[int, list[evaluation.Row]] = {}
+    for row, sample in sorted(self.shown.items()):
+      scores = {"reward": self.weighted} | dict(self.by_reward)
+      groups.setdefault(int(self.group[row]), []).append(evaluation.Row(
+        f"#{row + 1}", "", sample.prompt, sample.text,
+        {name: float(values[row]) for name, values in scores.items()}, str(row),
+      ))
+    images = {str(row): sample.image for row, sample in self.shown.items()}
+    return {
+      f"samples/rollout/{group}": contact_sheet.panel(rows, images)
+      for group, rows in groups.items()
+    }
 
   def metrics(self, valid: np.ndarray, ddof: int) -> dict[str, float]:
     """Means of each reward; mean and standard deviation of the sum where `valid`, [B] bool.
@@ -99,10 +120,14 @@ class Scoring:
       text = None if read.texts is None else read.texts[place]
       samples.append(rewards.Sample(prompt.prompt, image, text, prompt.metadata))
     text = read.text
+    shown = {
+      row: sample for row, sample in zip((first + read.rows).tolist(), samples)
+      if row < PANELS * self._group_size and row % self._group_size < COLUMNS
+    }
     return Pending(
       first + read.rows, self._scorer.submit(samples),
       None if text is None else np.float32(text.mask.sum(axis=1)),
-      None if text is None else np.float32(text.finished),
+      None if text is None else np.float32(text.finished), shown,
     )
 
   def gather(self, chunks: Sequence[futures.Future[Pending]], prompts: int) -> Scores:
@@ -129,6 +154,7 @@ class Scoring:
     result = Scores(
       by_reward, self._scorer.total(by_reward, group, self._normalise),
       self._scorer.total(by_reward), group, text,
+      {row: sample for part in pending for row, sample in part.shown.items()},
     )
     with hosts.raise_on_all_hosts():
       self._scorer.check(result.total)

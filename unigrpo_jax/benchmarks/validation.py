@@ -15,6 +15,8 @@ from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
 from unigrpo_jax.runtime import hosts
 
+PANELS = 4  # prompts whose pictures the log gets
+
 
 @dataclasses.dataclass(frozen=True)
 class ValidationSpec:
@@ -81,7 +83,7 @@ class Validation:
 
   def __call__(
     self, params: Any, step: int, between: Callable[[], None]
-  ) -> dict[str, float]:
+  ) -> dict[str, Any]:
     """Evaluates parameters of the network after `step` steps.
 
     Args:
@@ -90,7 +92,7 @@ class Validation:
       between: called between two batches; may raise to stop.
 
     Returns:
-      {`metric`/REWARD: mean}.
+      {`metric`/REWARD: mean}, and on the first host panels of the first pictures.
 
     Raises:
       InputError: too many pictures have no reward, or the folder cannot be written to.
@@ -107,7 +109,8 @@ class Validation:
     means = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)
     prompts = len(results.rows) // len(self._modes)
     hosts.print_first(f"evaluated {prompts} prompts at step {step}: reward {means}")
-    return {
+    shown = enumerate(results.panels(PANELS)) if hosts.first() else ()
+    return {f"samples/eval/{number}": panel for number, panel in shown} | {
       f"{metric(mode.name)}/{name}": results.mean(mode, name)
       for mode in self._modes for name in results.rewards
       if np.isfinite(results.mean(mode, name))

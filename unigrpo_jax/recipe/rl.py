@@ -29,7 +29,7 @@ FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO
 MUTABLE_KEYS = {
   "eval", "drift", "reward.threads", "reward.max_failed_fraction",
   "rollout.prompts_at_once", "rollout.layout", "rollout.tensor", "text.chunk", "microbatch",
-  "remat",
+  "remat", "pictures_every",
 }
 # Of served rewards: where they are and how they are asked, not what is asked.
 ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
@@ -37,7 +37,7 @@ ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", 
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
-  "rollout.tensor": 0, "lora.adapter": "",
+  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10,
 }
 BOUNDS: checks.Bounds = (
   ({"low": 0}, (
@@ -45,7 +45,7 @@ BOUNDS: checks.Bounds = (
     "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
     "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
     "drift.flow", "flow.awm_clip", "flow.fpo_clip", "rollout.moving_stride",
-    "rollout.tensor",
+    "rollout.tensor", "pictures_every",
   )),
   ({"low": 1}, (
     "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",
@@ -178,6 +178,7 @@ class Spec:
   flow: FlowSpec
   update: UpdateSpec
   evaluation: validation.ValidationSpec
+  pictures_every: int  # iterations from one whose pictures are logged to the next; 0: none
 
   @property
   def trajectories(self) -> int:
@@ -219,7 +220,7 @@ def read(config: ConfigDict) -> Spec:
   c, r, e = config, config.rollout, config.eval
   window_size = r.window_size if c.flow.train and c.flow.objective in SDE_OBJECTIVES else 0
   spec = Spec(
-    seed=c.seed, network=sections.network(c),
+    seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,
     run=sections.run(
       c, MUTABLE_KEYS | _endpoint_keys(c), DEFAULTS, evaluate_every=e.every,
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",

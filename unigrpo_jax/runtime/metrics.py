@@ -17,7 +17,7 @@ import tqdm
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
-from unigrpo_jax.runtime import event_files
+from unigrpo_jax.runtime import event_files, panels
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
 PROGRESS_SECONDS = 30.0  # Between two lines of progress where standard error is no terminal.
@@ -62,7 +62,7 @@ class MetricsLog:
         library, workdir / "tensorboard", purge_step=first_step + 1
       )
     if "wandb" in names:
-      library = _import("wandb", "wandb")
+      library = self._wandb_library = _import("wandb", "wandb")
       workdir.mkdir(parents=True, exist_ok=True)
       self._wandb = library.init(
         project="unigrpo_jax", id=run_id, name=run_id, dir=str(workdir),
@@ -70,8 +70,13 @@ class MetricsLog:
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends a row of numbers or arrays without axes; raises Storage if it cannot be written."""
-    values = floats(values)
+    """Appends a row of numbers or arrays without axes, and panels, which a file does not keep.
+
+    Raises:
+      Storage: it cannot be written.
+    """
+    pictures = {name: v for name, v in values.items() if isinstance(v, panels.Panel)}
+    values = floats({name: v for name, v in values.items() if name not in pictures})
     if self._path:
       # JSON has no NaN and no infinity: `read` gives NaN for null.
       row = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -81,11 +86,15 @@ class MetricsLog:
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)
+      for name, panel in pictures.items():
+        self._board.add_image(name, panel.sheet, step, dataformats="HWC")
+        self._board.add_text(name, panel.markdown(), step)
       self._board.flush()
       for file in self._event_files:
         file.raise_failed()
     if self._wandb:
-      self._wandb.log(values, step=step)
+      shown = {name: panel.captioned(self._wandb_library) for name, panel in pictures.items()}
+      self._wandb.log(values | shown, step=step)
 
   def close(self) -> None:
     if self._board:
@@ -140,6 +149,14 @@ def floats(values: Mapping[str, Any]) -> dict[str, float]:
     if not isinstance(value, (int, float)) and getattr(value, "ndim", None) != 0:
       raise TypeError(f"metric {name} is {value!r}, not one number")
   return {name: float(value) for name, value in values.items()}
+
+
+def not_finite(values: Mapping[str, Any]) -> list[str]:
+  """The names of the numbers among the values that are not finite."""
+  return sorted(
+    name for name, value in values.items()
+    if not isinstance(value, panels.Panel) and not math.isfinite(value)
+  )
 
 
 def _import(library: str, writer: str) -> Any:

@@ -16,7 +16,6 @@ import time
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import atomic
@@ -405,7 +404,7 @@ class Run:
 
     Returns whether the step has a checkpoint now.
     """
-    usable = train_state is not None and not not_finite(jax.device_get(self._last_metrics))
+    usable = train_state is not None and not metrics.not_finite(jax.device_get(self._last_metrics))
     if usable and self._worth_saving and self._newest != self.step:
       self._state = train_state
       self._save()
@@ -456,13 +455,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def check_finite(values: Mapping[str, Any]) -> None:
   """Raises UpdateRejected, which names those that are not, unless all values are finite."""
-  if bad := not_finite(values):
+  if bad := metrics.not_finite(values):
     raise errors.UpdateRejected(f"{', '.join(bad)} not finite; lower the learning rate and resume")
-
-
-def not_finite(values: Mapping[str, Any]) -> list[str]:
-  """The names of the values that are not finite."""
-  return sorted(name for name, value in values.items() if not np.isfinite(value))
 
 
 def continue_from(workdir: pathlib.Path) -> str:
