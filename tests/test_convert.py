@@ -257,7 +257,7 @@ def test_overwrite_spares_what_is_no_model_folder(official, tmp_path, capsys):
   home.mkdir()
   (home / "thesis.tex").write_text("x")
   line = refuse(capsys, f"--source={official}", f"--target={home}", "--overwrite")
-  assert "not a model folder" in line and (home / "thesis.tex").exists()
+  assert "holds something else" in line and (home / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("target", [".", "inside", ".."])

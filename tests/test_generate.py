@@ -166,7 +166,7 @@ def _refused(capsys, *args):
     (["--prompt=a", "--image=missing.png"], "missing.png"),
     (["--prompt=a", "--out=/dev/null/a.png"], "/dev/null"),
     (["--prompt=a", "--out=/proc/nowhere/a.png"], "/proc/nowhere"),
-    (["--prompt=a", "--out=" + "x" * 300 + ".png"], "cannot write"),
+    (["--prompt=a", "--out=" + "x" * 300 + ".png"], "cannot be written to"),
     (["--prompt=a", "--shift=1e39"], "--shift=1e+39"),
     (["--prompt=a", "--cfg_text_scale=inf"], "--cfg_text_scale=inf"),
     (["--prompt=a", "--steps=3", "--height=40"], "height=40"),

@@ -39,7 +39,9 @@ LIBRARIES = {
   "losses": {"jax", "chex"},
   "sampling": {"jax", "chex", "flax.struct", "numpy"},
   "models": {"jax", "chex", "flax", "numpy", "ml_dtypes"},
-  "data": {"numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets"},
+  "data": {
+    "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "etils", "fsspec", "gcsfs",
+  },
   "runtime": {
     "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",
     "etils",

@@ -14,6 +14,7 @@ import re
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_SECONDS = 5  # that one request may take; the library retries a few times
@@ -26,7 +27,7 @@ def find_source(source: str) -> pathlib.Path:
   Raises:
     InputError: neither exists, or the hub cannot be reached.
   """
-  path = pathlib.Path(source)
+  path = files.path(source)
   if path.exists() or not _HUB_NAME.fullmatch(source):
     return path
   # Read when huggingface_hub is imported: an unreachable hub must fail in seconds, not hang.
@@ -74,7 +75,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     help="folder to read: official (with ema.safetensors and ae.safetensors), or converted with "
     "--export; or a repository name of the Hugging Face hub, which is downloaded",
   )
-  parser.add_argument("--target", required=True, type=pathlib.Path, help="folder to make")
+  parser.add_argument("--target", required=True, type=files.path, help="folder to make")
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
     "--export", action="store_true", help="from a converted folder back to official files"

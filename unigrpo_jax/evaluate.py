@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 from unigrpo_jax.rewards import arguments
 from unigrpo_jax.runtime import host_flags
 from unigrpo_jax.tools import sampling_flags
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--checkpoint", default="tiny",
       help='official or converted folder, or "tiny", the embedded one (default: %(default)s)')
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
-  add("--out", type=pathlib.Path, required=True, help="folder for the results")
+  add("--out", type=files.path, required=True, help="folder for the results")
   add("--prompts_from", default="iconworld",
       help="iconworld, a .txt or .jsonl file, or a set that unigrpo_jax.data built "
       "(default: %(default)s)")

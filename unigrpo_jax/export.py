@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prog="python -m unigrpo_jax.export", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("workdir", type=pathlib.Path, help="of the run")
-  parser.add_argument("out", type=pathlib.Path, help="folder to write")
+  parser.add_argument("workdir", type=files.path, help="of the run")
+  parser.add_argument("out", type=files.path, help="folder to write")
   parser.add_argument(
     "--adapter", action="store_true",
     help="write the run's LoRA adapters alone, as PEFT does (adapter_model.safetensors)",

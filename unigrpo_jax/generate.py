@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 from unigrpo_jax.runtime import host_flags
 from unigrpo_jax.tools import sampling_flags
 
@@ -46,12 +46,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--prompt", help="what to draw, change or answer")
-  add("--prompts_file", type=pathlib.Path, help=".txt with one prompt a line, or .jsonl with "
+  add("--prompts_file", type=files.path, help=".txt with one prompt a line, or .jsonl with "
       'one {"prompt": ...} a line; UTF-8, blank lines are skipped')
-  add("--image", type=pathlib.Path, help="image to edit, or to talk about with --understand")
+  add("--image", type=files.path, help="image to edit, or to talk about with --understand")
   add("--understand", action="store_true", help="answer in words instead of drawing")
   add("--think", action="store_true", help="write reasoning first")
-  add("--out", type=pathlib.Path,
+  add("--out", type=files.path,
       help="PNG to write, or a folder for several prompts (default: generated.png or generated/); "
       "with --understand the JSON file (default: answer.json)")
   add("--height", type=int, help="pixels (default: the largest the checkpoint is configured for)")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import pathlib
 import sys
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.tools.report import page, workdir
 
 DESCRIPTION = """Makes one HTML page about a run: rewards with intervals, health, the same prompts
@@ -16,9 +15,9 @@ before and after, timings, configuration. It needs nothing beside it and no netw
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(prog="python -m unigrpo_jax.report", description=DESCRIPTION)
-  parser.add_argument("workdir", type=pathlib.Path, help="folder of the run, with metrics.jsonl")
+  parser.add_argument("workdir", type=files.path, help="folder of the run, with metrics.jsonl")
   parser.add_argument(
-    "--out", type=pathlib.Path, help="file to write (default: report.html in the folder)"
+    "--out", type=files.path, help="file to write (default: report.html in the folder)"
   )
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
   out = args.out or args.workdir / "report.html"

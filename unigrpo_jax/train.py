@@ -21,6 +21,7 @@ import numpy as np
 
 from unigrpo_jax import errors, finetune, types
 from unigrpo_jax.benchmarks import scoring, validation
+from unigrpo_jax.data import files
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import rollout as rollout_lib
 from unigrpo_jax.losses import advantages
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help="config file, for example configs/unigrpo.py:tiny",
   )
   parser.add_argument(
-    "--workdir", required=True, type=pathlib.Path,
+    "--workdir", required=True, type=files.path,
     help="folder for checkpoints and metrics; a run that finds its own checkpoints there continues",
   )
   host_flags.add_arguments(parser)

@@ -25,7 +25,7 @@ import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import contact_sheet, intervals
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import hosts, panels
 
@@ -157,7 +157,7 @@ class Results:
     """
     import PIL.Image
 
-    folder = pathlib.Path(folder)
+    folder = files.path(folder)
     record = {
       "title": title, "modes": self.modes, "rows": [dataclasses.asdict(row) for row in self.rows]
     }

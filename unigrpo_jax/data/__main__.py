@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-import pathlib
 import sys
 import time
 from typing import Any
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import prompts
+from unigrpo_jax.data import files, prompts
 
 EPILOG = f"""prompt files (UTF-8):
   NAME.txt     one prompt a line
@@ -41,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help=f"name of the split that --build makes, once for each --build (default: train; of "
       f"{prompts.ICONWORLD}: {', '.join(prompts.ICONWORLD_COUNTS)}, all three)")
   add("--name", required=True, help="of the set: lower-case letters, digits and _")
-  add("--out", type=pathlib.Path, default=prompts.default_folder(),
+  add("--out", type=files.path, default=prompts.default_folder(),
       help="folder to make the set in (default: %(default)s)")
   counts = ", ".join(f"{split} {count}" for split, count in prompts.ICONWORLD_COUNTS.items())
   add("--count", type=int,
@@ -78,7 +77,7 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
       pairs = prompts.iconworld_prompts(split, args.count)
       total = len(pairs)
     else:
-      path = pathlib.Path(build)
+      path = files.path(build)
       if not path.is_file():
         raise errors.InputError(f"--build={build}: no such file; give a .txt or .jsonl file")
       pairs = prompts.read_file(path)

@@ -1,8 +1,12 @@
-"""Atomic writes: finished files and folders take the place of others, never half written."""
+"""Atomic writes: finished files and folders take the place of others, never half written.
+
+On a file system that is a rename. An object of a bucket is written whole in any case; a folder is
+made in the place for temporary files, and its objects are written when it is finished.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import os
 import pathlib
@@ -10,14 +14,21 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 
 
 def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
   """Has `fill` write a file beside `path`, which then takes its place."""
+  if files.is_object(path):
+    with tempfile.TemporaryDirectory() as folder:
+      fill(pathlib.Path(folder, path.name))
+      path.upload(pathlib.Path(folder, path.name))
+    return
   with _beside(path) as partial:
     fill(partial)
     partial.replace(path)
@@ -25,6 +36,9 @@ def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a text file that is at no moment half written."""
+  if files.is_object(path):
+    path.write_text(text)
+    return
   write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -33,6 +47,11 @@ def probe(path: pathlib.Path) -> None:
   """
   made = []
   try:
+    if files.is_object(path):
+      probed = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+      probed.write_bytes(b"")
+      probed.unlink()
+      return
     for folder in reversed(path.absolute().parents):
       if folder.is_symlink() and not folder.exists():
         raise errors.InputError(f"{folder} is a link to a place that does not exist; make it first")
@@ -76,24 +95,32 @@ def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def staging(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.Path]:
   """A new folder beside `target` that replaces it on success and is removed otherwise.
 
   Its parents are made too, and removed with it. SIGTERM and SIGHUP clean up as Ctrl-C does.
+  Where `target` is of a bucket, the folder's files are written there on success, those of the names
+  `last` in the end; see `files.upload`.
   """
+  is_object = files.is_object(target)
   target = target.resolve()
-  missing = [folder for folder in target.parents if not folder.exists()]
+  place = pathlib.Path(tempfile.gettempdir(), target.name) if is_object else target
+  missing = [folder for folder in place.parents if not folder.exists()]
   prefix = f"{target.name}.partial-"
-  for other in target.parent.glob(f"{prefix}*"):
+  for other in place.parent.glob(f"{prefix}*"):
     print(f"note: {other} is of a run that was killed; delete it", file=sys.stderr)
   # Not the process id: those of containers repeat.
-  staged = target.with_name(f"{prefix}{secrets.token_hex(4)}")
+  staged = place.with_name(f"{prefix}{secrets.token_hex(4)}")
   with _interruptible() as ignore_signals:
     try:
       with errors.storage():
         staged.mkdir(parents=True)
         yield staged
-        replace(staged, target)
+        if is_object:
+          files.upload(staged, target, last)
+          _remove(staged)
+        else:
+          replace(staged, target)
     except BaseException as error:
       # A closing terminal sends more than one signal: the second must not stop the cleaning.
       ignore_signals()
@@ -136,9 +163,9 @@ def _remove(folder: pathlib.Path) -> None:
       return
     times_absent = 0 if folder.exists() else times_absent + 1
     # Unlike shutil.rmtree, this works where no more than one more file can be opened.
-    for parent, names, files in os.walk(folder, topdown=False):
+    for parent, names, others in os.walk(folder, topdown=False):
       with contextlib.suppress(OSError):
-        for name in files:
+        for name in others:
           os.unlink(os.path.join(parent, name))
         for name in names:
           os.rmdir(os.path.join(parent, name))

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 from unigrpo_jax.models import config as config_lib
 
 MAX_STRETCH = 2.0  # By which rounding a side to one patch or latent token may stretch an image.
@@ -28,7 +29,7 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-      with PIL.Image.open(path) as image:
+      with files.path(path).open("rb") as file, PIL.Image.open(file) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
           raise errors.InputError(
             f"{path}: {image.width}x{image.height} pixels: one side is more than "

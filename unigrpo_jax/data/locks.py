@@ -24,7 +24,7 @@ import threading
 import time
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 
 BEAT_SECONDS = 10
 DEAD_SECONDS = 60
@@ -79,7 +79,9 @@ def hold(path: pathlib.Path, name: str) -> Iterator[None]:
     InputError: another process holds it, or the file cannot be written; see `errors.of_storage`.
   """
   path, mine = path.absolute(), _this_process()
-  missing = [folder for folder in path.parents if not folder.exists()]
+  missing = []
+  if not files.is_object(path):
+    missing = [folder for folder in path.parents if not folder.exists()]
   stop = threading.Event()
   beats = threading.Thread(target=_beat, args=(path, name, mine, stop), daemon=True)
   try:
@@ -198,6 +200,8 @@ def _text(holder: Holder) -> str:
 
 def _create(path: pathlib.Path, holder: Holder) -> bool:
   """Writes the file unless there is one; returns whether it did."""
+  if files.is_object(path):
+    return path.create(_text(holder).encode())
   try:
     file = path.open("x", encoding="utf-8")
   except FileExistsError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import lines
+from unigrpo_jax.data import files, lines
 from unigrpo_jax.iconworld import geneval
 from unigrpo_jax.iconworld import prompts as iconworld
 
@@ -119,15 +119,17 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
   """
   if str(source) == ICONWORLD:
     return PromptSet(iconworld_prompts(split))
-  path = pathlib.Path(source)
+  path = files.path(source)
   if path.is_file() or path.suffix.lower() in FILE_ENDINGS:
     return PromptSet(list(read_file(path)))
   from unigrpo_jax.data import prompt_folders  # Imports TFDS, which takes a second.
 
-  named = default_folder() / path
-  for folder in (path, path / prompt_folders.VERSION, named / prompt_folders.VERSION):
+  places = [path, path / prompt_folders.VERSION]
+  if not files.is_object(path):
+    places.append(default_folder() / path / prompt_folders.VERSION)
+  for folder in places:
     if (folder / "dataset_info.json").is_file():
-      return PromptSet(prompt_folders.Split(folder, split))
+      return PromptSet(prompt_folders.Split(files.local_copy(folder), split))
   raise errors.InputError(
     f"{source}: no such prompt set; expected a folder or a name in {default_folder()} that "
     f"python -m unigrpo_jax.data built, a {' or '.join(FILE_ENDINGS)} file, or {ICONWORLD}"

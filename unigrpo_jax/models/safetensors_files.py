@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import io
 import json
 import math
 import os
@@ -54,8 +55,8 @@ class SafetensorsFile:
     InputError: the file is missing, truncated, or not in safetensors format.
   """
 
-  def __init__(self, path: pathlib.Path | str):
-    self.path = pathlib.Path(path)
+  def __init__(self, path: pathlib.Path):
+    self.path = path
     try:
       self._file = self.path.open("rb")
     except FileNotFoundError:
@@ -72,7 +73,8 @@ class SafetensorsFile:
       raise
 
   def _read_header(self) -> None:
-    size = os.fstat(self._file.fileno()).st_size
+    size = self._file.seek(0, os.SEEK_END)
+    self._file.seek(0)
     length = int.from_bytes(self._file.read(8), "little")
     if size < 8 or length > _MAX_HEADER_BYTES:
       raise errors.InputError(
@@ -131,7 +133,7 @@ class SafetensorsFile:
     try:
       while left:
         # One call reads at most 2 GiB, and fewer bytes than asked for when a signal arrives.
-        count = os.preadv(self._file.fileno(), [left], offset)
+        count = self._read_at(left, offset)
         if not count:
           raise errors.InputError(
             f"{self.path}: ends at byte {offset}: it became shorter while it was read"
@@ -139,6 +141,13 @@ class SafetensorsFile:
         left, offset = left[count:], offset + count
     except OSError as error:
       raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+  def _read_at(self, buffer: memoryview, offset: int) -> int:
+    try:
+      return os.preadv(self._file.fileno(), [buffer], offset)
+    except io.UnsupportedOperation:  # An object of a bucket.
+      self._file.seek(offset)
+      return self._file.readinto(buffer)
 
   def close(self) -> None:
     self._file.close()

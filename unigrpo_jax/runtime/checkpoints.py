@@ -20,6 +20,7 @@ from orbax.checkpoint import path as path_lib
 from orbax.checkpoint import v1 as ocp
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 from unigrpo_jax.runtime import checksums, hosts
 
 TOO_SMALL = "its weights do not fit in device memory; take more devices, or bfloat16"
@@ -87,6 +88,8 @@ def check_name(path: pathlib.Path) -> None:
   Raises:
     InputError: names what is wrong.
   """
+  if files.is_object(path):
+    return
   if wrong := re.search(r"\\|gs:/|[\ud800-\udfff]", f"{path.absolute()}/"):
     raise errors.InputError(
       f"{path}: no checkpoint can be kept under a name with {wrong[0]!r}; give another folder"
@@ -131,6 +134,7 @@ class TrainCheckpoints:
       clean: removes what a killed save left behind; not where another process may be saving.
     """
     drop_lost_traces()
+    self._folder = files.path(folder).absolute()
     self._unsealed: int | None = None
     self._names = _ReadableNames()
     policies = ocp.training.preservation_policies
@@ -140,7 +144,7 @@ class TrainCheckpoints:
     if score is not None:
       kept.append(_Best(score))
     self._checkpointer = ocp.training.Checkpointer(
-      _Folder(pathlib.Path(folder).absolute()),
+      self._folder if files.is_object(self._folder) else _Folder(self._folder),
       preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
       step_name_format=self._names,
     )
@@ -197,7 +201,7 @@ class TrainCheckpoints:
     """Prints what `damaged` lost over `step`; moves it aside."""
     if not damaged:
       return
-    aside = pathlib.Path(f"{self._checkpointer.directory}_damaged")
+    aside = self._folder.with_name(f"{self._folder.name}_damaged")
     lost = max(damaged) - step
     hosts.print_first(
       "\n".join(map(str, damaged.values())) + f"\npassed over for the checkpoint of step {step}: "
@@ -214,7 +218,7 @@ class TrainCheckpoints:
     self._checkpointer.reload()
 
   def _path(self, step: int) -> pathlib.Path:
-    return pathlib.Path(self._checkpointer.directory) / str(step)
+    return self._folder / str(step)
 
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
     """Saves the tree `state` and the JSON object `record`; returns once the arrays are copied.

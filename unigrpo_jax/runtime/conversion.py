@@ -59,13 +59,13 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
       for leaf in reader.leaves for dtype in [reader.dtype(leaf)]
     }
     total = sum(array.nbytes for array in arrays.values())
-    others = folders.other_files(folder.path, note=True)
+    others = folders.other_files(folder.files, note=True)
     needed = total + sum(file.stat().st_size for file in others)
     print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
     folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
     with (
       locks.hold(locks.beside(target), f"target {target}"),
-      atomic.staging(target) as staged,
+      atomic.staging(target, last=(folders.MANIFEST,)) as staged,
       metrics.progress(total, "converting", unit="B") as progress,
     ):
       (staged / folders.OFFICIAL).mkdir()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import Any
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 
 _PREFIX = "unigrpo"  # Of a file's name for tensorboardX, which chooses by it who writes the file.
 
@@ -17,12 +19,15 @@ class EventFile:
   """
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._file, self._failed = path, path.open("wb"), None
+    self._path, self._failed, self._is_object = path, None, files.is_object(path)
+    self._file = io.BytesIO() if self._is_object else path.open("wb")
 
   def write(self, data: bytes) -> None:
     self._attempt(self._file.write, data)
 
   def flush(self) -> None:
+    if self._is_object:  # It is written anew as a whole.
+      self._attempt(self._path.write_bytes, self._file.getvalue())
     self._attempt(self._file.flush)
 
   def close(self) -> None:
@@ -41,7 +46,7 @@ class EventFile:
       raise errors.of_storage(self._failed, self._path, "written")
 
 
-class Files(list[EventFile]):
+class EventFiles(list[EventFile]):
   """The event files of a writer of tensorboardX; what tensorboardX asks for them."""
 
   def directory_check(self, name: str) -> None:
@@ -53,10 +58,10 @@ class Files(list[EventFile]):
 
 
 def _path(name: str) -> pathlib.Path:
-  return pathlib.Path(name.removeprefix(f"{_PREFIX}:"))
+  return files.path(name.removeprefix(f"{_PREFIX}:"))
 
 
-def open_board(library: Any, folder: pathlib.Path, purge_step: int) -> tuple[Any, Files]:
+def open_board(library: Any, folder: pathlib.Path, purge_step: int) -> tuple[Any, EventFiles]:
   """tensorboardX's writer into `folder`, and its files.
 
   Args:
@@ -67,8 +72,8 @@ def open_board(library: Any, folder: pathlib.Path, purge_step: int) -> tuple[Any
   Raises:
     InputError: the folder cannot be written to; or Storage.
   """
-  files = Files()
-  library.record_writer.register_writer_factory(_PREFIX, files)
+  opened = EventFiles()
+  library.record_writer.register_writer_factory(_PREFIX, opened)
   with errors.storage(folder):
     logdir = f"{_PREFIX}:{folder.absolute()}"
-    return library.SummaryWriter(logdir=logdir, purge_step=purge_step), files
+    return library.SummaryWriter(logdir=logdir, purge_step=purge_step), opened

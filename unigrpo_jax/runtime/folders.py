@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any
 
 from flax import traverse_util
@@ -22,6 +23,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.data import files as files_lib
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import checkpoints, stored_params
@@ -39,7 +41,7 @@ class ModelFolder:
 
   path: pathlib.Path
   kind: str  # "official" or "converted"
-  files: pathlib.Path  # the folder with the configs and the tokenizer
+  files: pathlib.Path  # the folder with the configs and the tokenizer, of a file system
   config: config_lib.BagelConfig  # read from `files`
   adapter: adapters.Adapter | None = None  # added to the weights when they are read
 
@@ -106,22 +108,25 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
         "checkpoint with python -m unigrpo_jax.build and give its folder"
       )
     path = TINY_FOLDER
-  path = pathlib.Path(path)
-  if not path.is_dir():
-    raise errors.InputError(
-      f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected an official BAGEL "
-      "folder, or one made by python -m unigrpo_jax.convert"
-    )
-  if (path / MANIFEST).is_file():
+  path = files_lib.path(path)
+  with errors.storage(path, "read"):
+    found, is_converted = path.is_dir(), (path / MANIFEST).is_file()
+    if not found:
+      raise errors.InputError(
+        f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected an official BAGEL "
+        "folder, or one made by python -m unigrpo_jax.convert"
+      )
+  if is_converted:
     version = read_manifest(path).get("format_version")
     if version not in FORMAT_VERSIONS:
       raise errors.InputError(
         f"{path / MANIFEST}: format_version={version!r} is none of {FORMAT_VERSIONS}; {AGAIN}"
       )
-    files = path / OFFICIAL
+    files = files_lib.local_copy(path / OFFICIAL)
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
   if is_folder(path):
-    return ModelFolder(path, "official", path, config_lib.read_config(path))
+    files = files_lib.local_copy(path, leave_out=weights.FILES.values())
+    return ModelFolder(path, "official", files, config_lib.read_config(files))
   if (path / "checkpoints").is_dir():
     raise errors.InputError(
       f"{path}: is the workdir of a run; export its newest checkpoint with python -m "
@@ -163,7 +168,7 @@ def check_target(
   With `overwrite`, a target that is itself such a folder, by default a model folder, may be
   replaced.
   """
-  source, target = source.resolve(), pathlib.Path(target).resolve()
+  source, target = source.resolve(), target.resolve()
   if target == source or source in target.parents or target in source.parents:
     raise errors.InputError(
       f"target {target} overlaps its source {source}; choose a folder outside the source"
@@ -178,15 +183,20 @@ def check_target(
       raise errors.InputError(
         f"target {target} holds something else, so nothing replaces it; choose another folder"
       )
-  parent = next(folder for folder in target.parents if folder.exists())
+  if files_lib.is_object(target):
+    with errors.at(f"target {target}"):
+      atomic.probe(target / MANIFEST)
+    parent = pathlib.Path(tempfile.gettempdir())  # It is made there, see `atomic.staging`.
+  else:
+    parent = next(folder for folder in target.parents if folder.exists())
   if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
     why = "cannot be written to" if parent.is_dir() else "is a file, not a folder"
     raise errors.InputError(f"target {target}: {parent} {why}; choose another place")
   free = shutil.disk_usage(parent).free
   if free < needed_bytes * 1.01 + 2**24:
     raise errors.InputError(
-      f"target {target}: needs {needed_bytes / 1e9:.2f} GB on its disk, {free / 1e9:.2f} GB are "
-      "free; free some space or choose another disk"
+      f"target {target}: needs {needed_bytes / 1e9:.2f} GB on the disk of {parent}, "
+      f"{free / 1e9:.2f} GB are free; free some space or choose another disk"
     )
 
 
@@ -202,7 +212,10 @@ def write_files(
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
   needed += sum(path.stat().st_size for path in others)
   check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
-  with locks.hold(locks.beside(target), f"target {target}"), atomic.staging(target) as staged:
+  with (
+    locks.hold(locks.beside(target), f"target {target}"),
+    atomic.staging(target, last=(config_lib.LLM_FILE,)) as staged,
+  ):
     for path in others:
       shutil.copyfile(path, staged / path.name)
     for name, contents in files.items():

@@ -16,7 +16,7 @@ from typing import Any
 import tqdm
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.runtime import event_files, panels
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
@@ -65,7 +65,8 @@ class MetricsLog:
       library = self._wandb_library = _import("wandb", "wandb")
       workdir.mkdir(parents=True, exist_ok=True)
       self._wandb = library.init(
-        project="unigrpo_jax", id=run_id, name=run_id, dir=str(workdir),
+        project="unigrpo_jax", id=run_id, name=run_id,
+        dir=None if files.is_object(workdir) else str(workdir),
         config=without_secrets(config), resume="allow",
       )
 
@@ -81,8 +82,8 @@ class MetricsLog:
       # JSON has no NaN and no infinity: `read` gives NaN for null.
       row = {name: v if math.isfinite(v) else None for name, v in values.items()}
       text = json.dumps({"step": step} | row, allow_nan=False) + "\n"
-      with errors.storage(self._path), self._path.open("a", encoding="utf-8") as file:
-        file.write(text)
+      with errors.storage(self._path):
+        files.append_text(self._path, text)
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, value, step)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.runtime import (
   checkpoints,
   compile_timer,
@@ -139,7 +139,7 @@ class Run:
     hosts.compare(self._pinned)
     if spec.export_to and hosts.count() == 1:
       with errors.at("config.export_to"):
-        folders.check_target(network.folder.path, pathlib.Path(spec.export_to), overwrite=True)
+        folders.check_target(network.folder.path, files.path(spec.export_to), overwrite=True)
     self._saved = checkpoints.TrainCheckpoints(
       workdir / "checkpoints", keep=spec.keep_checkpoints, every=spec.keep_every,
       score=self._evaluations.get,
@@ -431,7 +431,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
     InputError: its name, or whatever is in its place; Storage where trying again may help.
   """
   checkpoints.check_name(workdir)
-  for folder in (workdir, workdir / "checkpoints", workdir / "evaluations"):
+  parts = () if files.is_object(workdir) else (workdir / "checkpoints", workdir / "evaluations")
+  for folder in (workdir, *parts):
     with errors.at(f"--workdir={workdir}" if folder is workdir else str(folder)):
       atomic.probe(folder / "probe")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import adapters, bagel, layers, lowering, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
@@ -150,7 +150,7 @@ def open_for_sampling(
   """
   folder = folders.open_folder(path)
   if adapter is not None:
-    folder = dataclasses.replace(folder, adapter=adapters.Adapter(adapter, folder.config))
+    folder = dataclasses.replace(folder, adapter=_open_adapter(adapter, folder.config))
   tokenizer = tokenizer_lib.load(folder.files)
   tokenizer.check_fits(folder.config.llm.vocab_size)
   if dtype is None:
@@ -260,7 +260,7 @@ def first_state(
   state_of = lambda params: _state_of(_stored(params, model), model, optimizer, **copies)
   key, loaded = jax.random.key(seed), {}
   if adapter:
-    opened = adapters.Adapter(adapter, config)
+    opened = _open_adapter(adapter, config)
     loaded = opened.params(model.lora, where.shardings.params)
   with sharding.activate(network.mesh):
     if not random_init:
@@ -271,6 +271,10 @@ def first_state(
     # The compiler drops the initialisation of whatever the loaded weights replace.
     start = lambda key, loaded: state_of(_update(init(key), loaded))
     return jax.jit(start, out_shardings=where.shardings, donate_argnums=1)(key, loaded)
+
+
+def _open_adapter(path: pathlib.Path | str, config: config_lib.BagelConfig) -> adapters.Adapter:
+  return adapters.Adapter(files.local_copy(files.path(path)), config)
 
 
 def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,7 +304,7 @@ def export(network: Network, params, target: str, dtype: str) -> None:
   if network.model.lora is not None:
     params = jax.jit(lambda params: layers.merge_lora(params, network.model.lora))(params)
   folders.write_official(
-    pathlib.Path(target), network.folder, {"bagel": params}, dtype=jnp.dtype(dtype)
+    files.path(target), network.folder, {"bagel": params}, dtype=jnp.dtype(dtype)
   )
   print(f"exported {target}", flush=True)
 

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 import tensorstore
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import checkpoints
 
@@ -173,6 +174,8 @@ class Reader:
 def _spec(path: pathlib.Path, name: weights.Path) -> dict[str, Any]:
   # Not a "file://" URL, in which some characters of a name would mean something else.
   base = {"driver": "file", "path": f"{path / _ITEM}/"}
+  if files.is_object(path):
+    base = {"driver": "gcs", "bucket": path.bucket, "path": f"{(path / _ITEM).key}/"}
   kvstore = {
     "driver": "ocdbt", "base": base, "path": ".".join(name) + "/",
     "target_data_file_size": _DATA_FILE_BYTES,

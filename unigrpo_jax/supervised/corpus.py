@@ -17,8 +17,8 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import files, lines
 from unigrpo_jax.data import images as images_lib
-from unigrpo_jax.data import lines
 from unigrpo_jax.iconworld import plans, prompts, renderer, tasks
 
 TASKS = ("draw_think", "draw", "answer", "describe", "edit")
@@ -124,7 +124,7 @@ def shards(folder: pathlib.Path | str, *, seed: int) -> Corpus:
     InputError: no shards, a line that is not such an object, or a file that it names is not there;
       names file, line and key. The corpus raises it for an image that cannot be read.
   """
-  folder = pathlib.Path(folder)
+  folder = files.path(folder)
   paths = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
   if not paths:
     raise errors.InputError(f"{folder}: no *.jsonl shards; expected a folder of them")
@@ -176,11 +176,13 @@ def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:
 
 def _is_file(path: pathlib.Path) -> bool:
   """As `os.path.isfile`, but asks a mounted bucket once a folder, rather than once an image."""
-  return path.name in _files(path.parent) or os.path.isfile(path)
+  return path.name in _files(path.parent) or not files.is_object(path) and os.path.isfile(path)
 
 
 @functools.cache
 def _files(folder: pathlib.Path) -> frozenset[str]:
+  if files.is_object(folder):
+    return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
   try:
     return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
   except OSError:

@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.models import layers
 from unigrpo_jax.runtime import state
 from unigrpo_jax.tools import device_check, scaling, timing, workloads
@@ -69,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--shape", choices=(*workloads.SHAPES, "all"), default="tiny", help="default: %(default)s")
-  add("--json", type=pathlib.Path, metavar="OUT.json", help="file to write every number to")
+  add("--json", type=files.local_path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
       help="rounds that are timed, at least 3 for a meaningful median (default: %(default)s)")
   add("--dtype", choices=state.DTYPES, default="float32",

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from unigrpo_jax import errors, finetune
-from unigrpo_jax.data import bpe
+from unigrpo_jax.data import bpe, files
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.iconworld import prompts, renderer, tasks
@@ -246,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     epilog="--config.KEY=VALUE changes a key of both configs of the supervised training.",
   )
   add = parser.add_argument
-  add("--workdir", type=pathlib.Path, required=True, help="folder of the stages; resumes from it")
-  add("--out", type=pathlib.Path, required=True, help="official folder to make")
+  add("--workdir", type=files.local_path, required=True,
+      help="folder of the stages; resumes from it")
+  add("--out", type=files.local_path, required=True, help="official folder to make")
   add("--seed", type=int, default=0)
   add("--vae_steps", type=int, default=3000, help="default: %(default)s")
   add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")

@@ -21,7 +21,7 @@ import sys
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.data import atomic, files, locks
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.runtime import metrics, resumption, run
@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     epilog="--config.KEY=VALUE changes a key of every method's config.",
   )
   add = parser.add_argument
-  add("--workdir", type=pathlib.Path, required=True, help="folder of the runs and of results.md")
+  add("--workdir", type=files.local_path, required=True,
+      help="folder of the runs and of results.md")
   add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
       help=f"of {', '.join(METHODS)} (default: all)")
   add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")

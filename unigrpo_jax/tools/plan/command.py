@@ -14,7 +14,7 @@ import time
 import jax
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.recipe import config_files, rl
 from unigrpo_jax.tools.plan import (
   advice,
@@ -138,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
       help="TPU topologies, e.g. v5p:4x4x4 or v6e:16x16")
   add("--phases", nargs="+", default=plans.PHASES, choices=plans.PHASES, metavar="PHASE",
       help=f"compile only these, of {', '.join(plans.PHASES)}; no time of an iteration then")
-  add("--texts", type=pathlib.Path, metavar="FOLDER", help="save the compiled texts there")
-  add("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
+  add("--texts", type=files.local_path, metavar="FOLDER", help="save the compiled texts there")
+  add("--json", type=files.local_path, metavar="FILE", help="write the figures there too")
   add("--search", action="store_true",
       help="find the fastest layout; the flags below restrict what is tried")
   for dimension in search.DIMENSIONS:
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"values of config.{dimension.key}, joined by commas")
   add("--best", type=int, default=BEST, metavar="N",
       help="compile the update for at most so many layouts (default: %(default)s)")
-  add("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
+  add("--results", type=files.local_path, default=RESULTS, metavar="FILE",
       help="JSON lines of the results of searches (default: %(default)s)")
   return parser
 
