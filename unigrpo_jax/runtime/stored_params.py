@@ -65,7 +65,9 @@ class Writer:
       checkpoints.drop_lost_traces()
       # In a thread, which Ctrl-C does not reach: Orbax would continue in the background.
       with _orbax_lock, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        thread.submit(ocp.save, self._path, traverse_util.unflatten_dict(small)).result()
+        thread.submit(
+          ocp.save, checkpoints.for_orbax(self._path), traverse_util.unflatten_dict(small)
+        ).result()
       context, making = tensorstore.Context(), tensorstore.Transaction(atomic=True)
       futures = {
         name: tensorstore.open(
