@@ -29,11 +29,15 @@ check_type() {
 }
 
 check_run() {
-  require bucket "every host mounts it, and the run lies in it"
   check_training
-  [[ " ${rest[*]} " == *" --workdir=bucket/"* ]] ||
-    die "--workdir lies on the host's own disk, which goes with the host; give --workdir=bucket/..."
+  case " ${rest[*]} " in
+    *" --workdir=gs://"*) ;;
+    *" --workdir=bucket/"*) require bucket "every host mounts it, and the run lies in it" ;;
+    *) die "--workdir lies on the host's own disk, which goes with the host; give --workdir=gs://..." ;;
+  esac
 }
+
+mounting() { echo "${bucket:+ --bucket=$bucket}"; }
 
 # The VMs by name: one a slice.
 nodes() {
@@ -62,10 +66,10 @@ install_all() {
     tpus tpu-vm scp "$bundle" "$node:unigrpo.bundle" --worker=all || return
   done
   on all "git init -q unigrpo_jax && cd unigrpo_jax && git fetch -q ../unigrpo.bundle HEAD \
-&& git checkout -q -f --detach FETCH_HEAD && bash launch/host.sh install --bucket=$bucket"
+&& git checkout -q -f --detach FETCH_HEAD && bash launch/host.sh install$(mounting)"
 }
 
 start_all() {
-  on all "cd unigrpo_jax && bash launch/host.sh start --bucket=$bucket -- $(quoted "${rest[@]}")"
+  on all "cd unigrpo_jax && bash launch/host.sh start$(mounting) -- $(quoted "${rest[@]}")"
 }
 stop_all() { on all "cd unigrpo_jax && bash launch/host.sh stop"; }

@@ -2,14 +2,15 @@
 # What one host of a pod does. The other scripts run it on every host; nothing needs it by hand.
 #
 #   bash launch/host.sh install [--backend=tpu] [--bucket=NAME]
-#   bash launch/host.sh run [--backend=tpu] [--bucket=NAME] -- --config=... --workdir=bucket/...
+#   bash launch/host.sh run [--backend=tpu] [--bucket=NAME] -- --config=... --workdir=gs://...
 #   bash launch/host.sh start ...     as run, in the background, into ~/unigrpo.log
 #   bash launch/host.sh status        running, "ended STATUS", or none
 #   bash launch/host.sh stop          SIGTERM, which saves; waits for the end
 #
 # --backend  tpu or gpu: its requirements, unless REQUIREMENTS names others, and its flags
 #            (launch/env.sh)
-# --bucket   of Cloud Storage, with a hierarchical namespace; gcsfuse mounts it as bucket/
+# --bucket   of Cloud Storage, with a hierarchical namespace; gcsfuse mounts it as bucket/. Paths of
+#            gs:// need no mount
 # --dry-run  prints the commands
 #
 # Every status but 0, finished, and 2, bad input, means that the same command goes on: 75 after a

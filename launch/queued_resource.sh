@@ -2,8 +2,8 @@
 # Trains on TPU VMs that are waited for, and takes new ones where they are taken away. Needs gcloud,
 # logged in, on this machine, which `keep` needs until the run is finished.
 #
-#   bash launch/queued_resource.sh keep   --project=P --zone=Z --type=v5p-128 --spot --bucket=B -- \
-#     --config=configs/unigrpo.py --config.init_from=bucket/sft --workdir=bucket/runs/a
+#   bash launch/queued_resource.sh keep   --project=P --zone=Z --type=v5p-128 --spot -- \
+#     --config=configs/unigrpo.py --config.init_from=gs://B/sft --workdir=gs://B/runs/a
 #   bash launch/queued_resource.sh create --project=P --zone=Z --type=v5p-128 [--spot] [--slices=2]
 #   bash launch/queued_resource.sh state  --project=P --zone=Z
 #   bash launch/queued_resource.sh delete --project=P --zone=Z

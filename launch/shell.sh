@@ -47,15 +47,11 @@ take_verb() {
   verb=${words[0]}
 }
 
-# The arguments of the training, after --. A gs:// address would be taken for a folder of that name.
+# The arguments of the training, after --.
 check_training() {
-  local argument all=" ${rest[*]} "
+  local all=" ${rest[*]} "
   [[ $all == *" --config="* ]] || die "--config is missing; give the training's flags after --"
   [[ $all == *" --workdir="* ]] || die "--workdir is missing; give the training's flags after --"
-  for argument in "${rest[@]}"; do
-    [[ $argument != *=gs://* ]] ||
-      die "$argument is no folder; the bucket is mounted, so write ${argument%%=*}=bucket/..."
-  done
 }
 
 # The words of a command as a shell reads them, quoted only where it must be.

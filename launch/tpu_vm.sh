@@ -2,17 +2,17 @@
 # Trains on a TPU VM, on all of its hosts at once. Needs gcloud, logged in, on this machine.
 #
 #   bash launch/tpu_vm.sh create  --project=P --zone=Z --type=v5p-128 [--spot]
-#   bash launch/tpu_vm.sh install --project=P --zone=Z --bucket=B
-#   bash launch/tpu_vm.sh run     --project=P --zone=Z --bucket=B -- --config=configs/unigrpo.py \
-#     --config.init_from=bucket/sft --config.prompts.source=bucket/p.jsonl --workdir=bucket/runs/a
+#   bash launch/tpu_vm.sh install --project=P --zone=Z
+#   bash launch/tpu_vm.sh run     --project=P --zone=Z -- --config=configs/unigrpo.py \
+#     --config.init_from=gs://B/sft --config.prompts.source=gs://B/p.jsonl --workdir=gs://B/runs/a
 #   bash launch/tpu_vm.sh logs    --project=P --zone=Z      follows those of the first host
 #   bash launch/tpu_vm.sh stop    --project=P --zone=Z      the run saves itself and ends
 #   bash launch/tpu_vm.sh delete  --project=P --zone=Z
 #
 # --name     of the VM, unigrpo unless given
 # --type     accelerator type; --version its software, chosen by the type unless given
-# --bucket   with a hierarchical namespace; every host mounts it as bucket/, where files are then
-#            found and kept: the program itself reads no gs:// address
+# --bucket   for what must be files: with a hierarchical namespace; every host mounts it as bucket/
+#            with gcsfuse. The program itself reads and writes gs://, which needs none
 # --slices   VMs of a run made by queued_resource.sh, 1 unless given
 # --spot     cheaper, and may be taken away; queued_resource.sh takes a new one and goes on
 # --dry-run  prints the commands
@@ -33,7 +33,7 @@ case $verb in
     extra=()
     if [[ -n $spot ]]; then extra=(--spot); fi
     tpus tpu-vm create "$name" "--accelerator-type=$type" "--version=$version" "${extra[@]}" ;;
-  install) require bucket "every host mounts it"; install_all ;;
+  install) install_all ;;
   run) check_run; start_all ;;
   logs) tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 "--command=tail -n 100 -F unigrpo.log" ;;
   stop) stop_all ;;

@@ -21,6 +21,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, buckets, files, images, locks, prompt_folders, prompts
 from unigrpo_jax.models import safetensors_files
 from unigrpo_jax.runtime import event_files, folders, metrics, run
+from unigrpo_jax.supervised import corpus
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -197,6 +198,12 @@ def test_prompts_and_pictures_are_read(bucket, tmp_path):
   PIL.Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
   (bucket / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
   assert images.load_rgb(bucket / "a.png").getpixel((2, 1)) == (255, 0, 0)
+  (bucket / "shard.jsonl").write_text('{"prompt": "a kite", "image": "a.png"}\n')
+  example = corpus.shards(str(bucket), seed=0)(0, np.random.default_rng(0))
+  assert example.prompt == "a kite" and example.target.size == (3, 2)
+  (bucket / "shard.jsonl").write_text('{"prompt": "a kite", "image": "b.png"}\n')
+  with pytest.raises(errors.InputError, match="image='b.png' is no file in gs://bucket/some where"):
+    corpus.shards(str(bucket), seed=0)
 
 
 # --- An emulator: what Orbax, TensorStore and gcsfs send.
@@ -233,9 +240,10 @@ def emulator():
 
 
 def _start(place):
+  overrides = [f"--config.{override}".replace("{0}", str(place)) for override in SMALL]
   return subprocess.Popen(
     [sys.executable, "-m", "unigrpo_jax.train", "--config=configs/unigrpo.py:tiny",
-     f"--workdir={place}/run", *(f"--config.{override.replace('{0}', str(place))}" for override in SMALL)],
+     f"--workdir={place}/run", *overrides],
     cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
   )

@@ -70,14 +70,12 @@ BAD = {
   "tpu_vm create --project=p --zone=z": "--type is missing",
   "tpu_vm create --project=p --zone=z --type=h100-8": "--type=h100-8",
   "tpu_vm create --project=p --zone=z --type=v4-8 --slices=2": "--slices=2",
-  "tpu_vm install --project=p --zone=z": "--bucket is missing",
   "tpu_vm run --project=p --zone=z --bucket=b": "--config is missing",
   "tpu_vm run --project=p --zone=z --bucket=b -- --config=c": "--workdir is missing",
-  "tpu_vm run --project=p --zone=z --bucket=b -- --config=c --workdir=gs://b/a":
-    "--workdir=gs://b/a is no folder",
+  "tpu_vm run --project=p --zone=z -- --config=c --workdir=bucket/a": "--bucket is missing",
   "tpu_vm run --project=p --zone=z --bucket=b -- --config=c --workdir=runs/a":
-    "give --workdir=bucket/...",
-  "queued_resource keep --project=p --zone=z --type=v4-8": "--bucket is missing",
+    "give --workdir=gs://...",
+  "queued_resource keep --project=p --zone=z --type=v4-8": "--config is missing",
   "slurm": "--config is missing",
   "slurm --nodes=0 -- --config=c --workdir=w": "--nodes=0",
   "slurm run": "'run' is no flag",
@@ -116,7 +114,8 @@ def test_cuda_13_is_chosen_by_its_requirements():
     assert f"REQUIREMENTS={used} source" in done.stdout
   for name, extra in (("gpu", "cuda12"), ("cuda13", "cuda13"), ("tpu", "tpu")):
     text = (ROOT / f"requirements-{name}.txt").read_text()
-    assert text.split() == ["-r", "requirements.txt", f"jax[{extra}]"]
+    others = ["gcsfs>=2026.10"] if name == "tpu" else []
+    assert text.split() == ["-r", "requirements.txt", f"jax[{extra}]", *others]
 
 
 @pytest.fixture
@@ -127,6 +126,13 @@ def no_tools(tmp_path):
     (tmp_path / name).chmod(0o755)
   yield tmp_path
   assert not (tmp_path / "called").exists()
+
+
+def test_a_workdir_in_a_bucket_needs_no_mount(no_tools):
+  arguments = ["--", "--config=configs/unigrpo.py", "--workdir=gs://b/runs/a"]
+  done = _bash("tpu_vm", "run", "--dry-run", *PLACE, *arguments, path=no_tools)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert f"host.sh start {' '.join(arguments)}" in done.stdout and "--bucket" not in done.stdout
 
 
 @pytest.mark.parametrize("command", DRY)
