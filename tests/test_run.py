@@ -482,6 +482,37 @@ def test_what_is_pinned_stays(network, tmp_path):
     _train(network, tmp_path, spec, pinned={"prompts": "34cd"})
 
 
+def test_what_is_pinned_may_lie_elsewhere(network, tmp_path):
+  """Where the run knows its contents; one of before that was kept is continued from its place."""
+  spec, moved = _spec(evaluate_every=0), _spec(evaluate_every=0, config=_with("text.file", "new"))
+  _train(network, tmp_path / "a", spec, pinned={"text.file": "12ab"})
+  _train(network, tmp_path / "a", moved, pinned={"text.file": "12ab"})
+  with pytest.raises(errors.InputError, match="^config.text.file reads other contents than when"):
+    _train(network, tmp_path / "a", spec, pinned={"text.file": "34cd"})
+  assert json.loads((tmp_path / "a" / "run.json").read_text())["pinned"] == {"text.file": "12ab"}
+  _train(network, tmp_path / "b", spec)
+  with pytest.raises(errors.InputError, match="^config.text.file='new' but the run"):
+    _train(network, tmp_path / "b", moved, pinned={"text.file": "12ab"})
+  _train(network, tmp_path / "b", spec, pinned={"text.file": "12ab"})
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_its_steps_repeated(network, tmp_path, capsys):
+  spec = _spec(keep_checkpoints=3, checkpoint_every=1)
+  _train(network, tmp_path, spec)
+  for step, file in ((5, "_CHECKPOINT_METADATA"), (4, "state/_METADATA")):
+    (tmp_path / "checkpoints" / str(step) / file).write_text("")
+  (tmp_path / "checkpoints" / "99").mkdir()
+  _train(network, tmp_path, spec)
+  assert _rows(tmp_path) == WHOLE
+  printed = capsys.readouterr().out
+  assert "99 is damaged: it is empty" in printed and "resumed" in printed
+  assert _kept(tmp_path)[-1] == STEPS
+  for path in (tmp_path / "checkpoints").iterdir():
+    (path / "state" / "_METADATA").unlink()
+  with pytest.raises(errors.InputError, match="is damaged.*choose a new --workdir"):
+    _train(network, tmp_path, spec)
+
+
 def test_signals_are_caught_only_while_a_run_is_entered():
   numbers = (signal.SIGTERM, signal.SIGINT)
   before = [signal.getsignal(number) for number in numbers]

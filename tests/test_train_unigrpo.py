@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import chex
 import jax
@@ -121,8 +122,8 @@ def test_what_a_run_logs(whole):
     assert len(json.loads(results.read_text())["rows"]) == 2
 
 
-def test_a_checkpoint_is_exported_on_demand(whole, tmp_path, monkeypatch):
-  """From the workdir alone, on other devices than it was trained on; the optimizer is not read."""
+def test_a_checkpoint_is_exported_on_demand(whole, shallow, tmp_path, monkeypatch):
+  """On other devices than it was trained on, after what it began with moved; not the optimizer."""
   workdir, last, _ = whole
   read, load = [], checkpoints.TrainCheckpoints.load
 
@@ -132,13 +133,17 @@ def test_a_checkpoint_is_exported_on_demand(whole, tmp_path, monkeypatch):
     return loaded
 
   monkeypatch.setattr(checkpoints.TrainCheckpoints, "load", listening)
-  export.main([str(workdir), str(tmp_path / "out"), "--dtype=float32"])
+  shutil.copytree(shallow, tmp_path / "moved")
+  out = str(tmp_path / "out")
+  export.main([str(workdir), out, "--dtype=float32", f"--init_from={tmp_path / 'moved'}"])
   assert read == [sum(leaf.size for leaf in jax.tree.leaves(last.params))]
   loaded = folders.open_folder(tmp_path / "out").load_params(parts=("bagel",))["bagel"]
   for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(last.params), strict=True):
     np.testing.assert_array_equal(np.asarray(a, np.float32), b)
   with pytest.raises(errors.InputError, match=r"no checkpoint 7; it has \[.*3\]"):
     export.main([str(workdir), str(tmp_path / "out"), "--step=7"])
+  with pytest.raises(errors.InputError, match="give --init_from.*: .*tiny_bagel is another model"):
+    export.main([str(workdir), out, "--overwrite", "--init_from=tiny"])
   with pytest.raises(errors.InputError, match="holds no checkpoints"):
     export.main([str(tmp_path), str(tmp_path / "out")])
 

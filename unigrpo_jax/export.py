@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--dtype", choices=("bfloat16", "float16", "float32"),
     help="of the weights (default: config.export_dtype of the run; with --adapter float32)",
   )
+  parser.add_argument(
+    "--init_from", metavar="FOLDER",
+    help="the folder that the run began with, where it has moved (default: as in the run's config)",
+  )
   parser.add_argument("--overwrite", action="store_true", help="replace such a folder")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
   export.export(
     args.workdir, args.out, step=args.step, dtype=args.dtype, overwrite=args.overwrite,
-    adapter=args.adapter,
+    adapter=args.adapter, init_from=args.init_from,
   )
 
 

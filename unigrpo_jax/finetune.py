@@ -44,7 +44,11 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   layout = state.layout(
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=False
   )
-  run = run_lib.Run(workdir, spec.run, network, deferred_stop=True)
+  with hosts.raise_on_all_hosts():
+    pinned = state.pinned(spec.network, network)
+    if spec.data.folder:
+      pinned["data.folder"] = corpus.fingerprint(spec.data.folder)
+  run = run_lib.Run(workdir, spec.run, network, pinned=pinned, deferred_stop=True)
   train_state = run.restore(layout, lambda: state.first_state(
     network, optimizer, layout, random_init=spec.network.random_init, seed=spec.seed
   ))

@@ -52,6 +52,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network = state.open_network(spec.network, devices)
     parts.check_fits(spec, network)
     prompt_set = prompts_lib.open_set(spec.prompts.source, spec.prompts.split)
+    pinned = state.pinned(spec.network, network) | {"prompts": prompt_set.fingerprint()}
     prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
     reward_fns = parts.make_scorer(spec.rewards)
 
@@ -75,7 +76,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   run = run_lib.Run(
     workdir, spec.run, network,
     positions={"prompt_position": prompts},  # kept with every checkpoint
-    pinned={"prompts": prompt_set.fingerprint()},  # must be the same when the run continues
+    pinned=pinned,  # must be the same when the run continues
   )
   if run.is_new:
     with hosts.raise_on_all_hosts():

@@ -8,7 +8,7 @@ which needs no clocks that agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -101,6 +101,13 @@ def hold(path: pathlib.Path, name: str) -> Iterator[None]:
       if holder is not None and holder.token == mine.token:
         path.unlink()
     atomic.remove_empty(missing)
+
+
+@contextlib.contextmanager
+def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.Path]:
+  """`atomic.staging` of a target that no other command replaces meanwhile; see `hold`."""
+  with hold(beside(target), f"target {target}"), atomic.staging(target, last) as staged:
+    yield staged
 
 
 def _this_process() -> Holder:

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.data import locks
 
 VERSION = "1.0.0"
 _PROMPTS_PER_FILE = 1_000_000
@@ -55,7 +55,7 @@ def build(
       "--name or --out"
     )
   try:
-    with locks.hold(locks.beside(target), str(target)), atomic.staging(target) as staged:
+    with locks.staging(target) as staged:
       (staged / VERSION).mkdir()
       _write(name, splits, staged / VERSION)
       for split in splits:

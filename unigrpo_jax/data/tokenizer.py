@@ -34,6 +34,8 @@ SYSTEM_PROMPT_VLM = (
   "here </think> answer here"
 )
 
+# What a tokenizer is read from, see `load`; those that are there.
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL_TOKENS = {
   name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end")
 }

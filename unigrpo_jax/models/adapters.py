@@ -20,7 +20,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import layers, safetensors_files, weights
 
-CONFIG_FILE, FILE = "adapter_config.json", "adapter_model.safetensors"
+FILES = CONFIG_FILE, FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # The linear layers that training adapts: those of both experts, not those of the ViT.
 TARGET_MODULES = (

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint were when it was complete: found again, damage is found early."""
+"""Checksums of files: those of a complete checkpoint, compared later, show that it is damaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READ_BYTES = 2**24
 
 def write(folder: pathlib.Path) -> None:
   """Writes FILE into a complete checkpoint."""
-  values = {name: _checksum(path) for name, path in _files(folder)}
+  values = {name: of(path) for name, path in _files(folder)}
   atomic.write_text(folder / FILE, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
@@ -43,7 +43,7 @@ def verify(folder: pathlib.Path) -> None:
       raise errors.Damaged(f"{folder} is damaged: {name} is missing")
     if (size := files[name].stat().st_size) != value[0]:
       raise errors.Damaged(f"{folder} is damaged: {name} has {size} bytes, not {value[0]}")
-    if _checksum(files[name]) != value:
+    if of(files[name]) != value:
       raise errors.Damaged(f"{folder} is damaged: the checksum of {name} is not its own")
 
 
@@ -56,8 +56,8 @@ def _files(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
       yield path.name, path
 
 
-def _checksum(path: pathlib.Path) -> tuple[int, int]:
-  """(size in bytes, crc32 of what is read)."""
+def of(path: pathlib.Path) -> tuple[int, int]:
+  """(size in bytes, crc32) of a file; of a large one, crc32 of its beginning and its end."""
   size = path.stat().st_size
   with path.open("rb") as file:
     if size <= _READ_BYTES:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.data import locks
 from unigrpo_jax.models import bagel, safetensors_files, weights
 from unigrpo_jax.runtime import checkpoints, folders, metrics, stored_params
 
@@ -64,8 +64,7 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
     print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
     folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
     with (
-      locks.hold(locks.beside(target), f"target {target}"),
-      atomic.staging(target, last=(folders.MANIFEST,)) as staged,
+      locks.staging(target, last=(folders.MANIFEST,)) as staged,
       metrics.progress(total, "converting", unit="B") as progress,
     ):
       (staged / folders.OFFICIAL).mkdir()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
+import math
 import os
 import pathlib
 import shutil
@@ -22,8 +24,8 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, locks
 from unigrpo_jax.data import files as files_lib
+from unigrpo_jax.data import locks, tokenizer
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import checkpoints, stored_params
@@ -31,6 +33,7 @@ from unigrpo_jax.runtime import checkpoints, stored_params
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
 FORMAT_VERSIONS = (1, 2)  # The last one is written. 1 kept the text of the official headers.
 AGAIN = stored_params.AGAIN
+_FEW_VALUES = 2**14
 TINY = "tiny"  # The embedded checkpoint, wherever a folder is expected.
 TINY_FOLDER = pathlib.Path(__file__).parents[1] / "assets" / "tiny_bagel"
 
@@ -86,6 +89,27 @@ class ModelFolder:
         raise
       raise errors.InputError(f"{self.path}: {checkpoints.TOO_SMALL}") from error
     return traverse_util.unflatten_dict(arrays)
+
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that another config, tokenizer or other weights would change; the same
+    wherever the folder lies, official or converted.
+
+    Of the weights, the names and shapes count, and some values of each parameter: of its first
+    layer, all where they are few, else a row. That is some MB of any model.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name in (config_lib.LLM_FILE, config_lib.VIT_FILE, config_lib.BAGEL_FILE, *tokenizer.FILES):
+      if (self.files / name).is_file():
+        digest.update(name.encode() + (self.files / name).read_bytes())
+    with self.open_params() as reader:
+      for leaf in reader.leaves:
+        digest.update(f"{'/'.join(leaf.path)} {leaf.shape}".encode())
+        layer = [slice(None)] * len(leaf.layer_shape)
+        if math.prod(leaf.layer_shape) > _FEW_VALUES:
+          layer[leaf.row_axis] = slice(0, 1)
+        index = (slice(0, 1), *layer) if leaf.stacked else tuple(layer)
+        digest.update(reader.read(leaf, index, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -212,10 +236,7 @@ def write_files(
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
   needed += sum(path.stat().st_size for path in others)
   check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
-  with (
-    locks.hold(locks.beside(target), f"target {target}"),
-    atomic.staging(target, last=(config_lib.LLM_FILE,)) as staged,
-  ):
+  with locks.staging(target, last=(config_lib.LLM_FILE,)) as staged:
     for path in others:
       shutil.copyfile(path, staged / path.name)
     for name, contents in files.items():

@@ -117,8 +117,8 @@ class Run:
       spec: what the run is.
       network: what is trained.
       positions: by name: kept with every checkpoint and restored from it.
-      pinned: {section of the config: fingerprint of what it reads}, which must be the same on all
-        hosts and as when the run began.
+      pinned: {key or section of the config: fingerprint of what it reads}, which must be the same
+        on all hosts and as when the run began. Where it lies may then change.
       deferred_stop: hosts agree on a stop one step late, without waiting for each other.
 
     Raises:
@@ -184,7 +184,8 @@ class Run:
   def _check(self, record: Mapping[str, Any]) -> None:
     before, spec = record["config"], self._spec
     keys = resumption.mutable_keys(before, spec.config, spec.mutable_keys)
-    resumption.check(before, spec.config, keys, spec.defaults)
+    known = {name for name in self._pinned if name in record}
+    resumption.check(before, spec.config, keys | known, spec.defaults)
     for name, value in self._pinned.items():
       if record.get(name, value) != value:
         raise errors.InputError(
@@ -210,6 +211,7 @@ class Run:
     write_json(self._workdir / "config.json", self._spec.config)
     write_json(self._workdir / "run.json", {
       "run_id": self._run_id,
+      "pinned": self._pinned,
       "resumed": resumed,
       "start": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
       "versions": {

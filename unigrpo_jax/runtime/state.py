@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.data import atomic, files
+from unigrpo_jax.data import files, locks
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import adapters, bagel, layers, lowering, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.runtime import folders, optim, sharding
+from unigrpo_jax.runtime import checksums, folders, optim, sharding
 
 DTYPES = ("float32", "bfloat16")
 
@@ -93,6 +93,15 @@ def open_network(spec: NetworkSpec, devices=None) -> Network:
   tokenizer = tokenizer_lib.load(folder.files)
   tokenizer.check_fits(folder.config.llm.vocab_size)
   return build_network(spec, folder, tokenizer, devices)
+
+
+def pinned(spec: NetworkSpec, network: Network) -> dict[str, Any]:
+  """{key of the config: fingerprint} of the folders that a run begins with; see `Run`."""
+  found, adapter = {"init_from": network.folder.fingerprint()}, pathlib.Path(spec.adapter)
+  # Only the first start needs it.
+  if spec.adapter and all((adapter / name).is_file() for name in adapters.FILES):
+    found["lora.adapter"] = [list(checksums.of(adapter / name)) for name in adapters.FILES]
+  return found
 
 
 def build_network(
@@ -330,7 +339,7 @@ def export_adapter(
     network.folder.path, target, overwrite=overwrite, is_replaceable=adapters.is_folder,
     needed_bytes=safetensors_files.total_bytes(contents.tensors),
   )
-  with atomic.staging(target) as staged:
+  with locks.staging(target) as staged:
     config = json.dumps(adapters.config_of(lora, base), indent=2)
     (staged / adapters.CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     safetensors_files.write(staged / adapters.FILE, contents)

@@ -17,14 +17,16 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, files, locks
+from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files, rl
-from unigrpo_jax.runtime import metrics, resumption, run
+from unigrpo_jax.runtime import folders, metrics, resumption, run
 
 REWARDS = ("reward", "iconworld_strict", "iconworld_soft", "iconworld_reasoning")
 # {"eval/<mode>/<reward>": mean}, before and after a run.
@@ -95,11 +97,25 @@ def prepare(
     before, now = config_lib.read_json(record), spec.run.config
     mutable = resumption.mutable_keys(before, now, spec.run.mutable_keys - {"eval"})
     with errors.at(str(folder)):
-      resumption.check(before, now, mutable - {"learning_rate"}, spec.run.defaults)
+      moved = _moved(before, spec, folder / "run.json")
+      resumption.check(before, now, mutable - {"learning_rate"} | moved, spec.run.defaults)
   return Training(
     f"{method}, seed {seed}", m.mode, folder, spec.run.steps,
     (f"--config={file}", f"--workdir={folder}", *overrides),
   )
+
+
+def _moved(before: Mapping[str, Any], spec: rl.Spec, record: pathlib.Path) -> set[str]:
+  """What lies elsewhere than before the run, and is the same by its contents."""
+  pinned = config_lib.read_json(record).get("pinned", {}) if record.exists() else {}
+  fingerprints = {
+    "init_from": lambda: folders.open_folder(spec.network.init_from).fingerprint(),
+    "prompts": lambda: prompts_lib.open_set(spec.prompts.source, spec.prompts.split).fingerprint(),
+  }
+  return {
+    name for name, fingerprint in fingerprints.items()
+    if before.get(name) != spec.run.config[name] and pinned.get(name) == fingerprint()
+  }
 
 
 def train(training: Training, cache: pathlib.Path) -> Outcome:

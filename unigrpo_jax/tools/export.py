@@ -17,6 +17,7 @@ from unigrpo_jax.runtime import checkpoints, folders, state
 def export(
   workdir: pathlib.Path, target: pathlib.Path, *, step: int | None = None,
   dtype: str | None = None, overwrite: bool = False, adapter: bool = False,
+  init_from: str | None = None,
 ) -> None:
   """Exports the policy of a run, or its moving average where the run has one.
 
@@ -27,6 +28,7 @@ def export(
     dtype: of the weights; None: `export_dtype` of the run's config, of adapters float32.
     overwrite: whether an existing folder of the kind is replaced.
     adapter: write the adapters alone, as a folder of PEFT.
+    init_from: where the folder that the run began with is now; None: where it was.
 
   Raises:
     InputError: there is no such checkpoint, or it cannot be read or written.
@@ -48,7 +50,12 @@ def export(
   config.mesh.update(dict(data=1, fsdp=0, tensor=1))
   config.attention = "plain"
   # Of the config only this is read, so that runs of older versions can be exported too.
-  network = state.open_network(sections.network(config))
+  if init_from is not None:
+    config.init_from = init_from
+  with errors.at("give --init_from, the folder that the run began with"):
+    network = state.open_network(sections.network(config))
+    if record.get("init_from") not in (None, network.folder.fingerprint()):
+      raise errors.InputError(f"{network.folder.path} is another model")
   optimizer = sections.optimizer(config, config.steps)
   if adapter and network.model.lora is None:
     raise errors.InputError(
