@@ -26,9 +26,9 @@ os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f for f in _FLAGS if f.split("=")[
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import shallow as shallow_model  # noqa: E402
 from unigrpo_jax.models import bagel  # noqa: E402
 from unigrpo_jax.models import config as config_lib  # noqa: E402
 from unigrpo_jax.runtime import folders  # noqa: E402
@@ -63,19 +63,7 @@ def shallow(tmp_path_factory) -> pathlib.Path:
   """Folder of the embedded BAGEL cut to two layers, which compile sooner than five."""
   if not folders.TINY_FOLDER.is_dir():
     pytest.skip("the embedded checkpoint is missing")
-  place = tmp_path_factory.mktemp("shallow")
-  tiny = folders.open_folder(folders.TINY)
-  params = tiny.load_params(dtype=np.float32)
-  params["bagel"]["layers"] = jax.tree.map(lambda a: a[:2], params["bagel"]["layers"])
-  draft = place / "draft"
-  draft.mkdir()
-  for path in folders.other_files(tiny.files):
-    (draft / path.name).write_bytes(path.read_bytes())
-  sizes = json.loads((draft / config_lib.LLM_FILE).read_text())
-  (draft / config_lib.LLM_FILE).write_text(json.dumps(sizes | {"num_hidden_layers": 2}))
-  folder = folders.ModelFolder(draft, "official", draft, config_lib.read_config(draft))
-  folders.write_official(place / "bagel", folder, params, dtype=np.float32)
-  return place / "bagel"
+  return shallow_model.make(tmp_path_factory.mktemp("shallow"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -182,3 +182,27 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setattr(atomic, "write_text", full)
   with pytest.raises(errors.Storage, match="No space left"), _hold(tmp_path / "run"):
     pass
+
+
+def test_what_killed_processes_left_beside_a_target_is_removed(tmp_path):
+  """What was being replaced comes back first; other names are somebody's own."""
+  kept = ["a[1].old-mine", "a[1].partial-1", "b.partial-0123abcd"]
+  for name in (*kept, "a[1].partial-0123abcd", "a[1].old-0123abcd", "a[1].old-ffffffff"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text(name)
+  with pytest.raises(ZeroDivisionError), locks.staging(tmp_path / "a[1]") as staged:
+    assert (tmp_path / "a[1]" / "file").read_text() == "a[1].old-0123abcd"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+      [*kept, "a[1]", "a[1].lock.json", staged.name]
+    )
+    raise ZeroDivisionError
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a[1]"])
+
+
+def test_of_two_that_make_one_target_the_second_is_refused(tmp_path):
+  with locks.staging(tmp_path / "a") as staged:
+    with pytest.raises(errors.InputError, match="^target .*/a is in use by"):
+      with locks.staging(tmp_path / "a"):
+        pass
+    (staged / "file").touch()
+  assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]

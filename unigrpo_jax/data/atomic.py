@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import signal
@@ -69,7 +70,8 @@ def probe(path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A name in the folder of `path`; what still has it in the end is removed."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  # Not the process id: those of containers repeat.
+  partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
   try:
     yield partial
   finally:
@@ -94,6 +96,23 @@ def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
     print(f"note: {old} could not be removed completely; delete it", file=sys.stderr)
 
 
+def remove_leftovers(target: pathlib.Path) -> None:
+  """Removes what `staging` and `replace` of killed processes left beside `target`, of which no
+  other is under way; a target that was just being replaced comes back. In a bucket there is none.
+  """
+  target = target.resolve()
+  if files.is_object(target) or not target.parent.is_dir():
+    return
+  left = re.compile(re.escape(target.name) + r"\.(partial|old)-[0-9a-f]{8}")
+  for path in sorted(target.parent.iterdir()):
+    if found := left.fullmatch(path.name):
+      if found[1] == "old" and not target.exists():
+        path.rename(target)
+      else:
+        print(f"note: removing {path}, which a killed process left", file=sys.stderr)
+        _remove(path)
+
+
 @contextlib.contextmanager
 def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.Path]:
   """A new folder beside `target` that replaces it on success and is removed otherwise.
@@ -106,11 +125,8 @@ def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.
   target = target.resolve()
   place = pathlib.Path(tempfile.gettempdir(), target.name) if is_object else target
   missing = [folder for folder in place.parents if not folder.exists()]
-  prefix = f"{target.name}.partial-"
-  for other in place.parent.glob(f"{prefix}*"):
-    print(f"note: {other} is of a run that was killed; delete it", file=sys.stderr)
   # Not the process id: those of containers repeat.
-  staged = place.with_name(f"{prefix}{secrets.token_hex(4)}")
+  staged = place.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
   with _interruptible() as ignore_signals:
     try:
       with errors.storage():

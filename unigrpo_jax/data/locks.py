@@ -106,8 +106,10 @@ def hold(path: pathlib.Path, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.Path]:
   """`atomic.staging` of a target that no other command replaces meanwhile; see `hold`."""
-  with hold(beside(target), f"target {target}"), atomic.staging(target, last) as staged:
-    yield staged
+  with hold(beside(target), f"target {target}"):
+    atomic.remove_leftovers(target)
+    with atomic.staging(target, last) as staged:
+      yield staged
 
 
 def _this_process() -> Holder:

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import atomic, locks, tokenizer
 from unigrpo_jax.data import files as files_lib
-from unigrpo_jax.data import locks, tokenizer
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import checkpoints, stored_params

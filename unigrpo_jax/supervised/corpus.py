@@ -110,7 +110,7 @@ def _picture(scene, rng: np.random.Generator) -> PIL.Image.Image:
 def fingerprint(folder: pathlib.Path | str) -> str:
   """16 hexadecimal digits that other examples of `shards` would change; pictures by their names."""
   digest = hashlib.blake2b(digest_size=8)
-  for path in sorted(pathlib.Path(folder).glob("*.jsonl")):
+  for path in sorted(files.path(folder).glob("*.jsonl")):
     digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
   return digest.hexdigest()
 
