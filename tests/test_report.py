@@ -6,6 +6,7 @@ import html.parser
 import json
 import pathlib
 import re
+import shutil
 import tomllib
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from unigrpo_jax import errors, report
 from unigrpo_jax.runtime import metrics
-from unigrpo_jax.tools.report import charts, page, samples, workdir
+from unigrpo_jax.tools.report import charts, figure, page, samples, workdir
 
 SCRIPT = "<script>alert('x')</script> & a \"kite\""
 VOID = {"meta", "img"}
@@ -374,3 +375,27 @@ def test_the_spread_is_the_standard_deviation_around_the_mean(tmp_path, monkeypa
   assert [line.low.tolist(), line.y.tolist(), line.high.tolist()] == [
     [0.25, 0.25], [0.5, 0.5], [0.75, 0.75]
   ]
+
+
+def test_one_picture_of_before_and_after(folder, tmp_path, capsys):
+  """Five prompts of mode plain rose; the picture of the first that has one is there, or damaged."""
+  run = tmp_path / "run"
+  shutil.copytree(folder, run)
+  sizes = []
+  for damage in (b"", b"no picture"):
+    for path in run.glob("evaluations/000050/images/*") if damage else ():
+      path.write_bytes(damage)
+    report.main([str(run), f"--figure={tmp_path / 'a.png'}"])
+    assert f"wrote {tmp_path / 'a.png'}" in capsys.readouterr().out
+    sizes.append((tmp_path / "a.png").stat().st_size)
+  assert sizes[0] > 10_000
+  with PIL.Image.open(tmp_path / "a.png") as picture:
+    assert picture.size == tuple(int(side * figure.DPI) for side in figure.SIZE)
+  with pytest.raises(errors.InputError, match="ending of --figure='nothing' is none of png"):
+    report.main([str(run), f"--figure={tmp_path / 'a.nothing'}"])
+
+
+def test_a_picture_needs_two_evaluations(tmp_path):
+  _log(tmp_path, [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.6}])
+  with pytest.raises(errors.InputError, match="no reward was evaluated twice"):
+    report.main([str(tmp_path), f"--figure={tmp_path / 'a.png'}"])

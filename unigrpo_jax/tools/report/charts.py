@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import matplotlib
 from matplotlib import figure, ticker
+import matplotlib.axes
 import numpy as np
 
 STYLE = pathlib.Path(__file__).with_name("report.mplstyle")
@@ -58,6 +59,16 @@ def line_chart(
   chart, axes = _axes(size, x_label, x_range)
   if log:
     axes.set_yscale("log")
+  draw_lines(axes, lines, intervals)
+  if len(everything) > 1:
+    chart.legend(loc="outside upper left", ncols=2)
+  return _data_uri(chart)
+
+
+def draw_lines(
+  axes: matplotlib.axes.Axes, lines: Mapping[str, Line], intervals: Mapping[str, Line]
+) -> None:
+  """Draws lines with bands, and marks with intervals, by name; y begins at 0 at the least."""
   for name, (x, y, low, high) in lines.items():
     # A value between two gaps is a dot, and so is each of a short line.
     gaps = np.pad(np.isnan(y), 1, constant_values=True)
@@ -69,11 +80,10 @@ def line_chart(
     # An end may lie on the wrong side of the mean by a rounding error.
     reach = np.maximum([y - low, high - y], 0)
     axes.errorbar(x, y, reach, marker="o", markersize=4, linewidth=1, capsize=2, label=name)
-  if not log and min(np.nanmin(line.low, initial=0) for line in everything) >= 0:
+  everything = [*lines.values(), *intervals.values()]
+  linear = axes.get_yscale() == "linear"
+  if linear and min(np.nanmin(line.low, initial=0) for line in everything) >= 0:
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
-  if len(everything) > 1:
-    chart.legend(loc="outside upper left", ncols=2)
-  return _data_uri(chart)
 
 
 @matplotlib.rc_context(fname=STYLE)
@@ -94,13 +104,18 @@ def stacked_chart(parts: Mapping[str, Line], *, x_label: str, y_label: str) -> s
 def _axes(size: tuple[float, float], x_label: str, x_range: tuple[float, float]):
   chart = figure.Figure(figsize=size, layout="constrained")
   axes = chart.add_subplot()
+  set_axes(axes, x_label, x_range)
+  return chart, axes
+
+
+def set_axes(axes: matplotlib.axes.Axes, x_label: str, x_range: tuple[float, float]) -> None:
+  """Few round ticks, the x label at the right, and a margin around `x_range`."""
   round_steps = [1, 2, 5, 10]
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_steps, integer=True))
   axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_steps))
   axes.set_xlabel(x_label, loc="right")
   margin = 0.02 * (x_range[1] - x_range[0]) or 0.5
   axes.set_xlim(x_range[0] - margin, x_range[1] + margin)
-  return chart, axes
 
 
 def _data_uri(chart: figure.Figure) -> str:

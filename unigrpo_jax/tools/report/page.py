@@ -92,6 +92,13 @@ def reward_names(run: workdir.Run) -> list[str]:
 
 def reward_chart(run: workdir.Run, name: str, unit: str) -> str | None:
   """A reward in training, and in evaluations by mode with intervals."""
+  return charts.line_chart(*reward_lines(run, name), x_range=run.steps, x_label=unit)
+
+
+def reward_lines(
+  run: workdir.Run, name: str
+) -> tuple[dict[str, charts.Line], dict[str, charts.Line]]:
+  """The lines and intervals of `reward_chart`, by what they are called in it."""
   training = charts.binned(run.series("reward/mean" if name == TOTAL else f"reward/{name}"), LARGE)
   std = charts.binned(run.series("reward/std"), LARGE).y
   if name == TOTAL and len(std) == len(training.y):
@@ -100,8 +107,7 @@ def reward_chart(run: workdir.Run, name: str, unit: str) -> str | None:
   for mode, evaluated in run.evaluated(name).items():
     points = [(step, *intervals.interval(scores)) for step, scores in evaluated]
     evaluations[f"evaluation, {mode}"] = charts.Line(*np.array(points, float).T)
-  lines = {"training": training} if len(training.x) else {}
-  return charts.line_chart(lines, evaluations, x_range=run.steps, x_label=unit)
+  return {"training": training} if len(training.x) else {}, evaluations
 
 
 def health(run: workdir.Run, unit: str) -> dict[str, tuple[str, list[tuple]]]:

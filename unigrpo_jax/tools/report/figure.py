@@ -1,0 +1,105 @@
+"""One picture of a run: the reward, and the same prompts before and after; for pages and slides."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pathlib
+import textwrap
+
+import matplotlib
+from matplotlib import figure
+import matplotlib.axes
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
+from unigrpo_jax.tools.report import charts, page, samples, workdir
+
+FORMATS = ("png", "svg", "pdf")
+ROWS, COLUMNS = 2, 4  # of prompts
+CHANGED = 0.4  # how much the reward of a prompt that is shown differs at least
+SIZE, DPI = (11, 9.4), 130  # inches
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def draw(run: workdir.Run, out: pathlib.Path) -> None:
+  """Writes the picture, in the format that the ending of `out` names.
+
+  Raises:
+    InputError: another ending, the run was not evaluated twice, or `out` cannot be written.
+  """
+  kind = out.suffix.removeprefix(".")
+  errors.choose("the ending of --figure", kind, FORMATS)
+  headline = page.headline(run)
+  if headline is None:
+    raise errors.InputError(
+      f"{run.name}: no reward was evaluated twice; wait for the run's second evaluation"
+    )
+  reward, mode, evaluated = headline
+  before, after = evaluated[0][1], evaluated[-1][1]
+  whole = figure.Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+  top, bottom = whole.subfigures(2, 1, height_ratios=[1, 2.9])
+  top.text(
+    0.02, 0.98, f"Reward of {len(after)} held-out prompts ({mode}): {samples.estimate(before)} "
+    f"before, {samples.estimate(after)} after", va="top", weight="bold",
+  )
+  axes = top.add_axes((0.05, 0.17, 0.93, 0.68))
+  charts.set_axes(axes, "iteration", run.steps)
+  lines, intervals = page.reward_lines(run, reward)
+  charts.draw_lines(
+    axes, {name: line._replace(low=line.y, high=line.y) for name, line in lines.items()},
+    {name: line for name, line in intervals.items() if name.endswith(f", {mode}")},
+  )
+  axes.legend(loc="lower right")
+
+  pairs = [pair for pair in zip(*samples.by_mode(run).get(mode, [])) if len(pair) == 2]
+  change = np.array([_reward(after, reward) - _reward(before, reward) for before, after in pairs])
+  bottom.text(
+    0.02, 0.99, f"The first prompts whose reward changed by more than {CHANGED}: of all, "
+    f"{(change > CHANGED).sum()} rose so much, {(change < -CHANGED).sum()} fell",
+    va="top", weight="bold",
+  )
+  shown = [
+    pair for pair, difference in zip(pairs, change)
+    if abs(difference) > CHANGED and all(sample.image for sample in pair)
+  ]
+  # Room above each picture for a prompt, and below for a reasoning of some eight lines.
+  space = dict(left=0.02, right=0.99, top=0.86, bottom=0.16, hspace=1.45, wspace=0.1)
+  cells = bottom.subplots(ROWS, 2 * COLUMNS, squeeze=False, gridspec_kw=space).reshape(-1, 2)
+  for cell in cells.flat:
+    cell.set_axis_off()
+  for pair, places in zip(shown, cells):
+    for sample, name, cell in zip(pair, ("before", "after"), places):
+      _show(cell, sample, f"{name}: {_reward(sample, reward):.2f}")
+    _write(places[0], pair[0].prompt, width=38, above=True)
+  with errors.storage(f"--figure={out}"):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(out, lambda partial: whole.savefig(partial, format=kind))
+
+
+def _reward(sample: workdir.Sample, name: str) -> float:
+  return sample.rewards.get(name, math.nan)
+
+
+def _show(cell: matplotlib.axes.Axes, sample: workdir.Sample, title: str) -> None:
+  """A sample's picture, unless it is damaged, its title above and its reasoning below."""
+  with contextlib.suppress(Exception):  # Pillow raises many kinds for damaged files.
+    with PIL.Image.open(io.BytesIO(sample.image.read_bytes())) as image:
+      cell.imshow(image.convert("RGB"), interpolation="nearest")
+  cell.set_title(title, loc="left", fontsize=7.5, pad=2)
+  text = (sample.text or "").replace("<think>", "").replace("</think>", "")
+  _write(cell, text, width=21, above=False)
+
+
+def _write(cell: matplotlib.axes.Axes, text: str, *, width: int, above: bool) -> None:
+  """Text of some characters' width, above the cell and its title, or below the cell."""
+  cell.annotate(
+    # A dollar sign would begin a formula.
+    "\n".join(textwrap.wrap(text, width)).replace("$", r"\$"),
+    (0, 1 if above else 0), (0, 14 if above else -3), xycoords="axes fraction",
+    textcoords="offset points", va="bottom" if above else "top", fontsize=7.5,
+    weight="bold" if above else "normal",
+  )
