@@ -44,6 +44,7 @@ LIBRARIES = {
   },
   "runtime": {
     "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",
+    "huggingface_hub",
     "etils",
   },
   "episodes": {"jax", "numpy", "flax.struct"},
@@ -54,7 +55,7 @@ LIBRARIES = {
   "recipe": {"jax", "numpy", "optax", "absl", "ml_collections"},
   "finetune": {"jax", "numpy"},
   "tools": {"jax", "numpy", "optax", "PIL", "matplotlib", "jinja2", "ml_collections", "tqdm"},
-  "entry point": {"jax", "numpy", "huggingface_hub"},
+  "entry point": {"jax", "numpy"},
 }
 # Of a room, what may be imported of a library or of another room only there.
 ONLY_IN = {

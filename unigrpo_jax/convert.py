@@ -8,57 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import os
-import pathlib
-import re
 import sys
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_SECONDS = 5  # that one request may take; the library retries a few times
-_HUB_FILES = ("*.json", "*.txt", "*.md", "LICENSE*", "ema.safetensors", "ae.safetensors")
-
-
-def find_source(source: str) -> pathlib.Path:
-  """The folder that `--source` names: a path, or a repository of the Hugging Face hub.
-
-  Raises:
-    InputError: neither exists, or the hub cannot be reached.
-  """
-  path = files.path(source)
-  if path.exists() or not _HUB_NAME.fullmatch(source):
-    return path
-  # Read when huggingface_hub is imported: an unreachable hub must fail in seconds, not hang.
-  os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(_HUB_SECONDS))
-  os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(_HUB_SECONDS))
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise errors.InputError(
-      f"--source={source}: no such folder, and downloading it from the hub needs "
-      "huggingface_hub: pip install huggingface_hub"
-    ) from None
-  unreachable = None
-  try:
-    # snapshot_download waits without end for a hub that accepts connections but does not answer.
-    huggingface_hub.HfApi().repo_info(source, timeout=_HUB_SECONDS)
-    print(f"downloading {source} from the Hugging Face hub", flush=True)
-  except Exception as error:  # network, authentication and name errors of several libraries
-    unreachable = error
-  try:
-    # Without the hub, what was downloaded before is used.
-    return pathlib.Path(huggingface_hub.snapshot_download(
-      source, allow_patterns=list(_HUB_FILES), local_files_only=unreachable is not None
-    ))
-  except Exception as error:
-    cause = unreachable or error
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
-    raise errors.InputError(
-      f"--source={source}: no such folder, and the hub did not deliver it ({reason}); check the "
-      "name and the network, or download it elsewhere and pass the folder"
-    ) from None
+from unigrpo_jax.runtime import hub
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,7 +27,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     "--source", required=True,
     help="folder to read: official (with ema.safetensors and ae.safetensors), or converted with "
-    "--export; or a repository name of the Hugging Face hub, which is downloaded",
+    "--export; or a name of the Hugging Face hub, which is downloaded once, to HF_HOME",
   )
   parser.add_argument("--target", required=True, type=files.path, help="folder to make")
   mode = parser.add_mutually_exclusive_group()
@@ -93,7 +47,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
-  source = find_source(args.source)
+  source = hub.find(args.source)
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.runtime import conversion

@@ -53,7 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--checkpoint", default="tiny",
-      help='official or converted folder, or "tiny", the embedded one (default: %(default)s)')
+      help="official or converted folder, a name of the Hugging Face hub, downloaded once, "
+      'or "tiny", the embedded one (default: %(default)s)')
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--out", type=files.path, required=True, help="folder for the results")
   add("--prompts_from", default="iconworld",

@@ -42,7 +42,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, or "
+  add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, a name "
+      "of the Hugging Face hub such as ByteDance-Seed/BAGEL-7B-MoT, which is downloaded once, or "
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--prompt", help="what to draw, change or answer")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,7 +12,7 @@ import optax
 
 from unigrpo_jax import errors
 from unigrpo_jax.models import adapters, layers
-from unigrpo_jax.runtime import optim, resumption, state
+from unigrpo_jax.runtime import hub, optim, resumption, state
 from unigrpo_jax.runtime import run as run_lib
 
 
@@ -97,7 +96,7 @@ def fill_rank(config: ConfigDict) -> None:
   """
   if config.lora.adapter and not config.lora.rank:
     with errors.at("config.lora.adapter"):
-      _, lora = adapters.read_config(pathlib.Path(config.lora.adapter))
+      _, lora = adapters.read_config(hub.find(config.lora.adapter))
     config.lora.rank, config.lora.alpha = lora.rank, float(lora.alpha)
 
 

@@ -28,7 +28,7 @@ from unigrpo_jax.data import atomic, locks, tokenizer
 from unigrpo_jax.data import files as files_lib
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.runtime import checkpoints, stored_params
+from unigrpo_jax.runtime import checkpoints, hub, stored_params
 
 MANIFEST, OFFICIAL, PARAMS = "unigrpo_jax.json", "official", "params"
 FORMAT_VERSIONS = (1, 2)  # The last one is written. 1 kept the text of the official headers.
@@ -47,11 +47,14 @@ class ModelFolder:
   files: pathlib.Path  # the folder with the configs and the tokenizer, of a file system
   config: config_lib.BagelConfig  # read from `files`
   adapter: adapters.Adapter | None = None  # added to the weights when they are read
+  repository: str = ""  # of the hub, with its commit: the weights are downloaded when they are read
 
   def open_params(
     self, parts: Sequence[str] = weights.PARTS
   ) -> weights.OfficialReader | stored_params.Reader | adapters.MergedReader:
     """Opens the weights of `parts`, to be read a slice at a time; see `load_params`."""
+    if self.repository and not all((self.path / weights.FILES[part]).is_file() for part in parts):
+      hub.find(self.repository)
     if self.kind == "official":
       reader = weights.OfficialReader(self.path, self.config, parts)
     else:
@@ -122,6 +125,8 @@ def is_folder(path: pathlib.Path) -> bool:
 def open_folder(path: pathlib.Path | str) -> ModelFolder:
   """Recognises a model folder and reads its config; "tiny" is the embedded checkpoint.
 
+  Of a name of the Hugging Face hub, see `hub.find`, only the small files are downloaded now.
+
   Raises:
     InputError: the folder does not exist, is neither kind, or its config cannot be read.
   """
@@ -132,13 +137,13 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
         "checkpoint with python -m unigrpo_jax.build and give its folder"
       )
     path = TINY_FOLDER
-  path = files_lib.path(path)
+  source, path = path, hub.find(path, hub.CONFIGS)
   with errors.storage(path, "read"):
     found, is_converted = path.is_dir(), (path / MANIFEST).is_file()
     if not found:
       raise errors.InputError(
         f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected an official BAGEL "
-        "folder, or one made by python -m unigrpo_jax.convert"
+        "folder, one made by python -m unigrpo_jax.convert, or a name of the Hugging Face hub"
       )
   if is_converted:
     version = read_manifest(path).get("format_version")
@@ -150,7 +155,8 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
   if is_folder(path):
     files = files_lib.local_copy(path, leave_out=weights.FILES.values())
-    return ModelFolder(path, "official", files, config_lib.read_config(files))
+    config = config_lib.read_config(files)
+    return ModelFolder(path, "official", files, config, repository=hub.pinned(source, path))
   if (path / "checkpoints").is_dir():
     raise errors.InputError(
       f"{path}: is the workdir of a run; export its newest checkpoint with python -m "

@@ -20,7 +20,7 @@ from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.models import adapters, bagel, layers, lowering, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.runtime import checksums, folders, optim, sharding
+from unigrpo_jax.runtime import checksums, folders, hub, optim, sharding
 
 DTYPES = ("float32", "bfloat16")
 
@@ -88,7 +88,10 @@ def open_network(spec: NetworkSpec, devices=None) -> Network:
       folder cannot be used.
   """
   if not spec.init_from:
-    raise errors.InputError("config.init_from is empty; give an official or converted folder")
+    raise errors.InputError(
+      "config.init_from is empty; give an official or converted folder, or a name of the Hugging "
+      "Face hub such as ByteDance-Seed/BAGEL-7B-MoT"
+    )
   folder = folders.open_folder(spec.init_from)
   tokenizer = tokenizer_lib.load(folder.files)
   tokenizer.check_fits(folder.config.llm.vocab_size)
@@ -283,7 +286,7 @@ def first_state(
 
 
 def _open_adapter(path: pathlib.Path | str, config: config_lib.BagelConfig) -> adapters.Adapter:
-  return adapters.Adapter(files.local_copy(files.path(path)), config)
+  return adapters.Adapter(files.local_copy(hub.find(path)), config)
 
 
 def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
