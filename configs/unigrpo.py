@@ -33,7 +33,8 @@ def get_config(variants: str = "") -> ConfigDict:
   # Reward: of a finished image and its prompt
   # As a whole on a command line: --config.rewards="{'http': 1.0}".
   config.rewards = ConfigDict(dict(iconworld_soft=1.0))  # name -> weight; 0 is only logged
-  # name -> keyword arguments of the reward; and "kind", the reward's own name, where it is another
+  # name -> keyword arguments of the reward; and "kind", the reward's own name, where it is another;
+  # and "time_limit", seconds of a call, after which it is a failure
   config.reward_options = ConfigDict()
   config.reward = ConfigDict()
   config.reward.threads = 4  # samples are scored while the devices go on

@@ -13,8 +13,9 @@
 #            gs:// need no mount
 # --dry-run  prints the commands
 #
-# Every status but 0, finished, and 2, bad input, means that the same command goes on: 75 after a
-# signal, which for the training itself is a good end.
+# Every status but 0, finished, and 2, bad input, means that the same command goes on: 1 after what
+# trying again may cure, such as a reward's server that was away too long; 75 after a signal, which
+# for the training itself is a good end.
 set -euo pipefail
 flags="backend bucket"
 backend=tpu bucket="" verb=""

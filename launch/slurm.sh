@@ -8,7 +8,8 @@
 # --nodes --gpus   how many, and GPUs of each; 1 and 8 unless given
 # --partition      where; --account who pays; both the cluster's own unless given
 # --time           limit, 24:00:00 unless given; five minutes before it the run saves itself,
-#                  and the job queues again, as it does when it is preempted
+#                  and the job queues again, as it does when it is preempted or ends with a
+#                  status that trying again may cure: all but 0 and 2, a thousand times at most
 # --name           of the job, unigrpo unless given; its output goes to NAME.log
 # --dry-run        prints the command
 #
@@ -38,5 +39,7 @@ do_ sbatch "${options[@]}" --wrap "set -e
 bash launch/host.sh install --backend=gpu
 status=0
 srun bash launch/host.sh run --backend=gpu -- $(quoted "${rest[@]}") || status=\$?
-if [ \$status = 75 ]; then scontrol requeue \$SLURM_JOB_ID; fi
+if [ \$status != 0 ] && [ \$status != 2 ] && [ \${SLURM_RESTART_COUNT:-0} -lt 1000 ]; then
+  scontrol requeue \$SLURM_JOB_ID
+fi
 exit \$status"

@@ -45,8 +45,9 @@ def get_config():
 """
 COMPARED = """
 from unigrpo_jax import errors
-from unigrpo_jax.runtime import hosts, sharding
-import jax, numpy as np, sys
+from unigrpo_jax.runtime import hosts, sharding, stopping
+import jax, numpy as np, sys, time
+stopping.GRACE_SECONDS = 0.5
 def main():
   number = int(sys.argv[3].partition("=")[2])
   hosts.start(sys.argv[1].partition("=")[2], 2, number)
@@ -72,6 +73,13 @@ def main():
         raise errors.Diverged("not: finite")
   except errors.InputError as error:
     print(type(error).__name__, error)
+  try:  # One waits for what never comes, the other was asked to stop.
+    stopping.wait(
+      lambda seconds: time.sleep(0.1) or number == 1, lambda: "" if number else "reward a",
+      lambda: number == 1,
+    )
+  except stopping.Stopped:
+    print("stopped")
   hosts.compare({"lora": {"rank": 8}, "seed": 5, "prompts": ["a kite"] * 1000})
   hosts.compare({"lora": {"rank": 8 + number}, "seed": 5})
 errors.report(main)
@@ -214,10 +222,12 @@ def test_what_hosts_exchange():
     # Of one group, which both have, the first reads all.
     assert out[4:7] == [str(half), str([] if number else [*range(16)]), str([True] * 4)]
     assert out[7] == "Diverged " + ("" if number else "host 1 of 2: ") + "not: finite"
+    assert out[-1] == "stopped"
+    assert number or out[8].startswith("no longer waiting for reward a, after ")
 
 
 def test_what_may_work_the_next_time_has_another_status(capsys):
-  for kind, status in ((errors.InputError, 2), (errors.Storage, 1)):
+  for kind, status in ((errors.InputError, 2), (errors.Storage, 1), (errors.Unavailable, 1)):
     def main(kind=kind):
       raise kind("the disk is full")
 

@@ -296,3 +296,26 @@ def test_a_run_in_the_background_is_started_once_and_stopped(clone):
   assert _host(clone, "stop").returncode == 0
   assert status() == "ended 75"
   assert "nothing runs" in _host(clone, "stop").stdout
+
+
+@pytest.mark.parametrize("status, restarts, requeued", [
+  (0, "0", False), (1, "", True), (2, "0", False), (75, "9", True), (137, "0", True),
+  (1, "1000", False),
+])
+def test_a_slurm_job_queues_again_unless_it_is_done_or_refused(
+  tmp_path, status, restarts, requeued
+):
+  (tmp_path / "launch").mkdir()
+  for name in ("slurm.sh", "shell.sh"):
+    (tmp_path / "launch" / name).write_text((LAUNCH / name).read_text())
+  (tmp_path / "launch/host.sh").write_text("true")
+  for name, text in {
+    "sbatch": 'exec bash -c "${@: -1}"', "srun": f"exit {status}", "scontrol": 'echo "again: $*"',
+  }.items():
+    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (tmp_path / name).chmod(0o755)
+  result = _bash(
+    "slurm", *TRAIN, cwd=tmp_path, path=tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts
+  )
+  assert result.returncode == status, result.stderr
+  assert ("again: requeue 7" in result.stdout) == requeued

@@ -1,5 +1,7 @@
 """The host's part of an iteration does not keep the devices waiting, nor hide what went wrong."""
 
+import functools
+import json
 import threading
 import types as types_lib
 
@@ -10,7 +12,9 @@ import pytest
 from tests import idle_share, test_train_unigrpo
 from unigrpo_jax import errors, rewards, train, types
 from unigrpo_jax.benchmarks import scoring
+from unigrpo_jax.data import prompts
 from unigrpo_jax.episodes import rollout, sampler
+from unigrpo_jax.runtime import hosts, stopping
 
 
 def test_a_chunk_is_read_while_the_next_is_sampled(shallow, tmp_path, monkeypatch):
@@ -77,6 +81,35 @@ def test_the_first_groups_are_shown_with_their_rewards():
   assert second.pictures[2].label == "#10" and second.pictures[2].text == "thought 9"
   assert second.pictures[2].rewards == {"reward": 18.0, "a": 9.0}
   assert second.sheet.ndim == 3 and "| #10 | reward 18, a 9 | thought 9 |" in second.markdown()
+
+
+def _hanging():
+  """(what scores, a chunk that it waits for, what lets the reward go on)."""
+  go = threading.Event()
+  scorer = rewards.Scorer({"a": lambda samples: go.wait(60)}, {"a": 1.0})
+  made = scoring.Scoring(scorer, group_size=2, normalise=False)
+  episode = sampler.Episode(None, None, None, read=lambda: _rows([[0, 0], [0, 0]]))
+  return made, made.submit([prompts.Prompt("a prompt", {})], episode, 0), go
+
+
+def test_a_stop_ends_the_wait_for_a_reward_that_hangs(capsys, monkeypatch):
+  monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.0)
+  made, chunk, go = _hanging()
+  with pytest.raises(stopping.Stopped):
+    made.gather([chunk], 1, functools.partial(stopping.wait, stop_requested=lambda: True))
+  assert "no longer waiting for reward a, after" in capsys.readouterr().out
+  go.set()
+  made.close()
+
+
+def test_the_worst_failure_of_all_hosts_is_everyones(monkeypatch):
+  scorer = rewards.Scorer({"a": lambda samples: 1 / 0}, {"a": 1.0})
+  scorer.score([rewards.Sample("", np.zeros((1, 1, 3), np.uint8))])
+  other = json.dumps([3, True, "reward a: no answer"])
+  monkeypatch.setattr(hosts, "gather_texts", lambda text: [text, other])
+  with pytest.raises(errors.Unavailable, match="reward a: no answer; run the same command again"):
+    scoring.check(scorer, np.full(4, np.nan))
+  scorer.close()
 
 
 def test_gaps_by_hand():

@@ -13,6 +13,7 @@ import pytest
 from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import rewards
+from unigrpo_jax.rewards import http as client
 from unigrpo_jax.rewards import wire
 
 
@@ -159,7 +160,7 @@ def test_concurrent_calls_have_their_own_reasons(scripted):
     {"r": shared.client(scripted((400, prompt_of)).url)}, {"r": 1.0}, threads=2
   )
   reasons = []
-  scorer._add_failure = lambda name, reason, count, trace: reasons.append(reason)
+  scorer._add_failure = lambda name, failure, trace: reasons.append(failure.reason)
   for pending in [scorer.submit([sample]) for sample in shared.numbered(2)]:
     pending.result(10)
   scorer.close()
@@ -269,3 +270,65 @@ def test_options_that_are_refused(options, words):
 
 def test_a_url_with_a_password_is_refused_without_showing_it():
   assert "s3cret" not in refusal(shared.client, "http://me:s3cret@127.0.0.1:1")
+
+
+# A server that was there, and is away.
+
+
+def test_a_server_that_scored_before_is_waited_for(scripted, monkeypatch, caplog):
+  monkeypatch.setattr(client, "OUTAGE_WAIT", 0.001)
+  server = scripted(RIGHT, 0.0, 0.0, (503, b""), (502, b""), 0.0, RIGHT)
+  reward = shared.client(server.url, retries=1)
+  for _ in range(2):
+    np.testing.assert_array_equal(reward(shared.numbered(2)).values, [0, 1])
+  away, again = [record.getMessage() for record in caplog.records]
+  assert "waiting up to 300 s for it" in away and "answers again" in again
+  assert len(server.seen) == 7
+
+
+def test_an_outage_has_an_end_and_counts_once(scripted, monkeypatch):
+  monkeypatch.setattr(client, "OUTAGE_WAIT", 0.001)
+  server = scripted(RIGHT, 0.0)
+  reward = shared.client(server.url, retries=1, outage=0.3)
+  reward(shared.numbered(1))
+  start = time.monotonic()
+  scores = reward(shared.numbered(1))
+  assert time.monotonic() - start >= 0.3 and len(server.seen) > 4
+  np.testing.assert_array_equal(scores.values, [shared.NAN])
+  assert scores.temporary and "no answer" in scores.reason
+  seen = len(server.seen)
+  assert "attempts: 2" in reward(shared.numbered(1)).reason and len(server.seen) == seen + 2
+
+
+def test_a_server_that_is_there_but_fails_is_not_waited_for(scripted):
+  server = scripted(RIGHT, FAILED)
+  reward = shared.client(server.url, retries=1)
+  reward(shared.numbered(1))
+  scores = reward(shared.numbered(1))
+  assert len(server.seen) == 3 and scores.temporary and "out of memory" in scores.reason
+
+
+@pytest.mark.parametrize(
+  ("answer", "temporary"),
+  [((404, b""), False), ((200, b"<html>"), False), ((429, b""), True), ((504, b""), True)],
+)
+def test_what_may_be_scored_later(scripted, answer, temporary):
+  assert shared.client(scripted(answer).url, retries=0)(shared.numbered(1)).temporary == temporary
+
+
+def test_closing_ends_the_wait_for_an_answer(scripted):
+  reward = shared.client(scripted(60.0).url, timeout=60)
+  threading.Timer(0.2, reward.close).start()
+  start = time.monotonic()
+  np.testing.assert_array_equal(reward(shared.numbered(1)).values, [shared.NAN])
+  assert time.monotonic() - start < 10
+
+
+def test_an_answer_that_breaks_off_may_be_whole_the_next_time(scripted, monkeypatch):
+  server = scripted(RIGHT)
+  send = Script.end_headers
+  monkeypatch.setattr(Script, "end_headers", lambda self: (
+    self.send_header("Content-Length", "500"), send(self)
+  ))
+  scores = shared.client(server.url, retries=0)(shared.numbered(1))
+  assert scores.temporary and "broke off" in scores.reason

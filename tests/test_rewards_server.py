@@ -19,7 +19,7 @@ from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.iconworld import prompts, renderer
-from unigrpo_jax.rewards import arguments, serve, wire
+from unigrpo_jax.rewards import arguments, base, serve, wire
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -176,6 +176,32 @@ def test_a_reward_that_raises_is_500_and_nan_is_null(serving, capfd):
   assert "Traceback" in capfd.readouterr().err
   status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(3)))
   assert (status, answer) == (200, {"scores": [None, None, float(np.float32(0.1))]})
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit()])
+def test_a_reward_that_ends_programs_is_500_and_the_server_goes_on(serving, capfd, error):
+  failing = [error]
+
+  def ending(samples):
+    if failing:
+      raise failing.pop()
+    return shared.value(samples)
+
+  server = serving({"r": ending})
+  status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(2)))
+  assert status == 500 and type(error).__name__ in answer["error"]
+  status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(2)))
+  assert (status, answer) == (200, {"scores": [0, 1]})
+
+
+def test_a_served_reward_may_have_a_time_limit(serving, capfd):
+  go = threading.Event()
+  server = serving({"r": base.TimeLimited(lambda samples: go.wait(60), 0.1), "q": shared.value})
+  for words in ("it took longer than time_limit=0.1 s", "still runs"):
+    status, answer = ask(server, "POST", "/v1/rewards/r", wire.pack(shared.numbered(1)))
+    assert status == 500 and words in answer["error"]
+  assert ask(server, "POST", "/v1/rewards/q", wire.pack(shared.numbered(1)))[0] == 200
+  go.set()
 
 
 def test_requests_come_together_and_a_reward_is_called_one_at_a_time(serving):

@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import threading
 import types as python_types
 
 import jax
@@ -16,7 +15,15 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.runtime import checkpoints, hosts, metrics, resumption, run, sharding, state
+from unigrpo_jax.runtime import (
+  checkpoints,
+  hosts,
+  metrics,
+  resumption,
+  run,
+  sharding,
+  state,
+)
 
 REWARDS = {0: 0.1, 2: 0.9, 4: 0.5, 5: 0.3}  # of the evaluations, by step
 STEPS = 5
@@ -90,7 +97,7 @@ def _train(network, workdir, spec, *, at=lambda place, step: None, pinned=None, 
   )
   train_state = made.restore(state.StateLayout(abstract, where), lambda: _first_state(mesh))
 
-  def evaluate(params, step, between):
+  def evaluate(params, step, between, wait):
     between()
     at("evaluation", step)
     between()
@@ -511,15 +518,3 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_steps_repeated(network, tmp
     (path / "state" / "_METADATA").unlink()
   with pytest.raises(errors.InputError, match="is damaged.*choose a new --workdir"):
     _train(network, tmp_path, spec)
-
-
-def test_signals_are_caught_only_while_a_run_is_entered():
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  before = [signal.getsignal(number) for number in numbers]
-  for number in numbers:
-    event = threading.Event()
-    with run.stop_on_signal(event):
-      assert not event.is_set()
-      os.kill(os.getpid(), number)
-      assert event.is_set()
-  assert [signal.getsignal(number) for number in numbers] == before

@@ -10,7 +10,7 @@ import pytest
 
 from unigrpo_jax import errors, finetune
 from unigrpo_jax.recipe import config_files, rl, sft
-from unigrpo_jax.runtime import folders, resumption, run
+from unigrpo_jax.runtime import folders, resumption, stopping
 from unigrpo_jax.supervised import feed
 
 SMALL = [
@@ -42,7 +42,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monke
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
   whole = _train(_config(shallow, f"export_to={tmp_path / 'a'}"), tmp_path / "whole")
   with monkeypatch.context() as patch:
-    patch.setattr(run, "stop_on_signal", lambda event: contextlib.nullcontext(event.set()))
+    patch.setattr(stopping, "stop_on_signal", lambda event: contextlib.nullcontext(event.set()))
     stopped = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
   parts = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")

@@ -8,13 +8,22 @@ import contextlib
 import difflib
 import errno
 import math
+import numbers
 import os
 import sys
+import traceback
 from typing import Any
 
 
 class InputError(Exception):
-  """Bad input: the message is one line that names the key or file, the value, and what to do."""
+  """Bad input: the message is one line that names the key or file, the value, and what to do.
+
+  Attributes:
+    status: of a command that ends with it: 2, bad input; 1 where the same command may do better
+      next time.
+  """
+
+  status = 2
 
 
 class Diverged(InputError):
@@ -22,11 +31,19 @@ class Diverged(InputError):
 
 
 class Storage(InputError):
-  """Something could not be read or written: the same command may do better next time."""
+  """Something could not be read or written."""
+
+  status = 1
 
 
 class Damaged(InputError):
   """A checkpoint whose files are not those that were saved."""
+
+
+class Unavailable(InputError):
+  """Something outside, such as a reward's server, that did not answer."""
+
+  status = 1
 
 
 class UpdateRejected(InputError):
@@ -55,7 +72,9 @@ _TEMPORARY = {
 _OTHER = "give another place, or change its permissions"
 
 # Those that one host may find alone and all others then raise.
-KINDS = {kind.__name__: kind for kind in (InputError, Diverged, Storage, Damaged)}
+KINDS = {
+  kind.__name__: kind for kind in (InputError, Diverged, Storage, Damaged, Unavailable)
+}
 
 
 def require(
@@ -65,6 +84,8 @@ def require(
   """Raises InputError unless `value` is None, or finite and low <= value, above < value <= high."""
   if value is None:
     return
+  if not isinstance(value, numbers.Real):
+    raise InputError(f"{name}={value!r} must be a number")
   bounds = [
     (low is not None, f"at least {low}", low is None or value >= low),
     (above is not None, f"more than {above}", above is None or value > above),
@@ -133,6 +154,11 @@ def storage(path: Any = None, did: str = "written") -> Iterator[None]:
     raise of_storage(error, path, did) from error
 
 
+def describe(error: BaseException) -> str:
+  """The kind and the message of any error, in one line."""
+  return " ".join("".join(traceback.format_exception_only(error)).split())
+
+
 class ArgumentParser(argparse.ArgumentParser):
   """An argument parser whose complaints are `InputError`s: one line, without the usage."""
 
@@ -142,7 +168,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def report(main: Callable[[], Any]) -> Any:
   """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and
-  exit status 2, or 1 where trying again may help.
+  its exit status.
 
   Returns what it returns.
   """
@@ -152,7 +178,7 @@ def report(main: Callable[[], Any]) -> Any:
   except InputError as error:
     sys.stdout.flush()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(1 if isinstance(error, Storage) else 2)
+    sys.exit(error.status)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

@@ -14,7 +14,7 @@ from unigrpo_jax import types
 from unigrpo_jax.episodes import programs
 from unigrpo_jax.models import vae
 from unigrpo_jax.recipe import sft
-from unigrpo_jax.runtime import folders, hosts, sharding, state
+from unigrpo_jax.runtime import folders, hosts, sharding, state, stopping
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.supervised import corpus, feed
 from unigrpo_jax.supervised import step as step_lib
@@ -79,7 +79,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         if batches.error(ahead):
           run.request_stop()
         run.commit(train_state, metrics)
-    except run_lib.Stopped:
+    except stopping.Stopped:
       _raise_if_bad(batches, ahead)
       raise
   run.finish(train_state)

@@ -106,7 +106,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         episodes.append(episode)
         run.raise_if_stopped()
       with run.timer("reward"):
-        scores = rewards.gather(pending, len(batch))  # the same on all hosts
+        scores = rewards.gather(pending, len(batch), run.wait)  # the same on all hosts
       # Compare within the group; a group with a failed reward is not valid, and counts nowhere.
       adv, valid, metrics = compare_within_groups(scores, spec)
       adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))

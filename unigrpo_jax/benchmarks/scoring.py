@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
+import json
+import time
 from typing import Any
 
 import numpy as np
 
-from unigrpo_jax import errors, rewards
+from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import contact_sheet, evaluation
 from unigrpo_jax.episodes import sampler
-from unigrpo_jax.runtime import hosts, panels
+from unigrpo_jax.rewards import threads
+from unigrpo_jax.runtime import hosts, panels, stopping
 
 PANELS, COLUMNS = 2, 6  # prompts of a step that a log may show, and trajectories of each
+READ_SECONDS = 60.0  # In which the devices end what they have begun.
+# How what may never come is waited for: `stopping.wait` without its last argument.
+Wait = Callable[[Callable[[float], bool], Callable[[], str]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +70,7 @@ class Scores:
     }
 
   def metrics(self, valid: np.ndarray, ddof: int) -> dict[str, float]:
-    """Means of each reward; mean and standard deviation of the sum where `valid`, [B] bool.
-
-    Raises:
-      InputError: no trajectory is valid.
-    """
-    if not valid.any():
-      raise errors.InputError(
-        f"each of the {self.group.max() + 1} groups has a sample without a reward, and is dropped; "
-        "repair the reward"
-      )
+    """Means of each reward; mean and standard deviation of the sum where `valid`, [B] bool."""
     counting = self.weighted[valid]
     metrics = {
       f"reward/{name}": np.nanmean(values) for name, values in self.by_reward.items()
@@ -99,7 +96,7 @@ class Scoring:
   def __init__(self, scorer: rewards.Scorer, group_size: int, normalise: bool):
     """`normalise`: each reward within its group before they are summed."""
     self._scorer, self._group_size, self._normalise = scorer, group_size, normalise
-    self._reader = futures.ThreadPoolExecutor(1, thread_name_prefix="episodes")
+    self._reader = threads.Pool(1, "episodes")
 
   def submit(
     self, prompts: Sequence[Any], episode: sampler.Episode, first: int
@@ -130,13 +127,17 @@ class Scoring:
       None if text is None else np.float32(text.finished), shown,
     )
 
-  def gather(self, chunks: Sequence[futures.Future[Pending]], prompts: int) -> Scores:
+  def gather(
+    self, chunks: Sequence[futures.Future[Pending]], prompts: int, wait: Wait = stopping.wait
+  ) -> Scores:
     """The scores of all chunks of an iteration, on every host those of all hosts.
 
     Raises:
       Diverged: what was sampled is not finite.
-      InputError: too many samples have no reward.
+      InputError: too many samples have no reward; `Unavailable` where that may be otherwise later.
+      Stopped: `wait` was stopped.
     """
+    wait(lambda seconds: _finished(chunks, seconds), lambda: _awaited(chunks))
     with hosts.raise_on_all_hosts():
       pending = [chunk.result() for chunk in chunks]
       scores = [part.scores.result() for part in pending]
@@ -156,10 +157,47 @@ class Scoring:
       self._scorer.total(by_reward), group, text,
       {row: sample for part in pending for row, sample in part.shown.items()},
     )
-    with hosts.raise_on_all_hosts():
-      self._scorer.check(result.total)
+    check(self._scorer, result.total, group)
     return result
 
   def close(self) -> None:
-    self._reader.shutdown(cancel_futures=True)
+    self._reader.close()
     self._scorer.close()
+    self._reader.join(READ_SECONDS)  # A thread in the middle of a fetch may crash a program's end.
+
+
+def score(
+  scorer: rewards.Scorer, samples: Sequence[rewards.Sample], wait: Wait = stopping.wait
+) -> dict[str, np.ndarray]:
+  """`Scorer.score` of this host's samples, which each host calls and `wait` waits for."""
+  pending = scorer.submit(samples)
+  wait(pending.wait, lambda: _names(pending.awaited()))
+  return pending.result()
+
+
+def check(scorer: rewards.Scorer, total: np.ndarray, group: np.ndarray | None = None) -> None:
+  """`Scorer.check` of what all hosts have, which all raise alike: the worst failure of any host."""
+  local = json.dumps(dataclasses.astuple(scorer.worst_failure()))
+  failures = [rewards.Failure(*json.loads(text)) for text in hosts.gather_texts(local)]
+  scorer.check(total, group, max(failures, key=lambda failure: failure.count))
+
+
+def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool:
+  """Whether all chunks are read and scored, after waiting so long for them at most."""
+  end = time.monotonic() + seconds
+  if futures.wait(chunks, seconds).not_done:
+    return False
+  read = [chunk.result() for chunk in chunks if chunk.exception() is None]
+  return all(part.scores.wait(end - time.monotonic()) for part in read)
+
+
+def _awaited(chunks: Sequence[futures.Future[Pending]]) -> str:
+  """What `_finished` waits for; "" for nothing."""
+  if not all(chunk.done() for chunk in chunks):
+    return "images"
+  read = [chunk.result() for chunk in chunks if chunk.exception() is None]
+  return _names([name for part in read for name in part.scores.awaited()])
+
+
+def _names(awaited: Sequence[str]) -> str:
+  return ", ".join(f"reward {name}" for name in dict.fromkeys(awaited))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import rewards
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import evaluation, scoring
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
-from unigrpo_jax.runtime import hosts
+from unigrpo_jax.runtime import hosts, stopping
 
 PANELS = 4  # prompts whose pictures the log gets
 
@@ -78,11 +78,11 @@ class Validation:
     )
 
   def _score(self, samples):
-    scores = self._scorer.score(samples)
+    scores = scoring.score(self._scorer, samples, self._wait)
     return scores | {"reward": self._scorer.total(scores)}
 
   def __call__(
-    self, params: Any, step: int, between: Callable[[], None]
+    self, params: Any, step: int, between: Callable[[], None], wait: scoring.Wait = stopping.wait
   ) -> dict[str, Any]:
     """Evaluates parameters of the network after `step` steps.
 
@@ -90,6 +90,7 @@ class Validation:
       params: of a training state.
       step: names the folder.
       between: called between two batches; may raise to stop.
+      wait: for the rewards; may raise to stop.
 
     Returns:
       {`metric`/REWARD: mean}, and on the first host panels of the first pictures.
@@ -97,13 +98,14 @@ class Validation:
     Raises:
       InputError: too many pictures have no reward, or the folder cannot be written to.
     """
+    self._wait = wait
     results = self._evaluation.run(
       self._sampler.sampler.cast_and_reshard(params),
       lambda _, done, total: between() if done < total else None,
     )
     totals = np.array([row.rewards.get("reward", np.nan) for row in results.rows])
+    scoring.check(self._scorer, totals)
     with hosts.raise_on_all_hosts():
-      self._scorer.check(totals)
       if hosts.first():
         results.save(self._folder / f"{step:06d}", f"after {step} steps")
     means = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)

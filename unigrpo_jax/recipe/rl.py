@@ -32,7 +32,9 @@ MUTABLE_KEYS = {
   "remat", "pictures_every",
 }
 # Of served rewards: where they are and how they are asked, not what is asked.
-ENDPOINT_KEYS = ("url", "timeout", "retries", "backoff", "batch_size", "token", "token_env")
+ENDPOINT_KEYS = (
+  "url", "timeout", "retries", "backoff", "outage", "batch_size", "token", "token_env"
+)
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
@@ -222,7 +224,7 @@ def read(config: ConfigDict) -> Spec:
   spec = Spec(
     seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,
     run=sections.run(
-      c, MUTABLE_KEYS | _endpoint_keys(c), DEFAULTS, evaluate_every=e.every,
+      c, MUTABLE_KEYS | _call_keys(c), DEFAULTS, evaluate_every=e.every,
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
       shown=("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
              "drift/text"),
@@ -265,10 +267,11 @@ def _guidance(section: ConfigDict) -> flow.Guidance:
   )
 
 
-def _endpoint_keys(config: ConfigDict) -> set[str]:
+def _call_keys(config: ConfigDict) -> set[str]:
+  """Options of rewards that say how they are called, not what they score."""
   return {
     f"reward_options.{name}.{key}" for name, options in config.reward_options.items()
-    if options.get("kind", name) == "http" for key in ENDPOINT_KEYS
+    for key in ("time_limit", *(ENDPOINT_KEYS if options.get("kind", name) == "http" else ()))
   }
 
 

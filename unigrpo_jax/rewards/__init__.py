@@ -3,8 +3,9 @@
 # These register their rewards.
 from unigrpo_jax.rewards import http, iconworld  # noqa: F401
 from unigrpo_jax.rewards.base import Reward, Sample, Scores, evaluate, make, names, register
-from unigrpo_jax.rewards.scorer import RESERVED, Scorer
+from unigrpo_jax.rewards.scorer import RESERVED, Failure, Scorer
 
 __all__ = [
-  "RESERVED", "Reward", "Sample", "Scorer", "Scores", "evaluate", "make", "names", "register",
+  "RESERVED", "Failure", "Reward", "Sample", "Scorer", "Scores", "evaluate", "make", "names",
+  "register",
 ]

@@ -5,21 +5,27 @@ Letters: N samples, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import io
+import logging
 import math
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors
+from unigrpo_jax.rewards import threads
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +45,7 @@ class Scores:
 
   values: np.ndarray  # [N], any real numbers, larger is better; NaN where there is no score
   reason: str | None = None  # one line about the NaN
+  temporary: bool = False  # whether the NaN may be scored later: a server that did not answer
 
 
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
@@ -75,12 +82,23 @@ def names() -> list[str]:
   return sorted(_registered)
 
 
-def make(name: str, /, **options: Any) -> Reward:
+def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Reward:
   """A reward by its registered name, or by "module:function" or "module:Class", with its options.
 
+  `time_limit`, which any reward may have: seconds of a call; see `TimeLimited`.
+
   Raises:
-    InputError: no such reward or option, or an option that the reward refuses.
+    InputError: no such reward or option, an option that the reward refuses, or whatever making it
+      raises; `Unavailable` where a server or a disk failed.
   """
+  reward = _make(name, options)
+  if time_limit is None:
+    return reward
+  with errors.at(f"reward={name!r}"):
+    return TimeLimited(reward, time_limit)
+
+
+def _make(name: str, options: Mapping[str, Any]) -> Reward:
   if ":" in name:
     target = _imported(name)
   else:
@@ -92,7 +110,8 @@ def make(name: str, /, **options: Any) -> Reward:
   except TypeError as error:
     raise errors.InputError(f"reward={name!r}: {error} in its options {sorted(options)}") from None
   if made_first:
-    return target(**options)
+    with _made(f"reward={name!r} cannot be made"):
+      return target(**options)
   # With the function's attributes, such as `concurrent`.
   return functools.update_wrapper(functools.partial(target, **options), target)
 
@@ -100,7 +119,8 @@ def make(name: str, /, **options: Any) -> Reward:
 def _imported(name: str) -> Callable[..., Any]:
   module, _, attribute = name.partition(":")
   try:
-    target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    with _made(f"reward={name!r} cannot be imported", ImportError, AttributeError, ValueError):
+      target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
   except (ImportError, AttributeError, ValueError) as error:
     raise errors.InputError(
       f"reward={name!r} cannot be imported: {error}; write module:function and check PYTHONPATH"
@@ -109,6 +129,29 @@ def _imported(name: str) -> Callable[..., Any]:
     kind = type(target).__name__
     raise errors.InputError(f"reward={name!r} is a {kind}; name a function or a class")
   return target
+
+
+@contextlib.contextmanager
+def _made(failed: str, *expected: type[Exception]) -> Iterator[None]:
+  """Whatever a reward's own code raises within, a SystemExit too, becomes an `InputError` that
+  begins with `failed`, after the traceback; not what is `expected`, nor the user's Ctrl-C.
+  """
+  try:
+    yield
+  except (errors.InputError, KeyboardInterrupt, *expected):
+    raise
+  except BaseException as error:
+    _log.warning("%s", failed, exc_info=error)
+    kind = errors.Unavailable if is_temporary(error) else errors.InputError
+    raise kind(f"{failed}: {errors.describe(error)}") from error
+
+
+def is_temporary(error: BaseException) -> bool:
+  """Whether a call that raised this may do better later: a server or a disk, not a path or a bug.
+  """
+  about_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+                 PermissionError)
+  return isinstance(error, OSError) and not isinstance(error, about_paths)
 
 
 def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
@@ -147,7 +190,7 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
     prompt = samples[int(missing.argmax())].prompt[:60]
     reason = result.reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
     reason += f": {unreal}" if unreal else ""
-  return Scores(values, reason)
+  return Scores(values, reason, result.temporary)
 
 
 def _array(values) -> np.ndarray:
@@ -192,6 +235,42 @@ def _number(item, unreal: list[str]) -> float:
     pass
   unreal.append(f"{item!r:.60} is no real number")
   return math.nan
+
+
+class TimeLimited:
+  """A reward whose calls raise `TimeoutError` after `seconds`.
+
+  Nothing can end what was called: it goes on in its thread. Unless the reward is `concurrent`, the
+  next call waits for that, within its own limit.
+  """
+
+  def __init__(self, reward: Reward, seconds: float):
+    """Raises InputError unless `seconds` > 0."""
+    errors.require("time_limit", seconds, above=0)
+    self._reward, self._seconds = reward, seconds
+    self.concurrent = getattr(reward, "concurrent", False)
+    self._overdue: futures.Future | None = None
+
+  def __call__(self, samples: Sequence[Sample]) -> Scores:
+    end = time.monotonic() + self._seconds
+    if self._overdue is not None:
+      if futures.wait([self._overdue], self._seconds).not_done:
+        raise TimeoutError(
+          f"an earlier call that took longer than time_limit={self._seconds:g} s still runs"
+        )
+      self._overdue = None
+    # Evaluated there: what a reward returns may be computed only when it is read.
+    call = threads.start(evaluate, self._reward, samples, name="reward-limited")
+    if futures.wait([call], end - time.monotonic()).done:
+      return call.result()
+    if not self.concurrent:
+      self._overdue = call
+    raise TimeoutError(f"it took longer than time_limit={self._seconds:g} s")
+
+  def close(self) -> None:
+    """Closes the reward, where it can be closed."""
+    if hasattr(self._reward, "close"):
+      self._reward.close()
 
 
 @register("brightness")

@@ -7,15 +7,18 @@ from concurrent import futures
 import dataclasses
 import logging
 import threading
+import time
 
 import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import threads as threads_lib
 
 # Names of other metrics beside those of rewards: reward/mean, reward/std and eval/MODE/reward.
 RESERVED = ("mean", "std", "reward")
 EPS = 1e-4  # Added to a group's standard deviation.
+CLOSE_SECONDS = 5.0
 MAX_WARNINGS = 20  # Different messages of one reward that are logged; more are only counted.
 
 _log = logging.getLogger(__name__)
@@ -29,13 +32,29 @@ class Failures:
 
 
 @dataclasses.dataclass(frozen=True)
+class Failure:
+  """Why a reward of a weight could not score `count` samples; see `base.Scores.temporary`."""
+  count: int
+  temporary: bool
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Pending:
   """The scores of samples, which threads compute, one part a reward."""
 
   parts: Mapping[str, futures.Future[np.ndarray]]
 
   def done(self) -> bool:
-    return all(part.done() for part in self.parts.values())
+    return not self.awaited()
+
+  def awaited(self) -> list[str]:
+    """The rewards that are not done."""
+    return [name for name, part in self.parts.items() if not part.done()]
+
+  def wait(self, seconds: float) -> bool:
+    """Whether all rewards are done, after waiting so long for them at most."""
+    return not futures.wait(self.parts.values(), seconds).not_done
 
   def result(self, timeout: float | None = None) -> dict[str, np.ndarray]:
     """Waits for {name: [N] float32}, as `Scorer.score`; TimeoutError after `timeout` seconds, and
@@ -47,8 +66,9 @@ class Pending:
 class Scorer:
   """Scores samples by several rewards.
 
-  A reward that raises, or returns something else than N real numbers, scores NaN for all samples of
-  that call; an infinite score is NaN. Each is counted in `failures` and logged once a message.
+  A reward that raises anything, SystemExit too, or returns something else than N real numbers,
+  scores NaN for all samples of that call; an infinite score is NaN. Each is counted in `failures`
+  and logged once a message.
   """
 
   def __init__(
@@ -84,11 +104,12 @@ class Scorer:
     errors.require("max_failed_fraction", max_failed_fraction, low=0, high=1)
     self._rewards, self._weights = dict(rewards), dict(weights)
     self._max_failed_fraction = max_failed_fraction
-    self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="reward")
+    self._pool = threads_lib.Pool(threads, "reward")
     self._reward_locks = {name: base.reward_lock(reward) for name, reward in rewards.items()}
-    self._failures_lock = threading.Lock()  # Over `failures`, `_logged` and `_last_failure`.
+    self._failures_lock = threading.Lock()  # Over `failures`, `_logged` and `_recent`.
     self._logged: dict[str, set[str]] = {name: set() for name in rewards}
-    self._last_failure = "not seen by this scorer"
+    # By reward and whether temporary: of weighted rewards, since `worst_failure` was called.
+    self._recent: dict[tuple[str, bool], Failure] = {}
     self.failures = {name: Failures() for name in rewards}
 
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
@@ -105,21 +126,25 @@ class Scorer:
     try:
       with self._reward_locks[name]:
         scores = base.evaluate(self._rewards[name], samples)
-    except Exception as error:
-      trace, reason = error, f"{type(error).__name__}: {error}"
-      scores = base.Scores(np.full(len(samples), np.nan, np.float32), reason)
+    except BaseException as error:  # A thread's SystemExit or KeyboardInterrupt is the reward's.
+      trace, missing = error, np.full(len(samples), np.nan, np.float32)
+      scores = base.Scores(missing, errors.describe(error), base.is_temporary(error))
     if scores.reason is not None:
       count = int(np.isnan(scores.values).sum())
-      self._add_failure(name, " ".join(scores.reason.split()), count, trace)
+      failure = Failure(count, scores.temporary, " ".join(scores.reason.split()))
+      self._add_failure(name, failure, trace)
     return scores.values
 
-  def _add_failure(self, name: str, reason: str, count: int, trace: Exception | None) -> None:
+  def _add_failure(self, name: str, failure: Failure, trace: BaseException | None) -> None:
+    count, reason = failure.count, failure.reason
     with self._failures_lock:
       failures, logged = self.failures[name], self._logged[name]
       failures.count += count
       failures.last = reason
       if self._weights[name]:
-        self._last_failure = f"reward {name}: {reason}"
+        key = (name, failure.temporary)
+        before = self._recent[key].count if key in self._recent else 0
+        self._recent[key] = Failure(before + count, failure.temporary, f"reward {name}: {reason}")
       new = reason not in logged and len(logged) < MAX_WARNINGS
       if new:
         logged.add(reason)
@@ -154,21 +179,60 @@ class Scorer:
       total += weight * (_standardised(values[name], group) if normalise else values[name])
     return total.astype(np.float32)
 
-  def check(self, total: np.ndarray) -> None:
-    """Raises InputError if more than `max_failed_fraction` of `total`, [N], is NaN."""
-    failed = int(np.isnan(total).sum())
-    if failed > self._max_failed_fraction * len(total):
-      raise errors.InputError(
-        f"{failed} of {len(total)} samples have no reward, max_failed_fraction="
-        f"{self._max_failed_fraction}; the last failure was {self._last_failure}; repair the reward"
+  def worst_failure(self) -> Failure:
+    """What most samples without a score failed for, since this was last called."""
+    with self._failures_lock:
+      recent, self._recent = self._recent, {}
+    return max(
+      recent.values(), key=lambda failure: (failure.count, failure.temporary),
+      default=Failure(0, False, "unknown"),
+    )
+
+  def check(
+    self, total: np.ndarray, group: np.ndarray | None = None, failure: Failure | None = None
+  ) -> None:
+    """Refuses a total, [N], of which too much is not finite.
+
+    Args:
+      total, group: see `total`.
+      failure: to blame; None: `worst_failure`, which is of this scorer alone.
+
+    Raises:
+      InputError: more than `max_failed_fraction` is missing, or something in each `group`.
+      Unavailable: the same, where trying again later may help.
+    """
+    failure = self.worst_failure() if failure is None else failure
+    missing = ~np.isfinite(total)
+    if missing.sum() > self._max_failed_fraction * len(total):
+      words = (
+        f"{missing.sum()} of {len(total)} samples have no reward, max_failed_fraction="
+        f"{self._max_failed_fraction}"
       )
+    elif group is not None and missing.any() and not set(group) - set(group[missing]):
+      words = f"each of the {len(set(group))} groups has a sample without a reward, and is dropped"
+    else:
+      return
+    if failure.temporary:
+      raise errors.Unavailable(f"{words}; {failure.reason}; run the same command again later")
+    raise errors.InputError(f"{words}; {failure.reason}; repair the reward")
 
   def close(self) -> None:
-    """Closes the rewards, drops calls that have not begun, and waits for those that have."""
-    for reward in self._rewards.values():
-      if hasattr(reward, "close"):
-        reward.close()
-    self._pool.shutdown(cancel_futures=True)
+    """Closes the rewards and drops calls that have not begun; waits CLOSE_SECONDS at most for those
+    that have, which then end with the program.
+    """
+    end = time.monotonic() + CLOSE_SECONDS
+    self._pool.close()
+    closing = {
+      name: threads_lib.start(reward.close, name=f"close {name}")
+      for name, reward in self._rewards.items() if hasattr(reward, "close")
+    }
+    futures.wait(closing.values(), CLOSE_SECONDS)
+    for name, call in closing.items():
+      error = call.exception() if call.done() else TimeoutError(f"after {CLOSE_SECONDS:g} s")
+      if error is not None:
+        _log.warning("reward %s did not close: %s", name, errors.describe(error), exc_info=error)
+    if not self._pool.join(end - time.monotonic()):
+      _log.warning("calls of rewards still run; they end with the program")
 
 
 def _standardised(values: np.ndarray, group: np.ndarray) -> np.ndarray:

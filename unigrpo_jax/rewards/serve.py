@@ -153,9 +153,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
       try:
         with self.server.locks[name]:
           scores = base.evaluate(self.server.rewards[name], samples)
-      except Exception as error:
+      except BaseException as error:  # SystemExit too: the server goes on, and answers.
         traceback.print_exc()
-        raise _Refusal(500, f"reward {name} failed: {type(error).__name__}: {error}") from None
+        raise _Refusal(500, f"reward {name} failed: {errors.describe(error)}") from None
     if scores.reason is not None:
       self.log_message("reward %s: %s", name, scores.reason)
     return {"scores": [None if math.isnan(value) else value for value in scores.values.tolist()]}

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import pathlib
 import secrets
-import signal
 import threading
 import time
 from typing import Any, Protocol
@@ -28,15 +27,12 @@ from unigrpo_jax.runtime import (
   resumption,
   sharding,
   state,
+  stopping,
 )
 
 WORKDIR_SECONDS = 30  # A shared folder shows a new file to all hosts by then.
 STOPPED = "stopped by a signal at step {}; run the same command again to continue"
 EVALUATION_SECONDS = "seconds/evaluate"  # Only rows of evaluations have it.
-
-
-class Stopped(Exception):
-  """SIGTERM or SIGINT reached a host: the run saves itself and ends."""
 
 
 class Position(Protocol):
@@ -255,7 +251,7 @@ class Run:
       self._evaluations.update(self._logged_evaluations())
       stack.enter_context(sharding.activate(self._network.mesh))
       self._compiling = stack.enter_context(compile_timer.CompileTimer())
-      stack.enter_context(stop_on_signal(self._stop_requested))
+      stack.enter_context(stopping.stop_on_signal(self._stop_requested))
       self._clock = metrics.Clock(self.step, self._spec.steps)
       self._first_step = self.step + 1
       self._stack = stack.pop_all()
@@ -269,14 +265,14 @@ class Run:
     with self._stack:
       if error is None:
         self._saved.close()
-      elif isinstance(error, Stopped):
+      elif isinstance(error, stopping.Stopped):
         self._stopped = True
         self._save_if_missing(self._state)
         self._saved.close()
         hosts.print_first(STOPPED.format(self.step))
       elif isinstance(error, errors.InputError) and not isinstance(error, errors.Storage):
         self._save_before(error)
-    return isinstance(error, Stopped)
+    return isinstance(error, stopping.Stopped)
 
   def _save_before(self, error: errors.InputError) -> None:
     """Saves the state before an error, unless it diverged.
@@ -313,7 +309,7 @@ class Run:
         check_finite(jax.device_get(self._last_metrics))
         self._save()
       if stopped and self.step < self._spec.steps:
-        raise Stopped
+        raise stopping.Stopped
 
   def _agree_on_stop(self) -> bool:
     if self._deferred is None:
@@ -333,7 +329,12 @@ class Run:
     """
     self._within.post(self._stop_requested.is_set())
     if self._within.read():
-      raise Stopped
+      raise stopping.Stopped
+
+  def wait(self, finished: Callable[[float], bool], awaited: Callable[[], str]) -> None:
+    """Waits on all hosts, which a signal on any of them ends within seconds; see `stopping.wait`.
+    """
+    stopping.wait(finished, awaited, self._stop_requested.is_set)
 
   def commit(self, train_state: types.TrainState, values: Mapping[str, Any]) -> None:
     """Ends a step: its state is now the run's, and its metrics are logged where that is due.
@@ -365,13 +366,13 @@ class Run:
     hosts.print_first(self._clock.line(self.step, shown))
 
   def evaluate(
-    self, evaluation: Callable[[Any, int, Callable[[], None]], Mapping[str, float]],
+    self, evaluation: Callable[[Any, int, Callable[[], None], Callable], Mapping[str, float]],
     train_state: types.TrainState,
   ) -> None:
     """Evaluates the state where that is due and not logged yet; the results are a row of their own.
 
     Args:
-      evaluation: (parameters, step, what to call between two batches) -> metrics.
+      evaluation: (parameters, step, what to call between two batches, `wait`) -> metrics.
       train_state: of `step`.
 
     Raises:
@@ -383,7 +384,7 @@ class Run:
       return
     self.raise_if_stopped()
     start = time.monotonic()
-    results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped))
+    results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped, self.wait))
     self._log.write(self.step, results | {EVALUATION_SECONDS: time.monotonic() - start})
     self._evaluations[self.step] = results.get(self._spec.best_metric)
     self._worth_saving = True
@@ -466,17 +467,3 @@ def continue_from(workdir: pathlib.Path) -> str:
   """From which step a run continues; without the other hosts, which may be dead."""
   steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
   return f"the run continues from step {max(steps)}" if steps else "the run starts anew"
-
-
-@contextlib.contextmanager
-def stop_on_signal(stop_requested: threading.Event) -> Iterator[None]:
-  """SIGTERM and SIGINT set the event while this is entered."""
-  before = {}
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
-      before[number] = signal.signal(number, lambda *_: stop_requested.set())
-  try:
-    yield
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler or signal.SIG_DFL)

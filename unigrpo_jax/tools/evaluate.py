@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
+import functools
 import pathlib
 from typing import Any
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import evaluation, iconworld
+from unigrpo_jax.benchmarks import evaluation, iconworld, scoring
 from unigrpo_jax.data import atomic
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
@@ -51,10 +52,10 @@ def evaluate(args: argparse.Namespace) -> None:
   settings = sampling_flags.settings(args, pipeline.config.generation)
   drawing = None
   if modes:
+    score = iconworld.score if scorer is None else functools.partial(scoring.score, scorer)
     drawing = evaluation.Evaluation(
-      pipeline, examples, iconworld.score if scorer is None else scorer.score, settings=settings,
-      modes=modes, batch_size=args.batch_size, seed=args.seed, num_saved_images=args.keep,
-      size=args.size and tuple(args.size),
+      pipeline, examples, score, settings=settings, modes=modes, batch_size=args.batch_size,
+      seed=args.seed, num_saved_images=args.keep, size=args.size and tuple(args.size),
     )
   checkpoint = args.checkpoint + (f" with {args.adapter}" if args.adapter else "")
   hosts.print_first(

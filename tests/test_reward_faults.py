@@ -1,0 +1,226 @@
+"""Rewards that raise what ends programs, never return, or cannot be made or closed."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests import reward_requests as shared
+from tests.refusals import refusal
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.rewards import base, threads
+
+
+class Unprintable(BaseException):
+  def __str__(self):
+    sys.exit(0)
+
+
+def exits(samples):
+  sys.exit(0)
+
+
+class ExitsWhenMade:
+  def __init__(self):
+    sys.exit(0)
+
+
+class LosesItsServer:
+  def __init__(self):
+    raise ConnectionRefusedError("no model server")
+
+
+class Hanging:
+  """Never returns, until `go` is set."""
+
+  def __init__(self, concurrent=False):
+    self.concurrent, self.calls = concurrent, 0
+    self.begun, self.go = threading.Event(), threading.Event()
+
+  def __call__(self, samples):
+    self.calls += 1
+    self.begun.set()
+    self.go.wait(60)
+    return shared.value(samples)
+
+
+def scorer(reward, **options):
+  return rewards.Scorer({"r": reward}, {"r": 1.0}, **options)
+
+
+@pytest.mark.parametrize(
+  ("error", "words"),
+  [
+    (SystemExit(0), "SystemExit: 0"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (GeneratorExit(), "GeneratorExit"), (asyncio.CancelledError(), "CancelledError"),
+    (StopIteration(3), "StopIteration: 3"), (Unprintable(), "Unprintable"),
+  ],
+)
+def test_whatever_a_reward_raises_is_nan_and_counted(error, words, caplog):
+  def raises(samples):
+    raise error
+
+  one = scorer(raises)
+  for _ in range(3):  # The thread lives on.
+    np.testing.assert_array_equal(one.score(shared.numbered(2))["r"], [shared.NAN] * 2)
+  assert one.failures["r"].count == 6 and words in one.failures["r"].last
+  assert len(caplog.records) == 1
+  assert words in refusal(one.check, np.full(6, shared.NAN))
+  one.close()
+
+
+@pytest.mark.parametrize("close", [exits, lambda: 1 / 0, lambda: time.sleep(60)])
+def test_a_reward_that_does_not_close_costs_nothing(close, caplog, monkeypatch):
+  monkeypatch.setattr(rewards.scorer, "CLOSE_SECONDS", 0.2)
+
+  class Reward:
+    def __call__(self, samples):
+      return shared.value(samples)
+
+  reward, start = Reward(), time.monotonic()
+  reward.close = lambda: close(None) if close is exits else close()
+  scorer(reward).close()
+  assert time.monotonic() - start < 5
+  assert "reward r did not close" in caplog.text
+
+
+def test_closing_does_not_wait_for_a_call_that_never_returns(monkeypatch, caplog):
+  monkeypatch.setattr(rewards.scorer, "CLOSE_SECONDS", 0.2)
+  reward = Hanging()
+  one = scorer(reward, threads=1)
+  running, queued = one.submit(shared.numbered(1)), one.submit(shared.numbered(1))
+  assert reward.begun.wait(10)
+  start = time.monotonic()
+  one.close()
+  assert time.monotonic() - start < 5 and "still run" in caplog.text
+  assert queued.wait(0) and running.awaited() == ["r"]
+  assert one.submit(shared.numbered(1)).wait(0)  # Cancelled, as nothing will score it.
+  reward.go.set()
+
+
+def test_the_program_ends_while_a_reward_hangs():
+  code = """if True:
+    import time, numpy, unigrpo_jax.rewards as rewards
+    scorer = rewards.Scorer({"r": lambda samples: time.sleep(600)}, {"r": 1.0})
+    pending = scorer.submit([rewards.Sample("", numpy.zeros((1, 1, 3), numpy.uint8))])
+    time.sleep(0.1)
+    assert not pending.done()
+    print("the end")"""
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert (ended.returncode, ended.stdout) == (0, "the end\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "words"),
+  [
+    (f"{__name__}:ExitsWhenMade", errors.InputError, "cannot be made: SystemExit: 0"),
+    (f"{__name__}:LosesItsServer", errors.Unavailable, "ConnectionRefusedError: no model server"),
+    ("exits_when_imported:score", errors.InputError, "cannot be imported: SystemExit: 3"),
+    ("no_python:score", errors.InputError, "cannot be imported: File"),
+  ],
+)
+def test_a_reward_that_cannot_be_made_is_bad_input(name, kind, words, tmp_path, monkeypatch):
+  (tmp_path / "exits_when_imported.py").write_text("raise SystemExit(3)")
+  (tmp_path / "no_python.py").write_text("def score(samples:")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(errors.InputError) as caught:
+    rewards.make(name)
+  assert type(caught.value) is kind and words in str(caught.value)
+  assert caught.value.status == (1 if kind is errors.Unavailable else 2)
+
+
+# Time limits.
+
+
+def test_what_takes_longer_than_its_limit_is_nan_and_counted(caplog):
+  reward = Hanging()
+  one = scorer(base.TimeLimited(reward, 0.05))
+  with caplog.at_level(logging.ERROR):
+    np.testing.assert_array_equal(one.score(shared.numbered(2))["r"], [shared.NAN] * 2)
+    assert "it took longer than time_limit=0.05 s" in one.failures["r"].last
+    # Only one call at a time: the next one waits for it, as long as it may take itself.
+    np.testing.assert_array_equal(one.score(shared.numbered(2))["r"], [shared.NAN] * 2)
+  assert "still runs" in one.failures["r"].last and reward.calls == 1
+  assert one.failures["r"].count == 4
+  with pytest.raises(errors.Unavailable, match="time_limit=0.05 s still runs"):
+    one.check(np.full(4, shared.NAN))
+  reward.go.set()
+  np.testing.assert_array_equal(one.score(shared.numbered(2))["r"], [0, 1])
+  one.close()
+
+
+def test_a_concurrent_reward_is_called_again_at_once():
+  reward = Hanging(concurrent=True)
+  limited = base.TimeLimited(reward, 0.05)
+  for _ in range(2):
+    with pytest.raises(TimeoutError, match="it took longer"):
+      limited(shared.numbered(1))
+  assert reward.calls == 2 and limited.concurrent
+  reward.go.set()
+
+
+def test_a_limit_is_an_option_of_any_reward():
+  reward = rewards.make("brightness", time_limit=60)
+  scores = reward([rewards.Sample("", np.full((1, 1, 3), 255, np.uint8))])
+  np.testing.assert_array_equal(scores.values, [1])
+  assert "time_limit=0" in refusal(rewards.make, "brightness", time_limit=0)
+  assert "must be a number" in refusal(rewards.make, "brightness", time_limit="soon")
+  limited = rewards.make(f"{__name__}:exits", time_limit=60)
+  with pytest.raises(SystemExit):
+    limited(shared.numbered(1))
+
+
+# The status says whether to try again.
+
+
+def counted(*failures):
+  """What a check of two groups blames after these (temporary, samples)."""
+  one = scorer(exits)
+  for temporary, count in failures:
+    one._add_failure("r", rewards.Failure(count, temporary, f"because {temporary}"), None)
+  with pytest.raises(errors.InputError) as caught:
+    one.check(np.array([shared.NAN, 1, 1, shared.NAN]), np.array([0, 0, 1, 1]))
+  one.close()
+  return caught.value
+
+
+def test_most_failures_decide_whether_trying_again_helps():
+  assert counted((True, 3), (False, 2)).status == 1
+  error = counted((True, 1), (False, 2))
+  assert error.status == 2
+  assert str(error) == (
+    "each of the 2 groups has a sample without a reward, and is dropped; reward r: because False; "
+    "repair the reward"
+  )
+
+
+def test_a_place_leaves_the_kind_of_an_error():
+  with pytest.raises(errors.Unavailable, match="^here: gone$"), errors.at("here"):
+    raise errors.Unavailable("gone")
+
+
+@pytest.mark.parametrize(
+  ("error", "temporary"),
+  [
+    (ConnectionResetError(), True), (TimeoutError(), True), (OSError(5, "I/O error"), True),
+    (FileNotFoundError(), False), (PermissionError(), False), (ValueError(), False),
+    (SystemExit(), False),
+  ],
+)
+def test_what_trying_again_may_cure(error, temporary):
+  assert base.is_temporary(error) == temporary
+
+
+def test_a_pool_runs_calls_in_order_and_keeps_nothing():
+  pool, seen = threads.Pool(1, "test"), []
+  for number in range(5):
+    last = pool.submit(seen.append, number)
+  last.result(10)
+  pool.close()
+  pool.close()
+  assert seen == [0, 1, 2, 3, 4] and pool.join(10)

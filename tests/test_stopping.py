@@ -1,0 +1,83 @@
+"""How a run is asked to stop, and how it waits for what may never come."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from unigrpo_jax.runtime import stopping
+
+
+def test_waiting_ends_when_it_is_finished():
+  answers = [False, True]
+  stopping.wait(lambda seconds: answers.pop(0), lambda: "reward a", lambda: len(answers) == 0)
+  assert not answers
+
+
+def test_a_stop_ends_waiting_and_says_for_what(capsys):
+  stop = threading.Event()
+  stop.set()
+  start = time.monotonic()
+  with pytest.raises(stopping.Stopped):
+    stopping.wait(threading.Event().wait, lambda: "reward a, reward b", stop.is_set)
+  assert stopping.GRACE_SECONDS <= time.monotonic() - start < 10
+  words = r"no longer waiting for reward a, reward b, after \d s\n"
+  assert re.fullmatch(words, capsys.readouterr().out)
+
+
+def test_what_ends_soon_after_a_stop_is_not_lost():
+  answers = [False, True]
+  stopping.wait(lambda seconds: answers.pop(0), lambda: "reward a", lambda: True)
+
+
+def test_what_is_waited_for_is_printed_now_and_then(capsys, monkeypatch):
+  monkeypatch.setattr(stopping, "PROGRESS_SECONDS", 0.0)
+  answers = [False, False, True]
+  stopping.wait(lambda seconds: answers.pop(0), lambda: "reward a")
+  assert capsys.readouterr().out == "waiting for reward a, after 0 s\n" * 2
+
+
+def test_signals_are_caught_only_while_it_is_entered():
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.getsignal(number) for number in numbers]
+  for number in numbers:
+    event = threading.Event()
+    with stopping.stop_on_signal(event):
+      assert not event.is_set()
+      os.kill(os.getpid(), number)
+      assert event.is_set()
+  assert [signal.getsignal(number) for number in numbers] == before
+  assert signal.set_wakeup_fd(-1) == -1
+
+
+# The main thread is in native code, which returns for no signal.
+NATIVE = """if True:
+  import ctypes, threading
+  from unigrpo_jax.runtime import stopping
+  with stopping.stop_on_signal(threading.Event()):
+    print("entered", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+      ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+  process = subprocess.Popen(
+    [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+  try:
+    assert process.stdout.readline() == "entered\n"
+    process.send_signal(signal.SIGINT)
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, second = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert "another Ctrl-C" in first and process.returncode == 130, second
+  assert second == "interrupted again: ended at once\n"

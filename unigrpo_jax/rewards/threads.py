@@ -1,0 +1,89 @@
+"""Calls in threads that do not keep the program from ending, as those of `ThreadPoolExecutor` do.
+
+What a call raises, SystemExit and KeyboardInterrupt too, is its future's and ends nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent import futures
+import contextlib
+import queue
+import threading
+import time
+from typing import Any
+
+
+def start(call: Callable[..., Any], *args: Any, name: str) -> futures.Future:
+  """The result of a call in a thread of its own, called `name`."""
+  future: futures.Future = futures.Future()
+  threading.Thread(target=_run, args=(future, call, args), name=name, daemon=True).start()
+  return future
+
+
+class Pool:
+  """Runs calls in a number of threads, in their order."""
+
+  def __init__(self, threads: int, name: str):
+    self._queue: queue.SimpleQueue = queue.SimpleQueue()
+    self._closing, self._closed = threading.Lock(), False
+    self._workers = [
+      threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+      for number in range(threads)
+    ]
+    for worker in self._workers:
+      worker.start()
+
+  def submit(self, call: Callable[..., Any], *args: Any) -> futures.Future:
+    """The result of a call that a thread will make; cancelled after `close`."""
+    future: futures.Future = futures.Future()
+    with self._closing:
+      if self._closed:
+        _cancel(future)
+      else:
+        self._queue.put((future, call, args))
+    return future
+
+  def close(self) -> None:
+    """Cancels the calls that have not begun; the threads end after those that have."""
+    with self._closing:
+      if self._closed:
+        return
+      self._closed = True
+    with contextlib.suppress(queue.Empty):
+      while True:
+        _cancel(self._queue.get_nowait()[0])
+    for _ in self._workers:
+      self._queue.put(None)
+
+  def join(self, seconds: float) -> bool:
+    """After `close`: whether the threads have ended, after waiting so long at most."""
+    end = time.monotonic() + seconds
+    for worker in self._workers:
+      worker.join(max(end - time.monotonic(), 0))
+    return not any(worker.is_alive() for worker in self._workers)
+
+  def _work(self) -> None:
+    while _run_next(self._queue):
+      pass
+
+
+def _run_next(calls: queue.SimpleQueue) -> bool:
+  """Waits for a call and makes it; False at the end. Its locals, large arrays, go with it."""
+  item = calls.get()
+  if item is not None:
+    _run(*item)
+  return item is not None
+
+
+def _cancel(future: futures.Future) -> None:
+  future.cancel()
+  future.set_running_or_notify_cancel()  # Only then `futures.wait` takes it for done.
+
+
+def _run(future: futures.Future, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+  if future.set_running_or_notify_cancel():
+    try:
+      future.set_result(call(*args))
+    except BaseException as error:
+      future.set_exception(error)
