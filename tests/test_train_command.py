@@ -96,6 +96,15 @@ def test_a_cache_that_is_set_stays(tmp_path, calls):
   assert [call[-1] for call in calls] == [str(tmp_path / "mine")]
 
 
+def test_a_cache_that_cannot_be_written_to_costs_no_run(tmp_path, calls, capsys):
+  (tmp_path / "file").write_text("")
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "cache"))
+  train.main([f"--config={ROOT / 'configs/unigrpo.py'}:tiny", f"--workdir={tmp_path / 'run'}"])
+  jax.config.update("jax_enable_compilation_cache", True)
+  assert len(calls) == 1
+  assert f"compiled programs are not kept: {tmp_path}/file/cache: cannot" in capsys.readouterr().out
+
+
 def test_help_is_soon_there():
   """It needs no device, and shows how to begin."""
   done = subprocess.run(

@@ -26,7 +26,7 @@ from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import rollout as rollout_lib
 from unigrpo_jax.losses import advantages
 from unigrpo_jax.recipe import config_files, parts, rl, sections
-from unigrpo_jax.runtime import host_flags, hosts, sharding, state
+from unigrpo_jax.runtime import compile_cache, host_flags, hosts, sharding, state
 from unigrpo_jax.runtime import run as run_lib
 
 
@@ -163,15 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   if importlib.util.find_spec("libtpu") is None:  # That a laptop has no TPU is no news.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
   hosts.from_flags(args)
-  if jax.config.jax_compilation_cache_dir is None:
-    # A resumed run need not compile again.
-    jax.config.update("jax_compilation_cache_dir", str(args.workdir / "compiled"))
 
   def run_on_all_hosts() -> None:
     hosts.compare({"--workdir": str(args.workdir), "config": sections.plain(config)})
     with hosts.raise_on_all_hosts():
       if hosts.first():
         run_lib.check_workdir(args.workdir)
+    compile_cache.use(args.workdir / "compiled")
     algorithms[config.algorithm](config, args.workdir)
 
   hosts.run(run_on_all_hosts, lambda: run_lib.continue_from(args.workdir))

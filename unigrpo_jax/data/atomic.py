@@ -23,6 +23,9 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import files
 
 
+_PROBE_BYTES = 2**16  # A full disk may still take a file without any.
+
+
 def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
   """Has `fill` write a file beside `path`, which then takes its place."""
   if files.is_object(path):
@@ -50,7 +53,7 @@ def probe(path: pathlib.Path) -> None:
   try:
     if files.is_object(path):
       probed = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-      probed.write_bytes(b"")
+      probed.write_bytes(bytes(_PROBE_BYTES))
       probed.unlink()
       return
     for folder in reversed(path.absolute().parents):
@@ -60,7 +63,7 @@ def probe(path: pathlib.Path) -> None:
         folder.mkdir(exist_ok=True)
         made.append(folder)
     with _beside(path) as partial:
-      partial.write_bytes(b"")
+      partial.write_bytes(bytes(_PROBE_BYTES))
   except OSError as error:
     raise errors.of_storage(error, "", "written to") from None
   finally:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import pathlib
 import posixpath
@@ -166,11 +167,14 @@ def _failing(path: Any) -> Iterator[None]:
       FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST,
       IsADirectoryError: errno.EISDIR, NotADirectoryError: errno.ENOTDIR,
     }[type(error)]
-    raise OSError(number, os.strerror(number), str(path)) from error
+    text = "no such bucket or object" if number == errno.ENOENT else os.strerror(number)
+    raise OSError(number, text, str(path)) from error
   except Exception as error:
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    refused = str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in text
-    raise OSError(errno.EACCES if refused else errno.EIO, text, str(path)) from error
+    if str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in text:
+      text = f"{text}: does this need gcloud auth application-default login?"
+      raise OSError(errno.EACCES, text, str(path)) from error
+    raise OSError(errno.EIO, text, str(path)) from error
 
 
 @functools.cache
@@ -185,6 +189,8 @@ def _prepare() -> None:
     raise errors.InputError(
       f"gs:// needs {error.name or 'gcsfs'}: pip install gcsfs, or unigrpo_jax[gcs]"
     ) from None
+  # After the last of its attempts it prints a trace beside the exception.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   for scheme in ("gs", "gcs"):
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
 

@@ -224,7 +224,7 @@ def check_target(
     raise errors.InputError(f"target {target}: {parent} {why}; choose another place")
   free = shutil.disk_usage(parent).free
   if free < needed_bytes * 1.01 + 2**24:
-    raise errors.InputError(
+    raise errors.Storage(
       f"target {target}: needs {needed_bytes / 1e9:.2f} GB on the disk of {parent}, "
       f"{free / 1e9:.2f} GB are free; free some space or choose another disk"
     )
