@@ -22,7 +22,6 @@ from typing import Any
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
 
-
 _PROBE_BYTES = 2**16  # A full disk may still take a file without any.
 
 
