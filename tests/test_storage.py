@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import atomic
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import (
@@ -136,10 +137,16 @@ def test_an_error_of_the_file_system_is_one_line_and_says_whether_to_try_again(
     lambda: run.check_workdir(tmp_path / "run"),
     lambda: metrics.MetricsLog(["jsonl"], tmp_path / "run", "", {}),
     lambda: atomic.staging(tmp_path / "run").__enter__(),
+    lambda: evaluation.Results([], {}).save(tmp_path / "run", "title"),
   ):
     with pytest.raises(errors.InputError) as refused:
       attempt()
     assert type(refused.value) is kind
+
+
+def test_an_argument_that_is_not_utf_8_is_refused():
+  with pytest.raises(errors.InputError, match="is not UTF-8"):
+    errors.ArgumentParser().parse_known_args(["--workdir=a\udcff"])
 
 
 def test_an_error_that_is_no_file_s_stays_what_it_is():

@@ -10,6 +10,7 @@ import errno
 import math
 import numbers
 import os
+import re
 import sys
 import traceback
 from typing import Any
@@ -164,6 +165,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
   def error(self, message: str):
     raise InputError(f"{message}; --help shows the arguments")
+
+  def parse_known_args(self, args=None, namespace=None):
+    for argument in sys.argv[1:] if args is None else args:
+      if re.search(r"[\ud800-\udfff]", argument):
+        raise InputError(f"{argument!r} is not UTF-8, which no library would read; rename it")
+    return super().parse_known_args(args, namespace)
 
 
 def report(main: Callable[[], Any]) -> Any:

@@ -357,6 +357,8 @@ def run(main: Callable[[], Any], advice: Callable[[], str]) -> Any:
         print(f"error: {name()}: {lost}: {advice()}", file=sys.stderr)
       elif isinstance(error, errors.InputError):
         raise
+      elif isinstance(error, OSError) and error.filename is not None:
+        print(f"error: {name()}: {errors.of_storage(error)}", file=sys.stderr)
       else:
         traceback.print_exc()
   sys.stdout.flush()
