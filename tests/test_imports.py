@@ -41,6 +41,7 @@ LIBRARIES = {
   "models": {"jax", "chex", "flax", "numpy", "ml_dtypes"},
   "data": {
     "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "etils", "fsspec", "gcsfs",
+    "aiohttp",
   },
   "runtime": {
     "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",

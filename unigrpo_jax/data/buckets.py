@@ -26,6 +26,7 @@ from unigrpo_jax import errors
 # Google advises against the first five; the others mean something to fsspec or TensorStore.
 _WRONG = re.compile(r"[#\[\]*?%|\\\x00-\x1f\x7f\ud800-\udfff]")
 _BUFFER_BYTES = 2**20
+_SILENCE_SECONDS = 60
 
 
 class ObjectPath(epath.gpath.PosixGPath):
@@ -170,7 +171,8 @@ def _failing(path: Any) -> Iterator[None]:
     text = "no such bucket or object" if number == errno.ENOENT else os.strerror(number)
     raise OSError(number, text, str(path)) from error
   except Exception as error:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+    text = (str(error).strip() or text).splitlines()[0][:200]
     if str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in text:
       text = f"{text}: does this need gcloud auth application-default login?"
       raise OSError(errno.EACCES, text, str(path)) from error
@@ -183,16 +185,21 @@ def _prepare() -> None:
   # Its way to buckets of another kind, which asks for them with credentials first.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   try:
+    import aiohttp
     import fsspec
     import gcsfs  # noqa: F401
-  except ImportError as error:
+  except ImportError:
     raise errors.InputError(
-      f"gs:// needs {error.name or 'gcsfs'}: pip install gcsfs, or unigrpo_jax[gcs]"
+      "gs:// needs gcsfs: pip install gcsfs, or unigrpo_jax[gcs]"
     ) from None
   # After the last of its attempts it prints a trace beside the exception.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   for scheme in ("gs", "gcs"):
-    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    options = fsspec.config.conf.setdefault(scheme, {})
+    options["use_listings_cache"] = False
+    # Of a connection that went dead; it is tried six times. Without it, a run would wait for ever.
+    timeout = aiohttp.ClientTimeout(sock_connect=30, sock_read=_SILENCE_SECONDS)
+    options.setdefault("requests_timeout", timeout)
 
 
 def open_path(text: str) -> ObjectPath:
