@@ -6,6 +6,14 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least 3.11" >&2
   exit 2
 fi
+if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+  version='import sys; print("%d.%d" % sys.version_info[:2])'
+  has=$(.venv/bin/python -c "$version") wanted=$("$python" -c "$version")
+  if [ "$has" != "$wanted" ]; then
+    echo "error: .venv has Python $has, PYTHON=$PYTHON is $wanted; remove .venv or unset PYTHON" >&2
+    exit 2
+  fi
+fi
 requirements=${REQUIREMENTS:-requirements.txt}
 stamp=.venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c 1-16)
 if [ ! -f "$stamp" ]; then

@@ -43,7 +43,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-  """The sdist, and the wheel that is made of it."""
+  """A copy of the sources, the sdist made of it, and the wheel made of that."""
   folder = tmp_path_factory.mktemp("built")
   shutil.copytree(
     ROOT, folder / "source",
@@ -53,7 +53,7 @@ def built(tmp_path_factory):
   subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True)
   subprocess.run([python, "-m", "build", folder / "source"], check=True, stdout=subprocess.PIPE)
   [sdist], [wheel] = (list((folder / "source/dist").glob(f"*.{end}")) for end in ("tar.gz", "whl"))
-  return {"sdist": sdist, "wheel": wheel}
+  return {"source": folder / "source", "sdist": sdist, "wheel": wheel}
 
 
 def _environment(folder, *packages):
@@ -69,10 +69,10 @@ def installed(built, tmp_path_factory):
   """The interpreters of two environments, one with the sdist installed, one with the wheel."""
   folder = tmp_path_factory.mktemp("installed")
   pythons = {}
-  for kind, file in built.items():
+  for kind in ("sdist", "wheel"):
     pythons[kind] = _environment(folder / kind, sysconfig.get_path("purelib"))
     subprocess.run(
-      [pythons[kind], "-m", "pip", "install", "--quiet", "--no-deps", file], check=True
+      [pythons[kind], "-m", "pip", "install", "--quiet", "--no-deps", built[kind]], check=True
     )
   return pythons
 
@@ -88,7 +88,7 @@ def _run(python, folder, command, *arguments):
 @pytest.mark.slow
 def test_a_wheel_has_every_file_of_the_package(built):
   files = {
-    str(path.relative_to(ROOT)) for path in (ROOT / "unigrpo_jax").rglob("*")
+    str(path.relative_to(built["source"])) for path in (built["source"] / "unigrpo_jax").rglob("*")
     if path.is_file() and "__pycache__" not in path.parts
   } | {f"unigrpo_jax/configs/{name}" for name in CONFIGS}
   names = zipfile.ZipFile(built["wheel"]).namelist()

@@ -260,6 +260,16 @@ def test_a_host_ends_as_its_training_does_but_a_stopped_run_is_not_finished(
   assert f"== ended with status {status}" in result.stdout
 
 
+def test_an_environment_of_another_python_is_not_taken(clone):
+  (clone / ".venv/bin").mkdir(parents=True)
+  for path, version in ((clone / ".venv/bin/python", "3.11"), (clone / "python", "3.13")):
+    path.write_text(f"#!/bin/sh\necho {version}\n")
+    path.chmod(0o755)
+  done = _host(clone, "install")
+  assert done.returncode == 2, done.stderr
+  assert f"error: .venv has Python 3.11, PYTHON={clone}/python is 3.13; remove" in done.stderr
+
+
 def _until(holds, seconds=20):
   end = time.monotonic() + seconds
   while not holds():

@@ -211,7 +211,9 @@ def test_a_run_ended_anywhere_continues(network, tmp_path, end):
   assert place >= 15
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [
+  pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in range(6)
+])
 def test_a_run_ended_again_and_again_continues(network, tmp_path, seed):
   """Also with an evaluation between two steps that are saved, and rows that none has seen yet."""
   rng = random.Random(seed)

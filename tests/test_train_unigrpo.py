@@ -160,10 +160,13 @@ def test_the_best_checkpoint_stays(whole):
   assert kept == {3, best}
 
 
-@pytest.mark.parametrize(
-  "looks", [0, 1, 3, 6],
-  ids=["before the first evaluation", "while sampling", "in an update", "before an evaluation"],
-)
+# tests/test_run.py stops a run at every place.
+@pytest.mark.parametrize("looks", [
+  pytest.param(0, id="before the first evaluation", marks=pytest.mark.slow),
+  pytest.param(1, id="while sampling"),
+  pytest.param(3, id="in an update"),
+  pytest.param(6, id="before an evaluation", marks=pytest.mark.slow),
+])
 def test_an_interrupted_run_equals_an_uninterrupted_one(
   shallow, whole, tmp_path, monkeypatch, looks
 ):
