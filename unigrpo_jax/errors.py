@@ -15,6 +15,8 @@ import sys
 import traceback
 from typing import Any
 
+from unigrpo_jax import terminal
+
 
 class InputError(Exception):
   """Bad input: the message is one line that names the key or file, the value, and what to do.
@@ -177,8 +179,9 @@ def report(main: Callable[[], Any]) -> Any:
   """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and
   its exit status.
 
-  Returns what it returns.
+  Printing raises nothing within, see `terminal`. Returns what it returns.
   """
+  terminal.make_streams_safe()
   try:
     with storage(did="used"):
       return main()

@@ -38,11 +38,15 @@ def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file that is at no moment half written."""
+  """Writes a text file, UTF-8, that is at no moment half written.
+
+  What UTF-8 has no bytes for, of file names, becomes an escape, which JSON reads back.
+  """
+  data = text.encode("utf-8", errors="backslashreplace")
   if files.is_object(path):
-    path.write_text(text)
+    path.write_bytes(data)
     return
-  write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+  write(path, lambda partial: partial.write_bytes(data))
 
 
 def probe(path: pathlib.Path) -> None:

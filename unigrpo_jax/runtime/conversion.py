@@ -346,7 +346,7 @@ def _check_forward(official: folders.ModelFolder, converted: folders.ModelFolder
 def _available_memory() -> float:
   """Bytes that a new program may use on this host, page cache included."""
   try:
-    text = pathlib.Path("/proc/meminfo").read_text()
+    text = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8")
     return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024.0
   except (OSError, TypeError):  # not Linux: let it try
     return float("inf")

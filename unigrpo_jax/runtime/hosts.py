@@ -210,12 +210,12 @@ class AgreedFlag:
 
 def gather_texts(text: str) -> list[str]:
   """The text of each host, in their order; of any lengths, which the collective does not allow."""
-  encoded = np.frombuffer(text.encode(), np.uint8)
+  encoded = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
   sizes = gather(np.int32(len(encoded)))
   if not sizes.any():
     return [""] * count()
   padded = gather(np.pad(encoded, (0, sizes.max() - len(encoded))))
-  return [row[:size].tobytes().decode() for row, size in zip(padded, sizes)]
+  return [row[:size].tobytes().decode(errors="surrogatepass") for row, size in zip(padded, sizes)]
 
 
 def broadcast(value: Any) -> Any:

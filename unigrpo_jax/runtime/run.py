@@ -444,7 +444,7 @@ def _check_shared(workdir: pathlib.Path, run_id: str) -> None:
   """Refuses a workdir that not all hosts see: checkpoints would lose some of their parts."""
   for _ in range(WORKDIR_SECONDS):
     with contextlib.suppress(OSError, ValueError):
-      if json.loads((workdir / "run.json").read_text())["run_id"] == run_id:
+      if json.loads((workdir / "run.json").read_text(encoding="utf-8"))["run_id"] == run_id:
         return
     time.sleep(1)  # A shared folder may show a new file late.
   raise errors.InputError(

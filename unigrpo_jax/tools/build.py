@@ -76,8 +76,8 @@ def write_base(folder: pathlib.Path, seed: int) -> None:
   # So often that the system prompts, which precede every drawing, become few tokens.
   texts += [tokenizer_lib.SYSTEM_PROMPT_GEN, tokenizer_lib.SYSTEM_PROMPT_VLM] * 400
   bpe.train_tokenizer(texts, VOCABULARY, folder)
-  (folder / config_lib.LLM_FILE).write_text(json.dumps(LLM, indent=2) + "\n")
-  (folder / config_lib.VIT_FILE).write_text(json.dumps(VIT, indent=2) + "\n")
+  (folder / config_lib.LLM_FILE).write_text(json.dumps(LLM, indent=2) + "\n", encoding="utf-8")
+  (folder / config_lib.VIT_FILE).write_text(json.dumps(VIT, indent=2) + "\n", encoding="utf-8")
 
 
 def pictures(seed: int, step: int, count: int) -> np.ndarray:
@@ -197,7 +197,7 @@ def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> Non
   """Records the arguments of a build; refuses to resume it with others."""
   record = workdir / "build.json"
   if record.exists():
-    before = {"config": []} | json.loads(record.read_text())
+    before = {"config": []} | json.loads(record.read_text(encoding="utf-8"))
     for name, value in arguments.items():
       if value != before[name]:
         raise errors.InputError(
@@ -227,7 +227,7 @@ def make_base(
     rest = {
       "vae": VAE | scale, "bagel": BAGEL, "image_transforms": IMAGES, "generation": GENERATION
     }
-    (draft / config_lib.BAGEL_FILE).write_text(json.dumps(rest, indent=2) + "\n")
+    (draft / config_lib.BAGEL_FILE).write_text(json.dumps(rest, indent=2) + "\n", encoding="utf-8")
     config = config_lib.read_config(draft)
     network = jax.jit(bagel.Bagel(config, (0, 1)).init)(
       jax.random.key(seed), bagel.example_batch(config)

@@ -72,11 +72,11 @@ def evaluate(args: argparse.Namespace) -> None:
     )
   if scorer is not None:
     scorer.close()
-  print_unscored(results, scorer, tasks)
-  hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
   with hosts.raise_on_all_hosts():
     if hosts.first():
       results.save(args.out, f"{checkpoint} on {args.prompts_from}, {args.split}")
+  print_unscored(results, scorer, tasks)
+  hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
   hosts.print_first(f"wrote {args.out}")
 
 

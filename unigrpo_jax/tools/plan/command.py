@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = topology.open_network(spec.network, chip, devices)
     plan = planner.Planner(spec, network, progress, args.phases, texts).run()
     records[name] = figures.record(plan, chip)
-    print(page.render(name, records[name], chip, topology.summary(spec)))
-    print("\n".join(advice.lines(config, plan, records[name], chip)), flush=True)
     if args.json:
       atomic.write_text(args.json, json.dumps(records, indent=1) + "\n")
+    print(page.render(name, records[name], chip, topology.summary(spec)))
+    print("\n".join(advice.lines(config, plan, records[name], chip)), flush=True)
   if len(records) > 1:
     print(page.comparison(records))
 
