@@ -16,7 +16,6 @@ import pytest
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.recipe import checks, parts, rl, sft
 from unigrpo_jax.runtime import sharding, state
-from unigrpo_jax.supervised import feed
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"
@@ -91,11 +90,9 @@ def test_every_key_has_a_comment(name, least):
 
 def _another(key, value):
   """Another value of a key, of its type."""
-  choices = rl.CHOICES | {
-    "schedule": ("constant", "cosine"), "export_dtype": checks.EXPORT_DTYPES,
-  } | {"ce_weighting": feed.CE_WEIGHTINGS}
-  if key in choices:
-    return next(choice for choice in choices[key] if choice != value)
+  kind = (checks.KEYS | rl.KEYS | sft.KEYS).get(key)
+  if isinstance(kind, checks.OneOf):
+    return next(option for option in kind.options if option != value)
   if isinstance(value, bool):
     return not value
   if isinstance(value, tuple):

@@ -74,6 +74,9 @@ _TEMPORARY = {
 }
 _OTHER = "give another place, or change its permissions"
 
+# Bounds of a seed: with the number of a row added to it, it is still a seed of `jax.random.key`,
+# which would take the lowest 32 bits of another.
+SEED = {"low": 0, "high": 2**31 - 1}
 # Those that one host may find alone and all others then raise.
 KINDS = {
   kind.__name__: kind for kind in (InputError, Diverged, Storage, Damaged, Unavailable)
@@ -81,30 +84,48 @@ KINDS = {
 
 
 def require(
-  name: str, value: float | None, *, low: float | None = None, above: float | None = None,
-  high: float | None = None,
+  name: str, value: Any, *, low: float | None = None, above: float | None = None,
+  high: float | None = None, integer: bool = False,
 ) -> None:
-  """Raises InputError unless `value` is None, or finite and low <= value, above < value <= high."""
+  """Raises InputError unless `value` is None, or a finite number with low <= value,
+  above < value <= high; True and False are no numbers.
+  """
   if value is None:
     return
-  if not isinstance(value, numbers.Real):
-    raise InputError(f"{name}={value!r} must be a number")
+  kind = numbers.Integral if integer else numbers.Real
+  is_number = isinstance(value, kind) and not isinstance(value, bool)
   bounds = [
-    (low is not None, f"at least {low}", low is None or value >= low),
-    (above is not None, f"more than {above}", above is None or value > above),
-    (high is not None, f"at most {high}", high is None or value <= high),
+    (f"at least {low}", low is None or (is_number and value >= low), low),
+    (f"more than {above}", above is None or (is_number and value > above), above),
+    (f"at most {high}", high is None or (is_number and value <= high), high),
   ]
-  if not math.isfinite(value) or not all(holds for _, _, holds in bounds):
-    wanted = " and ".join(words for asked, words, _ in bounds if asked) or "finite"
-    raise InputError(f"{name}={value} must be {wanted}")
+  if is_number and _is_finite(value) and all(holds for _, holds, _ in bounds):
+    return
+  wanted = [words for words, _, bound in bounds if bound is not None]
+  if not is_number:
+    wanted.insert(0, "an integer" if integer else "a number")
+  raise InputError(f"{name}={shown(value)} must be {' and '.join(wanted) or 'finite'}")
 
 
-def choose(name: str, value: str, options: Collection[str]) -> None:
+def _is_finite(value: numbers.Real) -> bool:
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer beyond float64
+    return False
+
+
+def choose(name: str, value: Any, options: Collection[str]) -> None:
   """Refuses a value that is none of `options`, with the nearest one."""
-  if value not in options:
+  if not isinstance(value, str) or value not in options:
     near = difflib.get_close_matches(str(value), options, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{name}={value!r} is none of {', '.join(options)}{hint}")
+    raise InputError(f"{name}={shown(value)} is none of {', '.join(options)}{hint}")
+
+
+def shown(value: Any) -> str:
+  """A value in a message: one line that is not long."""
+  text = " ".join(repr(value).split())
+  return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextlib.contextmanager

@@ -142,6 +142,7 @@ def prepare(
   for row, request in enumerate(requests):
     if not request.prompt.strip():
       raise errors.InputError(f"prompt {row + 1} is empty; write what to draw, change or answer")
+    errors.require("seed", request.seed, integer=True, low=0, high=2**32 - 1)
   source, reasoning = (_all_or_none(requests, field) for field in ("image", "reasoning"))
   if reasoning and (not settings.think or settings.understand):
     raise errors.InputError("a reasoning is given but not asked for; set think, to draw from it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 import pathlib
 import runpy
@@ -58,9 +59,29 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     ) from None
   except (TypeError, ValueError) as error:
     raise errors.InputError(f"--config: {' '.join(str(error).split())}") from None
+  if not isinstance(config, ConfigDict):
+    raise errors.InputError(f"--config={path}: get_config must return a ConfigDict")
   if rest[1:]:
     raise errors.InputError(f"unrecognized arguments: {' '.join(rest[1:])}; --help shows them")
   return config
+
+
+class _Mapping(flags.ArgumentParser):
+  """Of `--config.KEY="{...}"`: its names may have dots, as those of rewards, module:function."""
+
+  def parse(self, argument: str | ConfigDict) -> ConfigDict:
+    if isinstance(argument, ConfigDict):  # the default
+      return argument
+    try:
+      value = ast.literal_eval(argument.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+      value = None
+    if not isinstance(value, dict):
+      raise ValueError(f"{argument} is not a dict, as in {{'name': 1.0}}")
+    return ConfigDict(value, allow_dotted_keys=True)
+
+
+config_flags.register_flag_parser_for_type(ConfigDict, _Mapping())
 
 
 def _run(path: pathlib.Path, variants: str) -> None:

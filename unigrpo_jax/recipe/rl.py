@@ -11,7 +11,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.algorithms import base, forward, grpo, update
-from unigrpo_jax.benchmarks import validation
+from unigrpo_jax.benchmarks import evaluation, validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.losses import advantages, forward_process
@@ -41,34 +41,52 @@ DEFAULTS = {
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10,
 }
-BOUNDS: checks.Bounds = (
-  ({"low": 0}, (
-    "eval.every", "eval.keep", "lora.rank", "keep_every", "flow.weight", "flow.clip",
-    "flow.regulariser_weight", "flow.dppo_threshold", "text.clip_low", "text.clip_high",
-    "text.kl_weight", "advantage.ddof", "advantage.eps", "advantage.clip", "drift.text",
-    "drift.flow", "flow.awm_clip", "flow.fpo_clip", "rollout.moving_stride",
-    "rollout.tensor", "pictures_every",
-  )),
-  ({"low": 1}, (
-    "prompts_per_step", "epochs", "minibatches", "eval.prompts", "eval.batch_size",
-    "rollout.prompts_at_once", "rollout.max_tokens", "text.chunk", "reward.threads",
-    "rollout.moving_iterations",
-  )),
-  ({"low": 2}, ("group_size", "rollout.num_timesteps", "eval.num_timesteps")),
-  ({"low": 3}, ("rollout.prompt_tokens",)),
-  ({"above": 0}, ("rollout.temperature", "lora.alpha", "flow.nft_beta", "flow.nft_bound")),
-)
-CHOICES = {
-  "flow.objective": (*SDE_OBJECTIVES, *FORWARD_OBJECTIVES),
-  "flow.ratio": ("norm", "plain"), "flow.grad_reweight": flow_losses.REWEIGHTS,
-  "flow.regulariser": base.REGULARISERS, "flow.routing": replay.ROUTINGS,
-  "flow.reference_context": ("reference", "policy"),
-  "flow.awm_weighting": forward_process.WEIGHTINGS,
-  "text.aggregation": text_losses.AGGREGATIONS, "text.ratio": text_losses.RATIOS,
-  "rollout.sde": sde.KINDS, "rollout.window": windows.CONVENTIONS,
-  "rollout.moving_dwell": windows.DWELLS, "rollout.cfg_renorm": flow.RENORMS,
-  "rollout.layout": tuple(sharding.LAYOUTS), "advantage.std": advantages.STDS,
-  "old_values": update.OLD_VALUES, "eval.cfg_renorm": flow.RENORMS,
+_COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
+_TIMES = checks.Several(checks.Number(), 2)
+KEYS: checks.Keys = {
+  "prompts.source": checks.Text(), "prompts.split": checks.Text(), "prompts_per_step": _COUNT,
+  "group_size": checks.Integer(low=2), "rewards": checks.Table(checks.Number()),
+  "reward_options": checks.Table(checks.Table(checks.Json())), "reward.threads": _COUNT,
+  "reward.normalise": checks.Flag(), "reward.max_failed_fraction": checks.Number(low=0, high=1),
+  "advantage.std": checks.OneOf(advantages.STDS), "advantage.ddof": checks.Integer(low=0),
+  "advantage.eps": _SCALE, "advantage.clip": _SCALE,
+  "rollout.think": checks.Flag(), "rollout.prompts_at_once": _COUNT,
+  "rollout.layout": checks.OneOf(tuple(sharding.LAYOUTS)),
+  "rollout.tensor": checks.Integer(low=0), "rollout.prompt_tokens": checks.Integer(low=3),
+  "rollout.max_tokens": _COUNT, "rollout.temperature": checks.Number(above=0),
+  "rollout.height": _COUNT, "rollout.width": _COUNT,
+  "rollout.num_timesteps": checks.Integer(low=2), "rollout.shift": checks.Number(above=0),
+  "rollout.sde": checks.OneOf(sde.KINDS), "rollout.noise_level": _SCALE,
+  "rollout.window": checks.OneOf(windows.CONVENTIONS),
+  "rollout.window_range": checks.Several(checks.Integer(low=0), 2),
+  "rollout.window_size": checks.Integer(low=0), "rollout.moving_iterations": _COUNT,
+  "rollout.moving_stride": checks.Integer(low=0),
+  "rollout.moving_dwell": checks.OneOf(windows.DWELLS), "rollout.moving_roll_back": checks.Flag(),
+  "rollout.same_noise": checks.Flag(), "rollout.cfg_text_scale": _SCALE,
+  "rollout.cfg_interval": _TIMES, "rollout.cfg_renorm": checks.OneOf(flow.RENORMS),
+  "text.train": checks.Flag(), "text.clip_low": _SCALE, "text.clip_high": _SCALE,
+  "text.dual_clip": _SCALE, "text.ratio": checks.OneOf(text_losses.RATIOS),
+  "text.aggregation": checks.OneOf(text_losses.AGGREGATIONS), "text.kl_weight": _SCALE,
+  "text.chunk": _COUNT, "flow.train": checks.Flag(), "flow.weight": _SCALE,
+  "flow.objective": checks.OneOf((*SDE_OBJECTIVES, *FORWARD_OBJECTIVES)),
+  "flow.ratio": checks.OneOf(("norm", "plain")), "flow.clip": _SCALE, "flow.awm_clip": _SCALE,
+  "flow.fpo_clip": _SCALE, "flow.scale_with_size": checks.Flag(),
+  "flow.grad_reweight": checks.OneOf(flow_losses.REWEIGHTS),
+  "flow.regulariser": checks.OneOf(base.REGULARISERS), "flow.regulariser_weight": _SCALE,
+  "flow.routing": checks.OneOf(replay.ROUTINGS),
+  "flow.reference_context": checks.OneOf(("reference", "policy")),
+  "flow.dppo_threshold": _SCALE, "flow.nft_beta": checks.Number(above=0),
+  "flow.nft_bound": checks.Number(above=0),
+  "flow.awm_weighting": checks.OneOf(forward_process.WEIGHTINGS),
+  "epochs": _COUNT, "minibatches": _COUNT, "old_values": checks.OneOf(update.OLD_VALUES),
+  "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0),
+  "lora.adapter": checks.Text(), "pictures_every": checks.Integer(low=0),
+  "lora.alpha": checks.Number(above=0), "eval.every": checks.Integer(low=0),
+  "eval.source": checks.Text(), "eval.split": checks.Text(), "eval.prompts": _COUNT,
+  "eval.batch_size": _COUNT, "eval.modes": checks.Several(checks.Text()),
+  "eval.num_timesteps": checks.Integer(low=2), "eval.temperature": _SCALE,
+  "eval.cfg_text_scale": _SCALE, "eval.cfg_interval": _TIMES,
+  "eval.cfg_renorm": checks.OneOf(flow.RENORMS), "eval.keep": checks.Integer(low=0),
 }
 
 
@@ -215,9 +233,8 @@ def read(config: ConfigDict) -> Spec:
   Raises:
     InputError: a number or a combination is impossible; names the key, its value, and what to do.
   """
-  config = sections.fill_defaults(config, DEFAULTS)
+  config = checks.read(config, KEYS, DEFAULTS)
   sections.fill_rank(config)
-  checks.check(config, CHOICES, BOUNDS)
   _check_combinations(config)
   c, r, e = config, config.rollout, config.eval
   window_size = r.window_size if c.flow.train and c.flow.objective in SDE_OBJECTIVES else 0
@@ -276,6 +293,9 @@ def _call_keys(config: ConfigDict) -> set[str]:
 
 
 def _check_combinations(config: ConfigDict) -> None:
+  with errors.at("config.eval.modes"):
+    for mode in config.eval.modes:
+      evaluation.Mode.parse(mode)
   for section in ("rollout", "eval"):
     low, high = interval = tuple(config[section].cfg_interval)
     if not 0 <= low < high <= 1:

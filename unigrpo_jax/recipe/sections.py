@@ -81,8 +81,7 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 def network(config: ConfigDict) -> state.NetworkSpec:
   lora = config.get("lora")
   return fill(
-    state.NetworkSpec, config, attention=config.get("attention", "auto"),
-    mesh=config.mesh.to_dict(),
+    state.NetworkSpec, config, mesh=config.mesh.to_dict(),
     lora=layers.Lora(lora.rank, lora.alpha) if lora and lora.rank else None,
     adapter=lora.get("adapter", "") if lora else "",
   )
@@ -112,17 +111,5 @@ def run(
   return fill(
     run_lib.RunSpec, config, config=plain(config), defaults=dict(defaults),
     mutable_keys=resumption.MUTABLE_KEYS | set(mutable_keys),
-    keep_every=config.get("keep_every", 0), **more,
+    **more,
   )
-
-
-def fill_defaults(config: ConfigDict, defaults: Mapping[str, Any]) -> ConfigDict:
-  """The config with the keys that an older one lacks; the original stays as it was."""
-  config = ConfigDict(config.copy_and_resolve_references())
-  with config.unlocked():
-    for name, value in defaults.items():
-      section, _, key = name.rpartition(".")
-      node = config[section] if section else config
-      if key not in node:
-        node[key] = value
-  return config

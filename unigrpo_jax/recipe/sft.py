@@ -20,15 +20,16 @@ from unigrpo_jax.supervised import feed
 MUTABLE_KEYS = {"limits", "microbatch", "remat"}
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {"attention": "auto", "keep_every": 0}
-BOUNDS: checks.Bounds = (
-  ({"low": 0}, ("ce_weight", "mse_weight")),
-  ({"low": 1}, (
-    "sequences_per_step", "noise_draws", "label_chunk", "log_every", "limits.tokens",
-    "limits.labels", "limits.images", "limits.patches", "limits.clean", "limits.latents",
-  )),
-  ({"above": 0}, ("timestep_shift",)),
-  ({"low": 0, "high": 1}, ("drop_text", "drop_vit", "drop_vae")),
-)
+_COUNT, _PART = checks.Integer(low=1), checks.Number(low=0, high=1)
+KEYS: checks.Keys = {
+  "data.folder": checks.Text(), "data.mixture": checks.Table(checks.Number(low=0)),
+  "data.wrong_plan_rate": _PART, "sequences_per_step": _COUNT, "noise_draws": _COUNT,
+  "timestep_shift": checks.Number(above=0), "drop_text": _PART, "drop_vit": _PART,
+  "drop_vae": _PART, "limits.tokens": _COUNT, "limits.labels": _COUNT, "limits.images": _COUNT,
+  "limits.patches": _COUNT, "limits.clean": _COUNT, "limits.latents": _COUNT,
+  "ce_weight": checks.Number(low=0), "ce_weighting": checks.OneOf(feed.CE_WEIGHTINGS),
+  "mse_weight": checks.Number(low=0), "label_chunk": _COUNT, "log_every": _COUNT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,7 @@ def read(config: ConfigDict) -> Spec:
   Raises:
     InputError: a number or a combination is impossible; names the key, its value, and what to do.
   """
-  config = sections.fill_defaults(config, DEFAULTS)
-  checks.check(config, {"ce_weighting": feed.CE_WEIGHTINGS}, BOUNDS)
+  config = checks.read(config, KEYS, DEFAULTS)
   if config.sequences_per_step % config.microbatch:
     raise errors.InputError(
       f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "

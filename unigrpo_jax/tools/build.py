@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--vae_steps", type=int, default=3000, help="default: %(default)s")
   add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-  errors.require("--seed", args.seed, low=0)
+  errors.require("--seed", args.seed, low=0, high=errors.SEED["high"] - 1)  # the look's is one more
   errors.require("--vae_steps", args.vae_steps, low=1)
   errors.require("--vae_rows", args.vae_rows, low=1)
   with hosts.hold(args.workdir, "--workdir"):

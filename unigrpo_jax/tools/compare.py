@@ -192,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
   add("--variants", default="tiny", help="of the configs (default: %(default)s)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  for seed in args.seeds:
+    errors.require("--seeds", seed, **errors.SEED)
   # All of them, so that a mistake in the last one is found before the first is trained.
   trainings = {
     (method, seed): prepare(method, seed, args.workdir, args.variants, overrides)

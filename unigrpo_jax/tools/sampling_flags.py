@@ -8,9 +8,9 @@ from typing import Any
 from unigrpo_jax import errors
 
 BOUNDS = {
-  "seed": dict(low=0, high=2**31 - 1), "shift": dict(above=0, high=1e6),
+  "seed": errors.SEED, "shift": dict(above=0, high=1e6),
   "cfg_text_scale": dict(low=0, high=1e6), "temperature": dict(low=0, high=1e6),
-  "max_tokens": dict(low=1), "batch_size": dict(low=1),
+  "max_tokens": dict(low=1, high=10**6), "batch_size": dict(low=1, high=10**6),
 }
 
 

@@ -126,21 +126,23 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
       mode=str(row.get("mode", "all")).replace(" ", ""),
       category=str(row.get("category", "all")),
       prompt=str(row.get("prompt", "")),
-      text=row.get("text"),
+      text=row["text"] if isinstance(row.get("text"), str) else None,
       rewards={
         reward: score if type(score) in (int, float) else math.nan
-        for reward, score in (row.get("rewards") or {}).items()
+        for reward, score in (rewards.items() if isinstance(rewards, dict) else ())
       },
       image=_inside(folder, row.get("image")),
     )
-    for row in rows if isinstance(row, dict)
+    for row in rows if isinstance(row, dict) for rewards in [row.get("rewards")]
   ]
   if results and not samples:
     notes.append(f"{name} holds no rows.")
   return samples
 
 
-def _inside(folder: pathlib.Path, name: str | None) -> pathlib.Path | None:
+def _inside(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
   """A file of the folder; None for no name and for one that leads out of it."""
-  path = (folder / (name or "..")).resolve()
+  if not isinstance(name, str) or not name or "\0" in name:
+    return None
+  path = (folder / name).resolve()
   return path if path.is_relative_to(folder.resolve()) else None
