@@ -229,3 +229,34 @@ def test_the_resize_rule_keeps_every_image_on_its_table():
       sides = images.resized_size(width, height, rule)
       assert all(0 < side <= rule.max_size and side % rule.stride == 0 for side in sides)
       assert math.prod(sides) <= rule.max_pixels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_an_image_is_read_as_a_viewer_shows_it(tmp_path, orientation, ending):
+  """All eight orientations; once: what is read has none left."""
+  pixels = np.zeros((24, 40, 3), np.uint8)
+  pixels[:12, :20] = 255  # the stored top left quarter
+  exif = PIL.Image.Exif()
+  exif[0x0112] = orientation
+  path = tmp_path / f"a.{ending}"
+  PIL.Image.fromarray(pixels).save(path, exif=exif)
+  image = images.load_rgb(path)
+  assert image.size == ((40, 24) if orientation < 5 else (24, 40))
+  array = np.asarray(images.to_rgb(image))[..., 0] > 127
+  top = orientation in (1, 2, 5, 6)
+  left = orientation in (1, 4, 5, 8)
+  corner = array[:2, :2] if top and left else array[:2, -2:] if top else (
+    array[-2:, :2] if left else array[-2:, -2:])
+  assert corner.all() and abs(array.mean() - 0.25) < 0.05
+
+
+@pytest.mark.parametrize("exif", [
+  b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff",
+  b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40,
+  b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0",
+  b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0",
+])
+def test_a_damaged_orientation_leaves_the_image_as_it_is(tmp_path, exif):
+  PIL.Image.new("RGB", (16, 8), (200, 0, 0)).save(tmp_path / "a.jpg", exif=exif)
+  assert images.load_rgb(tmp_path / "a.jpg").size == (16, 8)

@@ -250,3 +250,33 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
   with metrics.progress(2_000_000, "copying", unit="B") as bar:
     bar.update(1_000_000)
   assert "copying:  50%" in capsys.readouterr().err
+
+
+def _broken(tmp_path, monkeypatch, name, source):
+  """A library of that name whose module is `source`."""
+  (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize("source, words", [
+  ("import a_missing_library", "needs wandb, which needs a_missing_library: pip install a_missing"),
+  ("raise TypeError('Descriptors cannot be created')", "wandb cannot be imported .TypeError: Desc"),
+  ("def login(): raise RuntimeError('api_key not\\n configured (no-tty).')",
+   "api_key not configured .no-tty.; run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=of"),
+])
+def test_a_writer_that_cannot_be_opened_says_what_to_do(tmp_path, monkeypatch, source, words):
+  _broken(tmp_path, monkeypatch, "wandb", source)
+  with pytest.raises(errors.InputError, match=words):
+    metrics.check_writers(["jsonl", "wandb"])
+
+
+def test_writers_that_can_be_opened_pass(monkeypatch):
+  library = _Library()
+  library.login = lambda: library.calls.append("login")
+  monkeypatch.setitem(sys.modules, "wandb", library)
+  monkeypatch.setitem(sys.modules, "tensorboardX", library)
+  metrics.check_writers(["jsonl"])
+  assert not library.calls
+  metrics.check_writers(metrics.WRITERS)
+  assert library.calls == ["login"]

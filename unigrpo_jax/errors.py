@@ -10,7 +10,6 @@ import errno
 import math
 import numbers
 import os
-import re
 import sys
 import traceback
 from typing import Any
@@ -191,8 +190,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
   def parse_known_args(self, args=None, namespace=None):
     for argument in sys.argv[1:] if args is None else args:
-      if re.search(r"[\ud800-\udfff]", argument):
-        raise InputError(f"{argument!r} is not UTF-8, which no library would read; rename it")
+      try:
+        terminal.text(argument)
+      except ValueError:
+        raise InputError(
+          f"{argument!r} is not UTF-8, which no library would read; rename it"
+        ) from None
     return super().parse_known_args(args, namespace)
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   with errors.storage(f"--out={out}"):
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(out, text)
-  print(f"wrote {out} ({len(text.encode(errors="backslashreplace")) / 1e6:.2f} MB)")
+  print(f"wrote {out} ({len(text.encode(errors='backslashreplace')) / 1e6:.2f} MB)")
   if args.figure:
     figure.draw(run, args.figure)
     print(f"wrote {args.figure}")

@@ -55,9 +55,9 @@ class _Descriptor(io.FileIO):
 
 
 def text(argument: str) -> str:
-  """A command line argument that is text, not a path: UTF-8 whatever the locale.
+  """A command line argument that is text, not a path: UTF-8 where the locale could not read it.
 
   Raises:
     ValueError: it is not UTF-8.
   """
-  return os.fsencode(argument).decode("utf-8")
+  return argument.encode("utf-8", "surrogateescape").decode("utf-8")

@@ -9,7 +9,9 @@ import pathlib
 import warnings
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
@@ -20,7 +22,7 @@ MAX_ASPECT_RATIO = 128  # Where the rule of the released VAE table of 64 tokens 
 
 
 def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
-  """Opens an image as RGB, see `to_rgb`; EXIF rotation is not applied, as in the official code.
+  """Opens an image as RGB, upright, see `to_rgb`.
 
   Raises:
     InputError: the file is missing, not an image, truncated, above Pillow's limit (about 89 million
@@ -55,11 +57,13 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-  """RGB, with transparency composited on white; 16-bit grey is rounded to 8 bits.
+  """RGB as a viewer shows it: turned as its EXIF orientation says, with transparency composited on
+  white; 16-bit grey is rounded to 8 bits.
 
-  Like the official `pil_img2rgb`, which however ignores the alpha channel of grey images and turns
-  16-bit grey images white.
+  Like the official `pil_img2rgb`, which however ignores the orientation and the alpha channel of
+  grey images, and turns 16-bit grey images white.
   """
+  image = _upright(image)
   if image.mode.startswith("I;16"):
     grey = np.asarray(image)
     white = grey == image.info.get("transparency")
@@ -72,6 +76,18 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     white.paste(image, mask=image.getchannel("A"))
     return white
   return image.convert("RGB")
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+  """The image turned and mirrored as its EXIF orientation says; as it is where that is damaged."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of a damaged EXIF block
+      if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        return PIL.ImageOps.exif_transpose(image)
+  except Exception:  # Pillow raises many kinds for one; the pixels are sound.
+    pass
+  return image
 
 
 def resized_size(

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
 import io
 import logging
 import math
+import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -88,8 +91,9 @@ def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Re
   `time_limit`, which any reward may have: seconds of a call; see `TimeLimited`.
 
   Raises:
-    InputError: no such reward or option, an option that the reward refuses, or whatever making it
-      raises; `Unavailable` where a server or a disk failed.
+    InputError: no such reward or option, an option that the reward refuses, a module that cannot
+      be imported, or whatever making it raises; says what is wrong, where, and what to do.
+      `Unavailable` where a server or a disk failed.
   """
   reward = _make(name, options)
   if time_limit is None:
@@ -102,48 +106,102 @@ def _make(name: str, options: Mapping[str, Any]) -> Reward:
   if ":" in name:
     target = _imported(name)
   else:
+    if "." in name and name not in _registered:
+      raise errors.InputError(
+        f"reward={name!r} is not one of {', '.join(names())}; for one of your own write "
+        f"{':'.join(name.rsplit('.', 1))}"
+      )
     errors.choose("reward", name, [*names(), "module:function"])
     target = _registered[name]
   made_first = inspect.isclass(target)
   try:
-    inspect.signature(target).bind(*() if made_first else ((),), **options)
+    signature = inspect.signature(target)
+  except ValueError:  # Some of C have none.
+    signature = inspect.Signature([inspect.Parameter("samples", inspect.Parameter.POSITIONAL_ONLY)])
+  try:
+    signature.bind(*() if made_first else ((),), **options)
   except TypeError as error:
     raise errors.InputError(f"reward={name!r}: {error} in its options {sorted(options)}") from None
-  if made_first:
-    with _made(f"reward={name!r} cannot be made"):
-      return target(**options)
-  # With the function's attributes, such as `concurrent`.
-  return functools.update_wrapper(functools.partial(target, **options), target)
+  _check_numbers(name, signature, options)
+  if not made_first:
+    # With the function's attributes, such as `concurrent`.
+    return functools.update_wrapper(functools.partial(target, **options), target)
+  with _made(f"reward={name!r} cannot be made"):
+    reward = target(**options)
+  if not callable(reward):
+    raise errors.InputError(
+      f"reward={name!r}: a {target.__name__} cannot be called; give it __call__(self, samples)"
+    )
+  return reward
+
+
+def _check_numbers(name: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
+  """Refuses what is no number for an option whose default is one."""
+  for key, value in options.items():
+    parameter = signature.parameters.get(key)
+    if parameter is not None and type(parameter.default) in (int, float) and value is not None:
+      errors.require(f"reward={name!r}: {key}", value)
 
 
 def _imported(name: str) -> Callable[..., Any]:
   module, _, attribute = name.partition(":")
+  if not module or not attribute or module.startswith("."):
+    raise errors.InputError(f"reward={name!r} must be module:function or module:Class")
   try:
-    with _made(f"reward={name!r} cannot be imported", ImportError, AttributeError, ValueError):
-      target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-  except (ImportError, AttributeError, ValueError) as error:
-    raise errors.InputError(
-      f"reward={name!r} cannot be imported: {error}; write module:function and check PYTHONPATH"
-    ) from None
+    with _made(f"reward={name!r} cannot be imported", ModuleNotFoundError):
+      target = found = importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    what = _missing(module, error)
+    raise errors.InputError(f"reward={name!r} cannot be imported: {what}") from None
+  for part in attribute.split("."):
+    if not hasattr(target, part):
+      near = difflib.get_close_matches(part, vars(target), 1)
+      hint = f"did you mean {near[0]!r}?" if near else "write module:function"
+      raise errors.InputError(f"reward={name!r}: {_place(found)} has no {part!r}; {hint}")
+    target = getattr(target, part)
   if not callable(target):
     kind = type(target).__name__
     raise errors.InputError(f"reward={name!r} is a {kind}; name a function or a class")
   return target
 
 
+def _missing(module: str, error: ModuleNotFoundError) -> str:
+  """What to do where a module, or one that it imports, is not there."""
+  missing = error.name or ""
+  if module != missing and not module.startswith(f"{missing}."):
+    return f"it imports {missing}, which is not installed; install it"
+  parent = sys.modules.get(missing.rpartition(".")[0])
+  if parent is not None:  # Another package of the same name may hide the one that is meant.
+    return f"{_place(parent)} has no {missing.rpartition('.')[2]!r}; check its name and PYTHONPATH"
+  return f"there is no module {missing!r}; put its folder into PYTHONPATH"
+
+
+def _place(module: Any) -> str:
+  """A module and where it comes from."""
+  folders = [*getattr(module, "__path__", []), "built in"]
+  where = getattr(module, "__file__", None) or folders[0]
+  return f"module {module.__name__!r} ({where})"
+
+
 @contextlib.contextmanager
 def _made(failed: str, *expected: type[Exception]) -> Iterator[None]:
   """Whatever a reward's own code raises within, a SystemExit too, becomes an `InputError` that
-  begins with `failed`, after the traceback; not what is `expected`, nor the user's Ctrl-C.
+  begins with `failed` and ends in the file and line, after the traceback; not what is `expected`,
+  nor the user's Ctrl-C.
   """
   try:
     yield
   except (errors.InputError, KeyboardInterrupt, *expected):
     raise
   except BaseException as error:
-    _log.warning("%s", failed, exc_info=error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}, line {frame.lineno}"
+    if isinstance(error, SyntaxError):
+      where = f"{error.filename}, line {error.lineno}"
+    if not isinstance(error, SyntaxError | ImportError):  # Their line says all.
+      _log.warning("%s", failed, exc_info=error)
     kind = errors.Unavailable if is_temporary(error) else errors.InputError
-    raise kind(f"{failed}: {errors.describe(error)}") from error
+    raise kind(f"{failed}: {errors.describe(error)} ({where})") from error
 
 
 def is_temporary(error: BaseException) -> bool:

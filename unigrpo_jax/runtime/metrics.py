@@ -64,11 +64,12 @@ class MetricsLog:
     if "wandb" in names:
       library = self._wandb_library = _import("wandb", "wandb")
       workdir.mkdir(parents=True, exist_ok=True)
-      self._wandb = library.init(
-        project="unigrpo_jax", id=run_id, name=run_id,
-        dir=None if files.is_object(workdir) else str(workdir),
-        config=without_secrets(config), resume="allow",
-      )
+      with _wandb_advice():
+        self._wandb = library.init(
+          project="unigrpo_jax", id=run_id, name=run_id,
+          dir=None if files.is_object(workdir) else str(workdir),
+          config=without_secrets(config), resume="allow",
+        )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends a row of numbers or arrays without axes, and panels, which a file does not keep.
@@ -107,7 +108,9 @@ class MetricsLog:
 def _drop_after(path: pathlib.Path, step: int) -> None:
   """Removes the rows of later steps, and the half line that a killed run may leave."""
   with errors.storage(path):
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = []
+    if path.exists():
+      lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = [(_parse(line), line + "\n") for line in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Atomic: a run that is killed here would otherwise lose its history.
@@ -136,7 +139,7 @@ def _parse(line: str) -> dict[str, Any] | None:
   """The row of a line; None where it has none."""
   try:
     row = json.loads(line)
-  except json.JSONDecodeError:
+  except (ValueError, RecursionError):
     return None
   if not isinstance(row, dict) or type(row.get("step")) is not int:
     return None
@@ -160,12 +163,45 @@ def not_finite(values: Mapping[str, Any]) -> list[str]:
   )
 
 
+def check_writers(names: Sequence[str]) -> None:
+  """Refuses writers that could not be opened, before a run has done any work; W&B logs in here.
+
+  Raises:
+    InputError: a library is missing or does not work, or W&B has no key.
+  """
+  if "tensorboard" in names:
+    _import("tensorboardX", "tensorboard")
+  if "wandb" in names:
+    library = _import("wandb", "wandb")
+    with _wandb_advice():
+      library.login()
+
+
+@contextlib.contextmanager
+def _wandb_advice() -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # its own kinds, and those of what it connects with
+    reason = " ".join(str(error).split()).rstrip(".")
+    raise errors.InputError(
+      f"metrics writer 'wandb': {type(error).__name__}: {reason}; run `wandb login` or set "
+      "WANDB_API_KEY, or set WANDB_MODE=offline to upload later, or leave 'wandb' out"
+    ) from error
+
+
 def _import(library: str, writer: str) -> Any:
   try:
     return importlib.import_module(library)
-  except ImportError as error:
+  except ModuleNotFoundError as error:
+    missing = error.name or library
+    needs = f"needs {missing}" if missing == library else f"needs {library}, which needs {missing}"
     raise errors.InputError(
-      f"metrics writer {writer!r} needs {library}: pip install {library}, or leave {writer!r} out"
+      f"metrics writer {writer!r} {needs}: pip install {missing}, or leave {writer!r} out"
+    ) from error
+  except Exception as error:  # an installation that is broken, by whichever error it leads to
+    raise errors.InputError(
+      f"metrics writer {writer!r}: {library} cannot be imported ({type(error).__name__}: {error}); "
+      f"pip install --force-reinstall {library}, or leave {writer!r} out"
     ) from error
 
 

@@ -133,6 +133,9 @@ class Run:
     # {step: its `best_metric`, or None} of the evaluations that are logged.
     self._evaluations: dict[int, float | None] = {}
     hosts.compare(self._pinned)
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        metrics.check_writers(spec.writers)
     if spec.export_to and hosts.count() == 1:
       with errors.at("config.export_to"):
         folders.check_target(network.folder.path, files.path(spec.export_to), overwrite=True)
