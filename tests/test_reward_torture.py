@@ -107,16 +107,17 @@ def identity(sample):
 
 
 class Faulty(http.server.BaseHTTPRequestHandler):
-  """Scores brightness; a fifth of the requests, by their content, fail in one of eight ways."""
+  """Scores brightness; a fifth of the requests, by their content, fail in eight ways by turns."""
 
   def do_POST(self):
     [sample] = wire.unpack(self.rfile.read(int(self.headers["Content-Length"])))
     key = identity(sample)
-    rng = random.Random(key)
-    fault = rng.choice(FAULTS) if rng.random() < 0.2 else None
-    if fault:
+    fault = None
+    if random.Random(key).random() < 0.2:
       failed.add(key)
-      self.server.faults.append(fault)
+      with self.server.turn:
+        fault = FAULTS[len(self.server.faults) % len(FAULTS)]
+        self.server.faults.append(fault)
     if fault == "time-out":
       time.sleep(2 * SECONDS)
     score = float(rewards.make("brightness")([sample])[0])
@@ -145,13 +146,13 @@ def dropped_by_hand(samples):
 @pytest.mark.slow
 def test_training_with_a_faulty_server_drops_its_groups_and_nothing_else(shallow, tmp_path):
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
-  server.daemon_threads, server.faults = True, []
+  server.daemon_threads, server.faults, server.turn = True, [], threading.Lock()
   threading.Thread(target=server.serve_forever, daemon=True).start()
   url = f"http://127.0.0.1:{server.server_address[1]}"
 
   def train(name, **options):
     config = test_train_unigrpo._config(shallow, **{
-      "steps": 8, "prompts_per_step": 6, "eval.every": 0, "reward.max_failed_fraction": 1.0,
+      "steps": 6, "prompts_per_step": 6, "eval.every": 0, "reward.max_failed_fraction": 1.0,
     })
     with config.unlocked():
       config.rewards, config.reward_options = {"r": 1.0}, {"r": options}
@@ -164,7 +165,7 @@ def test_training_with_a_faulty_server_drops_its_groups_and_nothing_else(shallow
   )
   server.shutdown()
   server.server_close()
-  assert set(server.faults) == set(FAULTS), "a longer run has all of them"
+  assert len(server.faults) >= len(FAULTS)  # each of them
   dropped = [row["groups/dropped"] for row in rows]
   assert 0 < sum(dropped) <= len(server.faults)  # two failures may be of one group
   by_hand, others = train("by_hand", kind=f"{__name__}:dropped_by_hand")
