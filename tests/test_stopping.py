@@ -10,7 +10,10 @@ import time
 
 import pytest
 
-from unigrpo_jax.runtime import stopping
+from tests import test_run
+from unigrpo_jax.runtime import run, stopping
+
+network = test_run.network  # its fixture
 
 
 def test_waiting_ends_when_it_is_finished():
@@ -53,6 +56,36 @@ def test_signals_are_caught_only_while_it_is_entered():
       assert event.is_set()
   assert [signal.getsignal(number) for number in numbers] == before
   assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_a_run_that_waits_for_what_never_comes_is_saved(network, tmp_path, capsys, place):
+  made = run.Run(
+    tmp_path, test_run._spec(evaluate_every=99, checkpoint_every=99, steps=3), network,
+    positions={"prompt_position": test_run.Position()},
+  )
+  train_state = made.restore(None, lambda: test_run._first_state(network.mesh))
+
+  def hang(wait):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    wait(threading.Event().wait, lambda: "reward a")
+
+  def evaluate(params, step, between, wait):
+    return {"eval/plain/reward": 0.5} if step == 0 else hang(wait)
+
+  with made:
+    made.evaluate(evaluate, train_state)
+    for step in made.steps():
+      if step == 3 and place == "step":
+        hang(made.wait)
+      train_state = test_run._moved(train_state, 1)
+      made.commit(train_state, {"loss": 1.0})
+      made.evaluate(evaluate, train_state)
+  last = 2 if place == "step" else 3
+  assert test_run._kept(tmp_path)[-1] == last
+  words = capsys.readouterr().out
+  assert "no longer waiting for reward a, after" in words
+  assert f"stopped by a signal at step {last}; run the same command again" in words
 
 
 # The main thread is in native code, which returns for no signal.

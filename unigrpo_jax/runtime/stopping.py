@@ -96,12 +96,12 @@ def _watch(receiver: socket.socket, stop_requested: threading.Event) -> None:
     if number not in (signal.SIGTERM, signal.SIGINT):
       continue
     stop_requested.set()
-    interrupted += number == signal.SIGINT
-    if interrupted == 1:
+    if number == signal.SIGINT:
+      interrupted += 1
+      if interrupted > 1:
+        _say("interrupted again: ended at once")
+        os._exit(130)
       _say("stopping: the run saves itself; another Ctrl-C ends it at once, without saving")
-    elif interrupted:
-      _say("interrupted again: ended at once")
-      os._exit(130)
 
 
 def _say(text: str) -> None:
