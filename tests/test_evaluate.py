@@ -10,10 +10,11 @@ import pytest
 from unigrpo_jax import errors, evaluate, rewards
 from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
+from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.runtime import folders, metrics
+from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools import sampling_flags
 
 
@@ -56,7 +57,9 @@ def _run_task(monkeypatch, task, examples, result_of):
   """Runs a task with its requests answered by `result_of`."""
   monkeypatch.setattr(
     iconworld_evaluation, "_run",
-    lambda pipe, requests, settings, rows: [result_of(request, settings) for request in requests],
+    lambda name, pipe, requests, settings, rows: [
+      result_of(request, settings) for request in requests
+    ],
   )
   settings = sampling_flags.settings(
     evaluate.parse_args(["--out=unused"]), config_lib.bagel_7b().generation
@@ -95,7 +98,7 @@ QUICK = ["--num_timesteps=2", "--max_tokens=8", "--batch_size=2"]
 
 
 def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "SECONDS", 0.0)
   path = tmp_path / "mine.txt"
   path.write_text("a red kite\ntwo birds\nthree\n")
   evaluate.main([

@@ -13,9 +13,10 @@ import pytest
 import safetensors.numpy
 
 from unigrpo_jax import errors, evaluate, generate
+from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans
-from unigrpo_jax.runtime import folders, metrics
+from unigrpo_jax.runtime import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--steps=3", "--max_tokens=4", "--temperature=1"]
@@ -79,7 +80,7 @@ def test_a_file_of_prompts_is_one_batch_and_repeats_row_by_row(golden, tmp_path)
 def test_batches_share_their_programs_and_their_bars_begin_anew(
   golden, tmp_path, capsys, monkeypatch, compilations
 ):
-  monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "SECONDS", 0.0)
   prompts, counts, run = tmp_path / "prompts.txt", [], pipeline.Pipeline.run
 
   def counted(*args):

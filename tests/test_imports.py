@@ -43,10 +43,10 @@ LIBRARIES = {
   "models": {"jax", "chex", "flax", "numpy", "ml_dtypes"},
   "data": {
     "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "etils", "fsspec", "gcsfs",
-    "aiohttp",
+    "aiohttp", "tqdm",
   },
   "runtime": {
-    "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb", "tqdm",
+    "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb",
     "huggingface_hub",
     "etils",
   },

@@ -13,6 +13,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.data import progress
 from unigrpo_jax.runtime import metrics
 
 
@@ -229,13 +230,13 @@ def test_a_phase_that_fails_is_closed_and_one_may_be_taken_while_open():
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
   def run(**options):
-    with metrics.progress(4, "drawing", unit="pictures", **options) as bar:
+    with progress.bar(4, "drawing", unit="pictures", **options) as bar:
       for _ in range(4):
         bar.update(1)
     return capsys.readouterr()
 
   assert run() == ("", "")  # shorter than the time between two lines
-  monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "SECONDS", 0.0)
   out, lines = run()
   assert not out and "\r" not in lines
   lines = lines.splitlines()
@@ -247,7 +248,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys, monk
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
   monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-  with metrics.progress(2_000_000, "copying", unit="B") as bar:
+  with progress.bar(2_000_000, "copying", unit="B") as bar:
     bar.update(1_000_000)
   assert "copying:  50%" in capsys.readouterr().err
 

@@ -1,6 +1,5 @@
 """Prompt files, prompt sets on disk, and the command that builds them."""
 
-import collections
 import functools
 import json
 import pathlib
@@ -12,7 +11,7 @@ import pytest
 from tests import refusals
 from unigrpo_jax import errors
 from unigrpo_jax.data import __main__ as command
-from unigrpo_jax.data import prompt_folders, prompts
+from unigrpo_jax.data import progress, prompt_folders, prompts
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As in GenEval's evaluation_metadata.jsonl.
@@ -374,12 +373,10 @@ def test_bad_line_ends_the_command_with_one_line_and_status_2(tmp_path):
 
 
 def test_long_builds_print_their_progress(capsys, monkeypatch):
-  clock = collections.deque(range(0, 600, 2))  # each reading of the clock is two seconds later
-  monkeypatch.setattr(command.time, "monotonic", clock.popleft)
-  assert list(command.show_progress("train", pairs(100), 100)) == pairs(100)
+  monkeypatch.setattr(progress, "SECONDS", 0.0)
+  assert list(progress.each(pairs(100), 100, "train", unit="prompts")) == pairs(100)
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == 33  # one every six seconds of two hundred
-  assert lines[0] == "train: 3 prompts, 3%, 194 s left"
+  assert lines[3].startswith("train: 3 of 100 prompts, 00:00 elapsed, ")
 
 
 # IconWorld.

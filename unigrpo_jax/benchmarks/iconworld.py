@@ -11,8 +11,10 @@ import PIL.Image
 
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
+from unigrpo_jax.runtime import hosts
 
 
 def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
@@ -49,7 +51,7 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
   settings = dataclasses.replace(
     settings, think=False, understand=True, temperature=0.0, max_tokens=8
   )
-  results = _run(pipeline, requests, settings, batch_size)
+  results = _run("answer", pipeline, requests, settings, batch_size)
   return [
     evaluation.Row(
       "answer", about, request.prompt, result.text,
@@ -74,7 +76,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
     edited.append(scene)
   off = dataclasses.replace(settings.guidance, text_scale=1.0)
   settings = dataclasses.replace(settings, think=False, understand=False, guidance=off)
-  results = _run(pipeline, requests, settings, batch_size)
+  results = _run("edit", pipeline, requests, settings, batch_size)
   return [
     evaluation.Row(
       "edit", request.prompt.split()[0], request.prompt, None,
@@ -89,10 +91,15 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
 TASKS = {"answer": answer, "edit": edit}
 
 
-def _run(pipeline, requests, settings, batch_size: int) -> list[Any]:
+def _run(name: str, pipeline, requests, settings, batch_size: int) -> list[Any]:
   rows = pipeline.batch_rows(batch_size, len(requests))
   batch = pipeline.prepare(requests, settings, rows)
-  return [result for part in requests_lib.split(batch, rows) for result in pipeline.run(part)]
+  results = []
+  with progress.bar(len(requests), name, unit="pictures", enabled=hosts.first()) as bar:
+    for part in requests_lib.split(batch, rows):
+      results += pipeline.run(part)
+      bar.update(len(results) - bar.n)
+  return results
 
 
 def _shows(image: np.ndarray, scene: scenes.Scene) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import evaluation, scoring
+from unigrpo_jax.data import progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
 from unigrpo_jax.runtime import hosts, stopping
@@ -70,6 +71,7 @@ class Validation:
     self._modes = [evaluation.Mode.parse(mode) for mode in spec.modes]
     prompt_set = prompts_lib.open_set(spec.source, spec.split)
     examples = [prompt_set[i] for i in range(min(spec.prompts, len(prompt_set)))]
+    self._pictures = len(self._modes) * len(examples)
     drawing = pipeline.Pipeline(sampler.network)
     drawing.params = {"vae": sampler.sampler.vae_params}
     self._evaluation = evaluation.Evaluation(
@@ -99,10 +101,13 @@ class Validation:
       InputError: too many pictures have no reward, or the folder cannot be written to.
     """
     self._wait = wait
-    results = self._evaluation.run(
-      self._sampler.sampler.cast_and_reshard(params),
-      lambda _, done, total: between() if done < total else None,
-    )
+    with progress.bar(self._pictures, "evaluating", unit="pictures", enabled=hosts.first()) as bar:
+      def report(_: str, done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done < total:
+          between()
+
+      results = self._evaluation.run(self._sampler.sampler.cast_and_reshard(params), report)
     totals = np.array([row.rewards.get("reward", np.nan) for row in results.rows])
     scoring.check(self._scorer, totals)
     with hosts.raise_on_all_hosts():

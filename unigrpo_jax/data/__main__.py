@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-import sys
-import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import files, prompts
+from unigrpo_jax.data import files, progress, prompts
 
 EPILOG = f"""prompt files (UTF-8):
   NAME.txt     one prompt a line
@@ -83,23 +81,8 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
       pairs = prompts.read_file(path)
       with path.open("rb") as file:
         total = sum(1 for _ in file)
-    splits[split] = show_progress(split, pairs, total)
+    splits[split] = progress.each(pairs, total, split, unit="prompts")
   return splits
-
-
-def show_progress(split: str, pairs: Iterable[Any], total: int) -> Iterator[Any]:
-  """Yields `pairs` and prints the progress: in place on a terminal, else every five seconds."""
-  terminal = sys.stderr.isatty()
-  start = printed = time.monotonic()
-  for count, pair in enumerate(pairs, 1):
-    yield pair
-    now = time.monotonic()
-    if now - printed >= (0.1 if terminal else 5.0):
-      printed = now
-      seconds = (now - start) / count * (total - count)
-      line = f"{split}: {count} prompts, {count / total:.0%}, {seconds:.0f} s left"
-      print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n",
-            file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

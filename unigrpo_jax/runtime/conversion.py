@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, types
-from unigrpo_jax.data import locks
+from unigrpo_jax.data import locks, progress
 from unigrpo_jax.models import bagel, safetensors_files, weights
-from unigrpo_jax.runtime import checkpoints, folders, metrics, stored_params
+from unigrpo_jax.runtime import checkpoints, folders, stored_params
 
 # What is read, transformed and written at once; one layer of BAGEL-7B's widest kernel fits.
 _PIECE_BYTES = 144 * 2**20
@@ -65,7 +65,7 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
     folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
     with (
       locks.staging(target, last=(folders.MANIFEST,)) as staged,
-      metrics.progress(total, "converting", unit="B") as progress,
+      progress.bar(total, "converting", unit="B") as bar,
     ):
       (staged / folders.OFFICIAL).mkdir()
       for file in others:
@@ -75,7 +75,7 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
           for index in _pieces(leaf.shape, arrays[leaf.path].piece):
             piece = reader.read(leaf, index)
             writer.write(leaf.path, index, piece)
-            progress.update(piece.nbytes)
+            bar.update(piece.nbytes)
       # Last: a folder is recognised by this file, so it never names an incomplete one.
       _write_manifest(staged / folders.MANIFEST, reader, checksums)
   print(f"wrote {target}", flush=True)
@@ -182,19 +182,18 @@ def export(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fals
     }
     total = sum(map(safetensors_files.total_bytes, tensors.values()))
     print(f"exporting {folder.path}: {total / 1e9:.2f} GB", flush=True)
-    with metrics.progress(total, "exporting", unit="B") as progress:
-      files = {
-        file: safetensors_files.Contents(
-          tensors[file], _verified_rows(reader, file, record, progress), record.metadata
-        )
-        for file, record in recorded.items()
-      }
-      folders.write_files(folder, target, files, overwrite=overwrite)
+    files = {
+      file: safetensors_files.Contents(
+        tensors[file], _verified_rows(reader, file, record), record.metadata
+      )
+      for file, record in recorded.items()
+    }
+    folders.write_files(folder, target, files, overwrite=overwrite)
   print(f"wrote {target}", flush=True)
 
 
 def _verified_rows(
-  reader: stored_params.Reader, file: str, record: OfficialFile, progress
+  reader: stored_params.Reader, file: str, record: OfficialFile
 ) -> Iterator[tuple[str, int, np.ndarray]]:
   """The tensors of an official file in pieces, (name, first row, rows); refuses a damaged one."""
   checksums = Checksums()
@@ -204,7 +203,6 @@ def _verified_rows(
         rows = rows.astype(record.dtypes[name], copy=False)
         checksums.add(name, rows)
         yield name, start, rows
-        progress.update(rows.nbytes)
       if checksums[name] != record.checksums[name]:
         raise errors.InputError(
           f"{reader.path}: tensor {name} (in {'/'.join(leaf.path)}) is damaged: its checksum is "

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, locks, tokenizer
+from unigrpo_jax.data import atomic, locks, progress, tokenizer
 from unigrpo_jax.data import files as files_lib
 from unigrpo_jax.models import adapters, safetensors_files, weights
 from unigrpo_jax.models import config as config_lib
@@ -80,13 +80,17 @@ class ModelFolder:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     try:
-      with self.open_params(parts) as reader:
+      with self.open_params(parts) as reader, progress.bar(
+        sum(math.prod(leaf.shape) * reader.dtype(leaf).itemsize for leaf in reader.leaves),
+        "loading", unit="B", enabled=jax.process_index() == 0,
+      ) as bar:
         for leaf in reader.leaves:
           is_tree = not isinstance(shardings, jax.sharding.Sharding)
           arrays[leaf.path] = weights.load(
             reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
             weights.lookup(shardings, leaf.path) if is_tree else shardings,
           )
+          bar.update(math.prod(leaf.shape) * reader.dtype(leaf).itemsize)
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise
@@ -245,8 +249,18 @@ def write_files(
   with locks.staging(target, last=(config_lib.LLM_FILE,)) as staged:
     for path in others:
       shutil.copyfile(path, staged / path.name)
-    for name, contents in files.items():
-      safetensors_files.write(staged / name, contents)
+    total = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
+    with progress.bar(total, "writing", unit="B") as bar:
+      for name, contents in files.items():
+        counted = dataclasses.replace(contents, pieces=_counted(contents, bar))
+        safetensors_files.write(staged / name, counted)
+
+
+def _counted(contents: safetensors_files.Contents, bar) -> Iterator[tuple[str, int, np.ndarray]]:
+  """The pieces of a file; the bar counts what is written of them."""
+  for name, row, piece in contents.pieces:
+    yield name, row, piece
+    bar.update(piece.size * contents.tensors[name][0].itemsize)
 
 
 def write_official(

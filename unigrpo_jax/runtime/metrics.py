@@ -1,4 +1,4 @@
-"""Metrics of a run, for a file, TensorBoard or W&B; seconds by phase; progress on the terminal."""
+"""Metrics of a run, for a file, TensorBoard or W&B; seconds by phase."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import json
 import math
 import pathlib
 import re
-import sys
 import time
 from typing import Any
-
-import tqdm
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, files
 from unigrpo_jax.runtime import event_files, panels
 
 WRITERS = ("jsonl", "tensorboard", "wandb")
-PROGRESS_SECONDS = 30.0  # Between two lines of progress where standard error is no terminal.
 _SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
 
 
@@ -269,33 +265,3 @@ class Clock:
       timing = f"{pace:.2f} s/step  {pace * (self._last - step) / 60:.1f} min left"
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     return f"step {step}/{self._last}  {shown}  {timing}"
-
-
-def progress(total: int, label: str, *, unit: str, enabled: bool = True) -> tqdm.tqdm:
-  """A bar on standard error; where that is no terminal, a line every PROGRESS_SECONDS.
-
-    with metrics.progress(len(files), "copying", unit="files", enabled=hosts.first()) as bar:
-      for file in files:
-        ...
-        bar.update(1)
-
-  `bar.set_description_str` changes the label. The unit is plural; "B" is shown as kB, MB, GB.
-  """
-  options = dict(
-    total=total, desc=label, disable=not enabled,
-    unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B",
-  )
-  if sys.stderr.isatty():
-    return tqdm.tqdm(**options)
-  return tqdm.tqdm(
-    **options, file=_Lines(), miniters=1, mininterval=PROGRESS_SECONDS, delay=PROGRESS_SECONDS,
-    bar_format="{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, {remaining} left",
-  )
-
-
-class _Lines:
-  """A file for tqdm that makes a line of what it would draw in place."""
-
-  def write(self, text: str) -> None:
-    if text.strip():
-      print(text.strip(), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   # Not `hosts.hold`, which would take the devices that the trainings need.
   with locks.hold(locks.inside(args.workdir), f"--workdir={args.workdir}"):
     outcomes: dict[str, dict[int, Outcome]] = {}
+    missing = [training for training in trainings.values() if training.outcome() is None]
+    start = time.monotonic()
     for (method, seed), training in trainings.items():
-      outcome = training.outcome() or train(training, args.workdir / "compiled")
+      outcome = training.outcome()
+      if outcome is None:
+        done, left = missing.index(training), "they train one after the other"
+        if done:
+          minutes = (time.monotonic() - start) / 60 / done * (len(missing) - done)
+          left = f"{minutes:.0f} min left"
+        print(f"training {done + 1} of {len(missing)}, {left}", flush=True)
+        outcome = train(training, args.workdir / "compiled")
       outcomes.setdefault(method, {})[seed] = outcome
       # After every run, so that the table of an interrupted comparison can be read.
       text = table(outcomes)

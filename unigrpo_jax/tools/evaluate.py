@@ -10,12 +10,12 @@ from typing import Any
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import evaluation, iconworld, scoring
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.iconworld import prompts as iconworld_prompts
 from unigrpo_jax.rewards import arguments
-from unigrpo_jax.runtime import hosts, metrics
+from unigrpo_jax.runtime import hosts
 from unigrpo_jax.tools import sampling_flags
 
 DRAWING_MODES = ("plain", "plain+guidance", "think", "think+guidance")
@@ -124,7 +124,7 @@ def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
 
 def draw(drawing: evaluation.Evaluation, total: int) -> evaluation.Results:
   """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
-  with metrics.progress(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
+  with progress.bar(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
     def report(mode: str, done: int, _: int) -> None:
       bar.set_description_str(mode, refresh=False)
       bar.update(done - bar.n)

@@ -17,11 +17,11 @@ import PIL.Image
 import tqdm
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic, images
+from unigrpo_jax.data import atomic, images, progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.episodes import requests as requests_lib
-from unigrpo_jax.runtime import checkpoints, hosts, metrics, sharding
+from unigrpo_jax.runtime import checkpoints, hosts, sharding
 from unigrpo_jax.tools import sampling_flags
 
 
@@ -66,7 +66,10 @@ def generate(args: argparse.Namespace) -> None:
     f"prompt(s) in {len(batches)} batch(es), of which the first compiles"
   )
   bars = PhaseBars()
-  for first, batch in zip(range(0, len(requests), rows), batches):
+  for number, batch in enumerate(batches):
+    first = number * rows
+    if len(batches) > 1:
+      bars.label = f"batch {number + 1} of {len(batches)}, "
     try:
       results = pipeline.run(batch, bars)
       jax.effects_barrier()  # The bars of the next batch get no call of this one.
@@ -145,13 +148,14 @@ class PhaseBars:
 
   def __init__(self):
     self._bars: dict[str, tqdm.tqdm] = {}
+    self.label = ""  # before the name of a phase
 
   def __call__(self, phase: str, done: int, total: int) -> None:
     if phase not in self._bars:
       for bar in self._bars.values():
         bar.close()
       unit = "tokens at most" if phase == "decode" else "steps"
-      self._bars[phase] = metrics.progress(total, phase, unit=unit)
+      self._bars[phase] = progress.bar(total, f"{self.label}{phase}", unit=unit)
     # Calls of the devices may come out of order.
     self._bars[phase].update(max(done - self._bars[phase].n, 0))
 

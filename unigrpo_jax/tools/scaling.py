@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
-from unigrpo_jax.runtime import compile_timer, metrics
+from unigrpo_jax.data import atomic, progress
+from unigrpo_jax.runtime import compile_timer
 from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
 
@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
   missing = [name for name in points() if name not in report["points"]]
   with (
     tempfile.TemporaryDirectory() as folder,
-    metrics.progress(len(missing), "measuring", unit="points") as bar,
+    progress.bar(len(missing), "measuring", unit="points") as bar,
   ):
     for name in missing:
       report["points"][name] = _in_process(args, name, pathlib.Path(folder))

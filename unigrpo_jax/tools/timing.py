@@ -190,7 +190,9 @@ def measure(
       metrics.append(values)
       seconds.append(taken)
       what = f"round {number} of {repeats}" if number else "compiled"
-      print(f"{name}: {what}, {taken['seconds/total']:.1f} s", file=sys.stderr, flush=True)
+      left = (repeats - number) * taken["seconds/total"]
+      left = f", {left:.0f} s left" if number and number < repeats else ""
+      print(f"{name}: {what}, {taken['seconds/total']:.1f} s{left}", file=sys.stderr, flush=True)
   drift = {kind: max(each[f"drift/{kind}"] for each in metrics) for kind in ("text", "flow")}
   return {
     "shape": name, "workload": dataclasses.asdict(work), "load_average": load,

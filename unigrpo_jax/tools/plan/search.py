@@ -245,16 +245,17 @@ class Search:
     return sorted(candidates, key=lambda result: sum(result.times)), dropped
 
   def _stage(self, points, phases: Sequence[str]) -> list[Result]:
-    results, points = [], list(points)
+    results, points, began = [], list(points), time.monotonic()
     stage = "update" if phases == UPDATE else "sampling"
     for number, point in enumerate(points, 1):
       start = time.monotonic()
       result, source = self._result(point, phases, results)
       results.append(result)
+      left = (time.monotonic() - began) / number * (len(points) - number)
       words = result.reason or "max {:.4g} s, sum {:.4g} s".format(*result.times)
       self._report(
         f"{self._topology} {stage} {number}/{len(points)}: {describe(point)}: {words} "
-        f"({source or f'{time.monotonic() - start:.0f} s'})"
+        f"({source or f'{time.monotonic() - start:.0f} s'}), {left / 60:.0f} min left"
       )
     return results
 
