@@ -14,15 +14,19 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import files
 from unigrpo_jax.runtime import hub
 
+EPILOG = """examples:
+  python -m unigrpo_jax.convert --source=ByteDance-Seed/BAGEL-7B-MoT --target=bagel
+  python -m unigrpo_jax.convert --check --source=BAGEL-7B-MoT --target=bagel
+  python -m unigrpo_jax.convert --export --source=bagel --target=bagel_official
+"""
+
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.convert",
     description="Converts an official BAGEL folder to an Orbax checkpoint that loads sharded, and "
-    "back, bit for bit. Streams: about 1 GiB of memory, and disk for one copy of the model.",
-    epilog="examples: --source=ByteDance-Seed/BAGEL-7B-MoT --target=bagel | --export "
-    "--source=bagel --target=bagel_official | --check --source=BAGEL-7B-MoT --target=bagel",
-    allow_abbrev=False,
+    "back, bit for bit.\nStreams: about 1 GiB of memory, and disk for one copy of the model.",
+    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
   )
   parser.add_argument(
     "--source", required=True,

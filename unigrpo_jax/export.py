@@ -14,13 +14,18 @@ import sys
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
 
+EPILOG = """examples:
+  python -m unigrpo_jax.export runs/tiny runs/tiny_model
+  python -m unigrpo_jax.export runs/lora adapters --adapter
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.export", description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
   )
-  parser.add_argument("workdir", type=files.path, help="of the run")
+  parser.add_argument("workdir", type=files.path, help="folder of the run")
   parser.add_argument("out", type=files.path, help="folder to write")
   parser.add_argument(
     "--adapter", action="store_true",

@@ -141,11 +141,21 @@ def compare_within_groups(
   }
 
 
+EPILOG = """--config.KEY=VALUE changes a key of the config; the config file explains each.
+
+examples:
+  python -m unigrpo_jax.train --config=configs/unigrpo.py:tiny --workdir=runs/tiny
+  python -m unigrpo_jax.train --config=configs/unigrpo.py:lora --workdir=runs/lora \\
+    --config.init_from=ByteDance-Seed/BAGEL-7B-MoT --config.prompts.source=prompts.txt \\
+    --config.eval.source=held_out.txt --config.rewards="{'my_rewards:redness': 1.0}"
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.train", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog="--config.KEY=VALUE changes a key of the config; the config file explains each.",
+    epilog=EPILOG,
   )
   parser.add_argument(
     "--config", required=True, metavar="FILE[:VARIANTS]",

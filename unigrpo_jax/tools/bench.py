@@ -67,7 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--shape", choices=(*workloads.SHAPES, "all"), default="tiny", help="default: %(default)s")
+  add("--shape", choices=(*workloads.SHAPES, "all"), default="tiny",
+      help="sizes of the network and of the iteration, see below (default: %(default)s)")
   add("--json", type=files.local_path, metavar="OUT.json", help="file to write every number to")
   add("--repeats", type=int, default=3,
       help="rounds that are timed, at least 3 for a meaningful median (default: %(default)s)")

@@ -249,9 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--workdir", type=files.local_path, required=True,
       help="folder of the stages; resumes from it")
   add("--out", type=files.local_path, required=True, help="official folder to make")
-  add("--seed", type=int, default=0)
-  add("--vae_steps", type=int, default=3000, help="default: %(default)s")
-  add("--vae_rows", type=int, default=32, help="scenes a step of the autoencoder")
+  add("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+  add("--vae_steps", type=int, default=3000,
+      help="steps of the autoencoder (default: %(default)s)")
+  add("--vae_rows", type=int, default=32,
+      help="scenes a step of the autoencoder (default: %(default)s)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.require("--seed", args.seed, low=0, high=errors.SEED["high"] - 1)  # the look's is one more
   errors.require("--vae_steps", args.vae_steps, low=1)

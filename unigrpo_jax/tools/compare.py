@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       help="folder of the runs and of results.md")
   add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
       help=f"of {', '.join(METHODS)} (default: all)")
-  add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+  add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each method (default: 0 1 2)")
   add("--variants", default="tiny", help="of the configs (default: %(default)s)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   for seed in args.seeds:
