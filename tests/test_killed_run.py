@@ -15,9 +15,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal, count", [("KILL", 5), ("TERM", 3)])
-def test_what_is_ended_at_random_moments_comes_to_the_same_end(folder, signal, count):
-  assert kills.main([f"--folder={folder}", f"--kills={count}", f"--signal={signal}"]) == 0
+@pytest.mark.parametrize("what, signal, count", [
+  ("toy", "KILL", 10), ("toy", "TERM", 5), ("small", "KILL", 5), ("small", "TERM", 3),
+])
+def test_what_is_ended_at_random_moments_comes_to_the_same_end(folder, what, signal, count):
+  arguments = [f"--folder={folder}", f"--what={what}", f"--signal={signal}", f"--kills={count}"]
+  assert kills.main(arguments) == 0
 
 
 @pytest.mark.slow

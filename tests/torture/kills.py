@@ -2,11 +2,13 @@
 
   python -m tests.torture.kills --folder=FOLDER --kills=100
   python -m tests.torture.kills --folder=FOLDER --kills=50 --signal=TERM
+  python -m tests.torture.kills --folder=FOLDER --kills=500 --what=toy
 
 In rounds: a run is trained, exported, converted, converted back and evaluated, and each of these is
 killed again and again until it ends by itself. Every end must be, bit for bit, that of commands
 that nothing killed. With TERM, each command must end by itself within SECONDS, a training run with
-status 0. FOLDER/kills-SIGNAL.json counts; the same command continues it.
+status 0. `toy` is a run without a network (`toy.py`), cheap enough for many kills. A file of FOLDER
+counts; the same command continues it.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ SECONDS = 30
 VOLATILE = ("seconds/", "share/", "trajectories_per_second")
 # Where to kill which command, and how often it is tried there; "start" is before the first phase.
 MOMENTS = {
+  "toy": {"start": 1, "step": 3, "save": 5, "evaluation": 2},
   "train": {"start": 2, "step": 4, "save": 4, "evaluation": 3, "export": 1},
   "export": {"start": 1, "export": 3},
   "convert": {"start": 1, "conversion": 3},
   "back": {"start": 1, "end": 1},
   "evaluate": {"start": 1, "evaluation": 3},
 }
-ATTEMPTS = {"train": 60, "export": 2, "convert": 3, "back": 1, "evaluate": 2}  # to kill, a round
+# To kill, a round.
+ATTEMPTS = {"toy": 100, "train": 60, "export": 2, "convert": 3, "back": 1, "evaluate": 2}
 
 
 @dataclasses.dataclass
@@ -46,21 +50,26 @@ class Round:
   """The folders of a round, and its commands by name, in their order."""
 
   place: pathlib.Path
-  init_from: pathlib.Path
+  init_from: pathlib.Path | None  # None: of the toy
 
   def jobs(self) -> dict[str, small.Job]:
+    if self.init_from is None:
+      return {"toy": small.Job("tests.torture.toy", (str(self.place / "run"),))}
     run, out, exported, converted, back, evaluated = (
       str(self.place / name) for name in
       ("run", "out", "exported", "converted", "back", "evaluated")
     )
     return {
       "train": small.training(run, self.init_from, out, STEPS),
-      "export": small.Job("export", (run, exported, "--overwrite")),
-      "convert": small.Job("convert", (f"--source={out}", f"--target={converted}", "--overwrite")),
-      "back": small.Job(
-        "convert", (f"--source={converted}", f"--target={back}", "--export", "--overwrite")
+      "export": small.Job("unigrpo_jax.export", (run, exported, "--overwrite")),
+      "convert": small.Job(
+        "unigrpo_jax.convert", (f"--source={out}", f"--target={converted}", "--overwrite")
       ),
-      "evaluate": small.Job("evaluate", (
+      "back": small.Job(
+        "unigrpo_jax.convert",
+        (f"--source={converted}", f"--target={back}", "--export", "--overwrite"),
+      ),
+      "evaluate": small.Job("unigrpo_jax.evaluate", (
         f"--checkpoint={out}", f"--out={evaluated}", "--prompts=2", "--modes", "think",
         "--batch_size=2", "--num_timesteps=4", "--max_tokens=6", "--keep=1",
       )),
@@ -69,8 +78,9 @@ class Round:
   def result(self) -> dict[str, str]:
     """What must be equal: {name: digest} of files and of the log's rows without times."""
     files = {}
-    for name in ("out", "exported", "back", "evaluated", "run/evaluations"):
-      for path in sorted((self.place / name).rglob("*")):
+    for name in ("out", "exported", "back", "evaluated", "run/evaluations", "run/final.npy"):
+      place = self.place / name
+      for path in [place] if place.is_file() else sorted(place.rglob("*")):
         if path.is_file():
           files[str(path.relative_to(self.place))] = _digest(path.read_bytes())
     rows = [json.loads(line) for line in (self.place / "run/metrics.jsonl").open(encoding="utf-8")]
@@ -107,10 +117,10 @@ def make_model(folder: pathlib.Path, server) -> pathlib.Path:
 class Torture:
   """Counts, and the rounds under way, in a folder."""
 
-  def __init__(self, folder: pathlib.Path, number: signal.Signals, seed: int):
+  def __init__(self, folder: pathlib.Path, what: str, number: signal.Signals, seed: int):
     self._folder, self._signal, self._server = folder, number, small.server(folder / "compiled")
     folder.mkdir(parents=True, exist_ok=True)
-    self._file = folder / f"kills-{number.name}.json"
+    self._what, self._file = what, folder / f"{what}-{number.name}.json"
     self.counts = json.loads(self._file.read_text()) if self._file.exists() else {
       "kills": {}, "rounds": 0, "different": [], "failed": [], "litter": [], "seconds": [],
     }
@@ -126,26 +136,26 @@ class Torture:
   def start(self, job: small.Job) -> small.Process:
     return small.Process(job, self._folder / "log.txt", self._server)
 
-  def prepare(self) -> pathlib.Path:
+  def prepare(self) -> pathlib.Path | None:
     """The model, and the round that nothing kills, whose times are measured."""
-    model = make_model(self._folder, self._server)
-    times = self._folder / "times.json"
+    model = None if self._what == "toy" else make_model(self._folder, self._server)
+    times, whole = (self._folder / f"{self._what}{name}" for name in ("-times.json", "-whole"))
     if not times.exists():
-      shutil.rmtree(self._folder / "whole", ignore_errors=True)
+      shutil.rmtree(whole, ignore_errors=True)
       measured = {}
-      for name, job in Round(self._folder / "whole", model).jobs().items():
+      for name, job in Round(whole, model).jobs().items():
         process = self.start(job)
         if status := process.end():
           raise SystemExit(f"{name} ended with status {status}; see {self._folder / 'log.txt'}")
         measured[name] = process.seen
       times.write_text(json.dumps(measured))
     self._times = json.loads(times.read_text())
-    self._whole = Round(self._folder / "whole", model).result()
+    self._whole = Round(whole, model).result()
     return model
 
-  def round(self, model: pathlib.Path, kills: int, deadline: float) -> None:
+  def round(self, model: pathlib.Path | None, kills: int, deadline: float) -> None:
     """A round to its end, killed until there are so many `kills`."""
-    place = self._folder / f"round-{self._signal.name}"
+    place = self._folder / f"{self._what}-{self._signal.name}"
     attempt, jobs = Round(place, model), Round(place, model).jobs()
     for name, job in jobs.items():
       for number in range(ATTEMPTS[name] + 1):
@@ -180,7 +190,7 @@ class Torture:
     if self._signal != signal.SIGKILL:
       seconds = time.monotonic() - signalled
       self.counts["seconds"].append(round(seconds, 2))
-      expected = (0,) if name == "train" else (0, 130, -self._signal)
+      expected = (0,) if name in ("train", "toy") else (0, 130, -self._signal)
       if status not in expected or seconds > SECONDS:
         self._fail(f"{place}: status {status} after {seconds:.1f} s")
     print(f"{self.total} {place} (status {status})", flush=True)
@@ -223,12 +233,14 @@ def main(argv=None) -> int:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--folder", type=pathlib.Path, required=True)
+  parser.add_argument("--what", choices=("small", "toy"), default="small")
   parser.add_argument("--kills", type=int, default=100)
   parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
   parser.add_argument("--minutes", type=float, default=1e9, help="to stop after, for now")
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args(argv)
-  torture = Torture(args.folder.absolute(), signal.Signals[f"SIG{args.signal}"], args.seed)
+  number = signal.Signals[f"SIG{args.signal}"]
+  torture = Torture(args.folder.absolute(), args.what, number, args.seed)
   deadline = time.monotonic() + 60 * args.minutes
   model = torture.prepare()
   try:

@@ -15,10 +15,10 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Imported once, by the server that all processes are forked from; none of it starts a backend.
-COMMANDS = ("train", "export", "convert", "evaluate")
 PRELOADED = [
-  *(f"unigrpo_jax.{name}" for name in COMMANDS), "unigrpo_jax.tools.evaluate",
-  "unigrpo_jax.tools.export", "unigrpo_jax.runtime.conversion", "tests.torture.small",
+  *(f"unigrpo_jax.{name}" for name in ("train", "export", "convert", "evaluate")),
+  "unigrpo_jax.tools.evaluate", "unigrpo_jax.tools.export", "unigrpo_jax.runtime.conversion",
+  "tests.torture.small", "tests.torture.toy",
 ]
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -37,9 +37,10 @@ SMALL = {
 }
 # (what is entered and left, where it is): functions and methods.
 PHASES = (
-  ("step", "unigrpo_jax.algorithms.update", "Update.__call__"),
+  ("step", "unigrpo_jax.runtime.run", "Run.commit"),
   ("save", "unigrpo_jax.runtime.checkpoints", "TrainCheckpoints.save"),
   ("evaluation", "unigrpo_jax.benchmarks.evaluation", "Evaluation.run"),
+  ("evaluation", "tests.torture.toy", "evaluate"),
   ("export", "unigrpo_jax.runtime.state", "export"),
   ("conversion", "unigrpo_jax.runtime.stored_params", "Writer.write"),
 )
@@ -47,7 +48,7 @@ PHASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A command and its arguments."""
+  """The module of a command, and its arguments."""
 
   command: str
   arguments: tuple[str, ...]
@@ -56,7 +57,7 @@ class Job:
 def training(workdir, init_from, out, steps: int, **changes) -> Job:
   """A small run of UniGRPO that exports to `out`, "" for nowhere."""
   values = SMALL | {"steps": steps, "init_from": init_from, "export_to": out} | changes
-  return Job("train", (
+  return Job("unigrpo_jax.train", (
     f"--config={ROOT / 'configs' / 'unigrpo.py'}:tiny", f"--workdir={workdir}",
     *(f"--config.{key}={value}" for key, value in values.items()),
   ))
@@ -81,7 +82,7 @@ class Process:
   def pid(self) -> int:
     return self._process.pid
 
-  def wait_for(self, phase: str, count: int = 1, timeout: float = 1200) -> bool:
+  def wait_for(self, phase: str, count: int = 1, timeout: float = 1e5) -> bool:
     """Waits until `phase` is entered for the so many-th time; False where the process ends first.
     """
     deadline = time.monotonic() + timeout
@@ -102,7 +103,7 @@ class Process:
       return False
     return True
 
-  def end(self, timeout: float = 1200) -> int:
+  def end(self, timeout: float = 1e5) -> int:
     """Waits for the end; the exit status, negative for a signal."""
     self.wait_for("", timeout=timeout)
     self._process.join(60)
@@ -134,7 +135,7 @@ def _run(job: Job, log: str, pipe) -> None:
       owner = getattr(owner, cls)
     setattr(owner, method, _announced(getattr(owner, method), phase, pipe))
   errors = importlib.import_module("unigrpo_jax.errors")
-  main = importlib.import_module(f"unigrpo_jax.{job.command}").main
+  main = importlib.import_module(job.command).main
   errors.report(lambda: main(list(job.arguments)))
 
 
