@@ -100,6 +100,45 @@ NATIVE = """if True:
 """
 
 
+END = """if True:
+  import ctypes, pathlib, sys, threading
+  from unigrpo_jax.data import locks
+  from unigrpo_jax.runtime import stopping
+  stopping.END_SECONDS = 2.0
+  how = sys.argv[1]
+  with stopping.end_on_sigterm(), locks.hold(pathlib.Path(sys.argv[2]), "it"):
+    with (
+      stopping.stop_on_signal(threading.Event(), lambda: how == "saved")
+      if how != "outside" else locks.contextlib.nullcontext()
+    ):
+      print("entered", flush=True)
+      mutex = ctypes.create_string_buffer(64)
+      for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("how", ["outside", "saved", "unsaved"])
+def test_sigterm_ends_native_code_where_nothing_is_lost(tmp_path, how):
+  """Before and after a run at once, within it where all steps are saved; the lock is released."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", END, how, str(tmp_path / "lock.json")], stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, text=True,
+  )
+  try:
+    assert process.stdout.readline() == "entered\n"
+    process.send_signal(signal.SIGTERM)
+    if how == "unsaved":
+      with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=4)
+      return
+    _, printed = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 0 and "run the same command again" in printed, printed
+  assert not any(tmp_path.iterdir())
+
+
 def test_a_second_interrupt_ends_the_process_at_once():
   process = subprocess.Popen(
     [sys.executable, "-c", NATIVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -26,7 +26,7 @@ from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import rollout as rollout_lib
 from unigrpo_jax.losses import advantages
 from unigrpo_jax.recipe import config_files, parts, rl, sections
-from unigrpo_jax.runtime import compile_cache, host_flags, hosts, sharding, state
+from unigrpo_jax.runtime import compile_cache, host_flags, hosts, sharding, state, stopping
 from unigrpo_jax.runtime import run as run_lib
 
 
@@ -151,6 +151,7 @@ examples:
 """
 
 
+@stopping.end_on_sigterm()
 def main(argv: Sequence[str] | None = None) -> None:
   parser = errors.ArgumentParser(
     prog="python -m unigrpo_jax.train", description=__doc__,

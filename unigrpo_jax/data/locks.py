@@ -33,6 +33,9 @@ SETTLE_SECONDS = 0.5  # Of two processes that replace a dead holder's file, the 
 POLL_SECONDS = 1
 
 
+_holding: dict[pathlib.Path, Holder] = {}  # by this process
+
+
 @dataclasses.dataclass(frozen=True)
 class Holder:
   """Who holds a lock.
@@ -90,17 +93,30 @@ def hold(path: pathlib.Path, name: str) -> Iterator[None]:
       _claim(path, name, mine)
     except OSError as error:
       raise errors.of_storage(error, name, "written to") from None
+    _holding[path] = mine
     beats.start()
     yield
   finally:
     stop.set()
     if beats.ident is not None:
       beats.join()
-    with contextlib.suppress(OSError):
-      holder = _read(path)
-      if holder is not None and holder.token == mine.token:
-        path.unlink()
+    _release(path, mine)
     atomic.remove_empty(missing)
+
+
+def _release(path: pathlib.Path, mine: Holder) -> None:
+  """Removes the file, unless it has become another's."""
+  _holding.pop(path, None)
+  with contextlib.suppress(OSError):
+    holder = _read(path)
+    if holder is not None and holder.token == mine.token:
+      path.unlink()
+
+
+def release_all() -> None:
+  """Releases what this process holds, for a process that ends without leaving `hold`."""
+  for path, mine in list(_holding.items()):
+    _release(path, mine)
 
 
 @contextlib.contextmanager

@@ -225,6 +225,11 @@ class TrainCheckpoints:
   def _path(self, step: int) -> pathlib.Path:
     return self._folder / str(step)
 
+  @property
+  def is_saving(self) -> bool:
+    """Whether a save is under way."""
+    return self._checkpointer.is_saving_in_progress()
+
   def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
     """Saves the tree `state` and the JSON object `record`; returns once the arrays are copied.
 

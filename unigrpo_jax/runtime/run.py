@@ -254,7 +254,7 @@ class Run:
       self._evaluations.update(self._logged_evaluations())
       stack.enter_context(sharding.activate(self._network.mesh))
       self._compiling = stack.enter_context(compile_timer.CompileTimer())
-      stack.enter_context(stopping.stop_on_signal(self._stop_requested))
+      stack.enter_context(stopping.stop_on_signal(self._stop_requested, self._loses_nothing))
       self._clock = metrics.Clock(self.step, self._spec.steps)
       self._first_step = self.step + 1
       self._stack = stack.pop_all()
@@ -319,6 +319,11 @@ class Run:
       return hosts.any_host(self._stop_requested.is_set())
     self._deferred.post(self._stop_requested.is_set())
     return self._deferred.read()
+
+  def _loses_nothing(self) -> bool:
+    """Whether all steps taken are saved: one that is being taken may be taken again."""
+    saved = self._newest or 0
+    return hosts.count() == 1 and self.step == saved and not self._saved.is_saving
 
   def request_stop(self) -> None:
     """Stops the run at the next point that all hosts agree on."""
