@@ -19,7 +19,7 @@ def make(place: pathlib.Path) -> pathlib.Path:
   params["bagel"]["layers"] = jax.tree.map(lambda a: a[:2], params["bagel"]["layers"])
   draft = place / "draft"
   draft.mkdir()
-  for path in folders.other_files(tiny.files):
+  for path in folders.other_files(tiny):
     (draft / path.name).write_bytes(path.read_bytes())
   sizes = json.loads((draft / config_lib.LLM_FILE).read_text())
   (draft / config_lib.LLM_FILE).write_text(json.dumps(sizes | {"num_hidden_layers": 2}))

@@ -34,6 +34,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     "--export; or a name of the Hugging Face hub, which is downloaded once, to HF_HOME",
   )
   parser.add_argument("--target", required=True, type=files.path, help="folder to make")
+  parser.add_argument(
+    "--missing_from", metavar="FOLDER",
+    help="official folder, or name on the hub, of the model that --source was tuned from: what "
+    "--source lacks, as fine-tunes for drawing lack the vision tower, is taken from it",
+  )
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
     "--export", action="store_true", help="from a converted folder back to official files"
@@ -51,18 +56,23 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
+  if args.export and args.missing_from:
+    raise errors.InputError("--missing_from is not for --export; leave it out")
   source = hub.find(args.source)
+  missing_from = hub.find(args.missing_from) if args.missing_from else None
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.runtime import conversion
 
   if args.check:
-    if not conversion.check(source, args.target):
+    if not conversion.check(source, args.target, missing_from):
       sys.exit(1)
   elif args.export:
     conversion.export(source, args.target, overwrite=args.overwrite)
   else:
-    conversion.convert(source, args.target, overwrite=args.overwrite)
+    conversion.convert(
+      source, args.target, overwrite=args.overwrite, missing_from=missing_from
+    )
 
 
 if __name__ == "__main__":

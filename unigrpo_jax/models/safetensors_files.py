@@ -26,6 +26,11 @@ DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F16": np.dtype(np.float16),
 }
+# Of the format, and of no weights of BAGEL: quantised, or indices.
+_OTHER_DTYPES = {
+  "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "F8_E4M3", "F8_E5M2",
+  "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2", "C64",
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # The largest that the safetensors library accepts.
 _ROWS_BYTES = 16 * 2**20  # Of the whole rows that are read at once for a slice of columns.
@@ -174,6 +179,11 @@ def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Ent
 
 
 def _parse_entry(name: str, value: Any, first: int) -> Entry:
+  if isinstance(value, dict) and str(value.get("dtype")) in _OTHER_DTYPES:
+    raise errors.InputError(
+      f"tensor {name} has the dtype {value['dtype']}, as quantised checkpoints have; take one in "
+      "bfloat16, float16 or float32"
+    )
   try:
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     entry = Entry(DTYPES[dtype], shape, first + start)

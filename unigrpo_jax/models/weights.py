@@ -21,10 +21,9 @@ import jax
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.models import safetensors_files
+from unigrpo_jax.models import safetensors_files, weight_files
 
-# The file that holds each top-level part of the parameter tree.
-FILES = {"bagel": "ema.safetensors", "vae": "ae.safetensors"}
+FILES = weight_files.FILES
 PARTS = tuple(FILES)
 # What decides the shapes of the tensors whose name starts so; longest names first.
 _CONFIG_FILES = (
@@ -33,6 +32,9 @@ _CONFIG_FILES = (
   ("connector.", "llm_config.json"), ("time_embedder.", "llm_config.json"),
   ("", "bagel_config.json (or, without that file, the released model)"),
 )
+
+# Of what the network sees with: a fine-tune for drawing alone leaves it out.
+_VISION = ("vit_model.", "connector.", "vit_pos_embed.")
 
 Index = tuple[slice, ...]
 Path = tuple[str, ...]
@@ -279,7 +281,7 @@ def lookup(nested: Mapping[str, Any], path: Path) -> Any:
 class OfficialReader(contextlib.ExitStack):
   """The parameters of an official folder, checked against the table when opened.
 
-  `leaves` is the table of `parts`, `files` is {file name: SafetensorsFile}.
+  `leaves` is the table of `parts`, `files` is {file name in the release: its Tensors}.
 
   Raises:
     InputError: a file is missing, broken, or does not match the config.
@@ -288,16 +290,26 @@ class OfficialReader(contextlib.ExitStack):
   def __init__(
     self, folder: pathlib.Path, config, parts: Sequence[str] = PARTS,
     *, observe: Callable[[str, np.ndarray], None] = lambda name, rows: None,
+    fallback: pathlib.Path | None = None,
   ):
-    """`observe` gets whatever is read from the files: a tensor's name and a slice of it."""
+    """Opens the files of `folder`, and those of the official folder `fallback` for what it lacks.
+
+    `observe` gets whatever is read from the files: a tensor's name and a slice of it.
+    """
     super().__init__()
     self._observe = observe
     self.leaves = table(config, parts)
-    self.files: dict[str, safetensors_files.SafetensorsFile] = {}
+    self.files: dict[str, weight_files.Tensors] = {}
+    self.filled: list[str] = []  # names of tensors of the fallback
     try:
       for name in (FILES[part] for part in parts):
-        self.files[name] = self.enter_context(safetensors_files.SafetensorsFile(folder / name))
-        _check(self.files[name], [leaf for leaf in self.leaves if leaf.file == name])
+        leaves = [leaf for leaf in self.leaves if leaf.file == name]
+        file = self.enter_context(weight_files.Tensors(folder, name, fallback))
+        if fallback is not None:
+          other = self.enter_context(weight_files.Tensors(fallback, name))
+          self.filled += file.fill_from(other, [name for leaf in leaves for name in leaf.names])
+        _check(file, leaves)
+        self.files[name] = file
     except BaseException:
       self.close()
       raise
@@ -329,7 +341,7 @@ class OfficialReader(contextlib.ExitStack):
     return out
 
 
-def _check(file: safetensors_files.SafetensorsFile, leaves: Sequence[Leaf]) -> None:
+def _check(file: weight_files.Tensors, leaves: Sequence[Leaf]) -> None:
   """Refuses a file whose tensors are not those of the table; names the first ten of each kind."""
   expected = {name: leaf.official_shape for leaf in leaves for name in leaf.names}
   actual = {name: entry.shape for name, entry in file.entries.items()}
@@ -351,11 +363,26 @@ def _check(file: safetensors_files.SafetensorsFile, leaves: Sequence[Leaf]) -> N
     f"{len(names)} {title}: {'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''}"
     for title, names in problems.items() if names
   ]
-  if lines:
+  if not lines:
+    return
+  merge = (
+    f"take them from the model that it was tuned from: python -m unigrpo_jax.convert --source="
+    f"{file.path.parent} --missing_from=BAGEL-7B-MoT --target=FOLDER"
+  )
+  missing = [name for name in expected if name not in actual]
+  if len(lines) == 1 and missing and all(name.startswith(_VISION) for name in missing):
     raise errors.InputError(
-      f"{file.path}: the tensors do not match the config: {' | '.join(lines)} | correct the config "
-      "file, or use the weights that belong to it"
+      f"{file.path}: a model that draws and does not see: the {len(missing)} tensors of its vision "
+      f"tower ({', '.join(prefix[:-1] for prefix in _VISION)}) are missing; {merge}"
     )
+  advice = "correct the config file, or use the weights that belong to it"
+  if any(".lora_" in name for name in actual):
+    advice = "these are LoRA adapters, not a model: give them to --adapter or config.lora.adapter"
+  elif len(lines) == 1 and missing:
+    advice = f"{advice}, or {merge}"
+  raise errors.InputError(
+    f"{file.path}: the tensors do not match the config: {' | '.join(lines)} | {advice}"
+  )
 
 
 def config_file(name: str) -> str:

@@ -46,20 +46,27 @@ class OfficialFile(NamedTuple):
   checksums: dict[str, int]
 
 
-def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False) -> None:
-  """Official folder -> converted folder.
+def convert(
+  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False,
+  missing_from: pathlib.Path | None = None,
+) -> None:
+  """Official folder -> converted folder; what it lacks is that of the official `missing_from`.
 
   Raises:
     InputError: the source is not a complete official folder, or the target cannot be made.
   """
-  folder, checksums = _open(source, "official"), Checksums()
-  with weights.OfficialReader(folder.path, folder.config, observe=checksums.add) as reader:
+  folder, checksums = _open(source, "official", missing_from), Checksums()
+  with weights.OfficialReader(
+    folder.path, folder.config, observe=checksums.add, fallback=folder.fallback
+  ) as reader:
+    if reader.filled:
+      print(f"{len(reader.filled)} tensors are those of {folder.fallback}", flush=True)
     arrays = {
       leaf.path: stored_params.NewArray(leaf.shape, _piece_shape(leaf, dtype.itemsize), dtype)
       for leaf in reader.leaves for dtype in [reader.dtype(leaf)]
     }
     total = sum(array.nbytes for array in arrays.values())
-    others = folders.other_files(folder.files, note=True)
+    others = folders.other_files(folder, note=True)
     needed = total + sum(file.stat().st_size for file in others)
     print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
     folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
@@ -81,8 +88,10 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = Fal
   print(f"wrote {target}", flush=True)
 
 
-def _open(path: pathlib.Path, kind: str) -> folders.ModelFolder:
-  folder = folders.open_folder(path)
+def _open(
+  path: pathlib.Path, kind: str, missing_from: pathlib.Path | None = None
+) -> folders.ModelFolder:
+  folder = folders.open_folder(path, missing_from)
   if folder.kind != kind:
     advice = {
       "official": "it is converted already; to go back to official files, pass --export",
@@ -221,16 +230,18 @@ def _official_rows(
     yield index[leaf.row_axis].start * inner, safetensors_files.contiguous(leaf.to_official(piece))
 
 
-def check(source: pathlib.Path, target: pathlib.Path) -> bool:
+def check(
+  source: pathlib.Path, target: pathlib.Path, missing_from: pathlib.Path | None = None
+) -> bool:
   """Prints how an official and a converted folder differ; returns whether they agree exactly."""
-  official, converted = _open(source, "official"), _open(target, "converted")
+  official, converted = _open(source, "official", missing_from), _open(target, "converted")
   results = [check(official, converted) for check in (_check_files, _check_tensors, _check_forward)]
   return all(results)
 
 
 def _check_files(official: folders.ModelFolder, converted: folders.ModelFolder) -> bool:
   before, after = (
-    {file.name: file.read_bytes() for file in folders.other_files(folder.files)}
+    {file.name: file.read_bytes() for file in folders.other_files(folder)}
     for folder in (official, converted)
   )
   different = sorted(

@@ -26,7 +26,7 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, locks, progress, tokenizer
 from unigrpo_jax.data import files as files_lib
-from unigrpo_jax.models import adapters, safetensors_files, weights
+from unigrpo_jax.models import adapters, safetensors_files, weight_files, weights
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import checkpoints, hub, stored_params
 
@@ -48,6 +48,7 @@ class ModelFolder:
   config: config_lib.BagelConfig  # read from `files`
   adapter: adapters.Adapter | None = None  # added to the weights when they are read
   repository: str = ""  # of the hub, with its commit: the weights are downloaded when they are read
+  fallback: pathlib.Path | None = None  # official folder of what this one lacks
 
   def open_params(
     self, parts: Sequence[str] = weights.PARTS
@@ -56,7 +57,7 @@ class ModelFolder:
     if self.repository and not all((self.path / weights.FILES[part]).is_file() for part in parts):
       hub.find(self.repository)
     if self.kind == "official":
-      reader = weights.OfficialReader(self.path, self.config, parts)
+      reader = weights.OfficialReader(self.path, self.config, parts, fallback=self.fallback)
     else:
       reader = stored_params.Reader(self.path / PARAMS, weights.table(self.config, parts))
     return reader if self.adapter is None else adapters.MergedReader(reader, self.adapter)
@@ -126,10 +127,15 @@ def is_folder(path: pathlib.Path) -> bool:
   )
 
 
-def open_folder(path: pathlib.Path | str) -> ModelFolder:
+def open_folder(
+  path: pathlib.Path | str, missing_from: pathlib.Path | str | None = None
+) -> ModelFolder:
   """Recognises a model folder and reads its config; "tiny" is the embedded checkpoint.
 
   Of a name of the Hugging Face hub, see `hub.find`, only the small files are downloaded now.
+
+  `missing_from` is an official folder with what an official one lacks: its configs, the
+  autoencoder, or some tensors.
 
   Raises:
     InputError: the folder does not exist, is neither kind, or its config cannot be read.
@@ -157,14 +163,28 @@ def open_folder(path: pathlib.Path | str) -> ModelFolder:
       )
     files = files_lib.local_copy(path / OFFICIAL)
     return ModelFolder(path, "converted", files, config_lib.read_config(files))
+  if missing_from is not None:
+    base = open_folder(missing_from)
+    if base.kind != "official":
+      raise errors.InputError(f"{missing_from}: expected an official folder; export it first")
+    files = base.files
+    if (path / config_lib.LLM_FILE).is_file():
+      files = files_lib.local_copy(path, leave_out=_weight_names(path))
+    return ModelFolder(path, "official", files, config_lib.read_config(files), fallback=base.path)
   if is_folder(path):
-    files = files_lib.local_copy(path, leave_out=weights.FILES.values())
+    files = files_lib.local_copy(path, leave_out=_weight_names(path))
     config = config_lib.read_config(files)
     return ModelFolder(path, "official", files, config, repository=hub.pinned(source, path))
   if (path / "checkpoints").is_dir():
     raise errors.InputError(
       f"{path}: is the workdir of a run; export its newest checkpoint with python -m "
       f"unigrpo_jax.export {path} OUT, and give that folder"
+    )
+  if found := weight_files.find(path, weights.FILES["bagel"]):
+    raise errors.InputError(
+      f"{path}: holds weights ({found[0].name}) but no {config_lib.LLM_FILE}: take the configs, "
+      "the tokenizer and the autoencoder from the model that they were tuned from: python -m "
+      f"unigrpo_jax.convert --source={path} --missing_from=BAGEL-7B-MoT --target=FOLDER"
     )
   raise errors.InputError(
     f"{path}: not a BAGEL folder: it holds neither {config_lib.LLM_FILE} and "
@@ -180,16 +200,23 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     raise errors.InputError(f"{error}; {AGAIN}") from None
 
 
-def other_files(folder: pathlib.Path, *, note: bool = False) -> list[pathlib.Path]:
-  """The files of an official folder beside the weights, by name; `note` prints what else it has."""
-  names = set(weights.FILES.values())
-  others = sorted(path for path in folder.iterdir() if path.name not in names)
+def _weight_names(folder: pathlib.Path) -> set[str]:
+  """The names of the files that the weights of an official folder are read from."""
+  return {path.name for name in weights.FILES.values() for path in weight_files.find(folder, name)}
+
+
+def other_files(folder: ModelFolder, *, note: bool = False) -> list[pathlib.Path]:
+  """The official files beside the weights, by name; `note` prints what else there is."""
+  names = set()
+  if folder.kind == "official":
+    names = _weight_names(folder.path) | _weight_names(folder.files)
+  others = sorted(path for path in folder.files.iterdir() if path.name not in names)
   dropped = [
     f"{path.name} ({'sub-folder' if path.is_dir() else 'dangling link or special file'})"
     for path in others if not path.is_file()
   ]
   if note and dropped:
-    print(f"note: not copied from {folder}: {', '.join(dropped)}", file=sys.stderr)
+    print(f"note: not copied from {folder.files}: {', '.join(dropped)}", file=sys.stderr)
   return [path for path in others if path.is_file()]
 
 
@@ -242,7 +269,7 @@ def write_files(
 
   It replaces one on success only; raises InputError if it cannot be made, see `check_target`.
   """
-  others = other_files(folder.files, note=True)
+  others = other_files(folder, note=True)
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
   needed += sum(path.stat().st_size for path in others)
   check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
