@@ -138,6 +138,13 @@ def _damage(step, kind):
     file.write_bytes(data)
 
 
+def test_closing_removes_what_a_killed_process_had_yet_to_remove(three):
+  saved = checkpoints.TrainCheckpoints(three, keep=1, score={1: 0.5, 2: 0.1}.get)
+  assert saved.steps == [1, 2, 3]
+  saved.close()
+  assert sorted(path.name for path in three.iterdir()) == ["1", "3"]
+
+
 DAMAGES = [
   "empty", "gone _CHECKPOINT_METADATA", "cut _CHECKPOINT_METADATA", "flip _CHECKPOINT_METADATA",
   "gone _METADATA", "flip state/_METADATA", "cut manifest.ocdbt", "cut process_0/d/",

@@ -148,9 +148,10 @@ class TrainCheckpoints:
       kept.append(policies.EveryNSteps(every))
     if score is not None:
       kept.append(_Best(score))
+    self._kept = policies.AnyPreservationPolicy(kept)
     self._checkpointer = ocp.training.Checkpointer(
       for_orbax(self._folder),
-      preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=clean,
+      preservation_policy=self._kept, cleanup_tmp_directories=clean,
       step_name_format=self._names,
     )
 
@@ -292,10 +293,18 @@ class TrainCheckpoints:
       ) from error
 
   def close(self) -> None:
-    """Waits for the save under way; raises Storage if it fails."""
+    """Waits for the save under way; raises Storage if it fails.
+
+    Removes what is not kept: a process may have been killed after a save and before that.
+    """
     with writing(self._checkpointer.directory, errors.Storage):
       self._checkpointer.wait()
       self._seal()
+      found = self._checkpointer.checkpoints
+      context = ocp.training.preservation_policies.PreservationContext()
+      for checkpoint, is_kept in zip(found, self._kept.should_preserve(found, context=context)):
+        if not is_kept:
+          self._checkpointer.delete(checkpoint.step)
       self._checkpointer.close()
 
 
