@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import re
 import shlex
 
 ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 # In the order of the site, so that what one page makes another can use.
 PAGES = [ROOT / "README.md", *(
-  ROOT / "docs" / name for name in re.findall(r"- (\w+\.md)", (ROOT / "mkdocs.yml").read_text())
+  ROOT / "docs" / name for name in re.findall(r"\w+\.md", (ROOT / "mkdocs.yml").read_text())
 )]
 
 
@@ -39,6 +41,19 @@ def blocks(language: str) -> list[Block]:
       if match[1] == language:
         line = text[: match.start(2)].count("\n") + 1
         found.append(Block(path.name, line, language, match[2]))
+  return found
+
+
+def cells() -> list[Block]:
+  """The code of the notebook, as blocks of "bash" where a cell begins so, else of "python"; `line`
+  is the cell's number.
+  """
+  found = []
+  for number, cell in enumerate(json.loads(NOTEBOOK.read_text())["cells"]):
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "code":
+      language = "bash" if text.startswith("%%bash\n") else "python"
+      found.append(Block(NOTEBOOK.name, number, language, text))
   return found
 
 

@@ -32,6 +32,11 @@ COMMANDS = [
   pytest.param(command, id=f"{block.page}:{block.line}:{number}")
   for block in pages.blocks("bash") for number, command in enumerate(block.commands)
 ]
+OF_NOTEBOOK = [
+  pytest.param(command, id=f"{cell.page}:{cell.line}")
+  for cell in pages.cells() if cell.language == "bash"
+  for command in cell.commands if command.startswith("python ")
+]
 # Why a command is not run by the slow test -> what such commands contain.
 NOT_RUN = {
   "needs the released checkpoint, 27 GiB, or another that users have":
@@ -94,7 +99,7 @@ def parse(command: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + OF_NOTEBOOK)
 def test_the_arguments_of_a_command_are_understood(command):
   words = shlex.split(command)
   if words[0] == "python" and words[2].startswith("unigrpo_jax"):
@@ -180,17 +185,18 @@ def _messages():
       if isinstance(node, ast.JoinedStr) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str)
       ):
-        found.append(" ".join(joined(node).split()))
+        found.append(" ".join(joined(node).replace("`", "").split()))
   return "\n".join(found)
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_code():
   """Each piece of a heading, between … and punctuation, is in a text of the package."""
   text = (ROOT / "docs" / "troubleshooting.md").read_text()
-  headings = re.findall(r"^\*\*`([^`]+)`\*\*$", text, re.MULTILINE)
+  lines = re.findall(r"^(\*\*`.*)\n:   ", text, re.MULTILINE)
+  headings = [heading for line in lines for heading in re.findall("`([^`]+)`", line)]
   assert len(headings) > 20
   wrong = [
-    (heading, piece) for heading in headings for piece in re.split("[…;:]", heading)
+    (heading, piece) for heading in headings for piece in re.split("[…;:,()=]", heading)
     if piece.strip(" .,;()") not in _messages()
   ]
   assert wrong == []
