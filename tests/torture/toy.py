@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import types
-from unigrpo_jax.runtime import hosts, resumption, run, sharding, state
+from unigrpo_jax.runtime import hosts, resumption, run, sharding, state, stopping
 
 STEPS, SIZE, SECONDS = 40, 50_000, 0.05  # of a step and of an evaluation
 CONFIG = {"steps": STEPS, "schedule": "constant", "learning_rate": {"und": 1.0}}
@@ -37,14 +37,15 @@ class Position:
     self.value = value
 
 
-def evaluate(params, step: int, between) -> dict[str, float]:
+def evaluate(params, step: int, between, wait) -> dict[str, float]:
   """A reward that depends on the parameters."""
   time.sleep(SECONDS)
   between()
-  time.sleep(SECONDS)
+  wait(lambda seconds: not time.sleep(SECONDS), lambda: "the toy")
   return {"eval/plain/reward": float(jnp.cos(params["llm2vae"]["kernel"]).mean()) + step}
 
 
+@stopping.end_on_sigterm()
 def main(argv) -> None:
   """Runs in, or continues from, the folder that is the only argument; leaves `final.npy` there."""
   train(CONFIG, pathlib.Path(argv[0]))

@@ -50,6 +50,10 @@ def drop_lost_traces() -> None:
     name = pathlib.PurePath(record.pathname).name
     return bool(record.exc_info) and name in _BACKGROUND_FILES and is_of_orbax(record.pathname)
 
+  def is_of_metadata(record: logging.LogRecord) -> bool:
+    # We name what is damaged.
+    return record.getMessage().startswith("Failed to json parse Metadata file")
+
   def is_lost_task(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     is_lost = "was never retrieved" in message or "was destroyed but it is pending" in message
@@ -63,7 +67,9 @@ def drop_lost_traces() -> None:
     if not is_closed_loop and not (code is not None and is_of_orbax(code.co_filename)):
       show(unraisable)
 
-  logging.getLogger("absl").addFilter(lambda record: not is_background_trace(record))
+  logging.getLogger("absl").addFilter(
+    lambda record: not is_background_trace(record) and not is_of_metadata(record)
+  )
   logging.getLogger("asyncio").addFilter(lambda record: not is_lost_task(record))
   sys.unraisablehook = show_others
 
