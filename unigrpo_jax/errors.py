@@ -121,6 +121,12 @@ def choose(name: str, value: Any, options: Collection[str]) -> None:
     raise InputError(f"{name}={shown(value)} is none of {', '.join(options)}{hint}")
 
 
+def line(error: BaseException) -> str:
+  """The message of an error in one line; of a long one, which quotes a damaged file, both ends."""
+  text = " ".join(str(error).split())
+  return text if len(text) <= 3000 else f"{text[:2000]} ... {text[-900:]}"
+
+
 def shown(value: Any) -> str:
   """A value in a message: one line that is not long."""
   text = " ".join(repr(value).split())
@@ -211,7 +217,7 @@ def report(main: Callable[[], Any]) -> Any:
       return main()
   except InputError as error:
     sys.stdout.flush()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {line(error)}", file=sys.stderr)
     sys.exit(error.status)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
