@@ -176,6 +176,14 @@ def state(params, transformation, *, ema=False) -> types.TrainState:
   )
 
 
+def whole(functions):
+  """(state, experience) -> (state, metrics) of the functions that `make_update` returns."""
+  precompute, change = functions
+  return lambda state, experience: change(
+    state, experience.with_only(**precompute(state, experience))
+  )
+
+
 def runner(model, params):
   """run(experience, ...) -> (state after one update, state before it, metrics on the host)."""
   usual = {"algorithm": algorithm(), "schedule": schedule()}
@@ -183,11 +191,11 @@ def runner(model, params):
   @functools.cache
   def jitted(model, algorithm, schedule, rates, reference_model, context, ema_decay):
     transformation = optimizer(dict(rates))
-    return transformation, jax.jit(update.make_update(
+    return transformation, jax.jit(whole(update.make_update(
       model, transformation, grid(model.config), algorithm, schedule,
       trained={group for group, rate in rates if rate}, ema_decay=ema_decay,
       reference_model=reference_model, reference_context=context,
-    ))
+    )))
 
   def run(
     experience, *, algorithm=usual["algorithm"], schedule=usual["schedule"], rates=None,

@@ -79,10 +79,10 @@ def test_the_base_under_adapters_has_the_networks_dtype_and_stays(adapted):
     for leaf, group in zip(jax.tree.leaves(tree), jax.tree.leaves(labels), strict=True):
       assert leaf.dtype == (jnp.bfloat16 if group == "base" else jnp.float32), group
   assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(start.opt_state))
-  fn = update.make_update(
+  fn = joint.whole(update.make_update(
     adapted.model, optimizer, joint.grid(adapted.config), joint.algorithm(regulariser="none"),
     joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.99,
-  )
+  ))
   with sharding.activate(adapted.mesh):
     experience = joint.sample(adapted.model, start.params)
     after, metrics = jax.jit(fn, out_shardings=(layout.shardings, None))(start, experience)
@@ -101,7 +101,7 @@ def _update(metrics, limits=None, moves=True):
     given = {name: jnp.array(values) for name, values in metrics.items()}
     return train_state.replace(step=train_state.step + moves), given
 
-  run = update.Update(fn, out_shardings=None, drift_limits=limits or {})
+  run = update.Update(lambda *_: {}, fn, drift_limits=limits or {})
   return run(types.TrainState(jnp.int32(3), jnp.zeros(2), (), None), None)
 
 
@@ -116,6 +116,26 @@ def test_an_update_with_a_number_that_is_not_finite_is_rejected(moves):
     _update({"loss/total": [1.0, 2.0], "grad_norm/und": [np.nan, 2.0]}, moves=moves)
   # The state before is there to be saved only where no optimizer step moved it.
   assert (caught.value.state is None) == moves
+
+
+def test_an_error_before_the_update_costs_no_state():
+  """One of the devices, which the host learns of late: the state is not donated before."""
+  def fail(params):
+    raise ValueError("out of memory")
+
+  def precompute(state, experience):
+    values = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), state.params)
+    return {"velocity_ref": values}
+
+  def change(state, experience):
+    return state.replace(params=state.params + experience.only.velocity_ref), {}
+
+  run = update.Update(precompute, change, drift_limits={})
+  train_state = types.TrainState(jnp.int32(3), jnp.zeros(2), (), None)
+  experience = types.Experience(None, None, (types.Round(None, None),))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+    run(train_state, run.precompute(train_state, experience))
+  assert not train_state.params.is_deleted()
 
 
 def test_an_update_whose_sampler_drifted_is_rejected():

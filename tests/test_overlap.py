@@ -11,25 +11,35 @@ import pytest
 
 from tests import idle_share, test_train_unigrpo
 from unigrpo_jax import errors, rewards, train, types
+from unigrpo_jax.algorithms import update
 from unigrpo_jax.benchmarks import scoring
 from unigrpo_jax.data import prompts
 from unigrpo_jax.episodes import rollout, sampler
 from unigrpo_jax.runtime import hosts, stopping
 
 
-def test_a_chunk_is_read_while_the_next_is_sampled(shallow, tmp_path, monkeypatch):
-  """Words are decoded only when the next chunk is in the devices' queue, and it gets there."""
-  launched, waited = threading.Event(), []
+def test_a_chunk_is_read_while_the_devices_go_on(shallow, tmp_path, monkeypatch):
+  """Words are decoded only when what comes next is in the devices' queue, and it gets there: the
+  next chunk, and after the last one what the update needs besides advantages."""
+  launched, replayed, waited = threading.Event(), threading.Event(), []
   wait, decode = sampler.wait_for_images, sampler.Sampler._decoded
+  precompute = update.Update.precompute
 
   def listen(episode, timer):
     launched.set()
     wait(episode, timer)
 
+  def listen_to_the_update(self, *args):
+    experience = precompute(self, *args)
+    assert experience.only.velocity_ref is not None and experience.adv is None
+    replayed.set()
+    return experience
+
   def late(self, text):
-    waited.append(launched.wait(120))
+    waited.append((replayed if waited else launched).wait(120))
     return decode(self, text)
 
+  monkeypatch.setattr(update.Update, "precompute", listen_to_the_update)
   monkeypatch.setattr(sampler, "wait_for_images", listen)
   monkeypatch.setattr(sampler.Sampler, "_decoded", late)
   config = test_train_unigrpo._config(shallow, **{"steps": 1, "eval.every": 0})

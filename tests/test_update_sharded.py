@@ -57,20 +57,19 @@ def _update(network, start, experience, sizes, updates=1, compilations=None):
   # By way of the host, so that no two leaves share the memory that is donated.
   state = jax.device_get(state.replace(reference=start if full else None))
   state = jax.tree.map(lambda a, place: jax.device_put(np.array(a), place), state, places)
-  fn = jax.jit(
-    update.make_update(
+  run = update.Update(
+    *update.make_update(
       network, transformation, jax.device_get(joint.grid(network.config)), joint.algorithm(),
       joint.schedule(microbatches=1), trained={"und", "gen"}, ema_decay=0.9,
       reference_model=network.clone(lora=None),
     ),
-    donate_argnums=0, out_shardings=(places, None),
+    row_sharding=sharding.along_batch(mesh), out_shardings=(places, None), drift_limits={},
   )
   with sharding.activate(mesh):
     rows = jax.tree.map(lambda a: sharding.put_rows(mesh, a), experience)
     before = None
     for number in range(updates):
-      with jax.transfer_guard("disallow"):
-        state, metrics = jax.block_until_ready(fn(state, rows))
+      state, metrics = run(state, run.precompute(state, rows))
       if compilations is not None:
         before = before or len(compilations)
         assert len(compilations) == before, f"compiled again in update {number}"

@@ -105,18 +105,22 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         pending.append(rewards.submit(chunk, episode, first))
         episodes.append(episode)
         run.raise_if_stopped()
+      experience = algorithm.experience(episodes, key)
+      del params, episodes, episode  # before the update needs the memory
+      # While the last rewards end, the devices replay what needs no advantages: the reference.
+      with run.timer("update"):
+        experience = update.precompute(train_state, experience)
       with run.timer("reward"):
         scores = rewards.gather(pending, len(batch), run.wait)  # the same on all hosts
       # Compare within the group; a group with a failed reward is not valid, and counts nowhere.
       adv, valid, metrics = compare_within_groups(scores, spec)
       adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))
-      experience = algorithm.experience(episodes, adv, valid, key)
-      del params, episodes, episode, pending  # before the update needs the memory
       # Move both experts. Where a number is not finite, or the sampler was not this policy, nothing
       # moves and the run ends with the reason.
       with run.timer("update"):
+        experience = experience.replace(adv=adv, valid=valid)
         train_state, update_metrics = update(train_state, experience)
-      del experience
+      del experience, pending
       if spec.pictures_every and step % spec.pictures_every == 0:
         metrics |= scores.panels()  # for TensorBoard and W&B
       run.commit(train_state, metrics | update_metrics)  # a row of the log

@@ -191,6 +191,8 @@ class Round:
   seen: Seen | None = None  # its picture as the next round looks at it; None after the last round
   velocity_ref: chex.Array | None = None  # of the reference, at the steps, [B, W, I, C] float32
   logp_ref: chex.Array | None = None  # of the reference, of the sampled tokens, [B, T] float32
+  # What ratios are taken of where it is computed again: `base.Values`. None: as it was sampled.
+  old: Any = None
   # Of objectives that noise the finished image again, [B, W, I, C] float32; `flow.x_t` and `flow.t`
   # are then those of the noised image.
   noise: chex.Array | None = None
@@ -203,8 +205,10 @@ class Experience:
   prompt: Text  # P prompts, each serving B / P consecutive trajectories
   source: Seen | None  # an image that each prompt comes with, P rows
   rounds: tuple[Round, ...]  # in order
-  adv: chex.Array  # advantage of each trajectory, [B] float32
-  valid: chex.Array  # False where a reward failed: the whole group counts nowhere, [B] bool
+  # Advantage of each trajectory, [B] float32; None as long as rewards are computed.
+  adv: chex.Array | None = None
+  # False where a reward failed: the whole group counts nowhere, [B] bool; likewise.
+  valid: chex.Array | None = None
 
   @property
   def only(self) -> Round:

@@ -58,10 +58,10 @@ class Algorithm(abc.ABC):
   regulariser: str  # one of REGULARISERS
   regulariser_weight: float
 
-  def experience(self, episodes: Sequence[sampler.Episode], adv, valid, key) -> types.Experience:
-    """What episodes, chunks of B trajectories, leave to learn from; `adv` and `valid` are all B."""
+  def experience(self, episodes: Sequence[sampler.Episode], key) -> types.Experience:
+    """What episodes, chunks of B trajectories, leave to learn from but for their advantages."""
     shared = lambda inputs: (inputs.texts[script.PROMPT], inputs.images.get(script.SOURCE))
-    return join([(*shared(e.inputs), e.text, e.flow) for e in episodes], adv, valid)
+    return join([(*shared(e.inputs), e.text, e.flow) for e in episodes])
 
   def weights(self, micros: types.Experience) -> dict[str, Any]:
     """Weights of tokens and steps over a whole minibatch, [microbatches, rows, ...]."""
@@ -85,6 +85,11 @@ class Algorithm(abc.ABC):
       flow=self._recorded_flow(flow) if self.replay.flow else None,
     )
 
+  def values(self, output: replay.PolicyOutput, micro: types.Experience) -> Values:
+    """A policy's own values that ratios are taken of."""
+    guided, flow = output.guided, micro.only.flow
+    return Values(output.logp, None if guided is None else self._flow_values(guided, flow))
+
   def loss(
     self, output: replay.PolicyOutput, micro: types.Experience, old: Values,
     weights: dict[str, Any], grid: types.LatentGrid, is_first_epoch: jax.Array | None,
@@ -101,28 +106,20 @@ class Algorithm(abc.ABC):
     Returns:
       (loss, (terms of the loss, the policy's own values, signals of each token and step)).
     """
-    terms, new, signals = {}, Values(), {}
-
-    def reference_point(new, old):
-      if is_first_epoch is None:
-        return old
-      return jnp.where(is_first_epoch, jax.lax.stop_gradient(new), old)
-
+    terms, signals = {}, {}
+    new = jax.lax.stop_gradient(self.values(output, micro))
+    if is_first_epoch is not None:
+      old = jax.tree.map(lambda new, old: jnp.where(is_first_epoch, new, old), new, old)
     text_loss = flow_loss = jnp.zeros(())
     if output.logp is not None:
-      new = new.replace(logp=jax.lax.stop_gradient(output.logp))
-      text_loss, metrics = self._text_loss(
-        output, reference_point(output.logp, old.logp), micro, weights["text"]
-      )
+      text_loss, metrics = self._text_loss(output, old.logp, micro, weights["text"])
       signals |= metrics
       terms["text"] = text_loss
     if output.guided is not None:
       mask = grid.mask[:, None]
-      point = lambda values: reference_point(values, old.flow)
-      flow_loss, metrics, values = self._flow_loss(
-        output.guided, point, micro, weights["flow"], mask
+      flow_loss, metrics = self._flow_loss(
+        output.guided, old.flow, micro, weights["flow"], mask
       )
-      new = new.replace(flow=jax.lax.stop_gradient(values))
       signals |= metrics
       terms["flow"] = flow_loss
       penalty = self._penalty(output.velocity, micro, mask)
@@ -167,12 +164,16 @@ class Algorithm(abc.ABC):
     """The flow's part of `recorded`, [B, W, I, C]."""
 
   @abc.abstractmethod
-  def _flow_loss(self, velocity, reference_point, micro: types.Experience, weights, mask):
-    """The objective of the images: (loss, signals of each step, own values [B, W, I, C]).
+  def _flow_values(self, velocity, flow: types.FlowRollout):
+    """The flow's part of `values`, [B, W, I, C], of a policy's velocities with guidance."""
+
+  @abc.abstractmethod
+  def _flow_loss(self, velocity, old, micro: types.Experience, weights, mask):
+    """The objective of the images: (loss, signals of each step).
 
     Args:
       velocity: of the policy, with guidance, [B, W, I, C].
-      reference_point: the policy's own values -> those that ratios are taken against.
+      old: what ratios are taken of, [B, W, I, C].
       weights: of the steps, [B, W].
       mask: latent tokens that count, [1, 1, I].
     """
@@ -182,7 +183,7 @@ class Algorithm(abc.ABC):
 
 
 @jax.jit
-def join(parts, adv, valid) -> types.Experience:
+def join(parts) -> types.Experience:
   """Chunks of (prompt, source, text, flow), one after the other, as one experience."""
   prompt, source, text, flow = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
-  return types.Experience(prompt, source, (types.Round(text, flow),), adv, valid)
+  return types.Experience(prompt, source, (types.Round(text, flow),))

@@ -25,8 +25,8 @@ class ForwardProcess(base.Algorithm):
 
   draws: int  # times and noises of each image
 
-  def experience(self, episodes: Sequence[sampler.Episode], adv, valid, key) -> types.Experience:
-    experience = super().experience(episodes, adv, valid, key)
+  def experience(self, episodes: Sequence[sampler.Episode], key) -> types.Experience:
+    experience = super().experience(episodes, key)
     if not self.replay.flow:
       return experience
     return noise_again(jax.random.fold_in(key, 2**32 - 1), experience, self.draws)
@@ -34,15 +34,15 @@ class ForwardProcess(base.Algorithm):
   def _recorded_flow(self, flow: types.FlowRollout):
     return jnp.zeros_like(flow.x_t)  # a rollout knows no velocities of noised images
 
-  def _flow_loss(self, velocity, reference_point, micro: types.Experience, weights, mask):
+  def _flow_values(self, velocity, flow: types.FlowRollout):
+    return velocity
+
+  def _flow_loss(self, velocity, old, micro: types.Experience, weights, mask):
     drawn = micro.only
     x_0 = jnp.broadcast_to(drawn.flow.latents[:, None], drawn.noise.shape)
     mask = jnp.broadcast_to(mask, drawn.noise.shape[:-1])
     matching = dict(x_0=x_0, noise=drawn.noise, t=drawn.flow.t, mask=mask)
-    loss, signals = self._matching_loss(
-      velocity, reference_point(velocity), micro.adv, weights, matching
-    )
-    return loss, signals, velocity
+    return self._matching_loss(velocity, old, micro.adv, weights, matching)
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
     """(loss, signals) of velocities [B, W, I, C] at noised images."""

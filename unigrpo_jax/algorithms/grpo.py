@@ -29,6 +29,9 @@ class GRPO(base.Algorithm):
   def _recorded_flow(self, flow: types.FlowRollout):
     return flow.mean
 
+  def _flow_values(self, velocity, flow: types.FlowRollout):
+    return self._step(velocity, flow).mean
+
   def _step(self, velocity, flow: types.FlowRollout) -> sde.Transition:
     return sde.transition(
       flow.x_t, velocity, flow.t, flow.t_next, jnp.float32(self.t_second), kind=self.kind,
@@ -39,18 +42,17 @@ class GRPO(base.Algorithm):
     kind = "unnormalised" if self.kind == "cps" else kind
     return flow_losses.log_ratio(step.mean, mean_old, flow.x_next, step.std, mask, kind=kind)
 
-  def _flow_loss(self, velocity, reference_point, micro: types.Experience, weights, mask):
+  def _flow_loss(self, velocity, old, micro: types.Experience, weights, mask):
     flow = micro.only.flow
     step = self._step(velocity, flow)
-    mean_old = reference_point(step.mean)
-    log_ratio, loss_mask = self._surrogate(step, mean_old, micro, mask)
+    log_ratio, loss_mask = self._surrogate(step, old, micro, mask)
     loss, metrics = flow_losses.policy_loss(
       log_ratio, micro.adv, weights, clip_low=self.clip, clip_high=self.clip, loss_mask=loss_mask,
       loss_weight=flow_losses.reweight(self.grad_reweight, step.dt),
     )
     signals = {f"flow/{name}": value for name, value in metrics.items()}
     signals["drift/flow"] = jnp.abs(self._log_ratio(step, flow.mean, flow, mask, "norm"))
-    return loss, signals, step.mean
+    return loss, signals
 
   def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
     """(log ratios [B, W], which steps count [B, W] bool; None: all, clipped)."""

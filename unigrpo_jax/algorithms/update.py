@@ -1,7 +1,10 @@
-"""The update: what an iteration's experience changes in the state. One jitted function.
+"""The update: what an iteration's experience changes in the state. Two jitted functions.
 
-  for each epoch, for each minibatch:         one optimizer step
-    for each microbatch:                      replay -> loss -> gradient, which add up
+  precompute:                                 what needs no advantages, while rewards are computed
+    for each microbatch:                      the reference's replay, and that of old values
+  update:
+    for each epoch, for each minibatch:       one optimizer step
+      for each microbatch:                    replay -> loss -> gradient, which add up
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ def make_update(
   trained: Collection[str], ema_decay: float | None, reference_model=None,
   reference_context: bool = True, drift_limits: Mapping[str, float] | None = None,
 ):
-  """The update, to be jitted with its state donated.
+  """What goes before the update and the update, to be jitted; the update with its state donated.
 
   Args:
     grid: of one image, [1, I].
@@ -92,7 +95,11 @@ def make_update(
     drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
 
   Returns:
-    (state, experience) -> (state, metrics); each metric is [optimizer steps] float32.
+    precompute: (state, experience) -> fields of its round that stay what they are through the
+      update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, and `old`.
+      It reads no advantages; {} where the update needs none of them.
+    update: (state, experience with these fields) -> (state, metrics); each metric is
+      [optimizer steps] float32.
   """
   total = schedule.minibatches * schedule.microbatches
 
@@ -102,26 +109,28 @@ def make_update(
     output = run(model.for_gradients(), optim.join(trained_params, frozen), micro)
     return algorithm.loss(output, micro, old, weights, grid, is_first_epoch)
 
-  def reference_and_old_values(state, micro):
-    """The experience with the reference's values, and the values that ratios start from."""
-    if reference_model is not None:
-      micro = _with_reference(
-        reference_model, model, state, micro, grid, algorithm, reference_context
-      )
-    old = algorithm.recorded(micro)
-    if schedule.old_values == "recomputed":
-      blank = {"text": None if old.logp is None else jnp.zeros_like(old.logp),
-               "flow": None if old.flow is None else jnp.zeros_like(micro.only.flow.t)}
-      output = run(model, state.params, micro)
-      _, (_, old, _) = algorithm.loss(output, micro, old, blank, grid, None)
-    return micro, old
+  def precompute(state: types.TrainState, experience: types.Experience):
+    def of_microbatch(micro):
+      values = {}
+      if reference_model is not None:
+        values |= _reference(
+          reference_model, model, state, micro, grid, algorithm, reference_context
+        )
+      if schedule.old_values == "recomputed":
+        values["old"] = algorithm.values(run(model, state.params, micro), micro)
+      return values
+
+    with jax.named_scope("precompute"):
+      values = jax.lax.map(of_microbatch, cut(experience, total, schedule.group_parts))
+    prompts = experience.prompt.ids.shape[0]
+    return jax.tree.map(lambda a: _joined(a, prompts, schedule.group_parts), values)
 
   def update(state: types.TrainState, experience: types.Experience):
-    parts = cut(experience, total, schedule.group_parts)
-    with jax.named_scope("reference_and_old_values"):
-      micros, old = jax.lax.map(lambda micro: reference_and_old_values(state, micro), parts)
+    micros = cut(experience, total, schedule.group_parts)
     by_minibatch = (schedule.minibatches, schedule.microbatches)
-    micros, old = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), (micros, old))
+    micros = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), micros)
+    old = micros.only.old or algorithm.recorded(micros)
+    micros = micros.with_only(old=None)
 
     def optimizer_step(carry, index):
       state, old, update_ok = carry
@@ -156,28 +165,47 @@ def make_update(
     (state, *_), metrics = jax.lax.scan(optimizer_step, (state, old, jnp.array(True)), steps)
     return state, metrics
 
-  return update
+  return precompute, update
 
 
 class Update:
   """A run's update on its devices: jitted, its state donated, its metrics as floats."""
 
-  def __init__(self, fn, *, out_shardings, drift_limits: Mapping[str, float]):
-    """Compiles nothing yet; `fn` and `drift_limits` are those of `make_update`.
+  def __init__(
+    self, precompute, update, *, row_sharding=None, out_shardings=None,
+    drift_limits: Mapping[str, float],
+  ):
+    """Compiles nothing yet; the functions and `drift_limits` are those of `make_update`.
 
-    `out_shardings` are of the state and of the metrics.
+    `row_sharding` is of what the first gives, `out_shardings` of the state and of the metrics.
     """
-    self.jitted = jax.jit(fn, donate_argnums=0, out_shardings=out_shardings)
+    self.jitted_precompute = jax.jit(precompute, out_shardings=row_sharding)
+    self.jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
     self._limits = drift_limits
+
+  def precompute(
+    self, state: types.TrainState, experience: types.Experience
+  ) -> types.Experience:
+    """The experience with what the update needs and advantages do not change; waits for nothing.
+
+    The devices compute it while the caller waits for rewards. An error of theirs is raised by the
+    update that takes it, before that changes anything.
+    """
+    with jax.transfer_guard("disallow"):
+      return experience.with_only(**self.jitted_precompute(state, experience))
 
   def __call__(
     self, state: types.TrainState, experience: types.Experience
   ) -> tuple[types.TrainState, dict[str, float]]:
     """Returns (state, one number of each metric); `state` is donated.
 
+    Args:
+      experience: as `precompute` gives it, with its advantages.
+
     Raises:
       UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
     """
+    jax.block_until_ready(experience)  # An error in it is not to cost the state, which is donated.
     step = int(state.step)
     with jax.transfer_guard("disallow"):
       state, metrics = jax.block_until_ready(self.jitted(state, experience))
@@ -217,11 +245,11 @@ def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Exp
 
   Strided: a part takes its share of every device's rows.
   """
-  prompts, rows = experience.prompt.ids.shape[0], experience.adv.shape[0]
-  size, prompt_parts = rows // prompts // group_parts, parts // group_parts
+  prompts, prompt_parts = experience.prompt.ids.shape[0], parts // group_parts
   few = prompts // prompt_parts
 
   def trajectories(a):
+    size = a.shape[0] // prompts // group_parts
     a = a.reshape(few, prompt_parts, size, group_parts, *a.shape[1:])
     return jnp.moveaxis(a, (1, 3), (0, 1)).reshape(parts, few * size, *a.shape[4:])
 
@@ -234,11 +262,19 @@ def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Exp
   return own.replace(**shared)
 
 
-def _with_reference(
+def _joined(array: jax.Array, prompts: int, group_parts: int) -> jax.Array:
+  """[parts, B / parts, ...] -> [B, ...]: trajectories in the order that they had before `cut`."""
+  parts, rows = array.shape[:2]
+  few = prompts * group_parts // parts
+  array = array.reshape(parts // group_parts, group_parts, few, rows // few, *array.shape[2:])
+  return jnp.moveaxis(array, (0, 1), (1, 3)).reshape(parts * rows, *array.shape[4:])
+
+
+def _reference(
   reference_model, model, state, micro: types.Experience, grid, algorithm: base.Algorithm,
   own_context: bool,
-) -> types.Experience:
-  """The experience with the reference's velocities and log-probabilities, where they are needed."""
+) -> dict[str, Any]:
+  """The reference's velocities and log-probabilities, where they are needed: fields of a round."""
   config = algorithm.replay
   wanted = dataclasses.replace(
     config, text=config.text and algorithm.text.kl_weight > 0,
@@ -254,7 +290,7 @@ def _with_reference(
       velocity_params=params, velocity_model=reference_model,
     )
     output = output.replace(velocity=images.velocity)
-  return micro.with_only(velocity_ref=output.velocity, logp_ref=output.logp)
+  return {"velocity_ref": output.velocity, "logp_ref": output.logp}
 
 
 def _summaries(

@@ -108,10 +108,13 @@ class Scoring:
       episode: their groups.
       first: number of the chunk's first trajectory in the iteration.
     """
-    return self._reader.submit(self._read, prompts, episode, first)
+    # Not the episode: until then the thread would hold all that it recorded.
+    return self._reader.submit(self._read, prompts, episode.read, first)
 
-  def _read(self, prompts: Sequence[Any], episode: sampler.Episode, first: int) -> Pending:
-    read, samples = episode.read(), []
+  def _read(
+    self, prompts: Sequence[Any], read_episode: Callable[[], sampler.HostRows], first: int
+  ) -> Pending:
+    read, samples = read_episode(), []
     for place, (row, image) in enumerate(zip(read.rows, read.images)):
       prompt = prompts[row // self._group_size]
       text = None if read.texts is None else read.texts[place]

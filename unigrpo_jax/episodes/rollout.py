@@ -99,6 +99,10 @@ class Rollout:
     are decoded: the devices do that, and begin with the next chunk, while the caller has this one.
     """
     size, episode = self.spec.prompts_at_once, None
+    if self._update_mesh != self.network.mesh:
+      # What was computed under another mesh does not mix with what is here.
+      with sharding.activate(self.network.mesh):
+        key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
     for at in range(0, len(prompts), size):
       chunk, first = prompts[at : at + size], at * self.spec.group_size
       rows = slice(first, first + len(chunk) * self.spec.group_size)
@@ -110,7 +114,7 @@ class Rollout:
     self, params, prompts: Sequence[Any], key, first: int, window: np.ndarray,
     timer: sampler_lib.Timer, previous: sampler_lib.Episode | None = None,
   ) -> sampler_lib.Episode:
-    """Samples a chunk of P prompts, with their text as `prompt`; `key` is the iteration's.
+    """Samples a chunk of P prompts, with their text as `prompt`.
 
     The arrays on the devices are laid out for the update; see `for_update`. What it gave is checked
     where it is read: `Episode.read` raises Diverged where a log-probability that this host reads,
@@ -118,14 +122,13 @@ class Rollout:
 
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
+      key: of the iteration, made on the mesh of sampling.
       first: number of the chunk's first trajectory in the iteration.
       window: SDE steps of each trajectory, [P * group_size, W] int32.
       timer, previous: see `Sampler.sample`.
     """
     batch = self.prepare([prompt.prompt for prompt in prompts])
     with sharding.activate(self.network.mesh):
-      # Made again here: what was computed under another mesh does not mix with what is here.
-      key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
       episode = self.sampler.sample(
         params, batch, self.randomness(key, first, batch), window=window, sde=self.spec.sde,
         previous=previous, timer=timer,

@@ -159,14 +159,15 @@ def make_update(
   limits = drift_limits(spec, network)
   # What training starts from: adapters that come with it belong to the reference, fresh ones not.
   reference_model = network.model if spec.network.adapter else network.model.clone(lora=None)
-  fn = update.make_update(
+  functions = update.make_update(
     network.model, optimizer, grid, algorithm, schedule(spec, network.mesh),
     trained=spec.optimizer.trained, ema_decay=spec.optimizer.ema_decay,
     reference_model=reference_model if spec.needs_reference else None,
     reference_context=spec.flow.reference_context == "reference", drift_limits=limits,
   )
   return update.Update(
-    fn, out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits
+    *functions, row_sharding=sharding.along_batch(network.mesh),
+    out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits,
   )
 
 

@@ -107,9 +107,8 @@ class Bench:
     prompt = prompts.Prompt("a prompt", {})
     episode = self.rollout.sample(params, [prompt], key, 0, window, self.timed)
     rows = (self.adv, np.ones(self.work.group, bool))
-    experience = self.algorithm.experience(
-      [episode], *(sharding.put_rows(self.mesh, a) for a in rows), key
-    )
+    adv, valid = (sharding.put_rows(self.mesh, a) for a in rows)
+    experience = self.algorithm.experience([episode], key).replace(adv=adv, valid=valid)
     metrics = {"tokens": int(episode.text.mask.sum())}
     for name, update in self.updates.items():
       # Each starts from the policy that sampled; the last one's result samples next.
@@ -117,7 +116,7 @@ class Bench:
       params = self.params if alone else jax.tree.map(jnp.copy, self.params)
       before = types.TrainState(jnp.int32(number), params, self.opt_states[name], ema=None)
       with self.timed(name):
-        after, update_metrics = update(before, experience)
+        after, update_metrics = update(before, update.precompute(before, experience))
       self.opt_states[name] = after.opt_state
       metrics |= update_metrics
     self.params = after.params

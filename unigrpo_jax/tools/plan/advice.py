@@ -24,8 +24,10 @@ def lines(config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip
   else:  # The compiler does not name what it wanted besides the arguments.
     size = phase.exceeds - figures_lib.held_beside(name, plan)
   excess = figures["peak"][name] - (1 - figures_lib.SPARE) * chip.hbm
-  of_phase = _of_update if name == "update" else _of_rollout
+  of_phase = _of_update if name in plans.UPDATE else _of_rollout
   changes = [*of_phase(config, plan, size, excess), *_of_both(config, plan)]
+  if name == "update" and config.remat in FREED:
+    changes.append((size * FREED[config.remat], "--config.remat=full", ""))
   return [
     f"{excess / chips.GIB:.2f} GiB too many; first changes, with what each frees on a chip:",
     *(f"  {argument}: about {freed / chips.GIB:.2f} GiB{note}"
@@ -35,9 +37,8 @@ def lines(config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip
 
 # Changes are (bytes that are freed on a chip, argument, note).
 def _of_update(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
-  """Changes for an update that needs `size` bytes besides the state, `excess` of them too many."""
-  if config.remat in FREED:
-    yield size * FREED[config.remat], "--config.remat=full", ""
+  """Changes for a phase of the update that needs `size` bytes besides the state, `excess` of them
+  too many."""
   count = _halved(config.microbatch, 1, plan.mesh, size, excess)
   if count < config.microbatch:
     yield size * (1 - count / config.microbatch), f"--config.microbatch={count}", ""

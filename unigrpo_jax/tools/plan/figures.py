@@ -13,7 +13,10 @@ SPARE = 0.1  # part of a chip's memory that a plan which fits leaves free
 # backward kernels compute the scores again.
 _SPLASH = {"splash_mha_fwd": 4, "splash_mha_dkv": 8, "splash_mha_dq": 6}
 _STATE = ("parameters", "optimizer", "moving average", "reference")
-_BESIDE = {"layout": (), "read": ("sampler", "recorded"), "update": ("recorded",)}
+_BESIDE = {
+  "layout": (), "read": ("sampler", "recorded"), "precompute": ("recorded",),
+  "update": ("recorded", "precomputed"),
+}
 
 
 def record(plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, 
     return figures | {"seconds": 0.0}
   program, runs = phase.program, phase.runs
   sent: dict[tuple[str, str], float] = defaultdict(float)
-  mesh = plan.mesh if phase.name == "update" else plan.sampling_mesh
+  mesh = plan.mesh if phase.name in plans.UPDATE else plan.sampling_mesh
   for collective in program.collectives:
     along = "+".join(hlo.axes(collective.groups, mesh)) or "none"
     sent[collective.kind, along] += runs * collective.times * hlo.wire_bytes(collective)

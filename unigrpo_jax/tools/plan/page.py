@@ -12,7 +12,7 @@ from unigrpo_jax.tools.plan import figures as figures_lib
 
 _TITLES = {
   "layout": "lay out", "read": "read", "decode": "think", "denoise": "draw", "vae": "decode images",
-  "update": "update",
+  "precompute": "precompute", "update": "update",
 }
 _MIN_BYTES = 1e7  # a chip sends in an iteration; less is not listed
 

@@ -137,19 +137,26 @@ class Planner:
     )
 
   def _compile_update(self, chunk: sampler_lib.Episode) -> None:
-    def experience(inputs, text, flow, adv, valid):
+    def experience(inputs, text, flow):
       episode = self.rollout.for_update(sampler_lib.Episode(inputs, text, flow))
-      return self.algorithm.experience([episode] * self.chunks, adv, valid, jax.random.key(0))
+      return self.algorithm.experience([episode] * self.chunks, jax.random.key(0))
 
-    count = self.spec.trajectories
-    experience = self._by_rows(jax.eval_shape(
-      experience, chunk.inputs, chunk.text, chunk.flow, np.zeros(count, np.float32),
-      np.ones(count, bool),
-    ), self.mesh)
+    experience = self._by_rows(
+      jax.eval_shape(experience, chunk.inputs, chunk.text, chunk.flow), self.mesh
+    )
     self._held["recorded"] = bytes_on_chip(experience)
+    values = self._compile(
+      "precompute", self.update.jitted_precompute, self.state, experience, runs=1, mesh=self.mesh
+    )
+    self._held["precomputed"] = bytes_on_chip(values)
+    count = self.spec.trajectories
+    adv, valid = self._by_rows((np.zeros(count, np.float32), np.ones(count, bool)), self.mesh)
+    experience = experience.with_only(**values).replace(adv=adv, valid=valid)
     self._compile("update", self.update.jitted, self.state, experience, runs=1)
 
-  def _compile(self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1):
+  def _compile(
+    self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1, mesh=None
+  ):
     """The results of a program, as shapes with shardings; records its phase.
 
     Results of what was not compiled, or does not fit, are laid out by rows. What decoding and
@@ -160,6 +167,7 @@ class Planner:
       fn, *args: a jitted function, or a partial of one, and its arguments.
       runs: in an iteration; None: one a chunk.
       trips: of a loop that ends early.
+      mesh: along whose batch rows lie, by default that of sampling.
     """
     results = None
     before = ("read", "fork") if {"decode", "denoise"} & self._only else ()
@@ -171,7 +179,7 @@ class Planner:
       )
       if name in plans.PHASES:
         self._phases[name] = phase
-    return self._by_rows(jax.eval_shape(fn, *args)) if results is None else results
+    return self._by_rows(jax.eval_shape(fn, *args), mesh) if results is None else results
 
   def _by_rows(self, tree: Any, mesh=None) -> Any:
     """Shapes of arrays, each along the batch of a mesh, by default that of sampling, if it can."""
@@ -205,11 +213,12 @@ class Planner:
       epoch += forwards * text.forward + text.backward(trained & {"und", "text"})
     else:
       epoch += text.forward
-    reference = text.forward + image.forward if spec.needs_reference else 0
+    replays = spec.needs_reference + (spec.update.old_values == "recomputed")
     return {
       "read": prefill.forward * spec.prompts.per_step, "decode": written.forward,
       "denoise": velocity.forward * (s.num_timesteps - 1) * count,
-      "update": spec.update.epochs * epoch + reference,
+      "precompute": replays * (text.forward + image.forward),
+      "update": spec.update.epochs * epoch,
     }
 
 

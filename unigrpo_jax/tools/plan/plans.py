@@ -14,7 +14,8 @@ import jax
 
 from unigrpo_jax.tools.plan import hlo
 
-PHASES = ("layout", "read", "decode", "denoise", "vae", "update")
+UPDATE = ("precompute", "update")  # see `algorithms.update`
+PHASES = ("layout", "read", "decode", "denoise", "vae", *UPDATE)
 # What the compiler says of a program that does not fit.
 _EXCEEDED = re.compile(
   r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM)"
@@ -44,10 +45,11 @@ class Plan:
   """The programs of a run on a topology.
 
   `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-  reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded.
+  reference; and those of the rollout: sampler (its copy of the parameters), cache, recorded; and
+  precomputed, of the update alone.
   """
 
-  mesh: Mapping[str, int]  # of the update, {axis: size}
+  mesh: Mapping[str, int]  # of the phases of `UPDATE`, {axis: size}
   sampling_mesh: Mapping[str, int]  # of the other phases, on the same chips
   held: Mapping[str, int]
   phases: Mapping[str, Phase]  # by name

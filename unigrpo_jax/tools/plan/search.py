@@ -27,11 +27,11 @@ import jax
 from unigrpo_jax import errors
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import config_files, sections
-from unigrpo_jax.tools.plan import chips, page
+from unigrpo_jax.tools.plan import chips, page, plans
 
 # Decoding images is left out: it takes longest to compile, and no key of a search changes it much.
 SAMPLING = ("layout", "read", "decode", "denoise")
-UPDATE = ("update",)
+UPDATE = plans.UPDATE
 # Trajectories of a microbatch on one way of data x fsdp, where the command names no microbatches.
 ROWS_OF_A_WAY = (1, 2, 4, 8)
 
