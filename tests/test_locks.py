@@ -1,6 +1,7 @@
 """One writer a folder: who is refused, and whose lock is no obstacle."""
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
   for part in (os.uname().nodename, f"process {os.getpid()}", "since 2", "pytest"):
     assert part in line
   assert not any(tmp_path.iterdir())  # also the folders that were made for it
+
+
+@pytest.mark.parametrize("command, arguments", [
+  ("train", ["--config=configs/unigrpo.py:tiny", "--workdir={}"]),
+  ("train", ["--config=configs/sft.py:tiny", "--workdir={}"]),
+  ("evaluate", ["--out={}"]),
+  ("tools.build", ["--workdir={}", "--out={}/out"]),
+  ("tools.compare", ["--workdir={}"]),
+])
+def test_every_command_that_fills_a_folder_holds_it(tmp_path, command, arguments):
+  main = importlib.import_module(f"unigrpo_jax.{command}").main
+  with _hold(tmp_path), pytest.raises(errors.InputError, match=f"={tmp_path} is in use by "):
+    main([argument.format(tmp_path) for argument in arguments])
 
 
 def test_a_file_is_left_by_no_error(tmp_path):
