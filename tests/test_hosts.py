@@ -97,7 +97,7 @@ def _start(commands, environ):
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={8 // len(commands)}")
   own = {
     "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
   }

@@ -42,7 +42,7 @@ def train(shallow, shards, tmp_path):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={2 // count}")
     environ = os.environ | {
       "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
       "GIT_DIR": os.devnull,  # hosts compare commits, and one may be made while they start
     }
     command = [
