@@ -78,7 +78,8 @@ def installed(built, tmp_path_factory):
 
 
 def _run(python, folder, command, *arguments):
-  environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+  ours = "PYTHONPATH", "XLA_FLAGS"  # of conftest.py: eight devices
+  environment = {key: value for key, value in os.environ.items() if key not in ours}
   return subprocess.run(
     [python, "-m", f"unigrpo_jax.{command}", *arguments], cwd=folder, env=environment,
     capture_output=True, text=True, timeout=1200,
