@@ -98,7 +98,7 @@ def compilations():
 
 def pytest_configure(config):
   # Tracing makes many objects that stay. By default all that live would be looked at over and over
-  # for cycles, for a fifth of the time that tracing takes.
+  # for cycles.
   gc.freeze()
   gc.set_threshold(50_000, 10, 10)
   # Compiled programs are kept where pytest keeps its own cache: one is compiled once, whichever
