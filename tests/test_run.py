@@ -7,23 +7,14 @@ import os
 import random
 import resource
 import signal
-import types as python_types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors, types
-from unigrpo_jax.runtime import (
-  checkpoints,
-  hosts,
-  metrics,
-  resumption,
-  run,
-  sharding,
-  state,
-)
+from tests import toy_run
+from unigrpo_jax import errors
+from unigrpo_jax.runtime import checkpoints, hosts, metrics, resumption, run, state
 
 REWARDS = {0: 0.1, 2: 0.9, 4: 0.5, 5: 0.3}  # of the evaluations, by step
 STEPS = 5
@@ -43,42 +34,9 @@ def _spec(**changes):
   return run.RunSpec(**values | changes)
 
 
-class Position:
-  """A stream whose place is the sum of what it gave."""
-
-  def __init__(self):
-    self.value = 0
-
-  def next(self):
-    self.value += 1
-    return self.value
-
-  def state(self):
-    return self.value
-
-  def restore(self, state):
-    self.value = state
-
-
 @pytest.fixture
 def network():
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return state.Network(python_types.SimpleNamespace(path="a/folder"), None, None, mesh)
-
-
-def _first_state(mesh):
-  kernel = jnp.sin(jnp.arange(SIZE))
-  made = types.TrainState(
-    step=jnp.int32(0), params={"llm2vae": {"kernel": kernel}}, opt_state=(), ema=None
-  )
-  return jax.device_put(made, sharding.replicated(mesh))
-
-
-def _moved(train_state, by):
-  return train_state.replace(
-    step=train_state.step + 1,
-    params=jax.tree.map(lambda a: 1.5 * a + by, train_state.params),
-  )
+  return toy_run.make_network("a/folder")
 
 
 def _train(network, workdir, spec, *, at=lambda place, step: None, pinned=None, values=None):
@@ -87,33 +45,16 @@ def _train(network, workdir, spec, *, at=lambda place, step: None, pinned=None, 
   Args:
     values: step -> further metrics of the step.
   """
-  mesh, stream = network.mesh, Position()
-  made = run.Run(
-    workdir, spec, network, positions={"prompt_position": stream}, pinned=pinned
-  )
-  where = jax.tree.map(lambda a: a.sharding, _first_state(mesh))
-  abstract = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _first_state(mesh)
-  )
-  train_state = made.restore(state.StateLayout(abstract, where), lambda: _first_state(mesh))
-
   def evaluate(params, step, between, wait):
     between()
     at("evaluation", step)
     between()
     return {"eval/plain/reward": REWARDS[step]}
 
-  with made:
-    made.evaluate(evaluate, train_state)
-    for step in made.steps():
-      by = stream.next()
-      made.raise_if_stopped()
-      at("step", step)
-      train_state = _moved(train_state, by)
-      made.commit(train_state, {"loss": 1.0 / step} | (values or {}).get(step, {}))
-      made.evaluate(evaluate, train_state)
-  made.finish(train_state)
-  return train_state
+  return toy_run.train(
+    network, workdir, spec, size=SIZE, evaluate=evaluate, in_step=lambda step: at("step", step),
+    metrics=lambda step, _: {"loss": 1.0 / step} | (values or {}).get(step, {}), pinned=pinned,
+  )
 
 
 def _rows(workdir):
@@ -137,9 +78,9 @@ def _check_whole(network, workdir, last):
   """What an uninterrupted run leaves: its rows, its last and its best checkpoint, its state."""
   assert _rows(workdir) == WHOLE
   assert _kept(workdir) == [2, STEPS]
-  expected = _first_state(network.mesh)
+  expected = toy_run.first_state(network.mesh, SIZE)
   for by in range(1, STEPS + 1):
-    expected = _moved(expected, by)
+    expected = toy_run.moved(expected, by)
   np.testing.assert_array_equal(last.params["llm2vae"]["kernel"],
                                 expected.params["llm2vae"]["kernel"])
   assert int(last.step) == STEPS
@@ -320,9 +261,10 @@ def test_nothing_is_saved_where_nothing_was_done(network, tmp_path):
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_rejected_update_leaves_the_state_before(network, tmp_path, step):
   """Its step and the outcome are named. Where the update moved something it cannot be saved."""
-  spec, before = _spec(checkpoint_every=9, evaluate_every=0), _first_state(network.mesh)
+  spec = _spec(checkpoint_every=9, evaluate_every=0)
+  before = toy_run.first_state(network.mesh, SIZE)
   for by in range(1, step):
-    before = _moved(before, by)
+    before = toy_run.moved(before, by)
   unmoved = errors.UpdateRejected("drift of 3, at most 1", before)
   with pytest.raises(errors.InputError) as error:
     _train(network, tmp_path / "a", spec, at=_raise_at("step", step, unmoved))
@@ -341,8 +283,9 @@ def test_a_rejected_update_leaves_the_state_before(network, tmp_path, step):
 
 def test_a_rejected_update_after_a_saved_step(network, tmp_path):
   """Its state is not saved twice, and where it was moved the step that was saved is named."""
+  first = toy_run.first_state(network.mesh, SIZE)
   for name, value, outcome in (
-    ("a", errors.UpdateRejected("drift", _first_state(network.mesh)), "the state before it is"),
+    ("a", errors.UpdateRejected("drift", first), "the state before it is"),
     ("b", errors.UpdateRejected("drift"), "the run continues from step 2"),
   ):
     with pytest.raises(errors.InputError, match=f"^step 3: drift; {outcome}"):
