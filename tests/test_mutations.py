@@ -20,7 +20,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import prompts, tokenizer
 from unigrpo_jax.models import adapters, safetensors_files, weight_files, weights
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.runtime import checkpoints, conversion, folders, metrics, stored_params
+from unigrpo_jax.runtime import checkpoints, conversion, folders, metrics
 from unigrpo_jax.supervised import corpus
 from unigrpo_jax.tools.report import workdir
 
@@ -146,17 +146,6 @@ def _manifest(folder, golden):
   return opened.path / folders.MANIFEST, load
 
 
-def _stored(folder, golden):
-  path, _ = _manifest(folder, golden)
-  opened = folders.open_folder(path.parent)
-
-  def load():
-    with stored_params.Reader(opened.path / folders.PARAMS, weights.table(opened.config)):
-      pass
-  [metadata] = (opened.path / folders.PARAMS).rglob("_METADATA")
-  return metadata, load
-
-
 def _adapter(folder, golden):
   path = folder / adapters.CONFIG_FILE
   path.write_text(json.dumps({
@@ -240,7 +229,6 @@ KINDS = {
   "llm_config.json": _config("llm_config.json"), "vit_config.json": _config("vit_config.json"),
   "bagel_config.json": _config("bagel_config.json"), "tokenizer_config.json": _tokenizer,
   "unigrpo_jax.json": _manifest, "adapter_config.json": _adapter,
-  "params/_METADATA": _stored,
   "prompts .txt": _prompts("p.txt", "a red kite\ntwo boats \u8272\n"),
   "prompts .jsonl": _prompts("p.jsonl", (
     '{"prompt": "a red kite", "tag": "color", "include": [{"class": "kite", "count": 1}]}\n'
@@ -252,7 +240,7 @@ KINDS = {
   "checkpoint metadata": _checkpoint,
 }
 # Milliseconds each, through libraries.
-SLOW = {"tokenizer_config.json", "checkpoint metadata", "params/_METADATA"}
+SLOW = {"tokenizer_config.json", "checkpoint metadata"}
 
 
 def _files(folder):
