@@ -148,8 +148,9 @@ def _keys():
 @functools.cache
 def _sources():
   """The text of all code."""
-  folders = [ROOT / name for name in ("unigrpo_jax", "configs", "launch")]
+  folders = [ROOT / name for name in ("unigrpo_jax", "configs", "launch", "tests")]
   paths = [path for folder in folders for path in sorted(folder.rglob("*"))]
+  paths.remove(pathlib.Path(__file__))  # it has wrong ones
   return "\n".join(path.read_text() for path in paths if path.suffix in (".py", ".sh", ".yaml"))
 
 
