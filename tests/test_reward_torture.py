@@ -83,7 +83,8 @@ def test_a_client_takes_damaged_answers_for_none(count):
         answers.append(1)
 
   threading.Thread(target=answer_each, daemon=True).start()
-  reward = shared.client(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=0, timeout=30)
+  url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+  reward = shared.client(url, retries=0, outage=0, timeout=30)
   missing = 0
   for _ in range(count):
     scores = rewards.evaluate(reward, samples)

@@ -1,8 +1,10 @@
 """The client of the reward protocol, against servers with scripted answers."""
 
 import contextlib
+import gc
 import http.server
 import json
+import pathlib
 import socket
 import threading
 import time
@@ -332,3 +334,16 @@ def test_an_answer_that_breaks_off_may_be_whole_the_next_time(scripted, monkeypa
   ))
   scores = shared.client(server.url, retries=0)(shared.numbered(1))
   assert scores.temporary and "broke off" in scores.reason
+
+
+def test_failures_leave_no_sockets_open(scripted):
+  reward = shared.client(scripted((200, b"[" * 100_000), FAILED, 0.0).url, retries=3)
+  gc.disable()
+  try:
+    before = len(list(pathlib.Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+      reward(shared.numbered(1))
+    time.sleep(0.2)  # The server's ends.
+    assert len(list(pathlib.Path("/proc/self/fd").iterdir())) <= before + 2
+  finally:
+    gc.enable()

@@ -157,12 +157,13 @@ class Http:
         self._note_answer(scored=True)
         return scores
       except _Unreachable as error:
-        failure, is_awaited = error, self._note_away(error)
-      except _Failed as error:
+        kind, reason, is_awaited = _Unreachable, str(error), self._note_away(error)
+      except _Temporary as error:
         self._note_answer()
-        if not isinstance(error, _Temporary):
-          raise
-        failure, is_awaited = error, False
+        kind, reason, is_awaited = _Temporary, str(error), False
+      except _Failed:
+        self._note_answer()
+        raise
       wait = self._backoff * 2 ** min(attempt, 16) * self._jitter.uniform(0.5, 1.5)
       if attempt >= self._retries:
         if not is_awaited:
@@ -170,13 +171,13 @@ class Http:
         wait = max(wait, OUTAGE_WAIT)
       if self._closed.wait(min(wait, LONGEST_WAIT)):
         break
-    raise type(failure)(f"{failure}; attempts: {attempt + 1}")
+    raise kind(f"{reason}; attempts: {attempt + 1}")
 
   def _note_answer(self, scored: bool = False) -> None:
     with self._lock:
       since, self._away_since = self._away_since, None
       self._has_scored |= scored
-      if since is not None and self._has_scored:
+      if since is not None and self._has_scored and self._outage:
         _log.warning("%s answers again, after %.0f s", self._name, time.monotonic() - since)
 
   def _note_away(self, error: _Unreachable) -> bool:
@@ -185,12 +186,13 @@ class Http:
     with self._lock:
       if self._away_since is None:
         self._away_since = now
-        if self._has_scored:
+        if self._has_scored and self._outage:
           _log.warning("%s: %s; waiting up to %g s for it", self._name, error, self._outage)
       return self._has_scored and now < self._away_since + self._outage
 
   def _attempt(self, body: bytes, count: int) -> list[float]:
     connection, limit, sock = self._connect(), ANSWER + ANSWER_A_SAMPLE * count, None
+    response = None
     try:
       connection.connect()
       sock = connection.sock
@@ -209,11 +211,13 @@ class Http:
     except TimeoutError:
       raise _Unreachable(f"no answer within {self._timeout:g} s") from None
     except (OSError, http.client.HTTPException) as error:
-      raise _Unreachable(f"no answer ({type(error).__name__}: {error})") from None
+      raise _Unreachable(f"no answer ({errors.describe(error)})") from None
     finally:
       with self._lock:
         self._open.discard(sock)
       connection.close()
+      if response is not None:  # It has the socket of a connection that the server ends.
+        response.close()
     if status == 200:
       return _read_scores(answer, count, limit)
     failure = _Temporary if status >= 500 or status in TEMPORARY else _Failed
