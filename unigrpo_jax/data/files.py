@@ -48,7 +48,8 @@ def is_object(path: pathlib.Path) -> bool:
 def append_text(path: pathlib.Path, text: str) -> None:
   """Adds to the end of a text file; an object is written anew."""
   if is_object(path):
-    path.write_text((path.read_text() if path.exists() else "") + text)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(before + text, encoding="utf-8")
     return
   with path.open("a", encoding="utf-8") as file:
     file.write(text)

@@ -144,7 +144,8 @@ def _machine() -> str:
   """Host name, boot and namespace of process ids: containers share the first or the second."""
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):
-    parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    parts.append(boot.strip())
     parts.append(os.readlink("/proc/self/ns/pid"))
   return " ".join(parts)
 
@@ -158,7 +159,7 @@ def _started(pid: int) -> str | None:
   except OSError:  # of another user
     return ""
   try:
-    text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    text = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
   except OSError:
     return ""
   state, *fields = text.rpartition(")")[2].split()
