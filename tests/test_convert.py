@@ -274,7 +274,7 @@ def test_a_failure_leaves_nothing(official, converted, tmp_path, failure, exists
     def update(self, nbytes):
       raise failure
 
-  monkeypatch.setattr(conversion.metrics, "progress", lambda *_, **__: Progress(Progress()))
+  monkeypatch.setattr(conversion.progress, "bar", lambda *_, **__: Progress(Progress()))
   before = digests(tmp_path)
   new = converted if exists else tmp_path / "deep" / "new"
   with pytest.raises(type(failure)):

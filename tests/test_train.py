@@ -42,7 +42,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(shallow, tmp_path, monke
   """Stopped by a signal after step 1 and resumed: the state, metrics and export of four steps."""
   whole = _train(_config(shallow, f"export_to={tmp_path / 'a'}"), tmp_path / "whole")
   with monkeypatch.context() as patch:
-    patch.setattr(stopping, "stop_on_signal", lambda event: contextlib.nullcontext(event.set()))
+    patch.setattr(stopping, "stop_on_signal", lambda event, *_: contextlib.nullcontext(event.set()))
     stopped = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")
   assert int(stopped.step) == 1 and not (tmp_path / "b").exists()
   parts = _train(_config(shallow, f"export_to={tmp_path / 'b'}"), tmp_path / "parts")
@@ -112,7 +112,7 @@ def test_a_place_for_the_export_is_looked_at_first(shallow, tmp_path):
   mine = tmp_path / "mine"
   mine.mkdir()
   (mine / "notes.txt").write_text("")
-  with pytest.raises(errors.InputError, match="config.export_to: target .*mine is not a model fol"):
+  with pytest.raises(errors.InputError, match="config.export_to: target .*mine holds something else"):
     _train(_config(shallow, f"export_to={mine}"), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
 
