@@ -102,13 +102,13 @@ def pytest_configure(config):
   gc.freeze()
   gc.set_threshold(50_000, 10, 10)
   # Compiled programs are kept where pytest keeps its own cache: one is compiled once, whichever
-  # worker, test or process that a test starts needs it, and a second run is quick. The short ones
-  # are kept too: a small training has 88 programs.
+  # worker, test or process that a test starts needs it, and a second run is quick. Of short ones,
+  # keeping takes longer than compiling.
   cache = getattr(config, "cache", None)
   if cache is not None:
     for name, value in (
       ("jax_compilation_cache_dir", str(cache.mkdir("jax"))),
-      ("jax_persistent_cache_min_compile_time_secs", 0.0),
+      ("jax_persistent_cache_min_compile_time_secs", 0.5),
     ):
       jax.config.update(name, value)
       os.environ[name.upper()] = str(value)

@@ -147,6 +147,7 @@ def run(shallow, tmp_path):
   return run
 
 
+@pytest.mark.slow
 def test_two_hosts_die_resume_stop_and_equal_one(run, tmp_path):
   """One of two is killed; the run continues until one gets a signal: it is that of one host.
 

@@ -112,7 +112,7 @@ def test_a_place_for_the_export_is_looked_at_first(shallow, tmp_path):
   mine = tmp_path / "mine"
   mine.mkdir()
   (mine / "notes.txt").write_text("")
-  with pytest.raises(errors.InputError, match="config.export_to: target .*mine holds something else"):
+  with pytest.raises(errors.InputError, match="export_to: target .*mine holds something else"):
     _train(_config(shallow, f"export_to={mine}"), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
 
@@ -148,6 +148,7 @@ def test_what_every_run_may_change_when_it_resumes(kind):
     resumption.check(before, other, resumption.mutable_keys(before, other, mutable), {})
 
 
+@pytest.mark.slow
 def test_another_microbatch_is_the_same_run(shallow, tmp_path):
   """Two steps of two microbatches, two of one: the metrics of four steps, but for rounding."""
   # A large epsilon: an update is then as exact as its gradient, and not the sign of a rounding.
