@@ -214,6 +214,7 @@ def test_sampling_has_a_mesh_of_its_own():
   assert any("--config.rollout.tensor=2: about 1.50 GiB" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_plan_with_fewer_tensor_ways_of_sampling():
   """The parameters are whole where the update has them in parts; the update has its own mesh."""
   plan = {}

@@ -164,7 +164,7 @@ def test_the_best_checkpoint_stays(whole):
 @pytest.mark.parametrize("looks", [
   pytest.param(0, id="before the first evaluation", marks=pytest.mark.slow),
   pytest.param(1, id="while sampling"),
-  pytest.param(3, id="in an update"),
+  pytest.param(3, id="in an update", marks=pytest.mark.slow),
   pytest.param(6, id="before an evaluation", marks=pytest.mark.slow),
 ])
 def test_an_interrupted_run_equals_an_uninterrupted_one(
@@ -270,6 +270,7 @@ def test_a_sampler_that_drifts_moves_nothing(shallow, whole, tmp_path):
   chex.assert_trees_all_equal(last.params, whole[1].params)
 
 
+@pytest.mark.slow  # tests/test_run.py has an evaluation that fails, of a toy
 def test_an_evaluation_that_fails_loses_nothing(shallow, tmp_path, monkeypatch):
   config = _config(shallow, checkpoint_every=100, writers=())
   calls = []
@@ -349,9 +350,9 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   chex.assert_trees_all_equal(first.reference, last.params)  # its policy before the first step
 
 
-@pytest.mark.parametrize(
-  "name, broken", [("nft", "rollout"), ("awm", "rollout"), ("fpo", "update")]
-)
+@pytest.mark.parametrize("name, broken", [
+  ("nft", "rollout"), pytest.param("awm", "rollout", marks=pytest.mark.slow), ("fpo", "update"),
+])
 def test_other_objectives_train_and_what_diverged_is_not_saved(
   shallow, tmp_path, monkeypatch, name, broken
 ):
