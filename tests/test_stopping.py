@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests import test_run
+from tests import test_run, toy_run
 from unigrpo_jax.runtime import run, stopping
 
 network = test_run.network  # its fixture
@@ -62,9 +62,9 @@ def test_signals_are_caught_only_while_it_is_entered():
 def test_a_run_that_waits_for_what_never_comes_is_saved(network, tmp_path, capsys, place):
   made = run.Run(
     tmp_path, test_run._spec(evaluate_every=99, checkpoint_every=99, steps=3), network,
-    positions={"prompt_position": test_run.Position()},
+    positions={"prompt_position": toy_run.Position()},
   )
-  train_state = made.restore(None, lambda: test_run._first_state(network.mesh))
+  train_state = made.restore(None, lambda: toy_run.first_state(network.mesh, test_run.SIZE))
 
   def hang(wait):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -78,7 +78,7 @@ def test_a_run_that_waits_for_what_never_comes_is_saved(network, tmp_path, capsy
     for step in made.steps():
       if step == 3 and place == "step":
         hang(made.wait)
-      train_state = test_run._moved(train_state, 1)
+      train_state = toy_run.moved(train_state, 1)
       made.commit(train_state, {"loss": 1.0})
       made.evaluate(evaluate, train_state)
   last = 2 if place == "step" else 3
