@@ -121,6 +121,13 @@ def choose(name: str, value: Any, options: Collection[str]) -> None:
     raise InputError(f"{name}={shown(value)} is none of {', '.join(options)}{hint}")
 
 
+def first_line(error: BaseException, default: str = "") -> str:
+  """The first line of an error's message, at most 200 characters; without one `default`, or else
+  the kind of the error.
+  """
+  return (str(error).strip() or default or type(error).__name__).splitlines()[0][:200]
+
+
 def line(error: BaseException) -> str:
   """The message of an error in one line; of a long one, which quotes a damaged file, both ends."""
   text = " ".join(str(error).split())

@@ -190,16 +190,19 @@ def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool
   end = time.monotonic() + seconds
   if futures.wait(chunks, seconds).not_done:
     return False
-  read = [chunk.result() for chunk in chunks if chunk.exception() is None]
-  return all(part.scores.wait(end - time.monotonic()) for part in read)
+  return all(scores.wait(end - time.monotonic()) for scores in _scores(chunks))
 
 
 def _awaited(chunks: Sequence[futures.Future[Pending]]) -> str:
   """What `_finished` waits for; "" for nothing."""
   if not all(chunk.done() for chunk in chunks):
     return "images"
-  read = [chunk.result() for chunk in chunks if chunk.exception() is None]
-  return _names([name for part in read for name in part.scores.awaited()])
+  return _names([name for scores in _scores(chunks) for name in scores.awaited()])
+
+
+def _scores(chunks: Sequence[futures.Future[Pending]]) -> list[Any]:
+  """Of the chunks, which are done, those whose reading did not fail; see `Pending.scores`."""
+  return [chunk.result().scores for chunk in chunks if chunk.exception() is None]
 
 
 def _names(awaited: Sequence[str]) -> str:

@@ -171,8 +171,7 @@ def _failing(path: Any) -> Iterator[None]:
     text = "no such bucket or object" if number == errno.ENOENT else os.strerror(number)
     raise OSError(number, text, str(path)) from error
   except Exception as error:
-    text = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
-    text = (str(error).strip() or text).splitlines()[0][:200]
+    text = errors.first_line(error, "no answer" if isinstance(error, TimeoutError) else "")
     if str(getattr(error, "code", "")) in ("401", "403") or "Forbidden" in text:
       text = f"{text}: does this need gcloud auth application-default login?"
       raise OSError(errno.EACCES, text, str(path)) from error

@@ -64,7 +64,7 @@ def build(
     if type(error) is not RuntimeError:
       raise
     # ArrayRecord's error where the disk is full.
-    raise errors.of_storage(error, target, "written", _first_line(error)) from error
+    raise errors.of_storage(error, target, "written", errors.first_line(error)) from error
   return target / VERSION
 
 
@@ -98,7 +98,7 @@ class Split:
       fields = sorted(builder.info.features)
     except Exception as error:  # TFDS raises whatever its parsers raise.
       raise errors.InputError(
-        f"{folder}: not a readable TFDS folder ({_first_line(error)}); {_BUILD_AGAIN}"
+        f"{folder}: not a readable TFDS folder ({errors.first_line(error)}); {_BUILD_AGAIN}"
       ) from None
     if not {"prompt", "metadata"} <= set(fields):
       raise errors.InputError(
@@ -123,9 +123,5 @@ class Split:
     except Exception as error:  # Of ArrayRecord, protobuf or JSON.
       raise errors.InputError(
         f"{self._folder}: record {i} of split {self._split} cannot be read "
-        f"({_first_line(error)}); {_BUILD_AGAIN}"
+        f"({errors.first_line(error)}); {_BUILD_AGAIN}"
       ) from None
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 import pathlib
 import zlib
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 
 FILE = "checksums.json"
 # A file that is larger is known by its size, its beginning and its end, this many bytes in all: a
@@ -18,7 +17,7 @@ _READ_BYTES = 2**24
 
 def write(folder: pathlib.Path) -> None:
   """Writes FILE into a complete checkpoint."""
-  values = {name: of(path) for name, path in _files(folder)}
+  values = {name: of(path) for name, path in _files(folder).items()}
   atomic.write_text(folder / FILE, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
@@ -37,23 +36,19 @@ def verify(folder: pathlib.Path) -> None:
     return
   except (AttributeError, TypeError, ValueError):
     raise errors.Damaged(f"{folder} is damaged: {FILE} cannot be read") from None
-  files = dict(_files(folder))
+  found = _files(folder)
   for name, value in expected.items():
-    if name not in files:
+    if name not in found:
       raise errors.Damaged(f"{folder} is damaged: {name} is missing")
-    if (size := files[name].stat().st_size) != value[0]:
+    if (size := found[name].stat().st_size) != value[0]:
       raise errors.Damaged(f"{folder} is damaged: {name} has {size} bytes, not {value[0]}")
-    if of(files[name]) != value:
+    if of(found[name]) != value:
       raise errors.Damaged(f"{folder} is damaged: the checksum of {name} is not its own")
 
 
-def _files(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
-  """(name within the folder, path) of all files but FILE."""
-  for path in sorted(folder.iterdir()):  # Object stores have no rglob.
-    if path.is_dir():
-      yield from ((f"{path.name}/{name}", file) for name, file in _files(path))
-    elif path.name != FILE:
-      yield path.name, path
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{name within the folder: path} of all files but FILE."""
+  return {str(path.relative_to(folder)): path for path in files.tree(folder) if path.name != FILE}
 
 
 def of(path: pathlib.Path) -> tuple[int, int]:

@@ -17,13 +17,14 @@ from typing import Any
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
+from unigrpo_jax.models import weight_files
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 _SECONDS = 5  # that one request may take; the library retries a few times
 CONFIGS = ("*.json", "*.txt", "*.md", "LICENSE*")
 WEIGHTS = ("*.safetensors",)
 # What a repository that has the first of these is read from; other weights in it are left there.
-_RELEASED = ("ema.safetensors", "ae.safetensors")
+_RELEASED = tuple(weight_files.FILES.values())
 
 
 def find(source: str | os.PathLike, patterns: Sequence[str] = (*CONFIGS, *WEIGHTS)) -> pathlib.Path:
@@ -148,7 +149,7 @@ def _failure(source: Any, error: Exception) -> errors.InputError:
       f"{source}: no such folder, and the cache of the Hugging Face hub does not hold it; "
       "HF_HUB_OFFLINE is set: unset it to download, or set HF_HOME to the cache that has it"
     )
-  reason = next((line for line in str(error).splitlines() if line.strip()), kind)[:200]
+  reason = errors.first_line(error)
   if kind in (
     "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "HFValidationError"
   ):

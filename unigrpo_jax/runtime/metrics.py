@@ -178,7 +178,7 @@ def _wandb_advice() -> Iterator[None]:
   try:
     yield
   except Exception as error:  # its own kinds, and those of what it connects with
-    reason = " ".join(str(error).split()).rstrip(".")
+    reason = errors.line(error).rstrip(".")
     raise errors.InputError(
       f"metrics writer 'wandb': {type(error).__name__}: {reason}; run `wandb login` or set "
       "WANDB_API_KEY, or set WANDB_MODE=offline to upload later, or leave 'wandb' out"
