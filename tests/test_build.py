@@ -28,6 +28,7 @@ def _files(folder):
   return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkeypatch):
   _build(tmp_path / "once", tmp_path / "a")
 

@@ -83,6 +83,21 @@ def test_bad_input_has_its_status_without_a_reader(tmp_path):
   assert status == 2 and err.endswith(b"error: \\u8272 is wrong\n")
 
 
+def test_streams_made_safe_twice_outlive_the_one_they_replace():
+  code = """
+import os, sys
+from unigrpo_jax import terminal
+sys.stdout = open(os.devnull, "w")
+for _ in range(2):
+  terminal.make_streams_safe()
+  print("dropped", flush=True)
+print("printed", file=sys.stderr)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (0, "printed\n")
+
+
 def test_text_of_a_command_line_is_utf_8_in_any_locale():
   code = "from unigrpo_jax import generate as g; print(ascii(g.parse_args().prompt))"
   done = subprocess.run(

@@ -78,7 +78,7 @@ def _checkpoints(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
-@pytest.mark.parametrize("bad_step", [1, 3])
+@pytest.mark.parametrize("bad_step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_hosts_stop_at_a_bad_example_of_one_and_continue_as_one_host(
   train, shards, tmp_path, bad_step
 ):

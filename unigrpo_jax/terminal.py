@@ -23,23 +23,30 @@ def make_streams_safe() -> None:
       null = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
       setattr(sys, name, null)
       continue
+    if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Descriptor):
+      continue
     try:
-      descriptor = stream.fileno()
+      descriptor = _Descriptor(stream)
     except (AttributeError, OSError, ValueError):
       continue
     with contextlib.suppress(OSError):
       stream.flush()
     setattr(sys, name, io.TextIOWrapper(
-      io.BufferedWriter(_Descriptor(descriptor, "wb", closefd=False)), encoding=stream.encoding,
-      errors="backslashreplace", line_buffering=True,
+      io.BufferedWriter(descriptor), encoding=stream.encoding, errors="backslashreplace",
+      line_buffering=True,
     ))
 
 
 class _Descriptor(io.FileIO):
-  """A file descriptor whose writes do not fail: after the first that does, it is the null device.
+  """A stream's file descriptor, whose writes do not fail: after the first that does, it is the
+  null device.
 
   The descriptor itself is replaced, so it holds for native code and for older stream objects too.
   """
+
+  def __init__(self, stream):
+    super().__init__(stream.fileno(), "wb", closefd=False)
+    self._stream = stream  # Which would close the descriptor when nothing refers to it.
 
   def write(self, data) -> int:
     try:
