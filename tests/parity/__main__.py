@@ -19,7 +19,7 @@ from unigrpo_jax import errors
 
 # Importing a module of cases registers them.
 from tests.parity import algo, flow, inferencer, objectives, tables, text, training  # noqa: F401  isort: skip
-from tests.parity import transitions, vision  # noqa: F401  isort: skip
+from tests.parity import benchmarks, transitions, vision  # noqa: F401  isort: skip
 
 # What gives away a file's kind where its name is not one that a case asks for (a second edit, say).
 SIGNS = {

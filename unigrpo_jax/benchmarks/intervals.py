@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import math
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
 LEVEL = 0.95  # Probability of the interval.
+NORMAL = 1.96  # Standard errors from the mean to an end of the normal interval.
 EQUAL = 1e-6  # Relative difference of equal values: rewards are rounded to float32.
 
 
@@ -46,3 +48,88 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
   total = m * (1 - m) / variance - 1
   ends = scipy.stats.beta.interval(LEVEL, m * total, (1 - m) * total, low, high - low)
   return mean, min(mean, float(ends[0])), max(mean, float(ends[1]))
+
+
+# Of prompts: images of one prompt are not independent, so a prompt is one value, m_p.
+
+
+class Estimate(NamedTuple):
+  """A mean over prompts and its standard error, NaN where there are fewer than two."""
+
+  mean: float
+  se: float
+  prompts: int
+
+  @property
+  def half(self) -> float:
+    """Half the width of the 95 % interval."""
+    return NORMAL * self.se
+
+
+def prompt_means(values: Sequence[float], prompts: Sequence[Hashable]) -> dict[Hashable, float]:
+  """{prompt: mean over its images, m_p}; an image whose value is NaN is left out.
+
+  Args:
+    values: of each image, [N].
+    prompts: of each image, [N].
+  """
+  by_prompt: dict[Hashable, list[float]] = {}
+  for value, prompt in zip(values, prompts, strict=True):
+    if not math.isnan(value):
+      by_prompt.setdefault(prompt, []).append(float(value))
+  return {prompt: math.fsum(images) / len(images) for prompt, images in by_prompt.items()}
+
+
+def clustered(values: Sequence[float], prompts: Sequence[Hashable]) -> Estimate:
+  """The mean over all images, with SE = sd(m_p) / sqrt(P), ddof 1; arguments of `prompt_means`."""
+  finite = [float(value) for value in values if not math.isnan(value)]
+  means = list(prompt_means(values, prompts).values())
+  se = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+  return Estimate(math.fsum(finite) / len(finite) if finite else math.nan, se, len(means))
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+  """The mean of C independent means, with SE = sqrt(sum of SE_c^2) / C."""
+  count = len(estimates)
+  if not count:
+    return Estimate(math.nan, math.nan, 0)
+  return Estimate(
+    math.fsum(part.mean for part in estimates) / count,
+    math.sqrt(math.fsum(part.se**2 for part in estimates)) / count,
+    sum(part.prompts for part in estimates),
+  )
+
+
+def paired(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Estimate:
+  """The mean of a - b over the prompts that both `prompt_means` have, drawn from the same noise."""
+  both = [prompt for prompt in a if prompt in b]
+  return clustered([a[prompt] - b[prompt] for prompt in both], both)
+
+
+def bootstrap(
+  statistic: Callable[[np.ndarray], float], rows: np.ndarray, *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+  """(value, low, high) of what is no mean: the central 95 % of `draws` resamples of the prompts.
+
+  Args:
+    statistic: of rows; a NaN of a resample is left out.
+    rows: [P, ...], one a prompt.
+    draws, seed: of the resamples.
+  """
+  rows = np.asarray(rows)
+  if not len(rows):
+    return math.nan, math.nan, math.nan
+  rng = np.random.default_rng(seed)
+  made = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+  made = np.asarray(made)[np.isfinite(made)]
+  ends = np.quantile(made, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if made.size else [math.nan] * 2
+  return float(statistic(rows)), float(ends[0]), float(ends[1])
+
+
+def across_seeds(values: Sequence[float]) -> tuple[float, float]:
+  """(mean, half width) of n runs: t_{n-1, 0.975} sd / sqrt(n); NaN for fewer than two."""
+  values = np.asarray(values, float)
+  if values.size < 2:
+    return float(values.mean()) if values.size else math.nan, math.nan
+  t = float(scipy.stats.t.ppf((1 + LEVEL) / 2, values.size - 1))
+  return float(values.mean()), t * float(values.std(ddof=1)) / math.sqrt(values.size)
