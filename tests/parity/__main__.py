@@ -19,7 +19,7 @@ from unigrpo_jax import errors
 
 # Importing a module of cases registers them.
 from tests.parity import algo, flow, inferencer, objectives, tables, text, training  # noqa: F401  isort: skip
-from tests.parity import benchmarks, transitions, vision  # noqa: F401  isort: skip
+from tests.parity import benchmarks, reward, transitions, vision  # noqa: F401  isort: skip
 
 # What gives away a file's kind where its name is not one that a case asks for (a second edit, say).
 SIGNS = {
@@ -38,6 +38,7 @@ SIGNS = {
   r"out_schedule_.+": "l_tables",
   r"out_infer_velocity": "m_train_vs_infer",
   r"in_init_noise": "f_generate_nocfg",
+  r"p_yes/.+/logits": "reward",
 }
 
 

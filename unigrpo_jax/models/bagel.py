@@ -46,7 +46,8 @@ class Bagel(nn.Module):
     )(c.llm, self.dtype, self.param_dtype, self.lora, self.lowering)
     self.norm = FinalNorms(c.llm.rms_norm_eps, self.dtype, self.param_dtype)
     # What the heads say stays in float32: bf16 would move a log-probability by up to 0.06.
-    heads = kinds | dict(out_dtype=jnp.float32, own_gradient=self.lowering.own_gradients)
+    wide = layers.at_least_float32(self.dtype)
+    heads = kinds | dict(out_dtype=wide, own_gradient=self.lowering.own_gradients)
     self.lm_head = layers.Linear((c.llm.vocab_size,), ("embed", "vocab"), use_bias=False, **heads)
     self.time_embedder = layers.TwoLayer(width, "silu", **kinds)
     self.vae2llm = layers.Linear((width,), (None, "embed"), **kinds)

@@ -22,6 +22,11 @@ def matmul_precision(dtype):
   return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def at_least_float32(dtype):
+  """The dtype of what bfloat16 would blur: float32, or float64 where that was asked for."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 LORA_DOWN, LORA_UP = "lora_down", "lora_up"
 
 
@@ -215,7 +220,7 @@ class RMSNorm(nn.Module):
       "scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
       (x.shape[-1],), self.param_dtype,
     )
-    x = x.astype(jnp.float32)
+    x = x.astype(at_least_float32(x.dtype))
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
     # The official code rounds before it multiplies by the weight.
     return x.astype(self.dtype) * scale.astype(self.dtype)

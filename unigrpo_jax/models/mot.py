@@ -45,7 +45,8 @@ class Attention(nn.Module):
     self.o = layers.Linear(
       (c.hidden_size,), ("heads", "head_dim", "embed"), use_bias=False, **kinds
     )
-    norm = lambda: layers.RMSNorm(c.rms_norm_eps, jnp.float32, self.param_dtype)
+    wide = layers.at_least_float32(self.dtype)
+    norm = lambda: layers.RMSNorm(c.rms_norm_eps, wide, self.param_dtype)
     self.q_norm, self.k_norm = norm(), norm()
 
   def project(self, x, position):

@@ -77,7 +77,11 @@ def _scores(q, reach, keys, precision):
 
 
 def _product(precision):
-  return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+  def product(letters, a, b):
+    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=wide)
+
+  return product
 
 
 def _by_key(a, keys):

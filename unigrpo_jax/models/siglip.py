@@ -71,10 +71,12 @@ class MLP(nn.Module):
     return layers.Linear((width,), ("mlp", "embed"), name="fc2", **kinds)(x)
 
 
-def layer_norm(epsilon: float, param_dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-  """LayerNorm in float32 whatever the network's dtype; two-pass variance, so no cancellation."""
+def layer_norm(
+  epsilon: float, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
+) -> nn.LayerNorm:
+  """LayerNorm in float32 for a network in bfloat16 too; two-pass variance, so no cancellation."""
   return nn.LayerNorm(
-    epsilon=epsilon, dtype=jnp.float32, param_dtype=param_dtype,
+    epsilon=epsilon, dtype=layers.at_least_float32(dtype), param_dtype=param_dtype,
     scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
     use_fast_variance=False, name=name,
@@ -92,7 +94,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
     sizes = (self.config, self.dtype, self.param_dtype)
-    norm = (self.config.layer_norm_eps, self.param_dtype)
+    norm = (self.config.layer_norm_eps, self.dtype, self.param_dtype)
     with jax.named_scope("attention"):
       y = layer_norm(*norm, "norm1")(x)
       x = x + Attention(*sizes, self.lowering, name="attention")(y, mask)
@@ -138,4 +140,5 @@ class SigLIP(nn.Module):
         Block, config.num_layers, in_axes=nn.broadcast, unroll=self.lowering.unroll
       )
       x, _ = stack(config, self.dtype, self.param_dtype, self.lowering, name="layers")(x, mask)
-    return layer_norm(config.layer_norm_eps, self.param_dtype, "post_norm")(x).astype(self.dtype)
+    norm = layer_norm(config.layer_norm_eps, self.dtype, self.param_dtype, "post_norm")
+    return norm(x).astype(self.dtype)

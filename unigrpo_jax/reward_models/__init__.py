@@ -1,0 +1,1 @@
+"""Learned rewards, differentiable in the pixels: what asks a BAGEL about a picture."""

@@ -1,0 +1,305 @@
+"""A judge: the probability that a BAGEL answers "yes" when asked whether a picture shows a prompt.
+
+  judge, params = open_judge("tiny_judge")
+  questions = judge.questions(["two red kites"])
+  rewards = judge.score(params, pixels, questions)      # [B], differentiable in pixels
+
+The sequence is BAGEL's of answering: [vision_start] ViT tokens [vision_end], [im_start] question
+[im_end], [im_start]; the reward is read from the logits at that last token. The picture comes
+first, so that the question reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax import errors, types
+from unigrpo_jax.data import files
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.data import tokenizer as tokenizer_lib
+from unigrpo_jax.episodes import requests
+from unigrpo_jax.models import bagel
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.reward_models import readout as readout_lib
+from unigrpo_jax.reward_models import resize as resize_lib
+from unigrpo_jax.runtime import checksums, folders, sharding, state
+
+FILE = "reward.json"
+TINY = "tiny_judge"  # The embedded judge, wherever a judge's folder is expected.
+TINY_FOLDER = folders.TINY_FOLDER.with_name(TINY)
+# Of FILE: what decides a score, with the kind of each value; "metrics" stand beside them.
+_KINDS = {
+  "question": str, "yes_id": int, "no_id": int, "tau": (int, float), "readout": str,
+  "vit_max": int, "prompt_form": str, "clip": str, "checksums": dict,
+}
+QUESTION = 'Does this image match the prompt "{prompt}"? Answer yes or no.'
+TINY_QUESTION = "does it show {prompt}? yes or no"
+YES, NO = "yes", "no"
+CLIPS = ("hard", "none")
+PROMPT_FORMS = ("prompt", "plain")
+BUCKET = 16  # Questions are padded to a multiple of so many tokens.
+
+
+@struct.dataclass
+class Questions:
+  """B questions, as the network reads them after a picture."""
+
+  ids: jax.Array  # [im_start] question [im_end] [im_start], padded: [B, T] int32
+  lengths: jax.Array  # without the padding, [B] int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+  """All about a judge that is static; its parameters are an argument of `score`.
+
+  Attributes:
+    model: the network.
+    tokenizer: its tokenizer.
+    yes_id, no_id: first ids of the two answers; see `answer_ids`.
+    question: asked about a picture; holds "{prompt}" once.
+    prompt_form: "prompt": what the user wrote; "plain": see `questions`.
+    readout: one of `readout.READOUTS`.
+    tau: temperature of the two logits.
+    vit_max: longest side of what the ViT sees, pixels.
+    clip: "hard": pixels beyond [-1, 1] are clipped and have no gradient; "none": they stay.
+    checksum: of the folder that it came from; "" for none.
+  """
+
+  model: bagel.Bagel
+  tokenizer: tokenizer_lib.Tokenizer
+  yes_id: int
+  no_id: int
+  question: str = QUESTION
+  prompt_form: str = "prompt"
+  readout: str = "two_token"
+  tau: float = 1.0
+  vit_max: int = 980
+  clip: str = "hard"
+  checksum: str = ""
+
+  def __post_init__(self):
+    errors.choose("readout", self.readout, readout_lib.READOUTS)
+    errors.choose("prompt_form", self.prompt_form, PROMPT_FORMS)
+    errors.choose("clip", self.clip, CLIPS)
+    errors.require("tau", self.tau, above=0)
+    if self.question.count("{prompt}") != 1:
+      raise errors.InputError(
+        f"question={errors.shown(self.question)} must hold {{prompt}} once, where the prompt goes"
+      )
+    stride = self.vit_rule.stride
+    errors.require("vit_max", self.vit_max, integer=True, low=stride)
+    if self.vit_max % stride:
+      raise errors.InputError(
+        f"vit_max={self.vit_max} is not a multiple of {stride}, the ViT's patch; "
+        f"try {self.vit_max // stride * stride}"
+      )
+
+  @property
+  def vit_rule(self) -> config_lib.ImageSizeRule:
+    """How a picture is resized for the ViT."""
+    rule = self.model.config.vit_image
+    return dataclasses.replace(
+      rule, max_size=self.vit_max, min_size=min(rule.min_size, self.vit_max)
+    )
+
+  def questions(self, prompts: Sequence[str]) -> Questions:
+    """The questions about B prompts; on the host.
+
+    Raises:
+      InputError: a prompt is empty, holds the quotation marks that the question puts around it, or
+        is too long for the network. None is cut: a part of a prompt is another question.
+    """
+    rows = [self._encode(prompt) for prompt in prompts]
+    ids, mask = requests.pad_rows(rows, BUCKET)
+    return Questions(ids, mask.sum(axis=1).astype(np.int32))
+
+  def _encode(self, prompt: str) -> list[int]:
+    if not prompt.strip():
+      raise errors.InputError("a prompt is empty; the judge needs to know what to look for")
+    before, after = self.question.split("{prompt}")
+    if before.endswith('"') and after.startswith('"') and '"' in prompt:
+      raise errors.InputError(
+        f"prompt {errors.shown(prompt)} holds quotation marks, and the judge's question puts it "
+        "between such; write ' instead"
+      )
+    t = self.tokenizer
+    ids = [t.im_start, *t.encode(f"{before}{prompt}{after}"), t.im_end, t.im_start]
+    room = self.model.config.llm.max_positions - 1  # The picture takes one.
+    if len(ids) > room:
+      raise errors.InputError(
+        f"prompt {prompt[:60]!r} makes a question of {len(ids)} tokens, the judge has room for "
+        f"{room} (max_position_embeddings); shorten it"
+      )
+    return ids
+
+  def score(self, params: Any, pixels: jax.Array, questions: Questions) -> jax.Array:
+    """How well pictures show what is asked about: [B] float32, larger is better.
+
+    A pure function, which `jax.jit`, `jax.vmap` and `jax.checkpoint` take; its gradient goes to the
+    pixels alone.
+
+    Args:
+      params: of the network, {"embed_tokens": ..., "layers": ..., ...}; constants.
+      pixels: [B, H, W, 3] in [-1, 1], not clipped before, any sizes but the same for all.
+      questions: about each.
+    """
+    return readout_lib.read(
+      self.logits(params, pixels, questions), yes_id=self.yes_id, no_id=self.no_id, tau=self.tau,
+      readout=self.readout,
+    )
+
+  def logits(self, params: Any, pixels: jax.Array, questions: Questions) -> jax.Array:
+    """Logits of the answer's first token, [B, V] float32; arguments are those of `score`."""
+    params = {"params": jax.lax.stop_gradient(params)}
+    with jax.named_scope("judge"):
+      batch = self._sequence(self.patches(pixels), questions)
+      hidden, _ = self.model.apply(params, batch, method="packed")
+      return self.model.apply(params, hidden[:, 0], method="logits")
+
+  def patches(self, pixels: jax.Array) -> types.Patches:
+    """Pixels of `score` as the ViT sees them: clipped, resized by BAGEL's two rules, cut up."""
+    config, rule = self.model.config, self.vit_rule
+    bounds = (-1.0, 1.0) if self.clip == "hard" else None
+    pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+    if bounds is not None:
+      pixels = jnp.clip(pixels, *bounds)
+    for each in (config.vae_image, rule):
+      height, width = pixels.shape[-3:-1]
+      width, height = images_lib.resized_size(width, height, each)
+      pixels = resize_lib.resize(pixels, height, width, bounds)
+    ids = images_lib.position_ids(
+      height, width, config.vit.patch_size, config.vit_max_patches_per_side, config.interpolate_pos
+    )
+    cut = jax.vmap(lambda image: images_lib.patchify(image, config.vit.patch_size))
+    shape = (pixels.shape[0], len(ids))
+    return types.Patches(cut(pixels), jnp.broadcast_to(ids, shape), jnp.ones(shape, bool))
+
+  def _sequence(self, patches: types.Patches, questions: Questions) -> types.PackedBatch:
+    """Picture and question as one sequence a row, whose only label is at the last start token.
+
+    As `packing.pack` makes them, but of arrays that may be traced.
+    """
+    rows, count = patches.mask.shape
+    length = questions.ids.shape[1]
+    start, end = self.model.image_markers
+    image = jnp.broadcast_to(jnp.array([start, *[end] * (count + 1)]), (rows, count + 2))
+    # The picture has one position and sees itself whole; the text after it is causal.
+    place = jnp.arange(count + 2 + length)
+    is_image = place < count + 2
+    position = jnp.where(is_image, 0, place - (count + 1))
+    reach = jnp.where(is_image, count + 1, place)
+    real = is_image | (place < count + 2 + questions.lengths[:, None])  # [B, T]
+    across = lambda values: jnp.broadcast_to(values, (rows, values.shape[-1])).astype(jnp.int32)
+    return types.PackedBatch(
+      und_ids=jnp.concatenate([image, questions.ids], axis=1).astype(jnp.int32),
+      und_position=across(position), und_order=jnp.where(real, place, types.UNSEEN),
+      und_reach=jnp.where(real, reach, types.BLIND),
+      label_slot=(count + 1 + questions.lengths)[:, None],
+      label_ids=jnp.zeros((rows, 1), jnp.int32), label_weight=jnp.ones((rows, 1)),
+      vit=patches, vit_row=jnp.arange(rows), vit_slot=across(1 + jnp.arange(count)),
+    )
+
+
+def answer_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
+  """First ids of "yes" and of "no".
+
+  Raises:
+    InputError: they are the same or special, or the tokenizer puts a token of its own in front: no
+      probability of them would be an answer's.
+  """
+  special = {getattr(tokenizer, name) for name in tokenizer_lib.SPECIAL_TOKENS}
+  firsts = []
+  for word in (YES, NO):
+    ids = tokenizer.encode(word)
+    if not ids or ids[0] in special or tokenizer.decode(ids) != word:
+      raise errors.InputError(
+        f"{tokenizer.source}: its tokenizer makes {ids} of {word!r}, which begins with a token "
+        "that is not of the word; a judge needs one that adds none"
+      )
+    firsts.append(ids[0])
+  if firsts[0] == firsts[1]:
+    raise errors.InputError(
+      f"{tokenizer.source}: {YES!r} and {NO!r} begin with the same token {firsts[0]}; a judge "
+      "needs a tokenizer that tells them apart by the first"
+    )
+  return firsts[0], firsts[1]
+
+
+def open_judge(
+  folder: pathlib.Path | str, mesh: jax.sharding.Mesh | None = None, *, dtype: Any = None
+) -> tuple[Judge, Any]:
+  """The judge of a folder, and its parameters.
+
+  Args:
+    folder: an official BAGEL folder with a reward.json; "tiny_judge" is the embedded one.
+    mesh: devices that hold the parameters; None: the first of this host.
+    dtype: of network and parameters; None: float32 on CPU, bfloat16 elsewhere.
+
+  Raises:
+    InputError: it is no such folder, or a file of it is not what its reward.json says.
+  """
+  path = TINY_FOLDER if folder == TINY else files.path(folder)
+  record = read_record(path)
+  if mesh is None:
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  network = state.open_for_sampling(path, dtype=dtype, mesh=mesh)
+  if answer_ids(network.tokenizer) != (record["yes_id"], record["no_id"]):
+    raise errors.InputError(
+      f"{path / FILE}: yes_id={record['yes_id']} and no_id={record['no_id']}, but the tokenizer "
+      f"beside it begins the two answers with {answer_ids(network.tokenizer)}; the two belong to "
+      "different models"
+    )
+  fields = {name: record[name] for name in _KINDS if name != "checksums"}
+  with errors.at(str(path / FILE)):
+    judge = Judge(
+      network.model.for_gradients(), network.tokenizer, checksum=checksum_of(record), **fields
+    )
+  params = network.folder.load_params(
+    dtype=network.model.dtype, parts=("bagel",),
+    shardings=state.param_shardings(network.model, mesh, ("bagel",)),
+  )["bagel"]
+  return judge, params
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+  """The reward.json of a folder, whose files are what it says.
+
+  Raises:
+    InputError: it is missing, a key of it is missing or of another kind, or a file was changed.
+  """
+  if not (folder / FILE).is_file():
+    raise errors.InputError(
+      f"{folder}: has no {FILE}; give a folder made by python -m unigrpo_jax.reward_model, or "
+      f"{TINY}"
+    )
+  record = config_lib.read_json(folder / FILE)
+  for key, kind in _KINDS.items():
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+      raise errors.InputError(
+        f"{folder / FILE}: {key}={errors.shown(value)} is missing or of a wrong kind; copy the "
+        "folder again"
+      )
+  for name, expected in record["checksums"].items():
+    path = folder / name
+    if not path.is_file() or list(checksums.of(path)) != expected:
+      raise errors.InputError(
+        f"{path}: is not the file that {FILE} was written for; copy the folder again"
+      )
+  return record
+
+
+def checksum_of(record: Mapping[str, Any]) -> str:
+  """16 hexadecimal digits that another question, temperature or other weights would change."""
+  text = json.dumps({key: record[key] for key in _KINDS}, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
