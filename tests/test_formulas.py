@@ -23,6 +23,9 @@ RESULTS = {
   "mixgrpo_schedule": ("decay/window", "decay"),
   "forward_process": ("awm/ghuber/log_prob", "awm"),
   "cfg_ema": ("ema/trace", "ema/trace"),
+  "refl": ("refl/c1_shift3_crossing/dloss_dv", "gradients"),
+  "draft": ("draft/shift3/k2/dloss_dw1", "gradients"),
+  "srpo": ("srpo/c0/inversion/score", "values"),
 }
 
 

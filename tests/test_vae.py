@@ -131,3 +131,24 @@ def test_recorded_packing():
   tokens = vae.pack_latents(latents, 2)
   np.testing.assert_array_equal(tokens[0], tables["out_packed_latent"])
   np.testing.assert_array_equal(vae.unpack_latents(tokens, 2, 3, 2), latents)
+
+
+def test_a_gradient_keeps_the_inputs_of_blocks_alone(monkeypatch):
+  config = config_lib.VAEConfig(
+    ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, scale_factor=0.4, shift_factor=0.1
+  )
+  latents = jax.random.normal(jax.random.key(0), (2, 4, 4, config.z_channels))
+  params = vae.VAE(config).init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))["params"]
+
+  def loss(latents):
+    return jnp.sum(jnp.sin(vae.VAE(config).apply({"params": params}, latents, method="decode")))
+
+  def kept():
+    residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(loss, x)[1], latents))
+    return sum(a.size for a in residuals if a.shape[:1] == latents.shape[:1])
+
+  gradient, few = jax.jit(jax.grad(loss))(latents), kept()
+  monkeypatch.setattr(vae, "RematResBlock", vae.ResBlock)
+  monkeypatch.setattr(vae, "RematMidAttention", vae.MidAttention)
+  np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(latents), rtol=1e-5, atol=1e-6)
+  assert 3 * few < kept()

@@ -19,7 +19,7 @@ from unigrpo_jax import errors
 
 # Importing a module of cases registers them.
 from tests.parity import algo, flow, inferencer, objectives, tables, text, training  # noqa: F401  isort: skip
-from tests.parity import benchmarks, reward, transitions, vision  # noqa: F401  isort: skip
+from tests.parity import benchmarks, refl, reward, transitions, vision  # noqa: F401  isort: skip
 
 # What gives away a file's kind where its name is not one that a case asks for (a second edit, say).
 SIGNS = {
@@ -39,6 +39,9 @@ SIGNS = {
   r"out_infer_velocity": "m_train_vs_infer",
   r"in_init_noise": "f_generate_nocfg",
   r"p_yes/.+/logits": "reward",
+  r".+/dloss_dx0": "refl",
+  r".+/k\d+/dloss_dw1": "draft",
+  r".+/dtotal_dw1": "srpo",
 }
 
 

@@ -95,8 +95,16 @@ class Encoder(nn.Module):
     return conv_3x3(2 * config.z_channels, name="conv_out")(nn.silu(group_norm(name="norm_out")(x)))
 
 
+# Of a block that is differentiated its input alone is kept. At 1024 px one float32 array of the
+# outermost level is 512 MiB an image, and a block makes seven.
+RematResBlock, RematMidAttention = nn.remat(ResBlock), nn.remat(MidAttention)
+
+
 class Decoder(nn.Module):
-  """Latents (posterior units) to pixels. Nothing bounds the result to [-1, 1]."""
+  """Latents (posterior units) to pixels. Nothing bounds the result to [-1, 1].
+
+  Each block is computed again in the backward pass; where there is none, that changes nothing.
+  """
 
   config: config_lib.VAEConfig
 
@@ -106,21 +114,25 @@ class Decoder(nn.Module):
     config = self.config
     channels = config.ch * config.ch_mult[-1]
     x = conv_3x3(channels, name="conv_in")(latents)
-    x = ResBlock(channels, name="mid_block_1")(x)
-    x = MidAttention(name="mid_attention")(x)
-    x = ResBlock(channels, name="mid_block_2")(x)
+    x = RematResBlock(channels, name="mid_block_1")(x)
+    x = RematMidAttention(name="mid_attention")(x)
+    x = RematResBlock(channels, name="mid_block_2")(x)
     for i, multiple in reversed(list(enumerate(config.ch_mult))):
       channels = config.ch * multiple
       for j in range(config.num_res_blocks + 1):
-        x = ResBlock(channels, name=f"up_{i}_block_{j}")(x)
+        x = RematResBlock(channels, name=f"up_{i}_block_{j}")(x)
       if i > 0:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         x = conv_3x3(channels, name=f"up_{i}_upsample")(x)
-    return conv_3x3(config.out_channels, name="conv_out")(nn.silu(group_norm(name="norm_out")(x)))
+    return nn.remat(Decoder._to_pixels)(self, x)
+
+  def _to_pixels(self, x: jax.Array) -> jax.Array:
+    y = nn.silu(group_norm(name="norm_out")(x))
+    return conv_3x3(self.config.out_channels, name="conv_out")(y)
 
 
 class VAE(nn.Module):
-  """The autoencoder, as shipped in `ae.safetensors`. Frozen, so nothing is rematerialised.
+  """The autoencoder, as shipped in `ae.safetensors`. Frozen; a gradient flows through it at most.
 
   At 1024 px one float32 activation of the outermost level is 512 MiB an image. The parameters
   (84 M) carry no logical axes: every chip holds them whole.

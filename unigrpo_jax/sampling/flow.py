@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unigrpo_jax import types
+
 VelocityFn = Callable[[chex.Array, chex.Array], chex.Array]
 
 RENORMS = ("global", "channel", "text_channel")
@@ -121,3 +123,35 @@ def integrate(
   steps = jnp.arange(times.shape[0] - 1)
   x, history = jax.lax.scan(step, noise, (steps, times[:-1], times[1:]))
   return (x, history) if record else x
+
+
+def integrate_recording(
+  velocity_fn: VelocityFn, noise: chex.Array, times: chex.Array, steps: chex.Array, *,
+  on_step: Callable[[chex.Array], None] | None = None,
+) -> types.FlowRollout:
+  """`integrate`, with the latents before some steps of each row.
+
+  Args:
+    velocity_fn, noise, times, on_step: see `integrate`; x is [B, I, C].
+    steps: which of the N - 1 steps of each row are recorded, [B, W] int32.
+
+  Returns:
+    The images, and `x_t` and `t` of the recorded steps: constants, no gradient flows to them.
+  """
+  chex.assert_rank([noise, steps], [3, 2])
+  chex.assert_type(steps, jnp.int32)
+
+  def step(carry, inputs):
+    x, recorded = carry
+    index, t, t_next = inputs
+    recorded = jnp.where((steps == index)[..., None, None], x[:, None], recorded)
+    v = velocity_fn(x, t).astype(jnp.float32)
+    if on_step is not None:
+      jax.debug.callback(on_step, index)
+    return (x - v * (t - t_next), recorded), None
+
+  index = jnp.arange(times.shape[0] - 1)
+  recorded = jnp.zeros(steps.shape + noise.shape[1:])
+  (x, recorded), _ = jax.lax.scan(step, (noise, recorded), (index, times[:-1], times[1:]))
+  recorded = jax.lax.stop_gradient(recorded)
+  return types.FlowRollout(latents=x, x_t=recorded, t=times[steps])
