@@ -13,7 +13,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.reward_models import readout, resize
+from unigrpo_jax.reward_models import metrics, readout, resize
 from unigrpo_jax.runtime import checksums, folders
 
 PROMPTS = ["two red kites", "a bird left of a green apple"]
@@ -187,3 +187,25 @@ def test_other_weights_or_none_are_refused(folder, tmp_path):
     file.write(b"\x77")
   with pytest.raises(errors.InputError, match="ema.safetensors: is not the file"):
     judge_lib.open_judge(tmp_path)
+
+
+def test_metrics_by_hand():
+  scores, yes = np.array([3.0, 1.0, 1.0, -2.0]), np.array([True, True, False, False])
+  assert metrics.auc(scores, yes) == 3.5 / 4
+  assert metrics.auc(-scores, yes) == 0.5 / 4
+  assert np.isnan(metrics.auc(scores, yes | True))
+  # Thresholds 3, 1, -2: precisions 1, 2/3, 1/2 at recalls 1/2, 1, 1.
+  assert np.isclose(metrics.average_precision(scores, yes), 0.5 * 1 + 0.5 * 2 / 3)
+  groups = np.array([0, 0, 1, 1])
+  assert np.isnan(metrics.group_auc(scores, yes, groups)[0])
+  assert metrics.group_auc(scores, yes, np.array([0, 1, 1, 0])) == (0.75, 2)
+  assert np.isclose(metrics.calibration_error([0.2, 0.2, 0.9, 1.0], [0, 1, 1, 1]),
+                    (2 * 0.3 + 0.1) / 4)
+  found = metrics.summary(np.array([np.log(3), -np.log(3)]), np.array([True, True]))
+  assert (found["accuracy"], found["n"]) == (0.5, 2)
+  np.testing.assert_allclose(found["brier"], (0.25**2 + 0.75**2) / 2)
+  np.testing.assert_allclose(found["log_loss"], -(np.log(0.75) + np.log(0.25)) / 2)
+  z = np.random.default_rng(0).normal(0, 2, 4000)
+  drawn = np.random.default_rng(1).random(4000) < 1 / (1 + np.exp(-z))
+  assert abs(metrics.best_temperature(3 * z, drawn) - 3) < 0.2
+  np.testing.assert_allclose(metrics.soft_tifa([0.25, 1.0]), (0.5, 0.625))

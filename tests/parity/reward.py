@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tests.parity import cases
-from unigrpo_jax.reward_models import readout, resize
+from unigrpo_jax.reward_models import metrics, readout, resize
 
 BASELINES = cases.Tolerance(1e-7, 1e-5)
 GRADIENTS = cases.Tolerance(1e-6, 1e-5)
@@ -50,3 +50,26 @@ def resizing(folder, rec):
     far = np.abs(plain - smooth).max() > 100 * LEVELS.absolute
     near = np.abs(free - plain).max() < 100 * LEVELS.absolute
     rec.check_equal("resize/not_plain", case, near, not far, cases.EXACT)
+
+
+@cases.case("reward")
+def answers(folder, rec):
+  for m in rec.matches(r"(metrics/[^/]+)/labels"):
+    yes, z = rec[m[0]].astype(bool), rec[f"{m[1]}/logits"].astype(np.float64)
+    found = metrics.summary(z, yes)
+    tau = metrics.best_temperature(z, yes)
+    found |= {
+      "average_precision": metrics.average_precision(z, yes), "ece15": found["ece"],
+      "best_temperature": tau, "log_loss_at_best": metrics.log_loss(z, yes, tau),
+    }
+    for name in ("auc", "average_precision", "accuracy", "brier", "log_loss", "ece15",
+                 "best_temperature", "log_loss_at_best"):
+      rec.check(f"metrics/{name}", f"{m[1]}/{name}", found[name], BASELINES)
+
+
+@cases.case("reward")
+def soft_tifa(folder, rec):
+  for m in rec.matches(r"(soft_tifa/[^/]+)/atoms"):
+    geometric, arithmetic = metrics.soft_tifa(rec[m[0]])
+    rec.check("soft_tifa/gm", f"{m[1]}/gm", geometric, cases.FORMULA)
+    rec.check("soft_tifa/am", f"{m[1]}/am", arithmetic, cases.FORMULA)
