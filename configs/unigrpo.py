@@ -6,7 +6,8 @@
 
 Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and IconWorld), `lora`,
 `cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
-and `no_regulariser` (its second).
+and `no_regulariser` (its second), and last of all `refl` or `refl_think` (the gradient of a
+differentiable reward in place of UniGRPO, without and with reasoning).
 """
 
 from ml_collections import ConfigDict
@@ -90,7 +91,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow = ConfigDict()
   config.flow.train = True  # False: TextGRPO
   config.flow.weight = 1.0  # lambda of eq 7
-  config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo"
+  config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo", "refl"
   config.flow.ratio = "norm"  # RatioNorm; "plain" without
   config.flow.clip = 1e-6  # both sides, at 262,144 latent elements
   config.flow.awm_clip = 1e-4  # that of "awm", at any size
@@ -105,6 +106,13 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.nft_beta = 1.0  # how far the mixtures of "nft" reach
   config.flow.nft_bound = 5.0  # of its advantages
   config.flow.awm_weighting = "uniform"  # of "awm": or "t", "t2", "huber", "ghuber"
+
+  # Gradient of a differentiable reward: "refl"
+  config.refl = ConfigDict()
+  config.refl.judge = ""  # folder of the frozen judge; "tiny_judge" is the embedded one
+  config.refl.weight = 1.0  # of its term, beside flow.regulariser_weight, which no size scales here
+  config.refl.margin = 1.0  # reward from which on an image is good enough; 1 never is
+  config.refl.per_batch = False  # one late step for all trajectories, in place of one each
 
   # Update
   config.epochs = 2  # passes over a rollout
@@ -220,6 +228,34 @@ def no_regulariser(config: ConfigDict) -> None:
   config.flow.regulariser = "none"
 
 
+def refl(config: ConfigDict) -> None:
+  """ReFL: the gradient of a frozen judge trains the drawing alone, without reasoning.
+
+  As many trajectories an iteration, but of a prompt each; two halves are two optimizer steps.
+  """
+  config.flow.objective = "refl"
+  config.refl.judge = "tiny_judge" if config.init_from == "tiny" else ""
+  for section, key in ((config, "prompts_per_step"), (config.rollout, "prompts_at_once")):
+    section[key] *= config.group_size
+  config.group_size = 1
+  config.epochs, config.minibatches = 1, 2
+  config.text.train = config.rollout.think = False
+  config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
+  config.learning_rate.gen = 1e-4 if config.init_from == "tiny" else 1e-5
+  config.flow.regulariser_weight = 0.1
+  config.schedule = "constant"
+  config.eval.modes = ("plain", "think") if config.init_from == "tiny" else (
+    "plain", "think", "plain+guidance", "think+guidance")
+
+
+def refl_think(config: ConfigDict) -> None:
+  """ReFL with reasonings, which the network that training started from samples."""
+  refl(config)
+  config.rollout.think = True
+  config.eval.modes = tuple(reversed(config.eval.modes))
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
+  "refl": refl, "refl_think": refl_think,
 }

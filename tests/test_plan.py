@@ -101,16 +101,23 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
   ["--config.flow.train=false", "--config.lora.rank=4"],
   # Each trajectory reads the prompt itself.
   ["--config.rollout.prompts_at_once=1", "--config.group_size=8", "--config.microbatch=8"],
+  # A judge, and the autoencoder that decodes for it.
+  ["refl"],
 ])
 def test_shapes_fit_in_every_kind_of_run(overrides):
   """On 8 devices, nothing compiled: each program takes what the one before it gives."""
-  spec = rl.read(config_files.load(f"{UNIGRPO}:tiny", ["--config.mesh.tensor=1", *overrides]))
+  variants = ",".join(["tiny", *(name for name in overrides if not name.startswith("--"))])
+  overrides = [name for name in overrides if name.startswith("--")]
+  spec = rl.read(
+    config_files.load(f"{UNIGRPO}:{variants}", ["--config.mesh.tensor=1", *overrides])
+  )
   network = state.open_network(spec.network, jax.devices())
   planned = planner.Planner(spec, network, only=()).run()
   assert planned.phases == {} and planned.held["parameters"] > 0
   # Of the rollout, and beside every phase of the next chunk: known without the update's program.
   assert planned.held["recorded"] > 0
   assert planned.held["precomputed"] > 0 or not spec.needs_reference
+  assert (planned.held["judge"] > 0) == spec.by_gradient
   assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
 
 

@@ -53,6 +53,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     parts.check_fits(spec, network)
     prompt_set = prompts_lib.open_set(spec.prompts.source, spec.prompts.split)
     pinned = state.pinned(spec.network, network) | {"prompts": prompt_set.fingerprint()}
+    pinned |= parts.pinned(spec)
     prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
     reward_fns = parts.make_scorer(spec.rewards)
 
@@ -105,7 +106,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         pending.append(rewards.submit(chunk, episode, first))
         episodes.append(episode)
         run.raise_if_stopped()
-      experience = algorithm.experience(episodes, key)
+      experience = algorithm.experience(episodes, batch, key)
       del params, episodes, episode  # before the update needs the memory
       # While the last rewards end, the devices replay what needs no advantages: the reference.
       with run.timer("update"):

@@ -209,6 +209,7 @@ class Experience:
   adv: chex.Array | None = None
   # False where a reward failed: the whole group counts nowhere, [B] bool; likewise.
   valid: chex.Array | None = None
+  question: Any = None  # what a differentiable reward is asked about each trajectory, B rows
 
   @property
   def only(self) -> Round:

@@ -57,9 +57,17 @@ class Algorithm(abc.ABC):
   flow_weight: float  # lambda
   regulariser: str  # one of REGULARISERS
   regulariser_weight: float
+  # Parameters of frozen networks that the loss runs: an argument of the update, not of the state.
+  fixed: Any = None
+  term_norms_every: int = 0  # iterations between norms of the gradients of single terms; 0: never
 
-  def experience(self, episodes: Sequence[sampler.Episode], key) -> types.Experience:
-    """What episodes, chunks of B trajectories, leave to learn from but for their advantages."""
+  def experience(
+    self, episodes: Sequence[sampler.Episode], prompts: Sequence[Any], key
+  ) -> types.Experience:
+    """What episodes, chunks of B trajectories, leave to learn from but for their advantages.
+
+    `prompts` are those of the iteration, of B / P neighbouring trajectories each.
+    """
     shared = lambda inputs: (inputs.texts[script.PROMPT], inputs.images.get(script.SOURCE))
     return join([(*shared(e.inputs), e.text, e.flow) for e in episodes])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ class ForwardProcess(base.Algorithm):
 
   draws: int  # times and noises of each image
 
-  def experience(self, episodes: Sequence[sampler.Episode], key) -> types.Experience:
-    experience = super().experience(episodes, key)
+  def experience(
+    self, episodes: Sequence[sampler.Episode], prompts: Sequence[Any], key
+  ) -> types.Experience:
+    experience = super().experience(episodes, prompts, key)
     if not self.replay.flow:
       return experience
     return noise_again(jax.random.fold_in(key, 2**32 - 1), experience, self.draws)

@@ -26,6 +26,9 @@ from unigrpo_jax.runtime import optim
 # With one minibatch, the first epoch's own values are those of the policy that sampled: every ratio
 # is exactly 1, at no cost, and they are kept for the epochs after it.
 OLD_VALUES = ("first_epoch", "recomputed", "rollout")
+# Norms of the gradients of the reward's term and of the regulariser's, which cost a further pass.
+TERM_NORMS = ("refl/grad_reward", "refl/grad_regulariser")
+NOT_MEASURED = -1.0  # what stands for them in other iterations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +101,16 @@ def make_update(
     precompute: (state, experience) -> fields of its round that stay what they are through the
       update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, and `old`.
       It reads no advantages; {} where the update needs none of them.
-    update: (state, experience with these fields) -> (state, metrics); each metric is
-      [optimizer steps] float32.
+    update: (state, experience with these fields, parameters of frozen networks) -> (state,
+      metrics); each metric is [optimizer steps] float32.
   """
   total = schedule.minibatches * schedule.microbatches
 
   run = lambda model, params, micro: replay.replay(model, params, micro, grid, algorithm.replay)
 
-  def loss_fn(trained_params, frozen, micro, old, weights, is_first_epoch):
+  def loss_fn(learner, trained_params, frozen, micro, old, weights, is_first_epoch):
     output = run(model.for_gradients(), optim.join(trained_params, frozen), micro)
-    return algorithm.loss(output, micro, old, weights, grid, is_first_epoch)
+    return learner.loss(output, micro, old, weights, grid, is_first_epoch)
 
   def precompute(state: types.TrainState, experience: types.Experience):
     def of_microbatch(micro):
@@ -125,11 +128,13 @@ def make_update(
     prompts = experience.prompt.ids.shape[0]
     return jax.tree.map(lambda a: _joined(a, prompts, schedule.group_parts), values)
 
-  def update(state: types.TrainState, experience: types.Experience):
+  def update(state: types.TrainState, experience: types.Experience, fixed: Any = None):
+    learner = dataclasses.replace(algorithm, fixed=jax.lax.stop_gradient(fixed))
     micros = cut(experience, total, schedule.group_parts)
     by_minibatch = (schedule.minibatches, schedule.microbatches)
     micros = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), micros)
     old = micros.only.old or algorithm.recorded(micros)
+    steps = jnp.arange(schedule.epochs * schedule.minibatches)
     micros = micros.with_only(old=None)
 
     def optimizer_step(carry, index):
@@ -137,11 +142,20 @@ def make_update(
       place = index % schedule.minibatches
       micro, old_here = jax.tree.map(lambda a: a[place], (micros, old))
       is_first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
-      grads, (terms, new_values, signals) = accumulate(
-        lambda trained, frozen, *inputs: loss_fn(trained, frozen, *inputs, is_first),
-        *optim.split(state.params, trained), (micro, old_here, algorithm.weights(micro)),
+      loss_of = lambda *arguments: loss_fn(learner, *arguments, is_first)
+      arguments = (
+        *optim.split(state.params, trained), (micro, old_here, algorithm.weights(micro))
       )
+      grads, (terms, new_values, signals) = accumulate(loss_of, *arguments)
       metrics = {f"loss/{name}": values.sum() for name, values in terms.items()}
+      if algorithm.term_norms_every and "regulariser" in terms:
+        # Of the iteration's last optimizer step, which is the one that is logged.
+        done, last = state.step // len(steps), index == len(steps) - 1
+        metrics |= jax.lax.cond(
+          last & (done % algorithm.term_norms_every == 0),
+          lambda: _term_norms(loss_of, arguments, grads, algorithm.flow_weight),
+          lambda: dict.fromkeys(TERM_NORMS, jnp.float32(NOT_MEASURED)),
+        )
       metrics |= _summaries(signals, micro, algorithm.replay)
       new_state, norms = apply_gradients(
         state, grads, optimizer, ema_decay=ema_decay, trained=trained
@@ -161,7 +175,6 @@ def make_update(
         old = jax.tree.map(lambda new, old: jnp.where(is_first, new[None], old), new_values, old)
       return (state, old, update_ok), metrics
 
-    steps = jnp.arange(schedule.epochs * schedule.minibatches)
     (state, *_), metrics = jax.lax.scan(optimizer_step, (state, old, jnp.array(True)), steps)
     return state, metrics
 
@@ -173,15 +186,16 @@ class Update:
 
   def __init__(
     self, precompute, update, *, row_sharding=None, out_shardings=None,
-    drift_limits: Mapping[str, float],
+    drift_limits: Mapping[str, float], fixed: Any = None,
   ):
     """Compiles nothing yet; the functions and `drift_limits` are those of `make_update`.
 
-    `row_sharding` is of what the first gives, `out_shardings` of the state and of the metrics.
+    `row_sharding` is of what the first gives, `out_shardings` of the state and of the metrics;
+    `fixed` are the parameters of frozen networks, `Algorithm.fixed`.
     """
     self.jitted_precompute = jax.jit(precompute, out_shardings=row_sharding)
     self.jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
-    self._limits = drift_limits
+    self._limits, self._fixed = drift_limits, fixed
 
   def precompute(
     self, state: types.TrainState, experience: types.Experience
@@ -208,7 +222,7 @@ class Update:
     jax.block_until_ready(experience)  # An error in it is not to cost the state, which is donated.
     step = int(state.step)
     with jax.transfer_guard("disallow"):
-      state, metrics = jax.block_until_ready(self.jitted(state, experience))
+      state, metrics = jax.block_until_ready(self.jitted(state, experience, self._fixed))
     metrics = summarise(jax.device_get(metrics))
     # Nothing moved where the first optimizer step was rejected; then it is the state before.
     unmoved = state if int(state.step) == step else None
@@ -237,7 +251,11 @@ def summarise(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     bad = values[~np.isfinite(values)]
     return float(bad[0] if bad.size else values[0 if name.startswith("drift/") else -1])
 
-  return {name: one(name, values) for name, values in metrics.items()}
+  summary = {name: one(name, values) for name, values in metrics.items()}
+  return {
+    name: value for name, value in summary.items()
+    if name not in TERM_NORMS or value != NOT_MEASURED
+  }
 
 
 def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Experience:
@@ -293,6 +311,17 @@ def _reference(
   return {"velocity_ref": output.velocity, "logp_ref": output.logp}
 
 
+def _term_norms(loss_of, arguments, grads, flow_weight: float) -> dict[str, jax.Array]:
+  """TERM_NORMS: gradients of the terms add up to `grads`, so one of them is computed."""
+  def regulariser(*inputs):
+    _, (terms, *_) = loss_of(*inputs)
+    return flow_weight * terms["regulariser"], ()
+
+  of_regulariser, _ = accumulate(regulariser, *arguments)
+  of_reward = jax.tree.map(jnp.subtract, grads, of_regulariser)
+  return dict(zip(TERM_NORMS, map(optax.tree.norm, (of_reward, of_regulariser))))
+
+
 def _summaries(
   signals: Mapping[str, Any], micros: types.Experience, config: replay.ReplayConfig
 ) -> dict[str, Any]:
@@ -316,8 +345,8 @@ def _summaries(
       steps = jnp.broadcast_to(valid, log_ratio.shape)
       # Ratios differ from 1 by less than float32 can show: their logarithms are logged instead.
       metrics |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
-    for name in ("flow/mse", "flow/latent_kl"):
-      if name in signals:
+    for name in signals:
+      if name in ("flow/mse", "flow/latent_kl") or name.startswith("refl/"):
         metrics[name] = _mean(signals[name], mask)
     if "drift/flow" in signals:
       metrics |= _drift("drift/flow", signals["drift/flow"], mask)

@@ -114,6 +114,8 @@ def denoise(
 ) -> types.FlowRollout:
   """Denoises images, a multiple of the rows of `contexts`: by the ODE, or with a window of noise.
 
+  A window without a kind of noise is recorded of the ODE; see `flow.integrate_recording`.
+
   Args:
     noise: [B, I, C] float32.
     grid: of the images, B rows.
@@ -124,6 +126,8 @@ def denoise(
   velocity = _velocity_fn(model, params, contexts, grid, guidance)
   if window is None:
     return types.FlowRollout(latents=flow.integrate(velocity, noise, times, on_step=on_step))
+  if kind is None:
+    return flow.integrate_recording(velocity, noise, times, window, on_step=on_step)
   return sde.integrate(
     velocity, noise, times, window, keys, grid.mask, kind=kind, noise_level=noise_level,
     on_step=on_step,

@@ -37,7 +37,7 @@ class RolloutSpec:
   prompt_tokens: int  # most tokens of a prompt, its two markers included
   height: int  # of an image, in pixels
   width: int
-  sde: sampler_lib.SDE  # noise of the steps in a window
+  sde: sampler_lib.SDE | None  # noise of the steps in a window; None: they are only recorded
   same_noise: bool = False  # a group starts from the same noise
   layout: str = "stationary"  # of the parameters while sampling, one of `sharding.LAYOUTS`
   tensor: int = 0  # ways that a layer is cut into while sampling; 0: `state.fewest_tensor_ways`
@@ -124,7 +124,7 @@ class Rollout:
       params: of the network; see `Sampler.cast_and_reshard`.
       key: of the iteration, made on the mesh of sampling.
       first: number of the chunk's first trajectory in the iteration.
-      window: SDE steps of each trajectory, [P * group_size, W] int32.
+      window: recorded steps of each trajectory, [P * group_size, W] int32.
       timer, previous: see `Sampler.sample`.
     """
     batch = self.prepare([prompt.prompt for prompt in prompts])

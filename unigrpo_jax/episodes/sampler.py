@@ -147,7 +147,8 @@ class Sampler:
 
     Args:
       params: of the network; see `cast_and_reshard`.
-      window: SDE steps of each row, [B, W] int32; None: images come from the ODE.
+      window: recorded steps of each row, [B, W] int32, drawn with the noise of `sde` where it is
+        given; None: none.
       previous: what was sampled before, whose images may still be being decoded; that time is not
         counted as this one's.
       timer: of the phases "read", "decode", "denoise" and "vae", each of which waits for its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -13,7 +14,8 @@ SATURATED = (0.01, 0.99)
 
 
 def reward_with_gradient(
-  reward_fn: Callable[[chex.Array], chex.Array], x_0: chex.Array
+  reward_fn: Callable[..., chex.Array], x_0: chex.Array, *inputs: Any, parts: int = 1,
+  ways: int = 1,
 ) -> tuple[chex.Array, chex.Array]:
   """Rewards that carry their gradient with them: (rewards [B], d reward / d x_0 like `x_0`).
 
@@ -23,13 +25,35 @@ def reward_with_gradient(
   x_0 is. Its value and its first derivative are exact.
 
   Args:
-    reward_fn: of latents, [B, ...] -> [B] float32; a row's reward depends on that row alone.
+    reward_fn: of latents [n, ...] and rows of `inputs` -> [n] float32; a row's reward depends on
+      that row alone.
     x_0: [B, ...] float32.
+    inputs: trees of arrays with B rows.
+    parts: that the rows are cut into and scored one after the other; the memory is that of one.
+    ways: of devices that hold the rows in order; each part has rows of all of them. parts * ways
+      divides B.
   """
   fixed = jax.lax.stop_gradient(x_0)
-  rewards, pull = jax.vjp(reward_fn, fixed)
-  chex.assert_shape(rewards, x_0.shape[:1])
-  [gradient] = pull(jnp.ones_like(rewards))
+
+  def of_part(part):
+    x_0, *inputs = part
+    rewards, pull = jax.vjp(lambda x_0: reward_fn(x_0, *inputs), x_0)
+    chex.assert_shape(rewards, x_0.shape[:1])
+    return rewards, *pull(jnp.ones_like(rewards))
+
+  def cut(a):
+    a = a.reshape(ways, parts, -1, *a.shape[1:])
+    return jnp.moveaxis(a, 1, 0).reshape(parts, -1, *a.shape[3:])
+
+  def joined(a):
+    a = a.reshape(parts, ways, -1, *a.shape[2:])
+    return jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[3:])
+
+  rows = (fixed, *inputs)
+  if parts == 1:
+    rewards, gradient = of_part(rows)
+  else:
+    rewards, gradient = jax.tree.map(joined, jax.lax.map(of_part, jax.tree.map(cut, rows)))
   rewards, gradient = jax.lax.stop_gradient((rewards, gradient))
   axes = tuple(range(1, x_0.ndim))
   return rewards + jnp.sum(gradient * (x_0 - fixed), axis=axes), gradient

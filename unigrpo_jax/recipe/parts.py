@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +13,9 @@ from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import base, update
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.recipe import rl
+from unigrpo_jax.reward_models import judge as judge_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import flow, sde
 
@@ -106,10 +112,27 @@ def make_scorer(spec: rl.RewardsSpec) -> rewards.Scorer:
   )
 
 
+def pinned(spec: rl.Spec) -> dict[str, Any]:
+  """{key of the config: fingerprint} of the frozen networks that a run's loss reads; see `Run`."""
+  if not spec.by_gradient:
+    return {}
+  if not spec.refl.judge:
+    raise errors.InputError(
+      f"config.flow.objective={spec.flow.objective} needs a differentiable reward; set "
+      "config.refl.judge to the folder of a judge"
+    )
+  with errors.at("config.refl.judge"):
+    return {"refl.judge": judge_lib.fingerprint(spec.refl.judge)}
+
+
 def make_algorithm(
-  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout,
+  judge: tuple[judge_lib.Judge, Any] | None = None,
 ) -> base.Algorithm:
-  """What is learnt from the trajectories that `sampled` gives."""
+  """What is learnt from the trajectories that `sampled` gives.
+
+  `judge`, of a gradient of its reward, is one with its parameters; None: that of the config.
+  """
   f, settings, tokenizer = spec.flow, spec.rollout.settings, network.tokenizer
   of_sde = f.objective in rl.SDE_OBJECTIVES
   scale = 1.0
@@ -130,6 +153,8 @@ def make_algorithm(
     # The ratios of forward processes are of matching errors, whose size no image changes.
     regulariser_weight=f.regulariser_weight * (scale if of_sde else 1.0),
   )
+  if spec.by_gradient:
+    return _by_gradient(spec, network, sampled, judge, common)
   if of_sde:
     common |= dict(
       ratio=f.ratio, clip=f.clip * scale, grad_reweight=f.grad_reweight,
@@ -144,6 +169,57 @@ def make_algorithm(
     "awm": dict(clip=f.awm_clip, weighting=f.awm_weighting), "fpo": dict(clip=f.fpo_clip),
   }[f.objective]
   return (rl.SDE_OBJECTIVES | rl.FORWARD_OBJECTIVES)[f.objective](**common, **own)
+
+
+def _by_gradient(
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, judge, common
+) -> base.Algorithm:
+  if judge is None:
+    judge = judge_lib.open_judge(spec.refl.judge, network.mesh)
+  made, params = judge
+  model = made.model.clone(remat=spec.network.remat)
+  made = dataclasses.replace(made, model=model)
+  put = lambda a: sharding.put_rows(network.mesh, a)
+  rows, ways = spec.update.microbatch, sharding.batch_multiple(network.mesh)
+  size = (spec.rollout.height, spec.rollout.width)
+  # An image at a time, or few, a device: those of all tensor ways, where rows divide over them.
+  share = rows // (network.mesh.size if rows % network.mesh.size == 0 else ways)
+  at_once = min(sampled.sampler.images_at_once(size), share)
+  parts = next(parts for parts in range(share // at_once, share + 1) if share % parts == 0)
+  return rl.GRADIENT_OBJECTIVES[spec.flow.objective](
+    **common, reward=reward_of_latents(network, made, size),
+    ask=lambda prompts: jax.tree.map(put, made.questions(prompts)), parts=parts, ways=ways,
+    weight=spec.refl.weight, margin=spec.refl.margin,
+    fixed={"judge": params, "vae": sampled.sampler.vae_params},
+  )
+
+
+def reward_of_latents(
+  network: state.Network, judge: judge_lib.Judge, size: tuple[int, int]
+) -> Callable[..., jax.Array]:
+  """A judge's reward as a function of images' latents, differentiable in them.
+
+  Args:
+    network: whose autoencoder decodes them, in float32, on all devices of its mesh.
+    judge: which scores the pixels, without uint8 between.
+    size: height and width of the images.
+
+  Returns:
+    ({"judge", "vae"}: parameters, latents [n, I, C], questions of n rows) -> [n] float32.
+  """
+  c, mesh = network.config, network.mesh
+  vae = vae_lib.VAE(c.vae)
+  h, w = (side // c.latent_stride for side in size)
+
+  def reward(fixed, latents, questions):
+    grids = vae_lib.unpack_latents(latents, h, w, c.latent_patch_size)
+    spread = sharding.along_all if len(grids) % mesh.size == 0 else sharding.along_batch
+    grids = jax.lax.with_sharding_constraint(grids, spread(mesh))
+    pixels = vae.apply({"params": fixed["vae"]}, grids, method="decode")
+    pixels = jax.lax.with_sharding_constraint(pixels, sharding.along_batch(mesh))
+    return judge.score(fixed["judge"], pixels, questions)
+
+  return reward
 
 
 def make_update(
@@ -166,7 +242,7 @@ def make_update(
     reference_context=spec.flow.reference_context == "reference", drift_limits=limits,
   )
   return update.Update(
-    *functions, row_sharding=sharding.along_batch(network.mesh),
+    *functions, fixed=algorithm.fixed, row_sharding=sharding.along_batch(network.mesh),
     out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits,
   )
 
@@ -181,7 +257,7 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
   settings, w, dtype = spec.rollout.settings, spec.window, spec.network.dtype
   growth = MARGIN * max(network.config.llm.num_layers / MEASURED_LAYERS, 1.0) ** 0.5
   step_error = STEP_ERROR[dtype]
-  if dtype == "bfloat16":
+  if dtype == "bfloat16" and spec.rollout.sde is not None:
     times = flow.time_grid(settings.num_timesteps, settings.shift)
     t, t_next = times[:-1][w.low : w.high], times[1:][w.low : w.high]
     still = jnp.zeros((*t.shape, 1, 1))
@@ -200,6 +276,7 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
 def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
   """What an iteration is, before it compiles."""
   r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, network.mesh)
+  w = spec.window
   ways = r.mesh(network).shape["tensor"]
   held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(train_state))
   return [
@@ -207,8 +284,10 @@ def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
     f"trajectories of {r.height} x {r.width} pixels, "
     + (f"up to {settings.max_tokens} tokens of reasoning" if settings.think
        else "without reasoning"),
-    f"        {settings.num_timesteps - 1} velocity evaluations, SDE window of {spec.window.size} "
-    f"in {(spec.window.low, spec.window.high)}; {parts.epochs} epoch(s) x {parts.minibatches} "
+    f"        {settings.num_timesteps - 1} velocity evaluations, "
+    + (f"one of steps {w.low} to {w.high - 1} differentiated; " if spec.by_gradient
+       else f"SDE window of {w.size} in {(w.low, w.high)}; ")
+    + f"{parts.epochs} epoch(s) x {parts.minibatches} "
     f"minibatch(es) x {parts.microbatches} microbatch(es)",
     f"state: {held / 2**30:.2f} GiB a device (parameters, optimizer"
     + (", moving average" if train_state.ema is not None else "")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.algorithms import base, forward, grpo, update
+from unigrpo_jax.algorithms import base, forward, grpo, refl, update
 from unigrpo_jax.benchmarks import evaluation, validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
@@ -20,10 +20,11 @@ from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.recipe import checks, sections
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.runtime import sharding, state
-from unigrpo_jax.sampling import flow, sde, windows
+from unigrpo_jax.sampling import direct, flow, sde, windows
 
 SDE_OBJECTIVES = {"grpo": grpo.GRPO, "dppo": grpo.DPPO}
 FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO}
+GRADIENT_OBJECTIVES = {"refl": refl.ReFL}  # of a differentiable reward
 # What a resumed run may change, besides `resumption.MUTABLE_KEYS`: the last ones change memory and
 # speed alone.
 MUTABLE_KEYS = {
@@ -39,13 +40,14 @@ ENDPOINT_KEYS = (
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
-  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10,
+  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "refl.judge": "",
+  "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False,
 }
 _COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
 _TIMES = checks.Several(checks.Number(), 2)
 KEYS: checks.Keys = {
   "prompts.source": checks.Text(), "prompts.split": checks.Text(), "prompts_per_step": _COUNT,
-  "group_size": checks.Integer(low=2), "rewards": checks.Table(checks.Number()),
+  "group_size": _COUNT, "rewards": checks.Table(checks.Number()),
   "reward_options": checks.Table(checks.Table(checks.Json())), "reward.threads": _COUNT,
   "reward.normalise": checks.Flag(), "reward.max_failed_fraction": checks.Number(low=0, high=1),
   "advantage.std": checks.OneOf(advantages.STDS), "advantage.ddof": checks.Integer(low=0),
@@ -68,7 +70,7 @@ KEYS: checks.Keys = {
   "text.dual_clip": _SCALE, "text.ratio": checks.OneOf(text_losses.RATIOS),
   "text.aggregation": checks.OneOf(text_losses.AGGREGATIONS), "text.kl_weight": _SCALE,
   "text.chunk": _COUNT, "flow.train": checks.Flag(), "flow.weight": _SCALE,
-  "flow.objective": checks.OneOf((*SDE_OBJECTIVES, *FORWARD_OBJECTIVES)),
+  "flow.objective": checks.OneOf((*SDE_OBJECTIVES, *FORWARD_OBJECTIVES, *GRADIENT_OBJECTIVES)),
   "flow.ratio": checks.OneOf(("norm", "plain")), "flow.clip": _SCALE, "flow.awm_clip": _SCALE,
   "flow.fpo_clip": _SCALE, "flow.scale_with_size": checks.Flag(),
   "flow.grad_reweight": checks.OneOf(flow_losses.REWEIGHTS),
@@ -78,6 +80,8 @@ KEYS: checks.Keys = {
   "flow.dppo_threshold": _SCALE, "flow.nft_beta": checks.Number(above=0),
   "flow.nft_bound": checks.Number(above=0),
   "flow.awm_weighting": checks.OneOf(forward_process.WEIGHTINGS),
+  "refl.judge": checks.Text(), "refl.weight": checks.Number(above=0),
+  "refl.margin": checks.Number(), "refl.per_batch": checks.Flag(),
   "epochs": _COUNT, "minibatches": _COUNT, "old_values": checks.OneOf(update.OLD_VALUES),
   "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0),
   "lora.adapter": checks.Text(), "pictures_every": checks.Integer(low=0),
@@ -158,6 +162,16 @@ class FlowSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReFLSpec:
+  """The objective of a differentiable reward, as in the config."""
+
+  judge: str
+  weight: float
+  margin: float
+  per_batch: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class UpdateSpec:
   """How an experience is gone through, and the drift beyond which it is not; 0: by the dtype."""
 
@@ -171,7 +185,7 @@ class UpdateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-  """Which steps have noise; see `windows.draw`."""
+  """Which steps have noise, or are recorded; see `windows.draw`."""
 
   convention: str
   low: int
@@ -196,6 +210,7 @@ class Spec:
   window: WindowSpec
   text: TextSpec
   flow: FlowSpec
+  refl: ReFLSpec
   update: UpdateSpec
   evaluation: validation.ValidationSpec
   pictures_every: int  # iterations from one whose pictures are logged to the next; 0: none
@@ -204,6 +219,11 @@ class Spec:
   def trajectories(self) -> int:
     """Trajectories of an iteration."""
     return self.prompts.per_step * self.rollout.group_size
+
+  @property
+  def by_gradient(self) -> bool:
+    """Whether the gradient of a reward trains the images."""
+    return self.flow.train and self.flow.objective in GRADIENT_OBJECTIVES
 
   @property
   def trains_text(self) -> bool:
@@ -237,7 +257,7 @@ def read(config: ConfigDict) -> Spec:
   sections.fill_rank(config)
   _check_combinations(config)
   c, r, e = config, config.rollout, config.eval
-  window_size = r.window_size if c.flow.train and c.flow.objective in SDE_OBJECTIVES else 0
+  by_gradient = c.flow.train and c.flow.objective in GRADIENT_OBJECTIVES
   spec = Spec(
     seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,
     run=sections.run(
@@ -254,17 +274,13 @@ def read(config: ConfigDict) -> Spec:
     ),
     advantage=sections.fill(AdvantageSpec, c.advantage, clip=c.advantage.clip or None),
     rollout=sections.fill(
-      rollout.RolloutSpec, r, group_size=c.group_size, sde=sampler_lib.SDE(r.sde, r.noise_level),
+      rollout.RolloutSpec, r, group_size=c.group_size,
+      sde=None if by_gradient else sampler_lib.SDE(r.sde, r.noise_level),
       settings=sections.fill(requests.Settings, r, guidance=_guidance(r)),
     ),
-    window=WindowSpec(
-      r.window, *r.window_range, window_size, r.window_size,
-      windows.Moving(
-        iterations=r.moving_iterations, stride=r.moving_stride or None,
-        roll_back=r.moving_roll_back, dwell=r.moving_dwell,
-      ),
-    ),
+    window=_late_window(c) if by_gradient else _window(c),
     text=sections.fill(TextSpec, c.text), flow=sections.fill(FlowSpec, c.flow),
+    refl=sections.fill(ReFLSpec, c.refl),
     update=sections.fill(UpdateSpec, c, drift_text=c.drift.text, drift_flow=c.drift.flow),
     evaluation=sections.fill(
       validation.ValidationSpec, e, seed=c.seed, size=(r.height, r.width),
@@ -275,6 +291,25 @@ def read(config: ConfigDict) -> Spec:
   )
   _check_window(spec)
   return spec
+
+
+def _window(config: ConfigDict) -> WindowSpec:
+  r = config.rollout
+  has_noise = config.flow.train and config.flow.objective in SDE_OBJECTIVES
+  return WindowSpec(
+    r.window, *r.window_range, r.window_size if has_noise else 0, r.window_size,
+    windows.Moving(
+      iterations=r.moving_iterations, stride=r.moving_stride or None,
+      roll_back=r.moving_roll_back, dwell=r.moving_dwell,
+    ),
+  )
+
+
+def _late_window(config: ConfigDict) -> WindowSpec:
+  """One of the late steps: of each trajectory, or the same for all."""
+  convention = "per_iteration" if config.refl.per_batch else "per_prompt"
+  low, high = direct.late_range(config.rollout.num_timesteps - 1)
+  return WindowSpec(convention, low, high, 1, 1, windows.Moving())
 
 
 def _guidance(section: ConfigDict) -> flow.Guidance:
@@ -311,7 +346,12 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.InputError(
       "config.rollout.think=False leaves no text to train; set config.flow.train=True"
     )
-  if config.minibatches > 1 and config.old_values == "first_epoch":
+  by_gradient = config.flow.train and config.flow.objective in GRADIENT_OBJECTIVES
+  if by_gradient:
+    _check_by_gradient(config)
+  else:
+    errors.require("config.group_size", config.group_size, integer=True, low=2)
+  if config.minibatches > 1 and config.old_values == "first_epoch" and not by_gradient:
     raise errors.InputError(
       f"config.minibatches={config.minibatches}: after the first of them the policy is no longer "
       "the one that sampled; set config.old_values=recomputed"
@@ -335,6 +375,29 @@ def _check_combinations(config: ConfigDict) -> None:
       raise errors.InputError(
         f"config.{key}.train=True but config.learning_rate.{group}=0; give it one"
       )
+
+
+def _check_by_gradient(config: ConfigDict) -> None:
+  name = f"config.flow.objective={config.flow.objective}"
+  for key, wanted, reason in (
+    ("text.train", False, "has no loss of the text"),
+    ("epochs", 1, "takes each trajectory once, since its late step is that of the policy"),
+    ("old_values", "first_epoch", "compares no old values"),
+  ):
+    section, _, leaf = key.rpartition(".")
+    value = (config[section] if section else config)[leaf]
+    if value != wanted:
+      raise errors.InputError(f"config.{key}={value}: {name} {reason}; set it to {wanted}")
+  if config.rollout.cfg_text_scale > 1:
+    raise errors.InputError(
+      f"config.rollout.cfg_text_scale={config.rollout.cfg_text_scale}: {name} would differentiate "
+      "the branch without the prompt too; set it to 1.0"
+    )
+  if config.flow.regulariser.startswith("latent_kl"):
+    raise errors.InputError(
+      f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which {name} "
+      "has not; set velocity_mse"
+    )
 
 
 def _check_window(spec: Spec) -> None:
@@ -371,11 +434,14 @@ def window_steps(spec: Spec, iteration: int, ways: int = 1) -> np.ndarray:
   """
   w = spec.window
   chunk = spec.rollout.prompts_at_once * spec.rollout.group_size
+  prompts, group_size = spec.prompts.per_step, spec.rollout.group_size
+  if spec.by_gradient:  # A late step is each trajectory's own.
+    prompts, group_size = spec.trajectories, 1
   return windows.draw(
     w.convention, low=w.low, high=w.high, size=w.size, seed=spec.seed,
     # A window that moves begins where it is after 0 iterations.
     iteration=iteration - (w.convention == "progressive"),
-    prompts=spec.prompts.per_step, group_size=spec.rollout.group_size,
+    prompts=prompts, group_size=group_size,
     num_steps=spec.rollout.settings.num_timesteps - 1, moving=w.moving,
     ranks=np.arange(spec.trajectories) % chunk // max(chunk // ways, 1),
   )

@@ -248,7 +248,7 @@ def open_judge(
   Raises:
     InputError: it is no such folder, or a file of it is not what its reward.json says.
   """
-  path = TINY_FOLDER if folder == TINY else files.path(folder)
+  path = _path(folder)
   record = read_record(path)
   if mesh is None:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -297,6 +297,15 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
         f"{path}: is not the file that {FILE} was written for; copy the folder again"
       )
   return record
+
+
+def fingerprint(folder: pathlib.Path | str) -> str:
+  """`checksum_of` the judge of a folder; raises as `read_record`."""
+  return checksum_of(read_record(_path(folder)))
+
+
+def _path(folder: pathlib.Path | str) -> pathlib.Path:
+  return TINY_FOLDER if folder == TINY else files.path(folder)
 
 
 def checksum_of(record: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ class Bench:
     episode = self.rollout.sample(params, [prompt], key, 0, window, self.timed)
     rows = (self.adv, np.ones(self.work.group, bool))
     adv, valid = (sharding.put_rows(self.mesh, a) for a in rows)
-    experience = self.algorithm.experience([episode], key).replace(adv=adv, valid=valid)
+    experience = self.algorithm.experience([episode], [prompt], key).replace(adv=adv, valid=valid)
     metrics = {"tokens": int(episode.text.mask.sum())}
     for name, update in self.updates.items():
       # Each starts from the policy that sampled; the last one's result samples next.

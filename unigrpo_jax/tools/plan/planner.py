@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -11,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unigrpo_jax.data import prompts as prompt_sets
 from unigrpo_jax.episodes import programs, rollout, script
 from unigrpo_jax.episodes import sampler as sampler_lib
-from unigrpo_jax.models import vae
+from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.recipe import parts, rl
+from unigrpo_jax.reward_models import judge as judge_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.tools import flops
 from unigrpo_jax.tools.plan import plans
+
+QUESTION_TOKENS = 16  # of what a judge is asked, besides the prompt
 
 
 class Planner:
@@ -52,13 +57,31 @@ class Planner:
     self.state = layout.abstract
     self.rollout = rollout.Rollout(network, None, spec.rollout)
     self.batch = self.rollout.prepare(["a"] * spec.rollout.prompts_at_once)
-    self.algorithm = parts.make_algorithm(spec, network, self.rollout)
+    self.vae_params = _params(self.rollout.network, "vae")
+    self.algorithm = self._algorithm()
     self.update = parts.make_update(
       spec, network, self.algorithm, optimizer, self.rollout.grid, layout
     )
-    self.vae_params = _vae_params(self.rollout.network)
     self.chunks = spec.prompts.per_step // spec.rollout.prompts_at_once
     self.model_flops = self._model_flops()
+
+  def _algorithm(self):
+    """The run's; a judge has the sizes of the network, and parameters that are shapes."""
+    network, spec = self.network, self.spec
+    if not spec.by_gradient:
+      return parts.make_algorithm(spec, network, self.rollout)
+    judge = judge_lib.Judge(
+      network.model.clone(lora=None), network.tokenizer, yes_id=0, no_id=1,
+      vit_max=network.config.vit_image.max_size,
+    )
+    params = _cast(_params(network, "bagel"), network.model.dtype)
+    made = parts.make_algorithm(spec, network, self.rollout, (judge, params))
+    length = spec.rollout.prompt_tokens + QUESTION_TOKENS
+    ask = lambda prompts: judge_lib.Questions(
+      np.zeros((len(prompts), length), np.int32), np.full(len(prompts), length, np.int32)
+    )
+    fixed = {"judge": params, "vae": _params(network, "vae")}
+    return dataclasses.replace(made, ask=ask, fixed=fixed)
 
   def run(self) -> plans.Plan:
     """Compiles the phases."""
@@ -66,7 +89,7 @@ class Planner:
     self._held = {
       name: bytes_on_chip(tree) for name, tree in (
         ("parameters", s.params), ("optimizer", s.opt_state), ("moving average", s.ema),
-        ("reference", s.reference),
+        ("reference", s.reference), ("judge", self.algorithm.fixed),
       )
     }
     with sharding.activate(self.rollout.network.mesh):
@@ -139,7 +162,8 @@ class Planner:
   def _compile_update(self, chunk: sampler_lib.Episode) -> None:
     def experience(inputs, text, flow):
       episode = self.rollout.for_update(sampler_lib.Episode(inputs, text, flow))
-      return self.algorithm.experience([episode] * self.chunks, jax.random.key(0))
+      prompts = [prompt_sets.Prompt("a", {})] * self.spec.prompts.per_step
+      return self.algorithm.experience([episode] * self.chunks, prompts, jax.random.key(0))
 
     experience = self._by_rows(
       jax.eval_shape(experience, chunk.inputs, chunk.text, chunk.flow), self.mesh
@@ -152,7 +176,8 @@ class Planner:
     count = self.spec.trajectories
     adv, valid = self._by_rows((np.zeros(count, np.float32), np.ones(count, bool)), self.mesh)
     experience = experience.with_only(**values).replace(adv=adv, valid=valid)
-    self._compile("update", self.update.jitted, self.state, experience, runs=1)
+    fixed = self.algorithm.fixed
+    self._compile("update", self.update.jitted, self.state, experience, fixed, runs=1)
 
   def _compile(
     self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1, mesh=None
@@ -203,7 +228,7 @@ class Planner:
     velocity = flops.velocity(sizes, self.rollout.grid.ids.shape[1], context=shared + tokens)
     reads = parts.schedule(spec, self.mesh).group_parts * spec.rollout.prompt_copies(self.mesh)
     text = prefill * (reads * spec.prompts.per_step) + written
-    steps = spec.run.config["rollout"]["window_size"] if spec.flow.train else 0
+    steps = spec.window.draws if spec.flow.train else 0
     image = velocity * (steps * count)
     # Under adapters, whose own products are not counted, the weights have no gradient.
     trained = set() if spec.network.lora else spec.optimizer.trained & set(flops.PARTS)
@@ -230,13 +255,20 @@ def bytes_on_chip(tree: Any) -> int:
   )
 
 
-def _vae_params(network: state.Network) -> Any:
-  """Parameters of its autoencoder, as shapes."""
-  c = network.config
+def _params(network: state.Network, part: str) -> Any:
+  """Parameters of the network, "bagel" without adapters, or of its autoencoder, "vae": shapes."""
+  c, model = network.config, network.model.clone(lora=None)
   pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
-  boxed = jax.eval_shape(vae.VAE(c.vae).init, jax.random.key(0), pixels)["params"]
-  places = state.param_shardings(network.model, network.mesh, ("vae",))["vae"]
+  init, example = {
+    "bagel": (model.init, bagel.example_batch(c)), "vae": (vae.VAE(c.vae).init, pixels),
+  }[part]
+  boxed = jax.eval_shape(init, jax.random.key(0), example)["params"]
+  places = state.param_shardings(model, network.mesh, (part,))[part]
   return jax.tree.map(_placed, sharding.unbox(boxed), places)
+
+
+def _cast(tree: Any, dtype) -> Any:
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding), tree)
 
 
 def _placed(array, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

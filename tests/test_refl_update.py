@@ -1,0 +1,120 @@
+"""ReFL's update of the golden BAGEL: what it moves, what it leaves, and that its cuts add up."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import joint
+from unigrpo_jax import types
+from unigrpo_jax.algorithms import refl, update
+from unigrpo_jax.runtime import optim
+
+
+def reward(fixed, latents, question):
+  """A probability of latents [n, I, C], by a frozen direction and what is asked."""
+  along = jnp.mean(latents @ fixed["direction"], axis=1)
+  return jax.nn.sigmoid(question * along)
+
+
+@pytest.fixture(scope="module")
+def small(model):
+  return model.clone(remat="none")
+
+
+@pytest.fixture(scope="module")
+def experience(small, params):
+  """Of one step each, with a question."""
+  sampled = joint.sample(small, params["bagel"], joint.PLAIN)
+  drawn = sampled.only.flow
+  flow = types.FlowRollout(latents=drawn.latents, x_t=drawn.x_t[:, 1:], t=drawn.t[:, 1:])
+  return sampled.with_only(flow=flow).replace(
+    adv=jnp.full(8, jnp.nan), question=jnp.linspace(-2, 2, 8)
+  )
+
+
+@pytest.fixture(scope="module")
+def fixed(small):
+  direction = jax.random.normal(jax.random.key(3), (small.config.latent_dim,))
+  return {"direction": direction, "not read": jnp.zeros(3)}
+
+
+def algorithm(**changes) -> refl.ReFL:
+  numbers = dict(
+    replay=joint.replay_config(joint.PLAIN), text=joint.text_objective(), flow_weight=1.0,
+    regulariser="velocity_mse", regulariser_weight=0.1, reward=reward, ask=None, parts=1, ways=1,
+    weight=1.0, margin=1.0, term_norms_every=0,
+  )
+  return refl.ReFL(**numbers | changes)
+
+
+def run(small, params, experience, fixed, learner, **schedule):
+  """(state before, state after, metrics), and how many leaves were differentiated."""
+  transformation, differentiated = joint.optimizer(dict(gen=1e-2)), []
+  precompute, change = update.make_update(
+    small, transformation, joint.grid(small.config), learner, joint.schedule(**schedule),
+    trained={"gen"}, ema_decay=None, reference_model=small,
+  )
+
+  def whole(state, experience, fixed):
+    experience = experience.with_only(**precompute(state, experience))
+    return change(state, experience, fixed)
+
+  accumulate = update.accumulate
+
+  def counted(loss_fn, trained_params, *rest):
+    differentiated.append(len(jax.tree.leaves(trained_params)))
+    return accumulate(loss_fn, trained_params, *rest)
+
+  before = joint.state(params["bagel"], transformation)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(update, "accumulate", counted)
+    after, metrics = jax.jit(whole)(before, experience, fixed)
+  return *jax.device_get((before, after, metrics)), differentiated
+
+
+@pytest.fixture(scope="module")
+def two_steps(small, params, experience, fixed):
+  learner = algorithm(term_norms_every=1)
+  return run(small, params, experience, fixed, learner, microbatches=1, epochs=2)
+
+
+def test_only_the_generation_expert_moves(two_steps):
+  before, after, metrics, differentiated = two_steps
+  changed = lambda group: [
+    not np.array_equal(a, b)
+    for a, b in zip(*(jax.tree.leaves(optim.split(s.params, {group})) for s in (before, after)))
+  ]
+  assert any(changed("gen")) and not any(map(any, map(changed, set(optim.GROUPS) - {"gen"})))
+  trained, _ = optim.split(before.params, {"gen"})
+  assert set(differentiated) == {len(jax.tree.leaves(trained))}
+  assert metrics["refl/reward"].shape == (2,) and not np.isnan(metrics["loss/total"]).any()
+
+
+def test_a_step_raises_the_reward_of_the_same_latents(two_steps):
+  first, second = two_steps[2]["refl/reward"]
+  assert second > first + 1e-4
+
+
+def test_the_terms_norms_are_those_of_their_gradients(two_steps):
+  """In the second step, which is the logged one: before it the policy is its reference."""
+  metrics = two_steps[2]
+  of_reward, of_regulariser = (metrics[name] for name in update.TERM_NORMS)
+  assert of_reward[0] == of_regulariser[0] == update.NOT_MEASURED
+  assert 0 < of_regulariser[1] < of_reward[1]
+  total = metrics["grad_norm/gen"][1]
+  assert abs(of_reward[1] - of_regulariser[1]) <= total <= of_reward[1] + of_regulariser[1]
+  summary = update.summarise({name: metrics[name][:1] for name in update.TERM_NORMS})
+  assert summary == {}
+
+
+@pytest.mark.slow
+def test_microbatches_and_parts_add_up(small, params, experience, fixed, two_steps):
+  _, after, metrics, _ = run(
+    small, params, experience, fixed, algorithm(parts=2, ways=2), microbatches=2, epochs=2
+  )
+  chex.assert_trees_all_close(after.params, two_steps[1].params, rtol=1e-6, atol=1e-6)
+  for name in ("loss/total", "refl/reward", "grad_norm/gen", "flow/mse"):
+    np.testing.assert_allclose(metrics[name], two_steps[2][name], rtol=1e-5, atol=1e-7)
+
