@@ -102,7 +102,7 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
   # Each trajectory reads the prompt itself.
   ["--config.rollout.prompts_at_once=1", "--config.group_size=8", "--config.microbatch=8"],
   # A judge, and the autoencoder that decodes for it.
-  ["refl"],
+  pytest.param(["refl"], marks=pytest.mark.slow),
 ])
 def test_shapes_fit_in_every_kind_of_run(overrides):
   """On 8 devices, nothing compiled: each program takes what the one before it gives."""
