@@ -6,8 +6,7 @@
 
 Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and IconWorld), `lora`,
 `cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
-and `no_regulariser` (its second), and last of all `refl` or `refl_think` (the gradient of a
-differentiable reward in place of UniGRPO, without and with reasoning).
+and `no_regulariser` (its second).
 """
 
 from ml_collections import ConfigDict
@@ -107,7 +106,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.nft_bound = 5.0  # of its advantages
   config.flow.awm_weighting = "uniform"  # of "awm": or "t", "t2", "huber", "ghuber"
 
-  # Gradient of a differentiable reward: "refl"
+  # Gradient of a differentiable reward, of "refl"; see configs/refl.py
   config.refl = ConfigDict()
   config.refl.judge = ""  # folder of the frozen judge; "tiny_judge" is the embedded one
   config.refl.weight = 1.0  # of its term, beside flow.regulariser_weight, which no size scales here
@@ -228,34 +227,6 @@ def no_regulariser(config: ConfigDict) -> None:
   config.flow.regulariser = "none"
 
 
-def refl(config: ConfigDict) -> None:
-  """ReFL: the gradient of a frozen judge trains the drawing alone, without reasoning.
-
-  As many trajectories an iteration, but of a prompt each; two halves are two optimizer steps.
-  """
-  config.flow.objective = "refl"
-  config.refl.judge = "tiny_judge" if config.init_from == "tiny" else ""
-  for section, key in ((config, "prompts_per_step"), (config.rollout, "prompts_at_once")):
-    section[key] *= config.group_size
-  config.group_size = 1
-  config.epochs, config.minibatches = 1, 2
-  config.text.train = config.rollout.think = False
-  config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
-  config.learning_rate.gen = 1e-4 if config.init_from == "tiny" else 1e-5
-  config.flow.regulariser_weight = 0.1
-  config.schedule = "constant"
-  config.eval.modes = ("plain", "think") if config.init_from == "tiny" else (
-    "plain", "think", "plain+guidance", "think+guidance")
-
-
-def refl_think(config: ConfigDict) -> None:
-  """ReFL with reasonings, which the network that training started from samples."""
-  refl(config)
-  config.rollout.think = True
-  config.eval.modes = tuple(reversed(config.eval.modes))
-
-
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
-  "refl": refl, "refl_think": refl_think,
 }

@@ -88,6 +88,42 @@ def test_every_key_has_a_comment(name, least):
   assert keys >= least
 
 
+@pytest.mark.parametrize("variants, steps, prompts", [("", (18, 24), 768), ("tiny", (9, 12), 192)])
+def test_refl(variants, steps, prompts):
+  """One late step of each trajectory, all of its last quarter, and no groups."""
+  spec = _read(_load("refl").get_config(variants))
+  assert spec.prompts.per_step == spec.trajectories == prompts and spec.rollout.group_size == 1
+  assert spec.optimizer.trained == {"gen"} and not spec.trains_text and spec.needs_reference
+  assert (spec.update.epochs, spec.update.minibatches) == (1, 2)
+  drawn = [rl.window_steps(spec, iteration) for iteration in (1, 2)]
+  assert drawn[0].shape == (prompts, 1) and (drawn[0] != drawn[1]).any()
+  assert set(np.unique(drawn)) == set(range(*steps)) and spec.rollout.sde is None
+  alike = _load("refl").get_config(variants)
+  alike.refl.per_batch = True
+  assert len(np.unique(rl.window_steps(_read(alike), 1))) == 1
+  thinking = _read(_load("refl").get_config(",".join(filter(None, (variants, "think")))))
+  assert thinking.rollout.settings.think and thinking.evaluation.modes[0] == "think"
+  assert thinking.window == spec.window and not thinking.trains_text
+
+
+@pytest.mark.parametrize("key, value, words", [
+  ("text.train", True, "config.text.train=True: .* has no loss of the text; set it to False"),
+  ("epochs", 2, "config.epochs=2: .* takes each trajectory once"),
+  ("old_values", "recomputed", "config.old_values=recomputed: .* compares no old values"),
+  ("rollout.cfg_text_scale", 4.0, "config.rollout.cfg_text_scale=4.0: .* set it to 1.0"),
+  ("flow.regulariser", "latent_kl", "config.flow.regulariser=latent_kl needs the steps of an SDE"),
+  ("refl.weight", 0.0, "config.refl.weight=0.0"),
+])
+def test_what_refl_refuses(key, value, words):
+  config = _load("refl").get_config("tiny")
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.InputError, match=words):
+    _read(config)
+  config = _load("refl").get_config()
+  with pytest.raises(errors.InputError, match="set config.refl.judge to the folder of a judge"):
+    parts.pinned(_read(config))
+
+
 def _another(key, value):
   """Another value of a key, of its type."""
   kind = (checks.KEYS | rl.KEYS | sft.KEYS).get(key)

@@ -25,7 +25,7 @@ from unigrpo_jax.tools.plan import (
   topology,
 )
 
-UNIGRPO = str(config_files.FOLDER / "unigrpo.py")
+UNIGRPO, REFL = (str(config_files.FOLDER / name) for name in ("unigrpo.py", "refl.py"))
 GIB = chips.GIB
 CHIP = chips.CHIPS["v6e"]
 
@@ -95,22 +95,19 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
     assert 0.97 < ratio < 1.3, (name, ratio)
 
 
-@pytest.mark.parametrize("overrides", [
-  ["--config.flow.objective=nft", "--config.ema_decay=0.99"],
-  ["--config.rollout.think=false", "--config.text.train=false"],
-  ["--config.flow.train=false", "--config.lora.rank=4"],
+@pytest.mark.parametrize("file, overrides", [
+  (UNIGRPO, ["--config.flow.objective=nft", "--config.ema_decay=0.99"]),
+  (UNIGRPO, ["--config.rollout.think=false", "--config.text.train=false"]),
+  (UNIGRPO, ["--config.flow.train=false", "--config.lora.rank=4"]),
   # Each trajectory reads the prompt itself.
-  ["--config.rollout.prompts_at_once=1", "--config.group_size=8", "--config.microbatch=8"],
+  (UNIGRPO, ["--config.rollout.prompts_at_once=1", "--config.group_size=8",
+             "--config.microbatch=8"]),
   # A judge, and the autoencoder that decodes for it.
-  pytest.param(["refl"], marks=pytest.mark.slow),
+  pytest.param(REFL, [], marks=pytest.mark.slow),
 ])
-def test_shapes_fit_in_every_kind_of_run(overrides):
+def test_shapes_fit_in_every_kind_of_run(file, overrides):
   """On 8 devices, nothing compiled: each program takes what the one before it gives."""
-  variants = ",".join(["tiny", *(name for name in overrides if not name.startswith("--"))])
-  overrides = [name for name in overrides if name.startswith("--")]
-  spec = rl.read(
-    config_files.load(f"{UNIGRPO}:{variants}", ["--config.mesh.tensor=1", *overrides])
-  )
+  spec = rl.read(config_files.load(f"{file}:tiny", ["--config.mesh.tensor=1", *overrides]))
   network = state.open_network(spec.network, jax.devices())
   planned = planner.Planner(spec, network, only=()).run()
   assert planned.phases == {} and planned.held["parameters"] > 0
