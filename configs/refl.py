@@ -1,4 +1,4 @@
-"""ReFL: the gradient of a frozen judge trains the drawing alone, a baseline of UniGRPO (2603.23500).
+"""ReFL, a baseline of UniGRPO (2603.23500): the gradient of a frozen judge trains the drawing.
 
   python -m unigrpo_jax.train --config=configs/refl.py:tiny --workdir=runs/refl
   python -m unigrpo_jax.train --config=configs/refl.py:tiny,think --workdir=runs/refl_think
