@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax.benchmarks import geneval, intervals
+from unigrpo_jax import rewards
+from unigrpo_jax.benchmarks import evaluation, geneval, intervals, statistics, ta
+from unigrpo_jax.iconworld import prompts, renderer, scenes
 
 NAN = math.nan
 
@@ -87,3 +89,127 @@ def test_images_lie_where_the_official_script_looks(tmp_path):
   assert json.loads((tmp_path / "00007" / "metadata.jsonl").read_text()) == metadata
   assert (tmp_path / "00007" / "samples" / "00003.png").is_file()
   assert "has no 'include'" in refusal(geneval.write_prompt, tmp_path, 8, {"tag": "colors"})
+
+
+def _judged(metadata, scene, ask=None):
+  """The exam of one render, or of a blank image where the scene is None."""
+  image = np.full((32, 32, 3), 240, np.uint8)
+  if scene is not None:
+    image = renderer.render(scene, np.random.default_rng(0))
+  exam = ta.Exam(ask)
+  exam([evaluation.Row("plain", "all", "p", None, {}, None, 0, 0)],
+       [rewards.Sample("p", image, None, metadata)])
+  [answers] = exam.answers
+  return dict(zip(answers.points, answers.verifier or answers.judge))
+
+
+def test_points_of_a_perfect_drawer_and_of_a_blank_image():
+  for example in prompts.fixed("test", 24):
+    assert set(_judged(example.metadata, example.scene).values()) == {1.0}, example.prompt
+    assert set(_judged(example.metadata, None).values()) == {0.0}, example.prompt
+
+
+def test_each_point_sees_its_own_mistake():
+  thing = scenes.Thing
+  metadata = {"tag": "position", "include": [
+    {"class": "bird", "count": 1},
+    {"class": "kite", "count": 2, "color": "red", "position": ["right of", 0]},
+  ]}
+  bird, kite = thing("bird", "blue", "top left"), thing("kite", "red", "top right")
+  count = "there are two kites"
+  right = scenes.Scene((bird, kite, thing("kite", "red", "bottom right")), "white")
+  assert list(_judged(metadata, right)) == [
+    "there is one bird", count, "the kites are red", "the kites are right of the bird",
+    "nothing else is there",
+  ]
+  assert set(_judged(metadata, right).values()) == {1.0}
+  wrong = {
+    "fewer": (scenes.Scene((bird, kite), "white"),
+              {count, "the kites are red", "the kites are right of the bird"}),
+    "other colour": (scenes.Scene((bird, kite, thing("kite", "blue", "bottom right")), "white"),
+                     {"the kites are red"}),
+    "other place": (scenes.Scene((thing("bird", "blue", "bottom right"), kite,
+                                  thing("kite", "red", "top left")), "white"),
+                    {"the kites are right of the bird"}),
+    "another thing": (scenes.Scene((*right.things, thing("apple", "red", "bottom left")), "white"),
+                      {"nothing else is there"}),
+    "one more": (scenes.Scene((*right.things, thing("kite", "red", "bottom left")), "white"),
+                 {count, "nothing else is there"}),
+  }
+  for name, (scene, unmet) in wrong.items():
+    answers = _judged(metadata, scene)
+    if name == "one more":
+      del answers["the kites are right of the bird"]  # of the two that are surest
+    assert {point for point, answer in answers.items() if not answer} == unmet, name
+
+
+def test_ta_is_a_mean_of_means_and_a_failed_point_drops_its_image():
+  # Images: 1/2, 1, dropped, 0: not the 3 of 5 points that are met.
+  made = ta.summary([[1, 0], [1], [1, NAN], [0]], ["a", "a", "b", "b"])
+  assert (made.ta.mean, made.images, made.dropped) == (0.5, 3, 1)
+  # m_p = 3/4 and 0.
+  assert made.ta.se == pytest.approx(0.75 / math.sqrt(2) / math.sqrt(2))
+  assert math.isnan(ta.summary([[NAN]], ["a"]).ta.mean)
+
+
+def test_agreement_of_two_judges():
+  # 40 yes-yes, 10 yes-no, 5 no-yes, 45 no-no: accuracy .85, chance .5 * .45 + .5 * .55.
+  first = [[1.0] * 50 + [0.0] * 50]
+  second = [[1.0] * 40 + [0.0] * 10 + [1.0] * 5 + [0.0] * 45]
+  made = ta.agreement(first * 3, second * 3, ["a", "b", "c"])
+  assert made.accuracy[0] == pytest.approx(0.85) and made.answers == 300
+  assert made.kappa == pytest.approx((0.7, 0.7, 0.7))
+  assert ta.agreement([[1.0, NAN]], [[1.0, 0.0]], ["a"]).answers == 1
+
+
+def test_a_judge_is_asked_one_point_a_time():
+  asked = []
+
+  def ask(images, statements):
+    asked.extend(statements)
+    return np.array([0.9, NAN, 0.1])
+
+  answers = _judged({"points": ["a cat", "it sits", "it is red"]}, None, ask)
+  assert asked == ["a cat", "it sits", "it is red"]
+  assert str(answers) == "{'a cat': 1.0, 'it sits': nan, 'it is red': 0.0}"
+
+
+@pytest.mark.parametrize(("metadata", "message"), [
+  ({"points": []}, "points=[] must be a list of at least one text"),
+  ({"points": "a cat"}, "points='a cat' must be a list"),
+  ({"points": ["a", 1]}, "must be a list of at least one text"),
+  ({}, "has no exam points"),
+  ({"include": [{"class": "zebra", "count": 1}]}, "has no exam points"),
+])
+def test_prompts_without_points_are_refused(metadata, message):
+  assert message in refusal(ta.points_of, "p", metadata)
+
+
+def test_statistics_by_hand():
+  plain = np.full((8, 8, 3), 200, np.uint8)
+  assert statistics.of_image(plain) == dict.fromkeys(statistics.NAMES, 0.0)
+  # Columns of red and blue in turns: two colours, full saturation, all power at the Nyquist
+  # frequency, every pixel at both ends, and no background.
+  stripes = np.zeros((8, 8, 3), np.uint8)
+  stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255
+  made = statistics.of_image(stripes)
+  assert made["saturation"] == made["clipped"] == made["entropy"] == 1.0
+  assert made["high_frequency"] == pytest.approx(1.0)
+  assert made["luminance_std"] == pytest.approx((0.2126 - 0.0722) / 2)
+  # White background at 255 is not clipped; an icon's own pixels at 0 are.
+  white = np.full((32, 32, 3), 255, np.uint8)
+  white[12:16, 12:16] = 0
+  assert statistics.of_image(white)["clipped"] == 16 / 1024
+  assert statistics.of_image(white)["unknown"] == 1.0
+
+
+def test_diversity_and_distance_of_distributions():
+  latents = np.array([[0.0, 0], [3, 4], [1, 1], [1, 1], [9, 9]])
+  assert statistics.diversity(latents, ["a", "a", "b", "b", "c"]) == 2.5
+  assert math.isnan(statistics.diversity(latents[:1], ["a"]))
+  rng = np.random.default_rng(0)
+  a = rng.normal(size=(4000, 2))
+  # A shift of 3 and twice the deviation in one of two dimensions: 9 + (2 - 1)^2.
+  b = rng.normal(size=(4000, 2)) * [2, 1] + [0, 3]
+  assert statistics.frechet(a, b) == pytest.approx(10, rel=0.05)
+  assert statistics.frechet(a, a) == pytest.approx(0, abs=1e-9)

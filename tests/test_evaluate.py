@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.refusals import refusal
 from unigrpo_jax import errors, evaluate, rewards
 from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
@@ -31,13 +32,14 @@ def test_the_scores_true_and_empty_pictures(examples):
   rng = np.random.default_rng(0)
   right = [_sample(e, renderer.render(e.scene, rng), e.reasoning) for e in examples]
   scores = iconworld_evaluation.score(right)
-  assert set(scores) == {"strict", "soft", "reasoning"}
+  assert set(scores) == set(iconworld_evaluation.REWARDS)
   for values in scores.values():
     np.testing.assert_array_equal(values, 1.0)
   empty = np.full((32, 32, 3), 255, np.uint8)
   wrong = [_sample(e, empty, plans.corrupt(rng, e)) for e in examples]
   scores = iconworld_evaluation.score(wrong)
   np.testing.assert_array_equal(scores["strict"], 0.0)
+  np.testing.assert_array_equal(scores["points"], 0.0)
   np.testing.assert_array_equal(scores["reasoning"], 0.0)
   [unthought] = iconworld_evaluation.score([_sample(examples[0], empty)])["reasoning"]
   assert math.isnan(unthought)
@@ -138,12 +140,37 @@ def test_rewards_of_the_users_own(golden, tmp_path, capsys):
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
   evaluate.main([
     f"--checkpoint={golden}", f"--out={tmp_path}", "--prompts=2", "--modes", "plain", "answer",
-    "--keep=0", "--size", "32", "32", *QUICK,
+    "--keep=0", "--size", "32", "32", "--images=2", f"--geneval={tmp_path / 'official'}", *QUICK,
   ])
   rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-  assert [row["mode"] for row in rows] == ["plain", "plain", "answer", "answer"]
-  assert set(rows[0]["rewards"]) == {"strict", "soft"} and set(rows[2]["rewards"]) == {"answer"}
+  assert [row["mode"] for row in rows] == ["plain"] * 4 + ["answer"] * 2
+  assert set(rows[0]["rewards"]) == {"strict", "soft", "geneval", "points"}
+  assert set(rows[4]["rewards"]) == {"answer"}
+  measured = json.loads((tmp_path / "benchmarks.json").read_text())["plain"]
+  assert set(measured) == {"geneval", "strict", "ta"} and measured["ta"]["verifier"]["images"] == 4
+  assert sorted(p.name for p in (tmp_path / "official/plain/00001").rglob("*")) == [
+    "00000.png", "00001.png", "metadata.jsonl", "samples"]
   assert "| plain |" in capsys.readouterr().out and not (tmp_path / "contact.png").exists()
+
+
+def test_exam_points_need_a_judge(golden, tmp_path):
+  path = tmp_path / "mine.jsonl"
+  path.write_text(json.dumps({"prompt": "a red kite", "points": ["it is red"]}) + "\n")
+  message = refusal(evaluate.main, [
+    f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
+    "--modes", "plain", "--size", "32", "32", *QUICK,
+  ])
+  assert "has exam points; give the folder of a model to answer them as --points_judge" in message
+
+
+def test_results_of_genevals_own_script_are_summarised(tmp_path, capsys):
+  path = tmp_path / "results.jsonl"
+  row = {"prompt": "p", "tag": "colors", "metadata": "{}"}
+  path.write_text("".join(json.dumps(row | {"correct": c}) + "\n" for c in (True, False)))
+  evaluate.main([f"--geneval_results={path}", f"--out={tmp_path / 'out'}"])
+  assert "50.00% of the images and 100.00% of the prompts" in capsys.readouterr().out
+  record = json.loads((tmp_path / "out/benchmarks.json").read_text())
+  assert record["official"]["geneval"]["overall"]["mean"] == 0.5
 
 
 def test_no_picture_of_an_older_evaluation_stays(tmp_path):

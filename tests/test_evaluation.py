@@ -1,5 +1,6 @@
 """Evaluations: rows that no batch changes, other weights for one run, means and intervals."""
 
+import dataclasses
 import json
 import math
 import types
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import evaluation, intervals
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import sharding
@@ -107,6 +108,27 @@ def test_other_parameters_serve_one_run_and_compile_nothing(pipe, results, compi
   assert pipe.params is params
 
 
+def test_images_of_a_prompt_have_seeds_of_their_own_and_make_one_value(pipe):
+  """The first image of each prompt is what an evaluation of one image each draws."""
+  seen = []
+  several = _evaluation(pipe, modes=MODES[:1], images=2, batch_size=5).run(
+    observe=lambda rows, samples: seen.extend(zip(rows, samples))
+  )
+  assert [(row.number, row.k) for row in several.rows] == [(p, k) for p in range(5) for k in (0, 1)]
+  assert [row for row, _ in seen] == several.rows
+  request = requests_lib.Request(PROMPTS[3], seed=evaluation.image_seed(7, 3, 1), size=(32, 32))
+  settings = dataclasses.replace(SETTINGS, think=False)
+  [alone] = pipe.run(pipe.prepare([request], settings))
+  assert np.abs(seen[7][1].image.astype(int) - alone.image).max() <= 1
+  assert np.abs(seen[6][1].image.astype(int) - alone.image).max() > 1
+  assert sorted(several.images) == [
+    f"images/plain_guidance_{prompt:05d}{k}.png" for prompt in (0, 1) for k in ("", "_1")
+  ]
+  values = [row.rewards["bright"] for row in several.rows]
+  m = np.reshape(values, (5, 2)).mean(axis=1)
+  assert several.interval("plain + guidance", "bright") == pytest.approx(intervals.interval(m))
+
+
 def test_progress_counts_the_rows_of_all_modes(pipe):
   seen = []
   _evaluation(pipe, modes=MODES[:1]).run(progress=lambda *arguments: seen.append(arguments))
@@ -150,7 +172,7 @@ def test_means_intervals_and_the_table_by_hand():
     results.interval(evaluation.Mode(think=True), "r"), (0.5, 0.280415, 0.719585), atol=2e-6)
   assert math.isnan(results.mean("given", "r")) and results.mean("think", "r") == 0.5
   assert results.table("r").splitlines() == [
-    "| r | a | b | all | 95 % | rows |",
+    "| r | a | b | all | 95 % | prompts |",
     "| --- | --- | --- | --- | --- | --- |",
     "| plain | 0.50 | 1.00 | 0.667 | 0.177 to 0.961 | 3 |",
     "| think | 0.50 |  | 0.500 | 0.280 to 0.720 | 2 |",

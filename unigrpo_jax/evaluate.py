@@ -14,10 +14,11 @@ from unigrpo_jax.tools import sampling_flags
 
 DESCRIPTION = """Scores a checkpoint on held-out prompts.
 
-Draws every prompt under every mode, from noise that depends on --seed and the prompt's number
-alone, and writes into --out:
-  results.md      means of each reward by mode and category, with 95 % intervals
-  results.json    every prompt, reasoning and reward
+Draws every prompt under every mode, from noise that depends on --seed, the prompt's number and the
+image's alone, and writes into --out:
+  results.md      means of each reward by mode and category, with 95 % intervals over prompts
+  results.json    every image's prompt, reasoning and rewards
+  benchmarks.json GenEval and TA by mode, of prompts that have them (see below)
   contact.png     the first --keep prompts: pictures side by side by mode, reasonings, rewards
   images/         those pictures"""
 
@@ -34,13 +35,26 @@ its bagel_config.json.
 
 rewards without --rewards, of prompts whose metadata asks for IconWorld's classes:
   strict, soft    IconWorld's verifier of the picture, 0 or 1 and in [0, 1]
+  geneval         GenEval's verdict, 0 or 1, which forgives objects that were not asked for
+  points          share of the prompt's exam points that the picture meets
   reasoning       whether the plan that the reasoning ends in is correct
 Other prompts are then drawn, not scored.
+
+benchmarks:
+  GenEval         the mean of its six categories, of IconWorld's prompts. Of others, --geneval
+                  writes the pictures as its own detector script wants them, and
+                  --geneval_results summarises what that wrote
+  TA              the mean over pictures of the share of exam points that are met: of IconWorld's
+                  prompts by its verifier; of JSON lines {"prompt": ..., "points": ["...", ...]} by
+                  the model of --points_judge
 
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=runs/tiny --modes think think+guidance --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/eval
+  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --images=4 --modes think+guidance \\
+    --prompts_from=evaluation_metadata.jsonl --geneval=images --out=runs/eval
+  python -m unigrpo_jax.evaluate --geneval_results=results.jsonl --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.jsonl \\
     --rewards red=my_rewards:redness taste=http://127.0.0.1:8901 --out=runs/eval
 """
@@ -62,12 +76,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "(default: %(default)s)")
   add("--split", default="test", help="of the prompts (default: %(default)s)")
   add("--prompts", type=int, help="how many, from the first (default: 600 of iconworld, else all)")
+  add("--images", type=int, default=1, help="of each prompt (default: %(default)s)")
   add("--modes", nargs="+", metavar="MODE",
       help="see below (default: all of iconworld, else plain and think, without and with guidance)")
   add("--keep", type=int, default=24,
       help="prompts whose pictures are saved (default: %(default)s)")
   add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
       help="pixels (default: the largest the checkpoint is configured for)")
+  add("--points_judge", metavar="FOLDER",
+      help="folder with reward.json, whose model answers exam points")
+  add("--geneval", type=files.local_path, metavar="FOLDER",
+      help="write all pictures for GenEval's own script: FOLDER/MODE/00000/samples/00000.png")
+  add("--geneval_results", type=files.local_path, metavar="FILE",
+      help="draw nothing; summarise the results.jsonl of GenEval's own script")
   sampling_flags.add(parser, steps="--num_timesteps", batch_size=100)
   arguments.add(parser, required=False, default=" (default: IconWorld's, see below)")
   host_flags.add_arguments(parser)
@@ -75,6 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   sampling_flags.check(args, "--num_timesteps")
   errors.require("--prompts", args.prompts, low=1)
   errors.require("--keep", args.keep, low=0)
+  errors.require("--images", args.images, low=1, high=1000)
   return args
 
 

@@ -44,8 +44,8 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
 
 
 def by_prompt(rows: Sequence[Any], images: dict[str, np.ndarray]) -> list[tuple[Any, ...]]:
-  """The kept rows of each prompt, one a mode."""
-  kept = [row for row in rows if row.image in images]
+  """The kept rows of each prompt, one a mode: of its first image."""
+  kept = [row for row in rows if row.image in images and not row.k]
   modes = list(dict.fromkeys(row.mode for row in kept))
   return list(zip(*[[row for row in kept if row.mode == mode] for mode in modes]))
 

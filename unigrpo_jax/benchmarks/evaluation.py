@@ -6,8 +6,8 @@
   results = evaluation.run()          # again with other weights: evaluation.run(params)
   results.mean("plain", "strict"), results.save("runs/eval", "IconWorld")
 
-Row i is drawn with seed `seed` + i by the ODE, whatever its mode and however often it is run, so
-that two results differ by their weights alone.
+Image k of prompt p is drawn by the ODE with `image_seed(seed, p, k)`, whatever its mode and however
+often it is run, so that two results differ by their weights alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ from unigrpo_jax.data import atomic, files
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import hosts, panels
 
-_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}\.png")
+_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}(_\d+)?\.png")
+MOST_IMAGES = 1000  # of a prompt: with more, a seed would exceed 32 bits
 
 Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
 Progress = Callable[[str, int, int], None]
+
+
+def image_seed(seed: int, prompt: int, k: int) -> int:
+  """The seed of image `k` of prompt number `prompt`: of its noise and of its text."""
+  return seed + prompt + (k << 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Mode:
 
 @dataclasses.dataclass
 class Row:
-  """One prompt under one mode.
+  """One image: a prompt under a mode.
 
   Attributes:
     mode: its name.
@@ -84,6 +90,8 @@ class Row:
     text: the reasoning, or None.
     rewards: by name; without those that could not score it.
     image: file of the picture, relative to the saved folder; None where it is not saved.
+    number: of the prompt, from 0; None where each row is another prompt.
+    k: which of the prompt's images this is.
   """
 
   mode: str
@@ -92,6 +100,12 @@ class Row:
   text: str | None
   rewards: dict[str, float]
   image: str | None
+  number: int | None = None
+  k: int = 0
+
+
+# What sees the rows of a batch with what they are made of; all hosts see all of them.
+Observe = Callable[[Sequence[Row], Sequence[rewards.Sample]], None]
 
 
 class Results:
@@ -114,19 +128,23 @@ class Results:
     return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
 
   def mean(self, mode: Mode | str, reward: str) -> float:
-    """Mean over the rows of a mode that have the reward; NaN where there are none."""
+    """Mean over the prompts of a mode that have the reward; NaN where there are none."""
     return self.interval(mode, reward)[0]
 
   def interval(self, mode: Mode | str, reward: str) -> tuple[float, float, float]:
-    """(mean, low, high) of the rows of a mode that have the reward; see `intervals.interval`."""
+    """(mean, low, high) over the prompts of a mode that have the reward; see `intervals.interval`.
+    """
     return intervals.interval(self._scores(mode, reward))
 
   def _scores(self, mode: Mode | str, reward: str, category: str | None = None) -> list[float]:
+    """Of each prompt, the mean over its images."""
     name = mode.name if isinstance(mode, Mode) else mode
-    return [
-      row.rewards[reward] for row in self.rows
+    scored = [
+      (row.rewards[reward], place if row.number is None else (row.number,))
+      for place, row in enumerate(self.rows)
       if row.mode == name and reward in row.rewards and category in (None, row.category)
     ]
+    return list(intervals.prompt_means(*zip(*scored)).values()) if scored else []
 
   def panels(self, count: int) -> list[panels.Panel]:
     """The pictures of the first `count` prompts that have some, for a log."""
@@ -138,7 +156,7 @@ class Results:
     rows = [row for row in self.rows if reward in row.rewards]
     categories = list(dict.fromkeys(row.category for row in rows))
     categories = [] if len(categories) < 2 else categories
-    lines = [[reward, *categories, "all", "95 %", "rows"], ["---"] * (4 + len(categories))]
+    lines = [[reward, *categories, "all", "95 %", "prompts"], ["---"] * (4 + len(categories))]
     for mode in dict.fromkeys(row.mode for row in rows):
       cells = [self._scores(mode, reward, category) for category in categories]
       mean, low, high = self.interval(mode, reward)
@@ -188,7 +206,7 @@ class Evaluation:
   def __init__(
     self, pipeline, examples: Sequence[Any], score: Score, *, settings: requests_lib.Settings,
     modes: Sequence[Mode], batch_size: int, seed: int,
-    num_saved_images: int = 24, size: tuple[int, int] | None = None,
+    num_saved_images: int = 24, size: tuple[int, int] | None = None, images: int = 1,
   ):
     """Checks everything that does not need the weights, which may be loaded later.
 
@@ -201,9 +219,10 @@ class Evaluation:
       settings: what the modes share; with the guidance of the guided ones.
       modes: each is run over all examples.
       batch_size: rows run together, rounded up to what the devices share evenly.
-      seed: row i has `seed` + i.
+      seed: see `image_seed`.
       num_saved_images: prompts whose pictures are saved.
       size: height and width in pixels; None: the largest of the checkpoint.
+      images: of each prompt.
 
     Raises:
       InputError: a prompt, a size, a mode or a number is impossible.
@@ -215,9 +234,11 @@ class Evaluation:
       raise errors.InputError(f"modes={names}: each may be given only once")
     errors.require("batch_size", batch_size, low=1)
     errors.require("num_saved_images", num_saved_images, low=0)
+    errors.require("images", images, low=1, high=MOST_IMAGES)
+    self._images, self._count = images, images * len(examples)  # of a prompt, of a mode
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
     self._seed, self._size, self._num_saved_images = seed, size, num_saved_images
-    self._batch_size = pipeline.batch_rows(batch_size, len(examples))
+    self._batch_size = pipeline.batch_rows(batch_size, self._count)
     self._batches = {mode: self._prepare(mode, settings) for mode in modes}
 
   def _prepare(self, mode: Mode, settings: requests_lib.Settings) -> list[requests_lib.Batch]:
@@ -228,25 +249,27 @@ class Evaluation:
     settings = dataclasses.replace(
       settings, think=mode.think, understand=False, guidance=guidance
     )
-    rows = range(len(self._examples) + -len(self._examples) % self._batch_size)
+    rows = range(self._count + -self._count % self._batch_size)
     # The rows that fill the last batch are prompts again, not fewer rows: decoding has one shape.
-    requests = [self._request(mode, row % len(self._examples)) for row in rows]
+    requests = [self._request(mode, *divmod(row % self._count, self._images)) for row in rows]
     batch = self._pipeline.prepare(requests, settings, self._batch_size)
     return requests_lib.split(batch, self._batch_size)
 
-  def _request(self, mode: Mode, row: int) -> requests_lib.Request:
-    example = self._examples[row]
+  def _request(self, mode: Mode, number: int, k: int) -> requests_lib.Request:
+    example = self._examples[number]
     reasoning = getattr(example, "reasoning", None) if mode.given else None
     if mode.given and not reasoning:
       raise errors.InputError(
-        f"mode {mode.name}: prompt {row + 1} ({example.prompt!r}) has no reasoning; leave out the "
-        "modes that draw from one"
+        f"mode {mode.name}: prompt {number + 1} ({example.prompt!r}) has no reasoning; leave out "
+        "the modes that draw from one"
       )
     return requests_lib.Request(
-      example.prompt, seed=self._seed + row, size=self._size, reasoning=reasoning
+      example.prompt, seed=image_seed(self._seed, number, k), size=self._size, reasoning=reasoning
     )
 
-  def run(self, params: Any = None, progress: Progress | None = None) -> Results:
+  def run(
+    self, params: Any = None, progress: Progress | None = None, observe: Observe | None = None
+  ) -> Results:
     """Draws and scores every prompt under every mode; all hosts call it together.
 
     Each host scores its share of every batch, and has all results.
@@ -256,6 +279,7 @@ class Evaluation:
         They are not donated.
       progress: called after each batch with the mode's name, and how many rows of how many of all
         modes are done.
+      observe: called with each batch, of which nothing but the rows and saved pictures is kept.
 
     Raises:
       InputError: a log-probability, a latent or a reward is not finite.
@@ -265,14 +289,21 @@ class Evaluation:
       for mode, parts in self._batches.items():
         for first, batch in enumerate(parts):
           results = self._pipeline.run(batch)
-          self._add(mode, first * self._batch_size, results, rows, images)
+          made, samples = self._score_batch(mode, first * self._batch_size, results, images)
+          rows += made
+          if observe is not None:
+            observe(made, samples)
           if progress is not None:
-            progress(mode.name, len(rows), len(self._examples) * len(self._batches))
+            progress(mode.name, len(rows), self._count * len(self._batches))
     return Results(rows, images)
 
-  def _add(self, mode: Mode, first: int, results, rows: list[Row], images: dict) -> None:
-    """Scores one batch's results, and appends them to the rows and the images to save."""
-    examples = self._examples[first : first + len(results)]
+  def _score_batch(
+    self, mode: Mode, first: int, results, images: dict[str, np.ndarray]
+  ) -> tuple[list[Row], list[rewards.Sample]]:
+    """The rows of one batch's results, and their samples; adds to the images to save."""
+    places = [divmod(first + i, self._images) for i in range(len(results))][: self._count - first]
+    examples = [self._examples[number] for number, _ in places]
+    rows = []
     samples = [
       rewards.Sample(
         example.prompt, result.image, example.reasoning if mode.given else result.text,
@@ -283,19 +314,20 @@ class Evaluation:
     local = hosts.share(len(samples))
     scores = self._score([samples[row] for row in local])
     scores = hosts.gather_rows(local, scores, len(samples))
-    for place, (example, sample) in enumerate(zip(examples, samples)):
+    for place, ((number, k), example, sample) in enumerate(zip(places, examples, samples)):
       values = {name: float(column[place]) for name, column in scores.items()}
       for name, value in values.items():
         if math.isinf(value):
           raise errors.InputError(f"reward {name} of {example.prompt!r} is {value}")
-      number, file = first + place, None
+      file = None
       if number < self._num_saved_images:
-        file = f"images/{mode.name.replace(' + ', '_')}_{number:05d}.png"
+        file = f"images/{mode.name.replace(' + ', '_')}_{number:05d}{f'_{k}' if k else ''}.png"
         images[file] = sample.image
       rows.append(Row(
         mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,
-        {name: value for name, value in values.items() if not math.isnan(value)}, file,
+        {name: value for name, value in values.items() if not math.isnan(value)}, file, number, k,
       ))
+    return rows, samples
 
   @contextlib.contextmanager
   def _other_params(self, params: Any) -> Iterator[None]:

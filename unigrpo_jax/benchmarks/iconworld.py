@@ -16,15 +16,15 @@ from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
 from unigrpo_jax.runtime import hosts
 
+REWARDS = ("strict", "soft", "geneval", "points", "reasoning")
+
 
 def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
-  """The rewards "strict", "soft" and "reasoning" of IconWorld, [samples] float32 each.
+  """The rewards `REWARDS` of IconWorld, [samples] float32 each.
 
   NaN where a prompt's metadata does not ask for something of IconWorld; see `rewards.iconworld`.
   """
-  return {
-    name: rewards.make(f"iconworld_{name}")(samples) for name in ("strict", "soft", "reasoning")
-  }
+  return {name: rewards.make(f"iconworld_{name}")(samples) for name in REWARDS}
 
 
 def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):

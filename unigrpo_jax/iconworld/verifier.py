@@ -111,6 +111,16 @@ def _background(pixels: np.ndarray) -> np.ndarray | None:
   return pixels[plain].mean(axis=0) if plain.mean() >= PLAIN_SHARE else None
 
 
+def plain_background(image: np.ndarray) -> np.ndarray:
+  """[H, W] bool, the pixels of the plain background of an image [H, W, 3] uint8; none without one.
+  """
+  pixels = image.astype(np.float32)
+  background = _background(pixels)
+  if background is None:
+    return np.zeros(image.shape[:2], bool)
+  return np.linalg.norm(pixels - background, axis=-1) < PLAIN
+
+
 def _color(value: np.ndarray) -> str:
   """The palette's colour nearest to `value`, [3], at any brightness."""
   table = np.array(list(icons.COLORS.values()), np.float32)

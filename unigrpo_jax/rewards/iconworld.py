@@ -13,14 +13,14 @@ import weakref
 
 import numpy as np
 
-from unigrpo_jax.iconworld import geneval, plans, riddles, scenes, verifier
+from unigrpo_jax.iconworld import geneval, plans, points, riddles, scenes, verifier
 from unigrpo_jax.rewards import base
 
 
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
-  return _scores(samples, lambda sample: _verify(sample)[0])
+  return _scores(samples, lambda sample: geneval.score(detect(sample), sample.metadata)[0])
 
 
 @base.register("iconworld_soft")
@@ -29,7 +29,23 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
 
   It is 1 exactly where `iconworld_strict` is 1; see `geneval.score`.
   """
-  return _scores(samples, lambda sample: _verify(sample)[1])
+  return _scores(samples, lambda sample: geneval.score(detect(sample), sample.metadata)[1])
+
+
+@base.register("iconworld_geneval")
+def official(samples: Sequence[base.Sample]) -> np.ndarray:
+  """[N] float32: GenEval's verdict, 1 or 0, which forgives objects that were not asked for."""
+  return _scores(
+    samples, lambda sample: float(geneval.verify_geneval(detect(sample), sample.metadata))
+  )
+
+
+@base.register("iconworld_points")
+def exam(samples: Sequence[base.Sample]) -> np.ndarray:
+  """[N] float32 in [0, 1]: the share of the exam points that the image meets; see `points`."""
+  return _scores(
+    samples, lambda sample: float(np.mean(points.met(detect(sample), sample.metadata)))
+  )
 
 
 @base.register("iconworld_reasoning")
@@ -45,24 +61,26 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
   return _scores(samples, score)
 
 
-# Strict and soft scores are verified together, whichever reward is called first.
-_verified: weakref.WeakKeyDictionary[base.Sample, tuple[float, float]] = weakref.WeakKeyDictionary()
-_verifying = threading.Lock()
+# The rewards of an image share what is detected in it, whichever is called first.
+_detected: weakref.WeakKeyDictionary[base.Sample, list[geneval.Detection]] = (
+  weakref.WeakKeyDictionary()
+)
+_detecting = threading.Lock()
 
 
-def _verify(sample: base.Sample) -> tuple[float, float]:
-  """(strict, soft) of a sample."""
-  with _verifying:
-    if sample not in _verified:
-      _verified[sample] = verifier.verify(sample.image, sample.metadata)
-    return _verified[sample]
+def detect(sample: base.Sample) -> list[geneval.Detection]:
+  """`verifier.detect` of a sample's image, once."""
+  with _detecting:
+    if sample not in _detected:
+      _detected[sample] = verifier.detect(sample.image)
+    return _detected[sample]
 
 
 def _scores(samples: Sequence[base.Sample], score: Callable[[base.Sample], float]) -> np.ndarray:
-  return np.array([score(s) if _applies(s.metadata) else np.nan for s in samples], np.float32)
+  return np.array([score(s) if applies(s.metadata) else np.nan for s in samples], np.float32)
 
 
-def _applies(metadata: Mapping[str, Any]) -> bool:
+def applies(metadata: Mapping[str, Any]) -> bool:
   """Whether metadata is in GenEval's format, asks for something, and all of it is of this world."""
   if not metadata.get("include") or geneval.problem(metadata):
     return False

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import evaluation, iconworld, scoring
+from unigrpo_jax.benchmarks import evaluation, geneval, iconworld, measured, scoring, ta
 from unigrpo_jax.data import atomic, progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.iconworld import prompts as iconworld_prompts
 from unigrpo_jax.rewards import arguments
 from unigrpo_jax.runtime import hosts
-from unigrpo_jax.tools import sampling_flags
+from unigrpo_jax.tools import points_judge, sampling_flags
 
 DRAWING_MODES = ("plain", "plain+guidance", "think", "think+guidance")
 ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
@@ -24,6 +24,9 @@ ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
 
 def run(args: argparse.Namespace) -> None:
   """Connects the hosts, and evaluates on all of them."""
+  if args.geneval_results is not None:
+    summarise_geneval(args)
+    return
   hosts.from_flags(args)
 
   def evaluate_alone() -> None:
@@ -34,6 +37,30 @@ def run(args: argparse.Namespace) -> None:
       evaluate(args)
 
   hosts.run(evaluate_alone, lambda: "nothing was written")
+
+
+def summarise_geneval(args: argparse.Namespace) -> None:
+  """Prints and writes what GenEval's own script found in pictures."""
+  made = geneval.read_results(args.geneval_results)
+  check_out(args.out)
+  text = (
+    f"{made.table()}\n{made.images:.2%} of the images and {made.prompts:.2%} of the prompts are "
+    "correct; ± is half a 95 % interval over prompts\n"
+  )
+  with errors.storage(args.out):
+    args.out.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(args.out / "geneval.md", text)
+    write_benchmarks(args.out, {"official": {"geneval": made}})
+  print(f"{text}wrote {args.out}")
+
+
+def write_benchmarks(out: pathlib.Path, by_mode: Mapping[str, Any]) -> None:
+  """Writes benchmarks.json; removes an older one where there is nothing to say."""
+  with errors.storage(out):
+    if by_mode:
+      atomic.write_text(out / "benchmarks.json", measured.to_json(by_mode))
+    else:
+      (out / "benchmarks.json").unlink(missing_ok=True)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -56,7 +83,9 @@ def evaluate(args: argparse.Namespace) -> None:
     drawing = evaluation.Evaluation(
       pipeline, examples, score, settings=settings, modes=modes, batch_size=args.batch_size,
       seed=args.seed, num_saved_images=args.keep, size=args.size and tuple(args.size),
+      images=args.images,
     )
+  observers = make_observers(args, examples, modes)
   checkpoint = args.checkpoint + (f" with {args.adapter}" if args.adapter else "")
   hosts.print_first(
     f"{checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
@@ -64,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> None:
   pipeline.load()
   results = evaluation.Results([], {})
   if drawing is not None:
-    results = draw(drawing, len(modes) * len(examples))
+    results = draw(drawing, len(modes) * len(examples) * args.images, observers)
   for name, task in tasks.items():
     hosts.print_first(f"{name}: {len(examples)} pictures")
     results.rows += task(
@@ -75,6 +104,7 @@ def evaluate(args: argparse.Namespace) -> None:
   with hosts.raise_on_all_hosts():
     if hosts.first():
       results.save(args.out, f"{checkpoint} on {args.prompts_from}, {args.split}")
+      write_benchmarks(args.out, measured.by_mode(results, *observers))
   print_unscored(results, scorer, tasks)
   hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
   hosts.print_first(f"wrote {args.out}")
@@ -122,14 +152,55 @@ def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
   return rewards.Scorer(made, dict.fromkeys(made, 1.0))
 
 
-def draw(drawing: evaluation.Evaluation, total: int) -> evaluation.Results:
+def make_observers(
+  args: argparse.Namespace, examples: Sequence[Any], modes: Sequence[evaluation.Mode]
+) -> list[evaluation.Observe]:
+  """What sees all pictures: the exam where prompts have points, GenEval's folders where wanted."""
+  made: list[evaluation.Observe] = []
+  with hosts.raise_on_all_hosts():
+    has_points = any("points" in example.metadata for example in examples)
+    ask = None if args.points_judge is None else points_judge.open_ask(args.points_judge)
+    if ask is not None or has_points or args.prompts_from == prompts_lib.ICONWORLD:
+      if has_points and ask is None:
+        raise errors.InputError(
+          f"{args.prompts_from} has exam points; give the folder of a model to answer them as "
+          "--points_judge"
+        )
+      for example in examples:
+        ta.points_of(example.prompt, example.metadata)
+      made.append(ta.Exam(ask))
+    if args.geneval is not None:
+      for mode in modes if hosts.first() else ():
+        for number, example in enumerate(examples):
+          geneval.write_prompt(args.geneval / _folder(mode.name), number, example.metadata)
+      made.append(functools.partial(_write_for_geneval, args.geneval))
+  return made
+
+
+def _write_for_geneval(folder: pathlib.Path, rows, samples) -> None:
+  with hosts.raise_on_all_hosts():
+    for row, sample in zip(rows, samples) if hosts.first() else ():
+      geneval.write_image(folder / _folder(row.mode), row.number, row.k, sample.image)
+
+
+def _folder(mode: str) -> str:
+  return mode.replace(" + ", "_")
+
+
+def draw(
+  drawing: evaluation.Evaluation, total: int, observers: Sequence[evaluation.Observe]
+) -> evaluation.Results:
   """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
+  def observe(rows, samples) -> None:
+    for observer in observers:
+      observer(rows, samples)
+
   with progress.bar(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
     def report(mode: str, done: int, _: int) -> None:
       bar.set_description_str(mode, refresh=False)
       bar.update(done - bar.n)
 
-    return drawing.run(progress=report)
+    return drawing.run(progress=report, observe=observe)
 
 
 def print_unscored(

@@ -1,0 +1,86 @@
+"""Statistics of images that show when a reward is hacked: colours, contrast, specks, diversity.
+
+Letters: N images, H, W pixels, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+import math
+
+import numpy as np
+
+from unigrpo_jax.iconworld import geneval, verifier
+
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, of red, green, blue
+HALF_NYQUIST = 0.25  # cycles a pixel
+# What `of_image` measures; "unknown" is of IconWorld's verifier.
+NAMES = ("saturation", "luminance_std", "high_frequency", "clipped", "entropy", "unknown")
+
+
+def of_image(image: np.ndarray) -> dict[str, float]:
+  """The statistics `NAMES` of an image, [H, W, 3] uint8.
+
+  saturation: mean of (max - min) / max over channels; 0 for black.
+  luminance_std: standard deviation of the luminance, in [0, 1].
+  high_frequency: share of the luminance's spectral power, its mean left out, above half the Nyquist
+    frequency; 0 for a plain image.
+  clipped: share of pixels with a channel at 0 or 255 that are not plain background.
+  entropy: of the colours at 4 bits a channel, bits a pixel.
+  unknown: blobs, and specks as large as a blob together, that are no icon.
+  """
+  pixels = image.astype(np.float64) / 255
+  high, low = pixels.max(axis=-1), pixels.min(axis=-1)
+  luminance = pixels @ LUMINANCE
+  power = np.abs(np.fft.fft2(luminance - luminance.mean())) ** 2
+  frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, luminance.shape), indexing="ij"))
+  extreme = ((image == 0) | (image == 255)).any(axis=-1) & ~verifier.plain_background(image)
+  coarse = (image >> 4).astype(int) @ np.array([256, 16, 1])
+  _, counts = np.unique(coarse, return_counts=True)
+  shares = counts / counts.sum()
+  # Of a plain image, rounding alone.
+  total = power.sum() if luminance.std() > 1e-9 else 0.0
+  return {
+    "saturation": float(((high - low) / np.maximum(high, 1 / 255)).mean()),
+    "luminance_std": float(luminance.std()),
+    "high_frequency": float(power[frequency > HALF_NYQUIST].sum() / total) if total else 0.0,
+    "clipped": float(extreme.mean()),
+    "entropy": float(-(shares * np.log2(shares)).sum()) + 0.0,
+    "unknown": float(
+      sum(item.kind == geneval.UNKNOWN for item in verifier.detect(image))
+    ),
+  }
+
+
+def diversity(latents: np.ndarray, prompts: Sequence[Hashable]) -> float:
+  """Mean distance of two images of a prompt, then over prompts; NaN where none has two.
+
+  Args:
+    latents: [N, ...].
+    prompts: of each, [N].
+  """
+  flat = np.asarray(latents, float).reshape(len(latents), -1)
+  by_prompt: dict[Hashable, list[int]] = {}
+  for row, prompt in enumerate(prompts):
+    by_prompt.setdefault(prompt, []).append(row)
+  means = []
+  for rows in by_prompt.values():
+    distances = np.linalg.norm(flat[rows][:, None] - flat[rows], axis=-1)
+    if len(rows) > 1:
+      means.append(distances.sum() / (len(rows) * (len(rows) - 1)))
+  return float(np.mean(means)) if means else math.nan
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+  """The Frechet distance of the normal distributions of two sets of features, [N, F], [M, F].
+
+  |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), covariances with ddof 1.
+  """
+  a, b = np.asarray(a, float), np.asarray(b, float)
+  c_a, c_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))
+  values, vectors = np.linalg.eigh(c_a)
+  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  # tr (C_a C_b)^(1/2) is that of the symmetric root C_b root.
+  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c_b @ root), 0)).sum()
+  offset = a.mean(axis=0) - b.mean(axis=0)
+  return float(offset @ offset + np.trace(c_a) + np.trace(c_b) - 2 * cross)

@@ -1,0 +1,190 @@
+"""The TA benchmark: exam points of each prompt, answered with 0 or 1 by a judge of the image.
+
+TA is the mean over images of the mean over an image's points, so that a prompt with two points
+counts as much as one with nine (UniGRPO, arXiv 2603.23500, whose prompts and judge are not public).
+Prompts come from JSON lines {"prompt": ..., "points": [...]}, or are IconWorld's, whose points
+follow from their metadata. Judge 1 is IconWorld's verifier, judge 2 a model asked point by point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import evaluation, intervals
+from unigrpo_jax.iconworld import points
+from unigrpo_jax.rewards import iconworld
+
+# Images, and a statement about each -> [N] probabilities of "yes"; NaN where a call failed.
+Ask = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What the judges answered about an image.
+
+  Attributes:
+    mode, number, k: of the image; see `evaluation.Row`.
+    points: K statements.
+    verifier, judge: 1.0 or 0.0 of each, NaN where a call failed; None where that judge was not
+      asked.
+  """
+
+  mode: str
+  number: int | None
+  k: int
+  points: tuple[str, ...]
+  verifier: tuple[float, ...] | None
+  judge: tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """TA by one judge.
+
+  Attributes:
+    ta: with its standard error over prompts.
+    images: that count.
+    dropped: images with a point that has no answer.
+  """
+
+  ta: intervals.Estimate
+  images: int
+  dropped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """How far two judges agree about the same points.
+
+  Attributes:
+    accuracy: share of points with the same answer: (value, low, high).
+    kappa: Cohen's, 1 for the same answers and 0 for chance: (value, low, high).
+    answers: points that both answered.
+  """
+
+  accuracy: tuple[float, float, float]
+  kappa: tuple[float, float, float]
+  answers: int
+
+
+def of_image(answers: Sequence[float]) -> float:
+  """The share of an image's points that are met; NaN where one has no answer."""
+  return float(np.mean(answers)) if len(answers) else math.nan
+
+
+def summary(answers: Sequence[Sequence[float]], prompts: Sequence[Hashable]) -> Summary:
+  """TA of N images: the answers about each, and its prompt."""
+  values = [of_image(image) for image in answers]
+  dropped = sum(math.isnan(value) for value in values)
+  return Summary(intervals.clustered(values, prompts), len(values) - dropped, dropped)
+
+
+def agreement(
+  first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], prompts: Sequence[Hashable]
+) -> Agreement:
+  """The agreement about N images' points; 95 % intervals by a bootstrap over prompts."""
+  tables: dict[Hashable, np.ndarray] = {}
+  for a, b, prompt in zip(first, second, prompts, strict=True):
+    table = tables.setdefault(prompt, np.zeros((2, 2)))
+    for x, y in zip(a, b, strict=True):
+      if not math.isnan(x + y):
+        table[int(x), int(y)] += 1
+  rows = np.array(list(tables.values())).reshape(-1, 2, 2)
+  return Agreement(
+    intervals.bootstrap(_accuracy, rows), intervals.bootstrap(_kappa, rows), int(rows.sum())
+  )
+
+
+def _accuracy(tables: np.ndarray) -> float:
+  table = tables.sum(axis=0)
+  return float(np.trace(table) / table.sum()) if table.sum() else math.nan
+
+
+def _kappa(tables: np.ndarray) -> float:
+  table = tables.sum(axis=0)
+  if not table.sum():
+    return math.nan
+  table = table / table.sum()
+  chance = float(table.sum(axis=0) @ table.sum(axis=1))
+  return (float(np.trace(table)) - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+  """The exam points of a prompt: those of its line, else IconWorld's.
+
+  Raises:
+    InputError: it has none, or they are not texts.
+  """
+  if "points" in metadata:
+    given = metadata["points"]
+    if (
+      not isinstance(given, list | tuple) or not given
+      or not all(isinstance(point, str) and point.strip() for point in given)
+    ):
+      raise errors.InputError(
+        f"prompt {prompt!r}: points={errors.shown(given)} must be a list of at least one text"
+      )
+    return tuple(given)
+  if not iconworld.applies(metadata):
+    raise errors.InputError(
+      f"prompt {prompt!r} has no exam points; give JSON lines {{\"prompt\": ..., \"points\": "
+      "[...]}} or prompts of IconWorld"
+    )
+  return tuple(points.statements(metadata))
+
+
+class Exam:
+  """Answers about all images of an evaluation, whose `run` it observes.
+
+  Attributes:
+    answers: so far.
+  """
+
+  def __init__(self, ask: Ask | None):
+    """`ask`: judge 2, about one statement a call's row; None: the verifier alone."""
+    self._ask = ask
+    self.answers: list[Answers] = []
+
+  def __call__(self, rows: Sequence[evaluation.Row], samples: Sequence[rewards.Sample]) -> None:
+    asked = [points_of(sample.prompt, sample.metadata) for sample in samples]
+    judged: list[tuple[float, ...] | None] = [None] * len(samples)
+    if self._ask is not None:
+      judged = _split(self._ask(
+        [sample.image for sample, of in zip(samples, asked) for _ in of],
+        [point for of in asked for point in of],
+      ), asked)
+    for row, sample, of, judge in zip(rows, samples, asked, judged, strict=True):
+      verifier = None
+      if "points" not in sample.metadata:
+        verifier = tuple(points.met(iconworld.detect(sample), sample.metadata))
+      self.answers.append(Answers(row.mode, row.number, row.k, of, verifier, judge))
+
+  def summaries(self, mode: str) -> dict[str, Any]:
+    """{"verifier", "judge": `Summary`, "agreement"}: those that there are, of a mode's images."""
+    of_mode = [answers for answers in self.answers if answers.mode == mode]
+    prompts = [answers.number for answers in of_mode]
+    made: dict[str, Any] = {}
+    for judge in ("verifier", "judge"):
+      given = [getattr(answers, judge) for answers in of_mode]
+      if given and None not in given:
+        made[judge] = summary(given, prompts)
+    if len(made) == 2:
+      made["agreement"] = agreement(
+        [answers.verifier for answers in of_mode], [answers.judge for answers in of_mode], prompts
+      )
+    return made
+
+
+def _split(
+  probabilities: np.ndarray, asked: Sequence[Sequence[str]]
+) -> list[tuple[float, ...] | None]:
+  """The answers of each image: the likelier of yes and no."""
+  answers = np.where(np.isnan(probabilities), np.nan, np.asarray(probabilities) > 0.5)
+  ends = np.cumsum([len(of) for of in asked])
+  return [tuple(part.tolist()) for part in np.split(answers, ends[:-1])]
