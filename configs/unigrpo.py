@@ -143,6 +143,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.eval.source = "iconworld"  # as prompts.source
   config.eval.split = "validation"  # of it, never trained on
   config.eval.prompts = 300  # the first of the split
+  config.eval.images = 1  # of each prompt
   config.eval.batch_size = 64  # rows at once, all hosts together
   config.eval.modes = (  # the reward of the first tells which checkpoint is the best
     "think", "think+guidance", "plain", "plain+guidance")

@@ -1,8 +1,9 @@
-"""The comparison of methods: its table by hand, what is only read, and what signals do."""
+"""The comparison: rows, jobs, tables by hand, what is only read, and what signals do."""
 
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,157 +12,378 @@ import time
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax.recipe import config_files, rl
-from unigrpo_jax.tools import compare
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.tools.compare import command, comparison, methods, processes, runs, scores
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROMPTS = 12  # two a category
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
-def _row(think, plain, reasoning):
-  return {
-    "eval/think/reward": think, "eval/plain/reward": plain,
-    "eval/think/iconworld_reasoning": reasoning,
-  }
+# --- Runs and evaluations as they lie in a folder.
 
-
-def test_a_line_has_means_over_seeds_and_each_gain():
-  before = _row(0.4, 0.1, 0.6)
-  outcomes = {
-    "UniGRPO": {0: {"before": before, "after": _row(0.7, 0.2, 0.9)},
-                1: {"before": before, "after": _row(0.6, 0.2, 0.8)}},
-    "FlowGRPO": {0: {"before": before, "after": _row(0.4, 0.25, 0.6)}},
-  }
-  lines = compare.table(outcomes).splitlines()
-  assert lines[2].startswith("| SFT | think | 0.400 |") and "| 0.600 |" in lines[2]
-  assert lines[3].startswith("| SFT | plain | 0.100 |")
-  assert lines[4] == "| UniGRPO | think | 0.650 |  |  | 0.850 | +0.300, +0.200 |"
-  # A method without thinking is judged without it.
-  assert lines[5] == "| FlowGRPO | plain | 0.250 |  |  |  | +0.150 |"
-
-
-ARGUMENTS = ["--methods", "TextGRPO", "--seeds", "5", "--config.steps=3"]
-# The last step as it is logged: its training, then its evaluation.
-ROWS = [
-  {"step": 0} | _row(0.4, 0.1, 0.6), {"step": 3, "reward/mean": 0.5},
-  {"step": 3} | _row(0.5, 0.1, 0.7),
-]
-
-
-def _write_rows(folder, rows):
-  folder.mkdir(exist_ok=True)
+def _write_run(training, rewards):
+  """A finished run: its log, its configuration and the folders of its checkpoints."""
+  folder = training.folder
+  folder.mkdir(parents=True)
+  rows = [{"step": step, f"eval/{training.mode}/reward": value} for step, value in rewards.items()]
+  rows.insert(1, {"step": 1, "reward/mean": 0.5, "flow/mse": 0.1})
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (folder / "config.json").write_text(json.dumps(training.settings))
+  for step in rewards:
+    if step:
+      (folder / "checkpoints" / str(step)).mkdir(parents=True)
 
 
-def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
-  _write_rows(tmp_path / "text_grpo_5", ROWS)
-  monkeypatch.setattr(compare, "train", None)
-  compare.main([f"--workdir={tmp_path}", *ARGUMENTS])
-  assert "| TextGRPO | think | 0.500 |" in (tmp_path / "results.md").read_text()
+def _write_evaluation(folder, modes, score, images=2):
+  """`score(prompt, k)` is the verdict, and the share of points."""
+  rows = [
+    {"mode": mode, "category": CATEGORIES[p % 6], "prompt": f"p{p}", "text": None, "image": None,
+     "rewards": dict.fromkeys(("iconworld_geneval", "iconworld_points"), float(score(p % 6, k)))
+     | {"iconworld_strict": 0.0, "judge": 0.5}, "number": p, "k": k}
+    for mode in modes for p in range(PROMPTS) for k in range(images)
+  ]
+  folder.mkdir(parents=True)
+  (folder / "results.json").write_text(json.dumps({"rows": rows}))
 
 
-def test_a_run_without_its_last_evaluation_is_not_finished(tmp_path):
-  training = compare.prepare("TextGRPO", 5, tmp_path, "tiny", ["--config.steps=3"])
-  assert training.outcome() is None
-  _write_rows(tmp_path / "text_grpo_5", ROWS[:2])
-  assert training.outcome() is None
-  _write_rows(tmp_path / "text_grpo_5", ROWS)
-  assert training.outcome()["after"]["eval/think/reward"] == 0.5
+def _comparison(workdir, names=("TextGRPO", "UniGRPO"), seeds=(0, 1), sweep=False, bagel=""):
+  return comparison.Comparison(
+    workdir, names=names, seeds=seeds, variants="tiny", start="tiny", bagel=bagel, sweep=sweep,
+    benchmark=scores.Benchmark(PROMPTS, PROMPTS, 2, 0, ""),
+    overrides=["--config.steps=4", "--config.eval.every=2"],
+  )
+
+
+ALL_MODES = ("plain", "plain + guidance", "think", "think + guidance")
+
+
+def _finish(made, workdir, name, seed, rewards, score):
+  training = made.training(name, seed)
+  _write_run(training, rewards)
+  for which in ("last", "best"):
+    model = workdir / "models" / f"{training.folder.name}_{which}"
+    model.parent.mkdir(exist_ok=True)
+    if which == "last" or training.step("best") != training.step("last"):
+      model.symlink_to(ROOT / "unigrpo_jax/assets/tiny_bagel")
+      _write_evaluation(
+        workdir / "evaluations" / f"{model.name}_{PROMPTS}x2_0", ALL_MODES, score)
+
+
+# --- Methods and rows.
+
+def test_the_rows_are_the_papers_in_its_order():
+  shown = [
+    (row.name, methods.ALL[row.trained].thinks if row.trained in methods.ALL else None, row.thinks)
+    for row in methods.ROWS
+  ]
+  assert shown == [
+    ("Bagel", None, False), ("Bagel", None, True), ("SFT", None, False), ("SFT", None, True),
+    ("ReFL", False, False), ("ReFL", False, True), ("FPO", False, False), ("FPO", False, True),
+    ("FlowGRPO", False, False), ("FlowGRPO", False, True), ("TextGRPO", True, True),
+    ("ReFL (w/ Thinking)", True, True), ("… + TextGRPO", True, True), ("UniFPO", True, True),
+    ("UniGRPO", True, True),
+  ]
+  # Rows 5 to 10 share their checkpoints by pairs.
+  assert [row.trained for row in methods.ROWS[4:10:2]] == [r.trained for r in methods.ROWS[5:10:2]]
+  assert methods.with_starts(["UniGRPO", methods.REFL_TEXT]) == [
+    "UniGRPO", methods.REFL_THINK, methods.REFL_TEXT]
+  assert len({methods.slug(name) for name in methods.ALL}) == len(methods.ALL)
+
+
+@pytest.mark.parametrize("name", list(methods.ALL))
+def test_every_method_has_a_config_that_evaluates_it(name, tmp_path):
+  method = methods.ALL[name]
+  variants = runpy.run_path(config_files.FOLDER / f"{method.config}.py").get("VARIANTS", {})
+  if method.config == "unigrpo" and not variants.keys() >= set(method.variants):
+    pytest.skip(f"configs/unigrpo.py has no variant {method.variants} yet")
+  training = runs.prepare(
+    name, 3, folder=tmp_path / "r", init_from="tiny", variants="tiny", shared=(),
+    overrides=["--config.steps=10"],
+  )
+  assert training.settings["rollout"]["think"] == method.thinks and training.settings["seed"] == 3
+  assert training.steps == 10 * method.share
+  assert training.settings["eval"]["modes"][0] == ("think" if method.thinks else "plain")
+
+
+def test_a_sweep_scales_all_learning_rates(tmp_path):
+  rates = [
+    runs.prepare("UniGRPO", 0, folder=tmp_path, init_from="tiny", variants="tiny", shared=(),
+                 rate=rate).settings["learning_rate"]
+    for rate in (1.0, 3.0)
+  ]
+  assert {group: pytest.approx(3 * rate) for group, rate in rates[0].items()} == rates[1]
+
+
+# --- What is left to do.
+
+def test_jobs_are_what_is_not_done(tmp_path):
+  made = _comparison(tmp_path)
+  names = lambda: [job.name for job in made.jobs()]
+  assert names() == [
+    "SFT", "TextGRPO, seed 0", "UniGRPO, seed 0", "TextGRPO, seed 1", "UniGRPO, seed 1"]
+  _write_run(made.training("TextGRPO", 0), {0: 0.4, 2: 0.6, 4: 0.5})
+  assert names()[:3] == [
+    "SFT", "TextGRPO, seed 0: last checkpoint", "TextGRPO, seed 0: best checkpoint"]
+  export, evaluate = made.jobs()[2].commands
+  assert "--step=2" in export and "--dtype=float32" in export
+  modes = evaluate[evaluate.index("--modes") + 1 : evaluate.index("--rewards")]
+  assert modes == ["think+guidance", "think"]  # its rows are with thinking
+  # Where the last is the best, it is evaluated once.
+  _write_run(made.training("UniGRPO", 0), {0: 0.4, 2: 0.5, 4: 0.5})
+  assert "UniGRPO, seed 0: best checkpoint" not in names()
+
+
+def test_a_method_waits_for_what_it_starts_from(tmp_path, monkeypatch):
+  first, second = (methods.Method("text_grpo", True, start=start) for start in ("", "A"))
+  monkeypatch.setattr(methods, "ALL", methods.ALL | {"A": first, "B": second})
+  made = _comparison(tmp_path, names=["B"], seeds=[0])
+  ready = lambda: {job.name: job.ready for job in made.jobs()}
+  assert ready() == {"SFT": True, "A, seed 0": True, "B, seed 0": False}
+  _write_run(made.training("A", 0), {4: 0.5})
+  assert ready() == {"SFT": True, "A, seed 0: last checkpoint": True, "B, seed 0": False}
+  model = tmp_path / "models" / "a_0_last"
+  model.parent.mkdir()
+  model.symlink_to(ROOT / "unigrpo_jax/assets/tiny_bagel")
+  assert ready() == {"SFT": True, "B, seed 0": True}
+  assert made.training("B", 0).settings["init_from"] == str(model)
+
+
+def test_a_sweep_chooses_by_validation_alone(tmp_path):
+  made = _comparison(tmp_path, names=["TextGRPO"], sweep=True)
+  jobs = made.jobs()
+  assert [job.name for job in jobs if job.ready] == [
+    "SFT", *(f"TextGRPO, seed 0, learning rates x {f}" for f in ("0.333", "1", "3"))]
+  assert [job.name for job in jobs if not job.ready] == ["TextGRPO, seed 1"]
+  for rate, reward in zip(comparison.FACTORS, (0.4, 0.5, 0.7)):
+    assert made.chosen("TextGRPO") is None
+    _write_run(made._prepare("TextGRPO", 0, rate), {4: reward})
+  assert made.chosen("TextGRPO") == 3.0
+  # The sweep's own run is that of its seed.
+  assert [job.name for job in made.jobs() if "best" not in job.name] == [
+    "SFT", "TextGRPO, seed 0: last checkpoint", "TextGRPO, seed 1"]
+  sweep = made.record()["sweep"]["TextGRPO"]
+  assert sweep == {"rewards": {"0.333333": 0.4, "1": 0.5, "3": 0.7}, "chosen": 3.0}
+  assert "| TextGRPO | 0.400 | 0.500 | 0.700 | x 3 |" in made.write()
+
+
+# --- The tables.
+
+def test_the_tables_by_hand(tmp_path):
+  made = _comparison(tmp_path)
+  _write_evaluation(tmp_path / "evaluations" / f"sft_{PROMPTS}x2_0", ALL_MODES, lambda p, k: p == 0)
+  for seed in (0, 1):
+    _finish(made, tmp_path, "UniGRPO", seed, {2: 0.5, 4: 0.6}, lambda p, k: p < 3)
+  # Seed 0: the first two prompts; seed 1: one image each of the first four.
+  _finish(made, tmp_path, "TextGRPO", 0, {2: 0.7, 4: 0.6}, lambda p, k: p < 2)
+  _finish(made, tmp_path, "TextGRPO", 1, {2: 0.5, 4: 0.6}, lambda p, k: p < 4 and k)
+  text = made.write()
+  record = json.loads((tmp_path / "results.json").read_text())
+  key = "last, with guidance"
+  rows = {row["name"]: row for row in record["rows"]}
+  got = rows["TextGRPO"]["scores"][key]
+  # m_p over both seeds: 3/4, 3/4, 1/4, 1/4, 0, 0, twice.
+  assert got["ta"]["mean"] == pytest.approx(1 / 3)
+  assert got["ta"]["se"] == pytest.approx(0.325669 / 12**0.5, rel=1e-5)
+  assert got["by_seed"]["ta"] == pytest.approx([1 / 3, 1 / 3])
+  assert got["across_seeds"]["ta"] == pytest.approx({"mean": 1 / 3, "half": 0})
+  # Prompt by prompt to UniGRPO's 1, 1, 1, 0, 0, 0.
+  assert got["difference"]["ta"]["mean"] == pytest.approx(-1 / 6)
+  assert got["geneval"]["mean"] == pytest.approx(1 / 3) and got["strict"]["mean"] == 0
+  assert [got["categories"][c]["mean"] for c in CATEGORIES] == [0.75, 0.75, 0.25, 0.25, 0, 0]
+  assert "difference" not in rows["UniGRPO"]["scores"][key]
+  assert "best, with guidance" in rows["TextGRPO"]["scores"]
+  # What the numbers are of.
+  for seed, part in enumerate(rows["TextGRPO"]["checkpoints"]["last"]):
+    assert part["seed"] == seed and part["step"] == 4 and part["noise_seed"] == 0
+    assert len(part["checkpoint"]) >= 16 and len(part["config"]) == 16
+  assert rows["TextGRPO"]["checkpoints"]["best"][0]["step"] == 2
+  lines = [line for line in text.splitlines() if line.startswith("| 1")]
+  assert lines[0].startswith("| 1 | Bagel * | – | – | no | – | – | – |")
+  assert lines[2].startswith("| 11 | TextGRPO | SFT | yes | yes | 0.333 ± 0.184 | 0.333 ± 0.000 |")
+  assert "| -0.167 ± " in lines[2] and "| 3 | SFT | Bagel | – | no | 0.167 ± " in text
+  assert "- Bagel: no folder of the model before supervised training (--bagel)" in text
+  assert "- FPO: not among --methods" in text
+  assert "- UniGRPO:" not in text and "2 of 2" not in text
+
+
+def test_rows_below_the_rule(tmp_path):
+  made = _comparison(tmp_path, names=["UniGRPO", "UniGRPO, latent KL"], seeds=[0])
+  _finish(made, tmp_path, "UniGRPO", 0, {4: 0.6}, lambda p, k: 1)
+  text = made.write()
+  lines = text.splitlines()
+  rule = next(i for i, line in enumerate(lines) if "further rows" in line)
+  assert lines[rule - 1].startswith("| 15 | UniGRPO |")
+  assert [line.split(" | ")[1] for line in lines[rule + 1 :][:1]] == ["UniGRPO, latent KL *"]
+  assert "- UniGRPO, latent KL: 0 of 1 seeds are finished" in text
+
+
+def test_curves_have_what_the_runs_logged(tmp_path):
+  made = _comparison(tmp_path)
+  _write_run(made.training("UniGRPO", 1), {0: 0.4, 2: 0.5, 4: 0.6})
+  made.write()
+  curves = json.loads((tmp_path / "curves.json").read_text())
+  assert list(curves) == ["UniGRPO"] and list(curves["UniGRPO"]) == ["1"]
+  run = curves["UniGRPO"]["1"]
+  assert run["validation"] == {"think": {"reward": [[0, 0.4], [2, 0.5], [4, 0.6]]}}
+  assert run["training"] == {"mean": [[1, 0.5]]} and run["flow_mse"] == [[1, 0.1]]
+  assert run["velocity_evaluations"] == 16 * 12 * 12
+
+
+# --- The command.
+
+ARGUMENTS = ["--methods", "TextGRPO", "--seeds", "5", "--config.steps=3", f"--prompts={PROMPTS}",
+             f"--ta_prompts={PROMPTS}", "--images=2", "--judge=", "--config.eval.every=3"]
+
+
+def _finished(tmp_path):
+  folder = tmp_path / "runs" / "textgrpo_5"
+  training = runs.prepare(
+    "TextGRPO", 5, folder=folder, init_from="tiny", variants="tiny", shared=comparison.VALIDATION,
+    overrides=["--config.steps=3", "--config.eval.every=3"])
+  _write_run(training, {0: 0.4, 3: 0.5})
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models" / "textgrpo_5_last").symlink_to(ROOT / "unigrpo_jax/assets/tiny_bagel")
+  for name in ("textgrpo_5_last", "sft"):
+    _write_evaluation(
+      tmp_path / "evaluations" / f"{name}_{PROMPTS}x2_0", ALL_MODES, lambda p, k: p < 3)
+
+
+def test_a_finished_comparison_is_only_read(tmp_path, monkeypatch, capsys):
+  _finished(tmp_path)
+  monkeypatch.setattr(subprocess, "Popen", None)
+  command.main([f"--workdir={tmp_path}", *ARGUMENTS])
+  assert "| 11 | TextGRPO | SFT | yes | yes | 0.500 ± " in capsys.readouterr().out
+  assert (tmp_path / "results.md").exists()
 
 
 def test_a_run_of_another_configuration_is_not_read(tmp_path, monkeypatch):
-  folder = tmp_path / "text_grpo_5"
-  _write_rows(folder, ROWS)
-  overrides = ["--config.steps=3", "--config.seed=5"]
-  spec = rl.read(config_files.load(f"{config_files.FOLDER / 'text_grpo.py'}:tiny", overrides))
-  (folder / "config.json").write_text(json.dumps(spec.run.config))
-  monkeypatch.setattr(compare, "train", None)
+  _finished(tmp_path)
+  monkeypatch.setattr(subprocess, "Popen", None)
   arguments = [f"--workdir={tmp_path}", *ARGUMENTS]
-  compare.main([*arguments, "--config.microbatch=12"])  # changes memory and speed alone
+  command.main([*arguments, "--config.microbatch=12"])  # changes memory and speed alone
   for override, message in (
-    ("text.clip_low=0.1", "text_grpo_5: config.text.clip_low=0.1 but the run"),
-    ("learning_rate.und=0.1", "text_grpo_5: config.learning_rate.und=0.1 but the run"),
-    ("eval.prompts=9", "text_grpo_5: config.eval.prompts=9 but the run"),
+    ("text.clip_low=0.1", "textgrpo_5: config.text.clip_low=0.1 but the run"),
+    ("learning_rate.und=0.1", "textgrpo_5: config.learning_rate.und=0.1 but the run"),
+    ("eval.prompts=9", "textgrpo_5: config.eval.prompts=9 but the run"),
     ("eval.every=0", "TextGRPO is compared by its evaluations with mode think"),
   ):
-    assert message in refusal(compare.main, [*arguments, f"--config.{override}"])
+    assert message in refusal(command.main, [*arguments, f"--config.{override}"])
 
 
 @pytest.mark.parametrize("arguments, message", [
   (["--methods", "NoGRPO"], "NoGRPO"),
+  (["--methods", "UniGRPO", "UniGRPO"], "each may be given only once"),
   (["--seeds"], "--seeds"),
+  (["--seeds", "1", "1"], "--seeds 1 1: each may be given only once"),
+  (["--seeds=-1"], "--seeds=-1 must be at least 0"),
+  (["--jobs=0"], "--jobs=0 must be at least 1"),
+  (["--ta_prompts=900"], "--ta_prompts=900 must be"),
+  (["--bagel=nowhere"], "--bagel=nowhere"),
+  (["--start=nowhere"], "--start=nowhere"),
   (["--variants=tinny"], "'tinny' is none of"),
   (["--config.flow.wieght=1"], "no key 'wieght'"),
   (["--config.flow.weight=two"], "--config.flow.weight=two"),
   (["--config=configs/sft.py"], "--config=configs/sft.py"),
   (["--set", "steps=3"], "Unknown command line flag 'set'"),
-  (["--config.eval.modes=('plain',)"], "UniGRPO is compared by its evaluations"),
+  (["--methods", "ReFL"], "needs a reward with a gradient"),
+  (["--judge=nowhere"], "--judge=nowhere: nowhere: has no reward.json"),
+  (["--config.eval.modes=('plain',)"], "the comparison sets config.eval.modes"),
+  (["--config.init_from=x"], "the comparison sets config.init_from; give --start"),
+  (["--judge=x", "--config.rewards={'brightness': 1.0}"], "sets config.rewards; it is of --judge"),
 ])
 def test_mistakes_are_found_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):
-  monkeypatch.setattr(compare, "train", None)
-  assert message in refusal(compare.main, [f"--workdir={tmp_path / 'w'}", *arguments])
+  monkeypatch.setattr(subprocess, "Popen", None)
+  if "--methods" not in arguments:
+    arguments = ["--methods", "UniGRPO", *arguments]
+  if not any(argument.startswith("--judge") for argument in arguments):
+    arguments = [*arguments, "--judge="]
+  assert message in refusal(command.main, [f"--workdir={tmp_path / 'w'}", *arguments])
   assert not (tmp_path / "w").exists()
 
 
-TRAINING = """
-import json, os, pathlib, signal, sys, time
-folder = pathlib.Path({folder!r})
-def save(*_):
-  (folder / "saved").write_text(os.environ["JAX_COMPILATION_CACHE_DIR"])
-  sys.exit(0)
-signal.signal(signal.SIGTERM, save)
-(folder / "started").touch()
-{rest}
-"""
+# --- Processes.
+
+def _job(folder, name, *codes, ready=True):
+  commands = [[sys.executable, "-c", code] for code in codes]
+  return processes.Job(name, commands, folder / f"{name}.log", 1.0, ready)
 
 
-def _train(folder, rest):
-  """Runs `compare.train` in a process of its own, with a stand-in for the training."""
-  (folder / "stand_in").mkdir()
-  code = TRAINING.format(folder=str(folder), rest=rest)
-  (folder / "stand_in" / "train.py").write_text(code)
-  program = (
-    "import pathlib, sys\n"
-    "from unigrpo_jax import errors\n"
-    "from unigrpo_jax.tools import compare\n"
-    f"folder = pathlib.Path({str(folder)!r})\n"
-    f"sys.executable = {str(folder / 'python')!r}\n"
-    "training = compare.Training('UniGRPO, seed 0', 'think', folder, 3, ())\n"
-    "errors.report(lambda: compare.train(training, folder / 'compiled'))\n"
-    "print('next')\n"
+def _run(folder, jobs, cores=(None, None)):
+  """Runs jobs, each of which is done when its folder's file NAME is there."""
+  left = lambda: [job for job in jobs if not (folder / job.name).exists()]
+  return processes.run(left, cores=cores, environment=os.environ, on_end=lambda: None)
+
+
+def _touch(folder, name):
+  return f"import pathlib; pathlib.Path({str(folder / name)!r}).touch()"
+
+
+def test_jobs_run_beside_each_other_and_a_failure_stops_no_other(tmp_path, capsys):
+  meet = (
+    "import pathlib, time\n"
+    f"folder = pathlib.Path({str(tmp_path)!r})\n"
+    "(folder / ME).touch()\n"
+    "while not (folder / OTHER).exists(): time.sleep(0.01)\n"
   )
-  (folder / "python").write_text(
-    f"#!/bin/sh\nexec {sys.executable} {folder}/stand_in/train.py\n"
-  )
-  (folder / "python").chmod(0o755)
-  environ = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-  return subprocess.Popen(
-    [sys.executable, "-c", program], cwd=ROOT, env=environ, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )
+  jobs = [
+    _job(tmp_path, "a", meet.replace("ME", "'ma'").replace("OTHER", "'mb'"), _touch(tmp_path, "a")),
+    _job(tmp_path, "b", meet.replace("ME", "'mb'").replace("OTHER", "'ma'"), _touch(tmp_path, "b")),
+    _job(tmp_path, "bad", "import sys; print('error: a key'); sys.exit(2)"),
+    _job(tmp_path, "empty", "print('hm')"),
+    _job(tmp_path, "waits", "1 / 0", ready=False),
+  ]
+  assert _run(tmp_path, jobs) == {"bad": "error: a key", "empty": "hm"}
+  out = capsys.readouterr().out
+  assert "== a\n== b\n" in out and "failed: bad: error: a key" in out and "waits" not in out
+
+
+def test_a_job_has_a_core_of_its_own(tmp_path):
+  [core, *_] = processes.cores(2)
+  code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'j')!r}).write_text(" \
+         "str(sorted(os.sched_getaffinity(0))))"
+  assert _run(tmp_path, [_job(tmp_path, "j", code)], cores=[core]) == {}
+  assert (tmp_path / "j").read_text() == str([core])
+  assert processes.cores(1) == [None]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_run_save_itself_and_ends_the_comparison(tmp_path, number):
-  process = _train(tmp_path, "time.sleep(300)")
+def test_a_signal_lets_the_runs_save_themselves_and_ends_the_comparison(tmp_path, number):
+  child = (
+    "import pathlib, signal, sys, time\n"
+    f"folder = pathlib.Path({str(tmp_path)!r})\n"
+    "def save(*_):\n"
+    "  (folder / 'saved').touch()\n"
+    "  sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, save)\n"
+    "(folder / 'started').touch()\n"
+    "time.sleep(300)\n"
+  )
+  (tmp_path / "child.py").write_text(child)
+  program = (
+    "import os, pathlib, sys\n"
+    "from unigrpo_jax.tools.compare import processes\n"
+    f"folder = pathlib.Path({str(tmp_path)!r})\n"
+    "job = processes.Job('x', [[sys.executable, str(folder / 'child.py')], ['false']],\n"
+    "                    folder / 'log', 1.0)\n"
+    "try:\n"
+    "  processes.run(lambda: [job], cores=[None], environment=os.environ, on_end=lambda: None)\n"
+    "except processes.Stopped:\n"
+    "  print('stopped')\n"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE)
   while not (tmp_path / "started").exists():
     assert process.poll() is None, process.communicate()
     time.sleep(0.05)
   process.send_signal(number)
-  out, err = process.communicate(timeout=60)
-  assert process.returncode == 130 and out == "== UniGRPO, seed 0\n"
-  assert err == "stopped in UniGRPO, seed 0; run the same command again to continue\n"
-  assert (tmp_path / "saved").read_text() == str(tmp_path / "compiled")
-
-
-def test_a_training_that_fails_ends_the_comparison_with_its_status(tmp_path):
-  process = _train(tmp_path, "print('error: a key', file=sys.stderr); sys.exit(2)")
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 2 and "next" not in out
-  assert err == "error: a key\nerror: UniGRPO, seed 0: training ended with status 2\n"
+  assert (out, err) == ("== x\nstopped\n", "") and (tmp_path / "saved").exists()
 
 
-def test_a_training_that_succeeds_is_read(tmp_path):
-  rows = "".join(json.dumps(row) + "\n" for row in ROWS)
-  process = _train(tmp_path, f"(folder / 'metrics.jsonl').write_text({rows!r})")
-  out, err = process.communicate(timeout=120)
-  assert (process.returncode, out, err) == (0, "== UniGRPO, seed 0\nnext\n", "")
+def test_the_last_line_of_a_log(tmp_path):
+  log = tmp_path / "log"
+  assert processes.last_line(log) == ""
+  log.write_text("step 1\n 10%|\r 20%|\n\n")
+  assert processes.last_line(log) == "20%|"

@@ -1,7 +1,7 @@
 """Trains several methods from the same checkpoint: `python -m unigrpo_jax.compare --help`."""
 
 from unigrpo_jax import errors
-from unigrpo_jax.tools import compare
+from unigrpo_jax.tools.compare import command
 
 if __name__ == "__main__":
-  errors.report(compare.main)
+  errors.report(command.main)

@@ -31,8 +31,9 @@ class ValidationSpec:
       first.
     settings: how images are sampled; the guidance is that of the modes with guidance.
     keep: prompts whose images are saved.
+    images: of each prompt.
     size: height and width of an image in pixels.
-    seed: row i has `seed` + i.
+    seed: see `evaluation.image_seed`.
   """
 
   every: int
@@ -43,6 +44,7 @@ class ValidationSpec:
   modes: tuple[str, ...]
   settings: requests.Settings
   keep: int
+  images: int
   size: tuple[int, int]
   seed: int
 
@@ -71,12 +73,13 @@ class Validation:
     self._modes = [evaluation.Mode.parse(mode) for mode in spec.modes]
     prompt_set = prompts_lib.open_set(spec.source, spec.split)
     examples = [prompt_set[i] for i in range(min(spec.prompts, len(prompt_set)))]
-    self._pictures = len(self._modes) * len(examples)
+    self._pictures = len(self._modes) * len(examples) * spec.images
     drawing = pipeline.Pipeline(sampler.network)
     drawing.params = {"vae": sampler.sampler.vae_params}
     self._evaluation = evaluation.Evaluation(
       drawing, examples, self._score, settings=spec.settings, modes=self._modes,
       batch_size=spec.batch_size, seed=spec.seed, num_saved_images=spec.keep, size=spec.size,
+      images=spec.images,
     )
 
   def _score(self, samples):
@@ -114,7 +117,7 @@ class Validation:
       if hosts.first():
         results.save(self._folder / f"{step:06d}", f"after {step} steps")
     means = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)
-    prompts = len(results.rows) // len(self._modes)
+    prompts = len({row.number for row in results.rows})
     hosts.print_first(f"evaluated {prompts} prompts at step {step}: reward {means}")
     shown = enumerate(results.panels(PANELS)) if hosts.first() else ()
     return {f"samples/eval/{number}": panel for number, panel in shown} | {

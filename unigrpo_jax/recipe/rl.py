@@ -40,7 +40,7 @@ ENDPOINT_KEYS = (
 DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
-  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "refl.judge": "",
+  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1, "refl.judge": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False,
 }
 _COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
@@ -91,6 +91,7 @@ KEYS: checks.Keys = {
   "eval.num_timesteps": checks.Integer(low=2), "eval.temperature": _SCALE,
   "eval.cfg_text_scale": _SCALE, "eval.cfg_interval": _TIMES,
   "eval.cfg_renorm": checks.OneOf(flow.RENORMS), "eval.keep": checks.Integer(low=0),
+  "eval.images": checks.Integer(low=1, high=evaluation.MOST_IMAGES),
 }
 
 

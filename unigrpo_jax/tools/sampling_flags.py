@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) 
       help="guide where LOW < t <= HIGH (default: 0.4 1)")
   add("--cfg_renorm", choices=("global", "channel", "text_channel"),
       help="norm that guidance may not exceed (default: global)")
-  add("--seed", type=int, default=0, help="seed of the first row; row i has seed + i "
+  add("--seed", type=int, default=0, help="seed of the first prompt's first image "
       "(default: %(default)s)")
   add("--temperature", type=float, help="of sampled text; 0 is greedy (default: 0.3)")
   add("--max_tokens", type=int, help="most tokens of a reasoning or an answer (default: 1000)")

@@ -1,0 +1,52 @@
+"""What the runs of a comparison logged, as the figures are drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+from unigrpo_jax.tools.compare import runs
+
+
+def record(trainings: Mapping[str, Sequence[runs.Training]]) -> dict[str, dict[str, Any]]:
+  """{method: {seed: see `of_run`}} of the runs that have begun."""
+  made = {
+    method: {str(run.seed): of_run(run) for run in of if run.rows()}
+    for method, of in trainings.items()
+  }
+  return {method: seeds for method, seeds in made.items() if seeds}
+
+
+def of_run(run: runs.Training) -> dict[str, Any]:
+  """{"training": {reward: [[iteration, mean], ...]}, "validation": {mode: {reward: ...}},
+  "flow_mse": [[iteration, value], ...], "velocity_evaluations": an iteration's in the rollout}.
+  """
+  training: dict[str, list] = {}
+  validation: dict[str, dict[str, list]] = {}
+  flow_mse = []
+  for step, row in sorted(run.rows().items()):
+    for key, value in row.items():
+      section, _, rest = key.partition("/")
+      point = [step, value]
+      if not math.isfinite(value):
+        continue
+      if section == "reward" and rest != "std":
+        training.setdefault(rest, []).append(point)
+      elif section == "eval":
+        mode, _, name = rest.partition("/")
+        validation.setdefault(mode, {}).setdefault(name, []).append(point)
+      elif key == "flow/mse":
+        flow_mse.append(point)
+  return {
+    "training": training, "validation": validation, "flow_mse": flow_mse,
+    "velocity_evaluations": velocity_evaluations(run.settings),
+  }
+
+
+def velocity_evaluations(config: Mapping[str, Any]) -> int:
+  """Of an iteration's rollout: guidance takes two a step."""
+  rollout = config["rollout"]
+  images = config["prompts_per_step"] * config["group_size"]
+  guided = rollout["cfg_text_scale"] > 1
+  return images * (rollout["num_timesteps"] - 1) * (1 + guided)

@@ -1,0 +1,279 @@
+"""Figures 3, 4 and 5 of the paper and sheets of samples, from what a comparison recorded.
+
+Every function returns a figure, or None where nothing of it was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import pathlib
+import textwrap
+from typing import Any
+
+import matplotlib
+from matplotlib import figure
+import matplotlib.axes
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
+from unigrpo_jax.tools.compare import methods
+from unigrpo_jax.tools.report import charts
+
+DPI = 130
+DECAY = 0.9  # of the moving average of a training curve
+GUIDED = "UniGRPO trained with guidance"
+REGULARISERS = {
+  "velocity MSE": methods.UNIGRPO, "latent KL": "UniGRPO, latent KL",
+  "none": "UniGRPO without regulariser",
+}
+MARKERS = ("o", "s", "^")
+STRICT = "iconworld_strict"
+BOUNDS = (0.5, 2.0)  # Beyond these times the start's, a statistic is out of bounds.
+Curves = Mapping[str, Mapping[str, Any]]  # see `curves.record`
+
+
+def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
+  """Writes a figure as PNG; False for None."""
+  if chart is None:
+    return False
+  with errors.storage(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, lambda aside: chart.savefig(aside, format="png"))
+  return True
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | None:
+  """Figure 3: the learned reward and the verifier's, in training and on validation.
+
+  Training is the rollout's mean (SDE, no guidance), validation is drawn by the ODE without
+  guidance. Thin: each seed's iterations; thick: the mean over seeds, of training its moving
+  average; bands: from the lowest to the highest seed.
+  """
+  seeds = list(curves.get(method, {}).values())
+  if not seeds or not any(run["training"] for run in seeds):
+    return None
+  chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
+  for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
+    _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
+  mode = _mode(seeds, guided=False)
+  for name, label, line in (("reward", "reward", "-"), (STRICT, "verifier, strict", "--")):
+    _draw(right, [run["validation"].get(mode, {}).get(name, []) for run in seeds], label, line)
+  left.set_title("training (rollouts)")
+  right.set_title(f"validation ({mode})")
+  return _finish(chart, (left, right), "iteration")
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def guidance(curves: Curves) -> figure.Figure | None:
+  """Figure 4: training with and without guidance; both are validated with it.
+
+  Its rollouts have guidance, so its training reward is of other pictures; a velocity with guidance
+  takes two evaluations of the network.
+  """
+  kinds = {
+    label: list(curves[name].values())
+    for label, name in (("without", methods.UNIGRPO), ("with", GUIDED)) if curves.get(name)
+  }
+  if len(kinds) < 2:
+    return None
+  chart, (left, middle, right) = _panels(3, "Training with and without guidance")
+  for label, seeds in kinds.items():
+    label = f"trained {label} guidance"
+    _draw(left, [run["training"].get("mean", []) for run in seeds], label, smooth=True)
+    validated = [
+      run["validation"].get(_mode(seeds, guided=True), {}).get("reward", []) for run in seeds
+    ]
+    _draw(middle, validated, label)
+    _draw(right, [
+      [[step * run["velocity_evaluations"] / 1e6, value] for step, value in points]
+      for run, points in zip(seeds, validated)
+    ], label)
+  left.set_title("training reward (rollouts)")
+  middle.set_title("validation reward, with guidance")
+  right.set_title("the same by cost")
+  middle.set_xlabel("iteration", loc="right")
+  right.set_xlabel("million velocity evaluations", loc="right")
+  return _finish(chart, (left,), "iteration")  # whose legend is that of all
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def regularisers(
+  curves: Curves, statistics: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+) -> figure.Figure | None:
+  """Figure 5: learned reward against verifier and image statistics, a dot an evaluation.
+
+  Statistics are over those before the first iteration; outside `BOUNDS`, or where the verifier's
+  score falls, quality degrades. Colour: the iteration.
+
+  Args:
+    curves: see `curves.record`.
+    statistics: {method: {seed: {iteration: {statistic: mean}}}}, see `measure`.
+  """
+  kinds = {label: name for label, name in REGULARISERS.items() if curves.get(name)}
+  if len(kinds) < 2:
+    return None
+  names = list(dict.fromkeys(
+    name for method in kinds.values() for of in statistics.get(method, {}).values()
+    for row in of.values() for name, value in row.items() if value is not None
+  ))
+  columns = 4
+  rows = -(-(1 + len(names)) // columns)
+  chart = figure.Figure(figsize=(3.1 * columns, 2.6 * rows + 0.5), dpi=DPI, layout="constrained")
+  panels = list(np.atleast_1d(chart.subplots(rows, columns, squeeze=False)).flat)
+  last = max(
+    point[0] for name in kinds.values() for run in curves[name].values()
+    for points in run["validation"].get(_mode([run], False), {}).values() for point in points
+  )
+  dots = None
+  for (label, method), marker in zip(kinds.items(), MARKERS):
+    for seed, run in curves[method].items():
+      found = run["validation"].get(_mode([run], guided=False), {})
+      reward, strict = (dict(map(tuple, found.get(key, []))) for key in ("reward", STRICT))
+      style = dict(marker=marker, s=22, cmap="viridis", vmin=0, vmax=last, edgecolors="#5d5c58",
+                   linewidths=0.4)
+      first = label if seed == next(iter(curves[method])) else None
+      steps = [step for step in reward if step in strict]
+      dots = panels[0].scatter([reward[s] for s in steps], [strict[s] for s in steps], c=steps,
+                               label=first, **style)
+      measured = {int(k): row for k, row in statistics.get(method, {}).get(seed, {}).items()}
+      for panel, name in zip(panels[1:], names):
+        ratios = {
+          step: row[name] / measured[0][name] for step, row in measured.items()
+          if step in reward and row.get(name) is not None and measured.get(0, {}).get(name)
+        }
+        panel.scatter([reward[s] for s in ratios], list(ratios.values()), c=list(ratios), **style)
+  panels[0].set_title("verifier, strict")
+  for panel, name in zip(panels[1:], names):
+    panel.set_title(f"{name.replace('_', ' ')}, over the start's")
+    for bound in BOUNDS:
+      panel.axhline(bound, color="#5d5c58", linewidth=0.7, linestyle=":")
+  for panel in panels[len(names) + 1 :]:
+    panel.set_axis_off()
+  for panel in panels[: len(names) + 1]:
+    panel.set_xlabel("learned reward", loc="right")
+  panels[0].legend(loc="best", fontsize=7)
+  if dots is not None:
+    chart.colorbar(dots, ax=panels, label="iteration", shrink=0.7)
+  return chart
+
+
+def at_equal_reward(curves: Curves) -> dict[str, float]:
+  """{regulariser: strict score at the reward that all of them reach}, by linear interpolation.
+
+  Of the means over seeds; the reward is the lowest of the methods' highest ones.
+  """
+  lines = {}
+  for label, method in REGULARISERS.items():
+    seeds = list(curves.get(method, {}).values())
+    found = [run["validation"].get(_mode([run], False), {}) for run in seeds]
+    if found and all("reward" in each and STRICT in each for each in found):
+      reward, strict = (_mean([each[key] for each in found])[1] for key in ("reward", STRICT))
+      lines[label] = (reward, strict)
+  if len(lines) < 2:
+    return {}
+  common = min(float(np.max(reward)) for reward, _ in lines.values())
+  made = {}
+  for label, (reward, strict) in lines.items():
+    reached = int(np.argmax(np.asarray(reward) >= common - 1e-12))
+    before = max(reached - 1, 0)
+    made[label] = float(np.interp(
+      common, np.asarray(reward)[[before, reached]], np.asarray(strict)[[before, reached]]
+    ))
+  return made
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def sheet(
+  columns: Mapping[str, Mapping[str, pathlib.Path]], prompts: Sequence[str]
+) -> figure.Figure | None:
+  """Samples: a row a prompt, a column a method, from the same noise (figures 2 and 6 to 8).
+
+  Args:
+    columns: {method: {prompt: picture}}.
+    prompts: rows.
+  """
+  columns = {name: of for name, of in columns.items() if any(prompt in of for prompt in prompts)}
+  if not columns or not prompts:
+    return None
+  titles = {name: textwrap.wrap(name, 18) for name in columns}
+  above = 0.1 + 0.13 * max(map(len, titles.values()))  # inches
+  chart = figure.Figure(
+    figsize=(2.2 + 1.25 * len(columns), 1.3 * len(prompts) + above), dpi=DPI, facecolor="white"
+  )
+  left = 2.1 / chart.get_figwidth()
+  cells = chart.subplots(
+    len(prompts), len(columns), squeeze=False,
+    gridspec_kw=dict(left=left, right=0.995, top=1 - above / chart.get_figheight(), bottom=0.01,
+                     wspace=0.06, hspace=0.06),
+  )
+  for row, prompt in enumerate(prompts):
+    for (name, of), cell in zip(columns.items(), cells[row]):
+      cell.set_axis_off()
+      if prompt in of:
+        with PIL.Image.open(of[prompt]) as image:
+          cell.imshow(image.convert("RGB"), interpolation="nearest")
+      if row == 0:
+        cell.set_title("\n".join(titles[name]), fontsize=7.5, pad=3)
+    cells[row][0].annotate(
+      "\n".join(textwrap.wrap(prompt, 30)).replace("$", r"\$"), (0, 0.5), (-6, 0),
+      xycoords="axes fraction", textcoords="offset points", ha="right", va="center", fontsize=7.5,
+    )
+  return chart
+
+
+def _panels(count: int, title: str) -> tuple[figure.Figure, Sequence[matplotlib.axes.Axes]]:
+  chart = figure.Figure(figsize=(4.2 * count, 3.0), dpi=DPI, layout="constrained",
+                        facecolor="white")
+  chart.suptitle(title, x=0.01, ha="left", weight="bold")
+  return chart, chart.subplots(1, count)
+
+
+def _finish(chart: figure.Figure, panels, x_label: str) -> figure.Figure:
+  for panel in panels:
+    panel.set_xlabel(x_label, loc="right")
+    if panel.get_legend_handles_labels()[0]:
+      panel.legend(loc="best")
+  return chart
+
+
+def _mode(seeds: Sequence[Mapping[str, Any]], guided: bool) -> str:
+  """The first mode of the validation, with guidance or without; "" where there is none."""
+  modes = [mode for run in seeds for mode in run["validation"]]
+  return next((mode for mode in modes if ("guidance" in mode) == guided), "")
+
+
+def _draw(
+  panel: matplotlib.axes.Axes, seeds: Sequence[Sequence[Sequence[float]]], label: str,
+  line: str = "-", smooth: bool = False,
+) -> None:
+  """One quantity: the mean over seeds, thick, each seed thin, and a band between them."""
+  seeds = [points for points in seeds if points]
+  if not seeds:
+    return
+  x, mean, rows = _mean(seeds, smooth)
+  [drawn] = panel.plot(x, mean, line, linewidth=2, label=label, marker="" if smooth else "o",
+                       markersize=3)
+  color = drawn.get_color()
+  if len(rows) > 1:
+    panel.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=color, alpha=0.15, linewidth=0)
+  for points in seeds:
+    panel.plot(*np.transpose(points), line, color=color, linewidth=0.6, alpha=0.45)
+
+
+def _mean(
+  seeds: Sequence[Sequence[Sequence[float]]], smooth: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(x that all seeds have, mean over seeds, [seeds, x]); smoothed by a moving average or not."""
+  by_seed = [dict(map(tuple, points)) for points in seeds]
+  x = [step for step in by_seed[0] if all(step in of for of in by_seed)]
+  rows = np.array([[of[step] for step in x] for of in by_seed], float)
+  if smooth:
+    for row in rows:
+      weight = total = 0.0
+      for place, value in enumerate(row):
+        total, weight = DECAY * total + value, DECAY * weight + 1
+        row[place] = total / weight  # without the start's bias
+  return np.array(x), rows.mean(axis=0), rows

@@ -1,0 +1,139 @@
+"""The methods that are compared, and the rows of the paper's two tables.
+
+UniGRPO (arXiv 2603.23500), Tables 1 and 2. The column "Thinking" of the paper is how a checkpoint
+is evaluated: Bagel and SFT have no reinforcement learning, and ReFL has a row of its own that is
+trained with thinking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+
+BAGEL, SFT = "Bagel", "SFT"
+UNIGRPO, UNIFPO = "UniGRPO", "UniFPO"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """How a checkpoint is trained.
+
+  Attributes:
+    config: name of its config file.
+    thinks: whether it reasons before it draws while it is trained.
+    variants: of the config, besides those that all methods share.
+    start: the method whose last checkpoint it starts from; "" for what all start from.
+    share: of the iterations.
+    overrides: `--config.KEY=VALUE`.
+    rate: factor of its learning rates, besides that of a sweep.
+    guided: whether its validation also has guidance.
+  """
+
+  config: str
+  thinks: bool
+  variants: Sequence[str] = ()
+  start: str = ""
+  share: float = 1.0
+  overrides: Sequence[str] = ()
+  rate: float = 1.0
+  guided: bool = False
+
+  @property
+  def modes(self) -> tuple[str, ...]:
+    """Of its validation; the first tells which checkpoint is the best."""
+    mode = "think" if self.thinks else "plain"
+    return (mode, f"{mode}+guidance") if self.guided else (mode,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of the tables: a checkpoint, evaluated with thinking or without."""
+
+  name: str
+  trained: str  # a method, `BAGEL` or `SFT`
+  thinks: bool  # while it is evaluated
+
+
+REFL_THINK = "ReFL (w/ Thinking)"
+REFL_TEXT = f"{REFL_THINK} + TextGRPO"
+REFL_HALF = f"{REFL_THINK}, half the iterations"
+
+METHODS = {
+  "ReFL": Method("refl", False),
+  "FPO": Method("unigrpo", False, ("fpo",)),
+  "FlowGRPO": Method("flow_grpo", False, ("no_think",)),
+  "TextGRPO": Method("text_grpo", True),
+  REFL_THINK: Method("refl", True, ("think",)),
+  REFL_TEXT: Method("text_grpo", True, start=REFL_THINK),
+  UNIFPO: Method("unigrpo", True, ("unifpo",)),
+  UNIGRPO: Method("unigrpo", True, guided=True),
+}
+
+# Below the rule of the tables.
+EXTRAS = {
+  "FlowGRPO trained with thinking": Method("flow_grpo", True),
+  "AWM": Method("unigrpo", False, ("awm",)),
+  "ReFL, margin 0.95": Method("refl", False, overrides=("--config.refl.margin=0.95",)),
+  REFL_HALF: Method("refl", True, ("think",), share=0.5),
+  "ReFL (w/ Thinking) + TextGRPO, half each": Method(
+    "text_grpo", True, start=REFL_HALF, share=0.5
+  ),
+  "UniFPO, learning rates / 3": Method("unigrpo", True, ("unifpo",), rate=1 / 3),
+  "UniFPO, learning rates / 10": Method("unigrpo", True, ("unifpo",), rate=1 / 10),
+  "UniFPO with an anchor": Method(
+    "unigrpo", True, ("unifpo",), overrides=("--config.flow.anchor_weight=1.0",)
+  ),
+  "UniGRPO trained with guidance": Method("unigrpo", True, ("cfg",), guided=True),
+  "UniGRPO, latent KL": Method("unigrpo", True, ("latent_kl",)),
+  "UniGRPO without regulariser": Method("unigrpo", True, ("no_regulariser",)),
+}
+ALL = METHODS | EXTRAS
+
+ROWS = (
+  Row(BAGEL, BAGEL, False),
+  Row(BAGEL, BAGEL, True),
+  Row(SFT, SFT, False),
+  Row(SFT, SFT, True),
+  Row("ReFL", "ReFL", False),
+  Row("ReFL", "ReFL", True),
+  Row("FPO", "FPO", False),
+  Row("FPO", "FPO", True),
+  Row("FlowGRPO", "FlowGRPO", False),
+  Row("FlowGRPO", "FlowGRPO", True),
+  Row("TextGRPO", "TextGRPO", True),
+  Row(REFL_THINK, REFL_THINK, True),
+  Row("… + TextGRPO", REFL_TEXT, True),
+  Row(UNIFPO, UNIFPO, True),
+  Row(UNIGRPO, UNIGRPO, True),
+)
+
+
+def extra_rows(names: Sequence[str]) -> tuple[Row, ...]:
+  """The rows of further methods: with thinking, and without where they are trained so."""
+  return tuple(
+    Row(name, name, thinks) for name in names for thinks in (False, True)
+    if thinks or not EXTRAS[name].thinks
+  )
+
+
+def with_starts(names: Sequence[str]) -> list[str]:
+  """The methods `names` and those that they start from, which come first."""
+  made: list[str] = []
+  for name in names:
+    chain = [name]
+    while ALL[chain[0]].start:
+      chain.insert(0, ALL[chain[0]].start)
+    made += [step for step in chain if step not in made]
+  return made
+
+
+def evaluated_modes(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
+  """How a checkpoint is evaluated for the rows, each also with guidance."""
+  kinds = dict.fromkeys("think" if row.thinks else "plain" for row in rows if row.trained == name)
+  return tuple(mode for kind in kinds for mode in (f"{kind}+guidance", kind))
+
+
+def slug(name: str) -> str:
+  """A name as one of a folder."""
+  words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+  return "_".join(words)

@@ -1,0 +1,175 @@
+"""Test scores of checkpoints: how they are made, and what the rows of the tables say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
+
+from unigrpo_jax.benchmarks import evaluation, intervals, measured
+from unigrpo_jax.tools.compare import runs
+
+JUDGE = "judge"  # the learned reward's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """How checkpoints are evaluated, all alike.
+
+  Attributes:
+    prompts: of the test split: GenEval's, a sixth of each category.
+    ta_prompts: the first of these: the TA benchmark's.
+    images: of each prompt.
+    seed: of the noise, the same for all checkpoints, so that they can be compared by prompt.
+    judge: name or folder of the learned reward; "" for none.
+    arguments: further ones of `unigrpo_jax.evaluate`.
+  """
+
+  prompts: int
+  ta_prompts: int
+  images: int
+  seed: int
+  judge: str
+  arguments: Sequence[str] = ()
+
+  @property
+  def name(self) -> str:
+    return f"{self.prompts}x{self.images}_{self.seed}"
+
+  def command(
+    self, checkpoint: str, modes: Sequence[str], out: pathlib.Path, points: bool = False
+  ) -> list[str]:
+    """Evaluates a model's folder; `points`: the learned reward answers exam points too."""
+    names = [f"{measured.PREFIX}{name}" for name in ("strict", "soft", "geneval", "points")]
+    if any(mode.startswith("think") for mode in modes):
+      names.append(f"{measured.PREFIX}reasoning")
+    options: dict[str, Any] = {}
+    judged: list[str] = []
+    if self.judge:
+      names.append(JUDGE)
+      options[JUDGE] = {"folder": self.judge}
+      judged = [f"--points_judge={self.judge}"] if points else []
+    return [
+      sys.executable, "-m", "unigrpo_jax.evaluate", f"--checkpoint={checkpoint}", f"--out={out}",
+      f"--prompts={self.prompts}", f"--images={self.images}", f"--seed={self.seed}",
+      "--modes", *modes, "--rewards", *names, f"--reward_options={json.dumps(options)}", *judged,
+      *self.arguments,
+    ]
+
+
+def read(folder: pathlib.Path) -> tuple[evaluation.Row, ...]:
+  """The rows of an evaluation; () while there is none."""
+  path = folder / "results.json"
+  return _read(path) if path.exists() else ()
+
+
+@functools.lru_cache(maxsize=128)
+def _read(path: pathlib.Path) -> tuple[evaluation.Row, ...]:
+  record = json.loads(path.read_text(encoding="utf-8"))
+  return tuple(evaluation.Row(**row) for row in record["rows"])
+
+
+def of_seeds(
+  by_seed: Sequence[Sequence[evaluation.Row]], thinks: bool, guided: bool, ta_prompts: int,
+  reference: Sequence[Sequence[evaluation.Row]] | None = None,
+) -> dict[str, Any]:
+  """What a row of the tables says: of one checkpoint a seed, under one mode.
+
+  Means are over seeds, images and prompts. Their standard errors are of the prompts, each seed's
+  images being further ones of its prompt; the seeds' own scores stand beside, with mean and t
+  interval, and the two are never mixed.
+
+  Args:
+    by_seed: rows of each seed's evaluation.
+    thinks, guided: the mode.
+    ta_prompts: see `Benchmark`.
+    reference: rows of the method that differences are taken to, under thinking and the same
+      guidance; paired by prompt, from the same noise.
+  """
+  chosen = [_of_mode(rows, thinks, guided) for rows in by_seed]
+  pooled = [row for rows in chosen for row in rows]
+  exam = lambda rows: [row for row in rows if row.number is None or row.number < ta_prompts]
+  official = measured.summary(pooled, "geneval")
+  made: dict[str, Any] = {
+    "ta": _ta(exam(pooled)), "geneval": official.overall, "categories": official.tasks,
+    "strict": measured.summary(pooled, "strict").overall, "reward": _clustered(pooled, JUDGE),
+    "images_dropped": sum(measured.reward(row, "points") is None for row in exam(pooled)),
+    "by_seed": {
+      "ta": [_ta(exam(rows)).mean for rows in chosen],
+      "geneval": [measured.summary(rows, "geneval").overall.mean for rows in chosen],
+      "reward": [_clustered(rows, JUDGE).mean for rows in chosen],
+    },
+  }
+  made["across_seeds"] = {
+    name: dict(zip(("mean", "half"), intervals.across_seeds(values)))
+    for name, values in made["by_seed"].items()
+  }
+  if reference is not None:
+    other = [row for rows in reference for row in _of_mode(rows, True, guided)]
+    made["difference"] = {
+      "ta": intervals.paired(_means(exam(pooled), "points"), _means(exam(other), "points")),
+      "geneval": _paired_categories(pooled, other),
+    }
+  return made
+
+
+def _of_mode(rows: Sequence[evaluation.Row], thinks: bool, guided: bool) -> list[evaluation.Row]:
+  name = evaluation.Mode(thinks, guided).name
+  return [row for row in rows if row.mode == name]
+
+
+def _ta(rows: Sequence[evaluation.Row]) -> intervals.Estimate:
+  return _clustered(rows, "points")
+
+
+def _clustered(rows: Sequence[evaluation.Row], name: str) -> intervals.Estimate:
+  scored = [row for row in rows if measured.reward(row, name) is not None]
+  return intervals.clustered(
+    [measured.reward(row, name) for row in scored], [row.number for row in scored]
+  )
+
+
+def _means(rows: Sequence[evaluation.Row], name: str) -> dict[Any, float]:
+  scored = [row for row in rows if measured.reward(row, name) is not None]
+  return intervals.prompt_means(
+    [measured.reward(row, name) for row in scored], [row.number for row in scored]
+  )
+
+
+def _paired_categories(
+  a: Sequence[evaluation.Row], b: Sequence[evaluation.Row]
+) -> intervals.Estimate:
+  """The difference of GenEval's overall scores: the mean of the categories' differences."""
+  parts = []
+  for category in dict.fromkeys(row.category for row in a):
+    of_a, of_b = ([row for row in rows if row.category == category] for rows in (a, b))
+    parts.append(intervals.paired(_means(of_a, "geneval"), _means(of_b, "geneval")))
+  return intervals.mean_of(parts)
+
+
+def identity(
+  training: runs.Training | None, model: str, benchmark: Benchmark, which: str
+) -> dict[str, Any]:
+  """What a row's numbers are of: the hashes of checkpoint and config, the step, the noise."""
+  return {
+    "checkpoint": runs.fingerprint(model), "noise_seed": benchmark.seed,
+  } | ({} if training is None else {
+    "seed": training.seed, "config": training.config_hash(), "step": training.step(which),
+    "learning_rate_factor": training.rate,
+  })
+
+
+def agreement(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
+  """{mode: agreement of the verifier and the learned reward on exam points} of an evaluation."""
+  made = {}
+  for folder in folders:
+    path = folder / "benchmarks.json"
+    if path.exists():
+      for mode, record in json.loads(path.read_text(encoding="utf-8")).items():
+        if "agreement" in record.get("ta", {}):
+          made.setdefault(mode, record["ta"]["agreement"])
+  return made

@@ -1,0 +1,134 @@
+"""Tables 1 and 2 of the comparison as Markdown, from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+from unigrpo_jax.benchmarks import geneval
+from unigrpo_jax.tools.compare import runs
+
+DASH = "–"
+YES = {True: "yes", False: "no", None: DASH}
+WHICH = {runs.LAST: "last checkpoint", runs.BEST: "best checkpoint by the learned reward"}
+GUIDANCE = {True: "with guidance", False: "without guidance"}
+
+
+def text(record: Mapping[str, Any]) -> str:
+  """The whole page of a comparison's record; see `command.record`."""
+  parts = ["# Comparison", "", _how(record), ""]
+  for which in (runs.LAST, runs.BEST):
+    for guided in (True, False):
+      key = f"{which}, {GUIDANCE[guided]}"
+      if any(key in row["scores"] for row in record["rows"]):
+        title = f"{WHICH[which]}, {GUIDANCE[guided]}"
+        parts += [f"## Table 1: {title}", "", table1(record, key), ""]
+        parts += [f"## Table 2: {title}", "", table2(record, key), ""]
+  if record.get("sweep"):
+    parts += ["## Learning rates", "", _sweep(record["sweep"]), ""]
+  parts += [_notes(record)]
+  return "\n".join(parts).rstrip() + "\n"
+
+
+def table1(record: Mapping[str, Any], key: str) -> str:
+  """TA, GenEval and the learned reward of each row, by seed, and the difference to UniGRPO."""
+  head = [
+    "#", "method", "trained from", "trained thinking", "evaluated thinking", "TA", "GenEval",
+    "learned reward", "TA by seed", "GenEval by seed", "TA − UniGRPO", "GenEval − UniGRPO",
+  ]
+
+  def cells(row: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:
+      return [DASH] * 7
+    difference = scores.get("difference")
+    return [
+      *(estimate(scores[name]) for name in ("ta", "geneval", "reward")),
+      _seeds(scores, "ta"), _seeds(scores, "geneval"),
+      *(estimate(difference[name], sign=True) if difference else "" for name in ("ta", "geneval")),
+    ]
+
+  return _table(record, key, head, cells)
+
+
+def table2(record: Mapping[str, Any], key: str) -> str:
+  """GenEval by category; strict is without the objects that it forgives."""
+  head = [
+    "#", "method", "trained from", "trained thinking", "evaluated thinking",
+    *(name.replace("_", " ") for name in geneval.CATEGORIES), "overall", "strict overall",
+  ]
+
+  def cells(row: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[str]:
+    if scores is None:
+      return [DASH] * (len(geneval.CATEGORIES) + 2)
+    by_category = [scores["categories"].get(name) for name in geneval.CATEGORIES]
+    return [estimate(part) for part in (*by_category, scores["geneval"], scores["strict"])]
+
+  return _table(record, key, head, cells)
+
+
+def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> str:
+  lines = [head, ["---"] * len(head)]
+  numbered, extra = 0, False
+  for row in record["rows"]:
+    if row["extra"] and not extra:  # The rule.
+      extra = True
+      lines.append(["**further rows**", *[""] * (len(head) - 1)])
+    numbered += not row["extra"]
+    label = "" if row["extra"] else str(numbered)
+    name = row["name"] + (" *" if row["note"] else "")
+    lines.append([
+      label, name, row["trained_from"] or DASH, YES[row["trained_thinking"]],
+      YES[row["evaluated_thinking"]], *cells(row, row["scores"].get(key)),
+    ])
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def estimate(part: Mapping[str, Any] | None, sign: bool = False) -> str:
+  """"0.512 ± 0.031", half a 95 % interval over prompts; a dash for nothing."""
+  if part is None or part["mean"] is None:
+    return DASH
+  mean = f"{part['mean']:+.3f}" if sign else f"{part['mean']:.3f}"
+  return mean if part["se"] is None else f"{mean} ± {1.96 * part['se']:.3f}"
+
+
+def _seeds(scores: Mapping[str, Any], name: str) -> str:
+  values = ", ".join(f"{value:.3f}" for value in scores["by_seed"][name] if value is not None)
+  half = scores["across_seeds"][name]["half"]
+  if half is None or math.isnan(half):
+    return values
+  return f"{values} ({scores['across_seeds'][name]['mean']:.3f} ± {half:.3f})"
+
+
+def _how(record: Mapping[str, Any]) -> str:
+  b = record["benchmark"]
+  return (
+    f"All methods: start {record['start']} ({record['start_checkpoint']}), reward "
+    f"{record['reward']} ({record['reward_checksum'] or 'no checksum'}), {record['iterations']} "
+    f"iterations of {record['reward_calls']} reward calls, seeds "
+    f"{', '.join(map(str, record['seeds']))}. TA: {b['ta_prompts']} prompts, GenEval: "
+    f"{b['prompts']}, {b['images']} images each, noise seed {b['seed']}. ± is half a 95 % interval "
+    "over prompts, a prompt's images of all seeds together; differences are paired by prompt, from "
+    "the same noise. In parentheses: mean over seeds and its t interval."
+  )
+
+
+def _sweep(sweep: Mapping[str, Any]) -> str:
+  factors = sorted({factor for of in sweep.values() for factor in of["rewards"]}, key=float)
+  lines = [["method", *(f"x {float(factor):.3g}" for factor in factors), "chosen"],
+           ["---"] * (len(factors) + 2)]
+  for method, of in sweep.items():
+    shown = [of["rewards"].get(factor) for factor in factors]
+    cells = [DASH if value is None else f"{value:.3f}" for value in shown]
+    chosen = DASH if of["chosen"] is None else f"x {of['chosen']:.3g}"
+    lines.append([method, *cells, chosen])
+  return (
+    "Learned reward on the validation prompts after the last iteration of one seed, by the factor "
+    "of the learning rates; the highest was chosen, and nothing else was looked at.\n\n"
+    + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  )
+
+
+def _notes(record: Mapping[str, Any]) -> str:
+  notes = dict.fromkeys(f"- {row['name']}: {row['note']}" for row in record["rows"] if row["note"])
+  return "\n".join(["## Notes", "", *notes]) if notes else ""
