@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   run_lib.check_workdir(args.workdir)
   # Not `hosts.hold`, which would take the devices that the runs need.
   with locks.hold(locks.inside(args.workdir), f"--workdir={args.workdir}"):
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.workdir / "compiled")} | os.environ
+    # Unbuffered, so that the last line of a log is what a run does.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(args.workdir / "compiled")}
+    environment = cache | os.environ | {"PYTHONUNBUFFERED": "1"}
     try:
       made.failed = processes.run(
         made.jobs, cores=processes.cores(args.jobs), environment=environment, on_end=made.write
