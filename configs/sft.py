@@ -5,7 +5,8 @@
   python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
 
 `:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`, which makes the embedded BAGEL
-from random weights; by themselves they go on from it.
+from random weights; by themselves they go on from it. `:judge` and `:tiny_judge` are for
+`python -m unigrpo_jax.reward_model`, whose triples take the place of the section data.
 """
 
 from ml_collections import ConfigDict
@@ -49,6 +50,12 @@ def get_config(variant: str = "") -> ConfigDict:
   config.mse_weight = 1.0  # of the error of velocities
   config.label_chunk = 256  # labels a sequence whose logits exist at once
 
+  # Adapters
+  config.lora = ConfigDict()
+  config.lora.rank = 0  # 0: everything that has a learning rate trains
+  config.lora.alpha = 128.0  # adapters count alpha / rank times
+  config.lora.adapter = ""  # PEFT folder to start from; with rank 0, its rank and alpha count
+
   # Optimizer: AdamW
   config.learning_rate = ConfigDict()  # by group of parameters; 0 freezes it
   config.learning_rate.und = 2e-5  # understanding expert
@@ -78,12 +85,16 @@ def get_config(variant: str = "") -> ConfigDict:
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
   config.keep_checkpoints = 3  # the last so many
-  if variant not in ("", "tiny", "tiny_look"):
-    raise ValueError(f"variant {variant!r} is none of tiny, tiny_look")
-  if variant:
+  if variant not in ("", "judge", "tiny", "tiny_look", "tiny_judge"):
+    raise ValueError(f"variant {variant!r} is none of judge, tiny, tiny_look, tiny_judge")
+  if variant.startswith("tiny"):
     tiny(config)
   if variant == "tiny_look":
     look(config)
+  if variant == "judge":
+    judge(config)
+  if variant == "tiny_judge":
+    tiny_judge(config)
   return config
 
 
@@ -124,3 +135,30 @@ def look(config: ConfigDict) -> None:
   for group in ("und", "gen", "text", "latent", "vit"):
     config.learning_rate[group] = 1e-3
   config.learning_rate.vit = 2e-3
+
+
+def judge(config: ConfigDict) -> None:
+  """A judge of BAGEL-7B-MoT: adapters on its understanding expert; the ViT stays as it is."""
+  config.steps = 2000  # about an epoch: triples / sequences_per_step
+  config.limits.update(dict(tokens=5400, labels=8, clean=1, latents=1))
+  config.ce_weighting = "sample"  # every answer counts alike
+  config.lora.rank = 64
+  for group in ("gen", "text", "latent", "vit"):
+    config.learning_rate[group] = 0.0
+  config.learning_rate.und = 1e-4
+  config.schedule = "cosine"
+  config.warmup_steps = 50
+  config.weight_decay = 0.01
+  config.ema_decay = 0.99
+
+
+def tiny_judge(config: ConfigDict) -> None:
+  """A judge of IconWorld, from the embedded BAGEL: all that reads pictures and words trains."""
+  config.steps = 2000
+  config.sequences_per_step = config.microbatch = 96
+  config.noise_draws = 1
+  config.limits.update(dict(tokens=56, labels=4, images=96, clean=1, latents=1))
+  for group in ("gen", "latent"):
+    config.learning_rate[group] = 0.0
+  for group in ("und", "text", "vit"):
+    config.learning_rate[group] = 1e-3

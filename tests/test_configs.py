@@ -144,7 +144,7 @@ def test_every_key_is_read(name):
     return dataclasses.replace(spec, run=dataclasses.replace(spec.run, config={}))
 
   get_config, unread = _load(name).get_config, []
-  variant = "" if name == SFT else "lora"  # without adapters their alpha does not count
+  variant = "judge" if name == SFT else "lora"  # without adapters their alpha does not count
   plain = read(get_config(variant))
   for key, value in _flat(get_config(variant)):
     config = get_config(variant)

@@ -42,7 +42,8 @@ NOT_RUN = {
   "needs the released checkpoint, 27 GiB, or another that users have":
     r"BAGEL-7B-MoT|SFT_FOLDER|--source=bagel",
   "needs a Google Cloud project": r"^gcloud",
-  "takes hours": r"\.build |\.compare |runs/built|--scaling|--shape=all|tests\.iconworld_table",
+  "takes hours":
+    r"\.build |\.compare |\.reward_model |runs/built|--scaling|--shape=all|tests\.iconworld_table",
   "needs an accelerator": r"--device-check",
   "needs the TPU compiler, and minutes; tests/test_plan.py runs the planner": r"\.plan |^pip ",
   "installs and runs this; tests/test_launch.py runs it with stand-ins": r"launch/(local|test)\.sh",

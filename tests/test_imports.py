@@ -32,7 +32,7 @@ ORDER = (
 )
 ENTRY_POINTS = {
   "train", "generate", "evaluate", "convert", "export", "build", "report", "compare", "bench",
-  "plan",
+  "plan", "reward_model",
 }
 LIBRARIES = {
   "terminal": set(),

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, rewards
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.reward_models import judge as judge_lib
@@ -209,3 +209,44 @@ def test_metrics_by_hand():
   drawn = np.random.default_rng(1).random(4000) < 1 / (1 + np.exp(-z))
   assert abs(metrics.best_temperature(3 * z, drawn) - 3) < 0.2
   np.testing.assert_allclose(metrics.soft_tifa([0.25, 1.0]), (0.5, 0.625))
+
+
+def test_the_host_reward_gives_the_same_numbers_from_uint8(folder, opened):
+  judge, params = opened
+  reward = rewards.make("judge", folder=str(folder))
+  rng = np.random.default_rng(4)
+  images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+  metadata = {"include": [{"class": "kite", "count": 2, "color": "red"}]}
+  samples = [rewards.Sample("paint twice one kites, as a tomato", images[0], None, metadata)]
+  samples += [rewards.Sample(prompt, image) for prompt, image in zip(["a bird", " "], images[1:])]
+  found = rewards.evaluate(reward, samples)
+  assert np.isnan(found.values).tolist() == [False, False, True] and "is empty" in found.reason
+  pixels = jnp.asarray(images[:2], jnp.float32) / 255 * 2 - 1
+  scores = jax.jit(judge.score)(params, pixels, judge.questions(["two red kites", "a bird"]))
+  np.testing.assert_allclose(found.values[:2], scores, atol=1e-6)
+
+
+def test_a_run_keeps_to_its_judge(folder, tmp_path):
+  fingerprints = []
+  for changes in ({}, dict(tau=2.0)):
+    for path in folder.iterdir():
+      (tmp_path / path.name).write_bytes(path.read_bytes())
+    record(tmp_path, **changes)
+    scorer = rewards.Scorer({"seen": rewards.make("judge", folder=str(tmp_path), time_limit=9.0)},
+                            {"seen": 1.0})
+    fingerprints.append(scorer.fingerprints())
+    scorer.close()
+  assert list(fingerprints[0]) == ["reward_options.seen"] and fingerprints[0] != fingerprints[1]
+
+
+def test_words_are_plain_only_where_the_world_has_them(opened):
+  judge = opened[0]
+  kite = {"class": "kite", "count": 1}
+  ask = lambda **entry: judge.words("a riddle", {"include": [kite | entry]})
+  assert ask(color="red") == "a red kite" and ask(count=3) == "three kites"
+  assert ask(**{"class": "dog"}) == judge.words("a riddle", {}) == "a riddle"
+  above = {"include": [{"class": "apple", "count": 1},
+                       {"class": "bird", "count": 1, "position": ["above", 0]}]}
+  assert judge.words("", above) == "a bird above an apple"
+  verbatim = dataclasses.replace(judge, prompt_form="prompt")
+  assert verbatim.words("a riddle", above) == "a riddle"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,28 +38,51 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     spec = sft.read(config)
     network = state.open_network(spec.network, devices)
     sft.check_fits(spec, network.mesh)
-    data = spec.data
+    data, pinned = spec.data, {}
     examples = corpus.shards(data.folder, seed=spec.seed) if data.folder else corpus.iconworld(
       data.mixture, wrong_plan_rate=data.wrong_plan_rate
     )
+    if data.folder:
+      pinned["data.folder"] = corpus.fingerprint(data.folder)
+  return learn(
+    spec, workdir, network, examples, pinned=pinned, ce_weight=spec.ce_weight,
+    mse_weight=spec.mse_weight, label_chunk=spec.label_chunk,
+  )
+
+
+def learn(
+  spec: sft.Spec, workdir: pathlib.Path, network: state.Network, examples: corpus.Corpus, *,
+  pinned: Mapping[str, Any], **loss: Any,
+) -> types.TrainState:
+  """Trains a network by examples, in or from `workdir`; returns its last state.
+
+  Args:
+    spec: of the run; see `sft.check_fits`.
+    workdir: holds the run's checkpoints and metrics.
+    network: what is trained.
+    examples: what it learns.
+    pinned: what must be the same when the run continues; see `Run`.
+    loss: keywords of `step.make_supervised_step`: the loss and its weights.
+
+  Raises:
+    InputError: an example is impossible, or the run cannot continue; says why.
+  """
   optimizer = spec.optimizer.make()
   layout = state.layout(
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=False
   )
   with hosts.raise_on_all_hosts():
-    pinned = state.pinned(spec.network, network)
-    if spec.data.folder:
-      pinned["data.folder"] = corpus.fingerprint(spec.data.folder)
+    pinned = state.pinned(spec.network, network) | dict(pinned)
   run = run_lib.Run(workdir, spec.run, network, pinned=pinned, deferred_stop=True)
   train_state = run.restore(layout, lambda: state.first_state(
-    network, optimizer, layout, random_init=spec.network.random_init, seed=spec.seed
+    network, optimizer, layout, random_init=spec.network.random_init, seed=spec.seed,
+    adapter=spec.network.adapter,
   ))
   examples_feed = make_feed(spec, network, examples)
   step_fn = jax.jit(
     step_lib.make_supervised_step(
       network.model, optimizer, trained=spec.optimizer.trained,
-      ema_decay=spec.optimizer.ema_decay, ce_weight=spec.ce_weight, mse_weight=spec.mse_weight,
-      label_chunk=spec.label_chunk,
+      ema_decay=spec.optimizer.ema_decay, **loss,
     ),
     donate_argnums=0, out_shardings=(layout.shardings, sharding.replicated(network.mesh)),
   )

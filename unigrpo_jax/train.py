@@ -52,10 +52,10 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     network = state.open_network(spec.network, devices)
     parts.check_fits(spec, network)
     prompt_set = prompts_lib.open_set(spec.prompts.source, spec.prompts.split)
-    pinned = state.pinned(spec.network, network) | {"prompts": prompt_set.fingerprint()}
-    pinned |= parts.pinned(spec)
     prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
     reward_fns = parts.make_scorer(spec.rewards)
+    pinned = state.pinned(spec.network, network) | reward_fns.fingerprints()
+    pinned |= {"prompts": prompt_set.fingerprint()} | parts.pinned(spec)
 
   # --- What samples, what scores, what evaluates.
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)

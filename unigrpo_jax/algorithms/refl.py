@@ -34,7 +34,7 @@ class ReFL(base.Algorithm):
   """
 
   reward: Callable[..., jax.Array]  # (fixed, latents [n, I, C], questions of n) -> [n] float32
-  ask: Callable[[Sequence[str]], Any]  # B prompts -> their questions on the devices, B rows
+  ask: Callable[[Sequence[Any]], Any]  # B prompts -> their questions on the devices, B rows
   parts: int  # that a microbatch's images are scored in, one after the other
   ways: int  # of devices that a microbatch's rows are cut into
   weight: float  # w
@@ -46,7 +46,7 @@ class ReFL(base.Algorithm):
   ) -> types.Experience:
     experience = super().experience(episodes, prompts, key)
     group = experience.only.flow.latents.shape[0] // len(prompts)
-    asked = [prompt.prompt for prompt in prompts for _ in range(group)]
+    asked = [prompt for prompt in prompts for _ in range(group)]
     return experience.replace(question=self.ask(asked))
 
   def _recorded_flow(self, flow: types.FlowRollout):

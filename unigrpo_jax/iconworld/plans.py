@@ -44,6 +44,13 @@ def is_correct(text: str, metadata: Mapping[str, Any]) -> bool:
 
 def corrupt(rng: np.random.Generator, example: prompts.Example) -> str:
   """Reasoning about the example's prompt with one mistake in it; `is_correct` never holds for it.
+  """
+  mistaken = mistake(rng, example)
+  return prompts.reason(mistaken, example.steps, prompts.place(rng, mistaken))
+
+
+def mistake(rng: np.random.Generator, example: prompts.Example) -> prompts.Goal:
+  """The example's goal with one mistake in it.
 
   The mistake is another class or colour, a number one off, a relation the wrong way round, or
   colours not swapped; three times likelier where the prompt has a riddle than where it is plain.
@@ -58,10 +65,9 @@ def corrupt(rng: np.random.Generator, example: prompts.Example) -> str:
   if goal.category == "color_attr":
     mistakes.append(("colors", 0))
   resolved = {(step.about, step.index) for step in example.steps}
-  weights = np.array([RIDDLE_WEIGHT if mistake in resolved else 1 for mistake in mistakes], float)
+  weights = np.array([RIDDLE_WEIGHT if found in resolved else 1 for found in mistakes], float)
   about, index = mistakes[rng.choice(len(mistakes), p=weights / weights.sum())]
-  mistaken = _mistake(rng, goal, about, index)
-  return prompts.reason(mistaken, example.steps, prompts.place(rng, mistaken))
+  return _mistake(rng, goal, about, index)
 
 
 def _mistake(rng: np.random.Generator, goal: prompts.Goal, about: str, index: int) -> prompts.Goal:

@@ -6,7 +6,7 @@ what is correct is known by construction. Each riddle leaves a `Step`, which the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 from typing import Any
@@ -243,6 +243,22 @@ def metadata_of(goal: Goal, prompt: str) -> dict[str, Any]:
     [wanted] = goal.wanted
     metadata["exclude"] = [{"class": wanted.kind, "count": wanted.count + 1}]
   return metadata | {"prompt": prompt}
+
+
+def plain(metadata: Mapping[str, Any]) -> str:
+  """What metadata includes, in words without a riddle: "two red kites", "a bird above an apple"."""
+  nouns, relation = [], None
+  for entry in metadata["include"]:
+    count, color = entry["count"], entry.get("color")
+    noun = riddles.PLURALS[entry["class"]] if count > 1 else entry["class"]
+    noun = f"{color} {noun}" if color else noun
+    if "position" in entry:
+      relation = entry["position"]
+    nouns.append(f"{riddles.NUMBERS[count]} {noun}" if count > 1 else riddles.with_article(noun))
+  if relation is not None:
+    name, target = relation
+    return f"{nouns[-1]} {name} {nouns[target]}"
+  return " and ".join(nouns)
 
 
 def place(rng: np.random.Generator, goal: Goal) -> scenes.Scene:

@@ -188,8 +188,10 @@ def _by_gradient(
   parts = next(parts for parts in range(share // at_once, share + 1) if share % parts == 0)
   return rl.GRADIENT_OBJECTIVES[spec.flow.objective](
     **common, reward=reward_of_latents(network, made, size),
-    ask=lambda prompts: jax.tree.map(put, made.questions(prompts)), parts=parts, ways=ways,
-    weight=spec.refl.weight, margin=spec.refl.margin,
+    ask=lambda prompts: jax.tree.map(
+      put, made.questions([made.words(prompt.prompt, prompt.metadata) for prompt in prompts])
+    ),
+    parts=parts, ways=ways, weight=spec.refl.weight, margin=spec.refl.margin,
     fixed={"judge": params, "vae": sampled.sampler.vae_params},
   )
 

@@ -19,7 +19,9 @@ from unigrpo_jax.supervised import feed
 # The numbers of a step depend on neither, but for rounding.
 MUTABLE_KEYS = {"limits", "microbatch", "remat"}
 # Keys that configs of older runs lack, with what those runs did.
-DEFAULTS = {"attention": "auto", "keep_every": 0}
+DEFAULTS = {
+  "attention": "auto", "keep_every": 0, "lora.rank": 0, "lora.alpha": 128.0, "lora.adapter": "",
+}
 _COUNT, _PART = checks.Integer(low=1), checks.Number(low=0, high=1)
 KEYS: checks.Keys = {
   "data.folder": checks.Text(), "data.mixture": checks.Table(checks.Number(low=0)),
@@ -29,6 +31,8 @@ KEYS: checks.Keys = {
   "limits.patches": _COUNT, "limits.clean": _COUNT, "limits.latents": _COUNT,
   "ce_weight": checks.Number(low=0), "ce_weighting": checks.OneOf(feed.CE_WEIGHTINGS),
   "mse_weight": checks.Number(low=0), "label_chunk": _COUNT, "log_every": _COUNT,
+  "lora.rank": checks.Integer(low=0), "lora.alpha": checks.Number(above=0),
+  "lora.adapter": checks.Text(),
 }
 
 
@@ -76,6 +80,7 @@ def read(config: ConfigDict) -> Spec:
     InputError: a number or a combination is impossible; names the key, its value, and what to do.
   """
   config = checks.read(config, KEYS, DEFAULTS)
+  sections.fill_rank(config)
   if config.sequences_per_step % config.microbatch:
     raise errors.InputError(
       f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "

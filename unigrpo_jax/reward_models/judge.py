@@ -28,6 +28,8 @@ from unigrpo_jax.data import files
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import requests
+from unigrpo_jax.iconworld import geneval, riddles
+from unigrpo_jax.iconworld import prompts as prompts_lib
 from unigrpo_jax.models import bagel
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.reward_models import readout as readout_lib
@@ -67,7 +69,7 @@ class Judge:
     tokenizer: its tokenizer.
     yes_id, no_id: first ids of the two answers; see `answer_ids`.
     question: asked about a picture; holds "{prompt}" once.
-    prompt_form: "prompt": what the user wrote; "plain": see `questions`.
+    prompt_form: "prompt": what the user wrote; "plain": see `words`.
     readout: one of `readout.READOUTS`.
     tau: temperature of the two logits.
     vit_max: longest side of what the ViT sees, pixels.
@@ -92,28 +94,21 @@ class Judge:
     errors.choose("prompt_form", self.prompt_form, PROMPT_FORMS)
     errors.choose("clip", self.clip, CLIPS)
     errors.require("tau", self.tau, above=0)
-    if self.question.count("{prompt}") != 1:
-      raise errors.InputError(
-        f"question={errors.shown(self.question)} must hold {{prompt}} once, where the prompt goes"
-      )
-    stride = self.vit_rule.stride
-    errors.require("vit_max", self.vit_max, integer=True, low=stride)
-    if self.vit_max % stride:
-      raise errors.InputError(
-        f"vit_max={self.vit_max} is not a multiple of {stride}, the ViT's patch; "
-        f"try {self.vit_max // stride * stride}"
-      )
+    check_question(self.question)
+    vit_rule(self.model.config, self.vit_max)
 
-  @property
-  def vit_rule(self) -> config_lib.ImageSizeRule:
-    """How a picture is resized for the ViT."""
-    rule = self.model.config.vit_image
-    return dataclasses.replace(
-      rule, max_size=self.vit_max, min_size=min(rule.min_size, self.vit_max)
-    )
+  def words(self, prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """What to ask about a user's prompt: the prompt itself, or in "plain" form what its metadata
+    asks for, where they are IconWorld's."""
+    if self.prompt_form == "plain" and metadata and metadata.get("include"):
+      if geneval.problem(metadata) is None and all(
+        entry["class"] in riddles.PLURALS for entry in metadata["include"]
+      ):
+        return prompts_lib.plain(metadata)
+    return prompt
 
   def questions(self, prompts: Sequence[str]) -> Questions:
-    """The questions about B prompts; on the host.
+    """The questions about B prompts, as `words` gives them; on the host.
 
     Raises:
       InputError: a prompt is empty, holds the quotation marks that the question puts around it, or
@@ -168,7 +163,7 @@ class Judge:
 
   def patches(self, pixels: jax.Array) -> types.Patches:
     """Pixels of `score` as the ViT sees them: clipped, resized by BAGEL's two rules, cut up."""
-    config, rule = self.model.config, self.vit_rule
+    config, rule = self.model.config, vit_rule(self.model.config, self.vit_max)
     bounds = (-1.0, 1.0) if self.clip == "hard" else None
     pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
     if bounds is not None:
@@ -208,6 +203,40 @@ class Judge:
       label_ids=jnp.zeros((rows, 1), jnp.int32), label_weight=jnp.ones((rows, 1)),
       vit=patches, vit_row=jnp.arange(rows), vit_slot=across(1 + jnp.arange(count)),
     )
+
+
+def stack(questions: Sequence[Questions]) -> Questions:
+  """Several questions as one; on the host."""
+  length = max(one.ids.shape[1] for one in questions)
+  pad = lambda ids: np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
+  return Questions(
+    np.concatenate([pad(one.ids) for one in questions]),
+    np.concatenate([one.lengths for one in questions]),
+  )
+
+
+def check_question(question: str) -> None:
+  """Raises InputError unless a question has a place for the prompt."""
+  if question.count("{prompt}") != 1:
+    raise errors.InputError(
+      f"question={errors.shown(question)} must hold {{prompt}} once, where the prompt goes"
+    )
+
+
+def vit_rule(config: config_lib.BagelConfig, vit_max: int) -> config_lib.ImageSizeRule:
+  """How a picture is resized for the ViT, with a longest side of `vit_max` pixels.
+
+  Raises:
+    InputError: it is no multiple of the ViT's patch.
+  """
+  rule = config.vit_image
+  errors.require("vit_max", vit_max, integer=True, low=rule.stride)
+  if vit_max % rule.stride:
+    raise errors.InputError(
+      f"vit_max={vit_max} is not a multiple of {rule.stride}, the ViT's patch; "
+      f"try {vit_max // rule.stride * rule.stride}"
+    )
+  return dataclasses.replace(rule, max_size=vit_max, min_size=min(rule.min_size, vit_max))
 
 
 def answer_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
@@ -264,11 +293,15 @@ def open_judge(
     judge = Judge(
       network.model.for_gradients(), network.tokenizer, checksum=checksum_of(record), **fields
     )
-  params = network.folder.load_params(
+  return judge, load_params(network)
+
+
+def load_params(network: state.Network) -> Any:
+  """The parameters of a judge's network, as `Judge.score` takes them."""
+  return network.folder.load_params(
     dtype=network.model.dtype, parts=("bagel",),
-    shardings=state.param_shardings(network.model, mesh, ("bagel",)),
+    shardings=state.param_shardings(network.model, network.mesh, ("bagel",)),
   )["bagel"]
-  return judge, params
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
@@ -277,6 +310,11 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     InputError: it is missing, a key of it is missing or of another kind, or a file was changed.
   """
+  if folder == TINY_FOLDER and not folder.is_dir():
+    raise errors.InputError(
+      f"{TINY} is missing from this installation; make a judge with python -m "
+      "unigrpo_jax.reward_model and give its folder"
+    )
   if not (folder / FILE).is_file():
     raise errors.InputError(
       f"{folder}: has no {FILE}; give a folder made by python -m unigrpo_jax.reward_model, or "

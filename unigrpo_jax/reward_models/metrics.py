@@ -60,6 +60,11 @@ def best_temperature(z: np.ndarray, yes: np.ndarray) -> float:
   return float(np.exp(found.x))
 
 
+def probability(z: np.ndarray, tau: float = 1.0) -> np.ndarray:
+  """P("yes"), float64."""
+  return scipy.special.expit(np.asarray(z, np.float64) / tau)
+
+
 def calibration_error(p: np.ndarray, yes: np.ndarray) -> float:
   """sum over the bins of P of (its share) |mean P - share of yes| (Guo et al. 2017)."""
   p, yes = np.asarray(p, np.float64), np.asarray(yes, np.float64)
@@ -71,7 +76,7 @@ def calibration_error(p: np.ndarray, yes: np.ndarray) -> float:
 def summary(z: np.ndarray, yes: np.ndarray, tau: float = 1.0) -> dict[str, float]:
   """What is reported of N answers: "accuracy", "auc", "brier", "log_loss", "ece", "n"."""
   z, yes = np.asarray(z, np.float64), np.asarray(yes, bool)
-  p = scipy.special.expit(z / tau)
+  p = probability(z, tau)
   return {
     "n": len(z), "yes": float(yes.mean()), "accuracy": float(np.mean((p > 0.5) == yes)),
     "auc": auc(z, yes), "brier": float(np.mean((p - yes) ** 2)),

@@ -53,10 +53,13 @@ class Scores:
 
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
 # Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
-# called from another thread, makes calls return soon.
+# called from another thread, makes calls return soon; `fingerprint`, text that other scores would
+# change: a run that continues with another is refused.
 Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
+# Names of rewards that need jax, and so are imported only when they are asked for.
+_LAZY = {"judge": "unigrpo_jax.reward_models.host:JudgeReward"}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -81,8 +84,8 @@ def _path(target) -> str:
 
 
 def names() -> list[str]:
-  """The registered names, sorted."""
-  return sorted(_registered)
+  """The names that `make` knows, sorted."""
+  return sorted(_registered | _LAZY)
 
 
 def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Reward:
@@ -112,7 +115,7 @@ def _make(name: str, options: Mapping[str, Any]) -> Reward:
         f"{':'.join(name.rsplit('.', 1))}"
       )
     errors.choose("reward", name, [*names(), "module:function"])
-    target = _registered[name]
+    target = _imported(_LAZY[name]) if name in _LAZY else _registered[name]
   made_first = inspect.isclass(target)
   try:
     signature = inspect.signature(target)
@@ -307,6 +310,7 @@ class TimeLimited:
     errors.require("time_limit", seconds, above=0)
     self._reward, self._seconds = reward, seconds
     self.concurrent = getattr(reward, "concurrent", False)
+    self.fingerprint = getattr(reward, "fingerprint", None)
     self._overdue: futures.Future | None = None
 
   def __call__(self, samples: Sequence[Sample]) -> Scores:

@@ -112,6 +112,11 @@ class Scorer:
     self._recent: dict[tuple[str, bool], Failure] = {}
     self.failures = {name: Failures() for name in rewards}
 
+  def fingerprints(self) -> dict[str, str]:
+    """{"reward_options.NAME": fingerprint} of the rewards that have one; see `Run`'s `pinned`."""
+    found = {name: getattr(reward, "fingerprint", None) for name, reward in self._rewards.items()}
+    return {f"reward_options.{name}": text for name, text in found.items() if text}
+
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
     """Scores samples in the threads, each reward by itself; `Pending.result` waits for them."""
     samples = tuple(samples)

@@ -144,21 +144,29 @@ def shards(folder: pathlib.Path | str, *, seed: int) -> Corpus:
   if not rows:
     raise errors.InputError(f"{folder}: its shards are empty; expected one example a line")
 
-  @functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
-  def order(epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, EPOCHS, epoch)).permutation(len(rows))
-
-  def example_of(row_number: int, rng: np.random.Generator) -> Example:
-    del rng
-    epoch, place = divmod(row_number, len(rows))
-    where, row = rows[order(epoch)[place]]
+  def example_of(place: int) -> Example:
+    where, row = rows[place]
     load = lambda key: images_lib.load_rgb(folder / row[key]) if key in row else None
     with errors.at(where):
       return Example(
         row["prompt"], row.get("reasoning", row.get("answer")), load("image"), load("source"), where
       )
 
-  return example_of
+  return epochs(len(rows), example_of, seed)
+
+
+def epochs(count: int, example_of: Callable[[int], Example], seed: int) -> Corpus:
+  """A corpus of `count` examples, of which every epoch has each once, in an order of its own."""
+  @functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
+  def order(epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, EPOCHS, epoch)).permutation(count)
+
+  def example_of_row(row_number: int, rng: np.random.Generator) -> Example:
+    del rng
+    epoch, place = divmod(row_number, count)
+    return example_of(int(order(epoch)[place]))
+
+  return example_of_row
 
 
 def _parse(text: str, where: str, folder: pathlib.Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def shares(batches: types.PackedBatch) -> dict[str, jax.Array]:
 
 def make_supervised_step(
   model, optimizer: optax.GradientTransformation, *, trained: Collection[str],
-  ema_decay: float | None, **weights,
+  ema_decay: float | None, loss: Callable = supervised_loss, **weights,
 ):
   """The step of supervised training, to be jitted.
 
@@ -65,7 +65,8 @@ def make_supervised_step(
     optimizer: see `optim.adamw_by_group`.
     trained: groups of parameters that are.
     ema_decay: of the moving average; None for none.
-    weights: keywords of `supervised_loss`.
+    loss: (model, params, batch, share, **weights) -> (its share of the loss, of the metrics).
+    weights: keywords of `loss`.
 
   Returns:
     (state, batches) -> (state, metrics); `batches` is a PackedBatch with a leading axis of
@@ -73,7 +74,7 @@ def make_supervised_step(
   """
   def loss_fn(trained_params, frozen, batch, share):
     params = optim.join(trained_params, frozen)
-    return supervised_loss(model.for_gradients(), params, batch, share, **weights)
+    return loss(model.for_gradients(), params, batch, share, **weights)
 
   def step(state: types.TrainState, batches: types.PackedBatch):
     grads, terms = update.accumulate(

@@ -1,0 +1,219 @@
+"""The stages that make a judge: balanced triples, the loss, the gates, the command's refusals."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.refusals import refusal
+from unigrpo_jax import errors, types
+from unigrpo_jax.iconworld import plans, prompts, renderer, scenes, verifier
+from unigrpo_jax.reward_models import metrics
+from unigrpo_jax.tools.reward_model import command, making, measuring, training, world
+from unigrpo_jax.tools.reward_model import triples as triples_lib
+
+
+class Painter:
+  """Stands for a checkpoint: round trips blur a little, drawings are scenes, some of them wrong."""
+
+  def round_trip(self, pixels, seed):
+    return np.clip(pixels.astype(int) - 1, 0, 255).astype(np.uint8)
+
+
+def drawn(rng, count):
+  """[(example, its pictures)] as a policy's: right, wrong and garbled ones."""
+  result = []
+  for number in range(count):
+    example = prompts.sample(rng, "train", prompts.CATEGORIES[number % 6])
+    scenes_of = [example.scene] * 2
+    scenes_of += [world.changed(rng, example.scene) for _ in range(3)]
+    pictures = [renderer.render(scene, rng) for scene in scenes_of]
+    pictures.append(world.nonsense(rng, pictures[0]))
+    result.append((example, [world.look(picture) for picture in pictures]))
+  return result
+
+
+@pytest.fixture(scope="module")
+def triples():
+  rng = np.random.default_rng(0)
+  groups = drawn(rng, 18)
+  return making.collect(
+    Painter(), "train", groups, groups[::-1], count=700, group_prompts=3, seed=0
+  )
+
+
+def test_every_cell_is_half_yes_and_neither_side_alone_tells(triples):
+  cells = triples.balance()
+  assert {source for source, _ in cells} == {*world.SOURCES, "group"}
+  for (source, category), (count, yes) in cells.items():
+    if source != "group":
+      assert 2 * yes == count > 0, (source, category)
+  blocks = (triples.source != "nonsense") & (triples.source != "group")
+  for side in (triples.image, triples.prompt):
+    # The best that one side can do: the share of "yes" that it comes with.
+    _, place = np.unique(side[blocks], return_inverse=True)
+    share = np.bincount(place, triples.yes[blocks]) / np.bincount(place)
+    assert abs(metrics.auc(share[place], triples.yes[blocks]) - 0.5) <= 0.06
+  in_block = triples.image[blocks]
+  for image in np.unique(in_block):
+    answers = triples.yes[blocks][in_block == image]
+    assert answers.any() and not answers.all()
+
+
+def test_labels_are_what_the_verifier_says_of_the_pixels_shown(triples):
+  rng = np.random.default_rng(1)
+  group = np.flatnonzero(triples.source == "group")
+  assert set(triples.group[group]) == {0, 1, 2} and (triples.verbatim[group] != "").all()
+  single = np.flatnonzero(np.char.startswith(triples.prompt, "a ")
+                          & ~np.char.count(triples.prompt, " and ").astype(bool))
+  for row in rng.choice(single, 40):
+    words = str(triples.prompt[row]).split(" ", 1)[1]
+    if words not in scenes.KINDS:
+      continue
+    metadata = {"include": [{"class": words, "count": 1}]}
+    pixels = triples.pixels[triples.image[row]]
+    assert verifier.verify(pixels, metadata)[0] == triples.yes[row]
+
+
+def test_triples_survive_their_file(triples, tmp_path):
+  triples.save(tmp_path / "t.npz")
+  again = triples_lib.Triples.load(tmp_path / "t.npz")
+  for name, value in vars(triples).items():
+    np.testing.assert_array_equal(getattr(again, name), value)
+  (tmp_path / "t.npz").write_bytes(b"PK broken")
+  with pytest.raises(errors.InputError, match="delete it and run the stage make again"):
+    triples_lib.Triples.load(tmp_path / "t.npz")
+  with pytest.raises(errors.InputError, match="run the stage make first"):
+    triples_lib.Triples.load(tmp_path / "none.npz")
+
+
+def test_every_epoch_has_each_triple_once(triples):
+  examples = triples_lib.learnt(triples, "is it {prompt}?", seed=3)
+  rng = np.random.default_rng(0)
+  seen = [examples(row, rng) for row in range(len(triples))]
+  assert sorted(e.prompt for e in seen) == sorted(f"is it {p}?" for p in triples.prompt)
+  assert sum(e.text == "yes" for e in seen) == triples.yes.sum()
+
+
+def test_a_mistaken_goal_is_not_met_by_what_the_prompt_asks_for():
+  rng = np.random.default_rng(2)
+  for number in range(30):
+    example = prompts.sample(rng, "train", prompts.CATEGORIES[number % 6])
+    goal = plans.mistake(rng, example)
+    right, wrong = (
+      world.look(renderer.render(scene, rng))
+      for scene in (example.scene, prompts.place(rng, goal))
+    )
+    block = world.pair("", right, wrong, example.metadata, prompts.metadata_of(goal, ""))
+    if block is not None:
+      return
+  pytest.fail("none of 30 mistakes made a block")
+
+
+def test_the_loss_by_hand():
+  logits = jnp.log(jnp.array([[[0.2, 0.6, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]],
+                              [[0.2, 0.6, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]]]))
+
+  class Model:
+    def apply(self, params, values, method):
+      return (logits, None) if method == "packed" else values
+
+  ones = jnp.ones((2, 2))
+  batch = types.PackedBatch(
+    und_ids=None, und_position=None, und_order=None, und_reach=None, label_slot=None,
+    label_ids=jnp.array([[0, 3], [1, 2]]), label_weight=ones / 2,
+  )
+  loss, terms = training.answer_loss(
+    Model(), {}, batch, {"labels": 0.5}, yes_id=0, no_id=1, vocabulary_weight=0.1
+  )
+  two_token = [-np.log(0.25), -np.log(0.75)]  # 0.2 / 0.8 for yes, 0.6 / 0.8 for no
+  expected = [two_token[0] - 0.1 * np.log(0.2) + np.log(4),
+              two_token[1] - 0.1 * np.log(0.6) - np.log(0.4)]
+  np.testing.assert_allclose(loss, 0.5 * np.mean(expected), rtol=1e-6)
+  np.testing.assert_allclose(terms["two_token"], 0.5 * np.mean(two_token), rtol=1e-6)
+  assert terms["accuracy"] == 0.25
+  padded = batch.replace(label_weight=ones.at[1].set(0))
+  loss, _ = training.answer_loss(
+    Model(), {}, padded, {"labels": 1.0}, yes_id=0, no_id=1, vocabulary_weight=0.1
+  )
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+
+
+def test_gates_and_page(triples):
+  right = np.where(triples.yes, 2.0, -2.0)
+  found = {"z": right, "no_picture": np.zeros(len(right)), "no_prompt": np.zeros(len(right)),
+           "verbatim": right}
+  measured = measuring.measure(triples, found, tau=1.0)
+  assert all(holds for *_, holds in measuring.gates(measured)) and measured["group_auc"] == 1
+  assert "MISSED" not in measuring.page("judge", measured)
+  found |= {"z": -right, "no_prompt": -right}
+  measured = measuring.measure(triples, found, tau=1.0)
+  missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
+  assert missed == [*measuring.GATES, "AUC with the prompt hidden"]
+  assert measuring.page("judge", measured).count("MISSED") == 5
+
+
+def test_the_temperature_is_that_of_a_policys_pictures(triples):
+  rows = np.isin(triples.source, ["policy", "group"])
+  z = np.random.default_rng(0).normal(np.where(triples.yes, 2.0, -2.0), 2.0)
+  tau = metrics.best_temperature(z[rows], triples.yes[rows])
+  assert measuring.temperature(triples, {"z": np.where(rows, z, 100.0)}) == tau
+
+
+def lines(tmp_path, *rows):
+  for name in ("a.png", "b.png"):
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / name)
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in rows))
+  return path
+
+
+def test_preference_pairs_are_two_answers(tmp_path):
+  path = lines(tmp_path, {"prompt": "a kite", "chosen": "a.png", "rejected": "b.png"},
+               {"prompt": "a bird", "image": "a.png", "answer": "no"},
+               {"prompt": "a bird", "image": "b.png", "answer": "yes"})
+  examples, count = triples_lib.read_lines(path, "is it {prompt}?", seed=0)
+  rng = np.random.default_rng(0)
+  made = sorted((examples(row, rng).prompt, examples(row, rng).text) for row in range(count))
+  assert made == [("is it a bird?", "no"), ("is it a bird?", "yes"), ("is it a kite?", "no"),
+                  ("is it a kite?", "yes")]
+  measured = triples_lib.load_lines(path)
+  assert measured.pixels.shape == (4, 32, 32, 3) and measured.yes.sum() == 2
+
+
+@pytest.mark.parametrize(("row", "words"), [
+  ({"prompt": "a", "image": "a.png", "answer": "maybe"}, "1: answer='maybe' is none of yes, no"),
+  ({"prompt": "a", "image": "c.png", "answer": "no"}, "line 1: image='c.png' is no file"),
+  ({"prompt": "a", "chosen": "a.png"}, "line 1: keys prompt, chosen; expected"),
+  ({"prompt": "a", "image": "a.png", "answer": "no"}, "0% of its 1 answers are yes"),
+  ({"prompt": "a", "picture": "a.png"}, "line 1: key='picture' is none of"),
+])
+def test_wrong_lines_are_refused(tmp_path, row, words):
+  assert words in refusal(triples_lib.read_lines, lines(tmp_path, row), "{prompt}", 0)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+  (["mesure", "--out=o"], "did you mean 'measure'?"),
+  ([], "--out is missing"),
+  (["make", "--triples=3"], "--triples=3 must be at least 300"),
+  (["make", "--train_file=a.jsonl"], "give both of --train_file and --validation_file"),
+  (["train", "--question=yes?"], "must hold {prompt} once"),
+  (["train", "--config=configs/sft.py:judge"], "--config.init_from is empty"),
+  (["train"], "run the stage make first"),
+  (["calibrate"], "run the stage train first"),
+  (["measure", "--out=o"], "run the stage calibrate first"),
+])
+def test_the_command_refuses(tmp_path, flags, words):
+  message = refusal(command.main, [*flags, f"--workdir={tmp_path / 'work'}"])
+  assert words in message and "\n" not in message
+
+
+def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
+  work = f"--workdir={tmp_path / 'work'}"
+  refusal(command.main, ["train", work])
+  message = refusal(command.main, ["train", work, "--seed=1"])
+  assert message.startswith("seed=1 but the stages in") and "have 0" in message
+
+

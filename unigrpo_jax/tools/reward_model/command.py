@@ -1,0 +1,235 @@
+"""Makes a learned reward: a BAGEL that says how likely "yes" is when asked whether a picture shows
+a prompt.
+
+  make       IconWorld's triples of picture, prompt and answer, for training and for validation
+  train      supervised training on the answers
+  calibrate  asks the trained network about the validation triples; fits the temperature tau
+  measure    what it gets right, by source and category, and the gates; writes the folder of --out
+
+Each stage goes on where it was interrupted, and one that is done is read again. Without a stage,
+all of them run. The last prints a page; its status is 1 where a gate is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic, files
+from unigrpo_jax.recipe import config_files
+from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.runtime import hosts
+from unigrpo_jax.runtime import run as run_lib
+from unigrpo_jax.tools.reward_model import making, measuring, pictures, training
+from unigrpo_jax.tools.reward_model import triples as triples_lib
+
+STAGES = ("make", "train", "calibrate", "measure")
+ALL = "all"
+EPILOG = """--config.KEY=VALUE changes a key of the config of the training.
+
+examples:
+  python -m unigrpo_jax.reward_model --workdir=runs/judge --out=judges/iconworld
+  python -m unigrpo_jax.reward_model make --workdir=runs/judge --triples=3000
+  python -m unigrpo_jax.reward_model train --workdir=runs/judge --config.steps=500
+  python -m unigrpo_jax.reward_model --workdir=runs/judge7b --out=judges/bagel \\
+    --config=configs/sft.py:judge --config.init_from=BAGEL-7B-MoT \\
+    --train_file=pairs/train.jsonl --validation_file=pairs/held_out.jsonl
+"""
+COMPARED = 96  # pictures whose scores as floats and as uint8 are compared
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = errors.ArgumentParser(
+    prog="python -m unigrpo_jax.reward_model", description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
+  )
+  add = parser.add_argument
+  add("stage", nargs="?", default=ALL, metavar="STAGE",
+      help=f"one of {', '.join(STAGES)}, or {ALL} (default: %(default)s)")
+  add("--workdir", type=files.local_path, required=True,
+      help="folder of the stages; resumes from it")
+  add("--out", type=files.local_path, help="folder of the judge to write, for measure")
+  add("--config", default="configs/sft.py:tiny_judge", metavar="FILE:VARIANT",
+      help="config of the training (default: %(default)s)")
+  add("--triples", type=int, default=30_000,
+      help="IconWorld: triples to train on (default: %(default)s)")
+  add("--validation", type=int, default=3000,
+      help="IconWorld: triples to calibrate on and to measure (default: %(default)s)")
+  add("--groups", type=int, default=64,
+      help="IconWorld: prompts whose pictures are compared with each other (default: %(default)s)")
+  add("--train_file", type=files.path, metavar="FILE",
+      help="JSON lines to train on in place of IconWorld; see docs/reward_model.md")
+  add("--validation_file", type=files.path, metavar="FILE", help="the same, to measure on")
+  add("--question", help='with {prompt} in it (default: of IconWorld, or of the release\'s size)')
+  add("--vit_max", type=int,
+      help="longest side of what the ViT sees, pixels (default: the checkpoint's)")
+  add("--seed", type=int, default=0, help="of IconWorld's triples (default: %(default)s)")
+  args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  errors.choose("STAGE", args.stage, (*STAGES, ALL))
+  if args.stage in (ALL, "measure") and args.out is None:
+    raise errors.InputError("--out is missing: the folder of the judge that measure writes")
+  for name in ("triples", "validation"):
+    errors.require(f"--{name}", getattr(args, name), low=len(making.SPLITS) * 100)
+  errors.require("--groups", args.groups, low=0)
+  errors.require("--seed", args.seed, **errors.SEED)
+  if (args.train_file is None) != (args.validation_file is None):
+    raise errors.InputError("give both of --train_file and --validation_file, or none")
+  args.workdir = args.workdir.resolve()
+  with hosts.hold(args.workdir, "--workdir"):
+    Stages(args, overrides).run()
+
+
+class Stages:
+  """The stages of one workdir; see the module's docstring."""
+
+  def __init__(self, args: argparse.Namespace, overrides: Sequence[str]):
+    """Raises InputError where the arguments are impossible, or not those that the workdir began
+    with."""
+    self._args, self._workdir = args, args.workdir
+    self._config = config_files.load(args.config, overrides)
+    self._iconworld = args.train_file is None
+    self._question = args.question or (
+      judge_lib.TINY_QUESTION if self._iconworld else judge_lib.QUESTION
+    )
+    judge_lib.check_question(self._question)
+    self._trained = self._workdir / "trained"
+    if not self._config.init_from:
+      raise errors.InputError("--config.init_from is empty; give the BAGEL that becomes a judge")
+    self._check_same()
+
+  def _check_same(self) -> None:
+    """Records what the stages depend on; refuses to go on with something else."""
+    args = self._args
+    now = {"init_from": self._config.init_from, "question": self._question}
+    now |= {name: str(getattr(args, name)) for name in (
+      "triples", "validation", "groups", "train_file", "validation_file", "vit_max", "seed",
+    )}
+    record = self._workdir / "reward_model.json"
+    if record.exists():
+      before = json.loads(record.read_text(encoding="utf-8"))
+      for name, value in now.items():
+        if value != before.get(name):
+          raise errors.InputError(
+            f"{name}={value} but the stages in {self._workdir} have {before.get(name)}; give it "
+            "back its value, or choose a new --workdir"
+          )
+      return
+    run_lib.check_workdir(self._workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    run_lib.write_json(record, now)
+
+  def run(self) -> None:
+    """Runs the stages asked for."""
+    for stage in STAGES if self._args.stage == ALL else (self._args.stage,):
+      print(f"{stage}:", flush=True)
+      if getattr(self, f"_{stage}")() is False:
+        return  # A signal stopped it.
+
+  def _triples(self, split: str) -> triples_lib.Triples:
+    """IconWorld's triples of a split, made where they are not there."""
+    args, validation = self._args, split == "validation"
+    return making.make(
+      self._workdir, self._config.init_from, split,
+      count=args.validation if validation else args.triples,
+      group_prompts=args.groups if validation else 0, seed=args.seed,
+    )
+
+  def _make(self) -> None:
+    if not self._iconworld:
+      for path in (self._args.train_file, self._args.validation_file):
+        _, count = triples_lib.read_lines(path, self._question, 0)
+        print(f"{path}: {count} answers")
+      return
+    for split in ("validation", "train"):
+      triples = self._triples(split)
+      cells = triples.balance()
+      shares = [yes / count for (source, _), (count, yes) in cells.items() if source != "group"]
+      print(
+        f"{split}: {len(triples)} triples of {len(triples.pixels)} pictures, "
+        f"{min(shares):.2f} to {max(shares):.2f} yes in each cell of source and category",
+        flush=True,
+      )
+
+  def _train(self) -> bool:
+    if self._trained.exists():
+      print(f"{self._trained} is there already")
+      return True
+    config = self._config.copy_and_resolve_references()
+    config.export_to = str(self._trained)
+    if self._iconworld:
+      triples = triples_lib.Triples.load(making.path_of(self._workdir, "train"))
+      examples = triples_lib.learnt(triples, self._question, config.seed)
+      contents = making.path_of(self._workdir, "train").read_bytes()
+    else:
+      examples, _ = triples_lib.read_lines(self._args.train_file, self._question, config.seed)
+      contents = self._args.train_file.read_bytes()
+    pinned = {"triples": hashlib.blake2b(contents, digest_size=8).hexdigest()}
+    training.train(
+      config, self._workdir / "training", examples, vit_max=self._args.vit_max, pinned=pinned
+    )
+    return self._trained.exists()
+
+  def _asked(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
+    """The trained judge at tau = 1, its parameters, the validation triples, and their margins."""
+    if not self._trained.exists():
+      raise errors.InputError(
+        f"{self._trained}: there is no trained network; run the stage train first, with the same "
+        "--workdir"
+      )
+    judge, params = measuring.open_trained(
+      self._trained, question=self._question, vit_max=self._args.vit_max,
+      prompt_form="plain" if self._iconworld else "prompt",
+    )
+    if self._iconworld:
+      triples = triples_lib.Triples.load(making.path_of(self._workdir, "validation"))
+    else:
+      triples = triples_lib.load_lines(self._args.validation_file)
+    found = measuring.ask(judge, params, triples, self._workdir / "asked.npz")
+    return judge, params, triples, found
+
+  def _calibrate(self) -> None:
+    _, _, triples, found = self._asked()
+    tau = measuring.temperature(triples, found)
+    run_lib.write_json(self._workdir / "temperature.json", {"tau": tau})
+    print(f"tau = {tau:.4f}")
+
+  def _measure(self) -> None:
+    record = self._workdir / "temperature.json"
+    if not record.exists():
+      raise errors.InputError(
+        f"{record}: there is no temperature; run the stage calibrate first, with the same --workdir"
+      )
+    judge, params, triples, found = self._asked()
+    judge = dataclasses.replace(judge, tau=json.loads(record.read_text(encoding="utf-8"))["tau"])
+    measured = measuring.measure(triples, found, judge.tau)
+    measured["steps"] = int(self._config.steps)
+    if self._iconworld:
+      rows = np.flatnonzero(triples.source == "render")[:COMPARED]
+      decoded = pictures.Painter(self._config.init_from).decoded(
+        triples.pixels[triples.image[rows]], (self._args.seed,)
+      )
+      measured["float_uint8"] = measuring.float_uint8(
+        judge, params, decoded, triples.prompt[rows].tolist()
+      )
+      measured["ascent"] = measuring.ascent(judge, params, self._args.seed)
+    text = measuring.page("A judge's answers", measured)
+    atomic.write_text(self._workdir / "page.md", text)
+    print(text)
+    measuring.write_folder(self._trained, self._args.out, judge, measured)
+    print(f"wrote {self._args.out}")
+    missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
+    if missed:
+      raise errors.InputError(
+        f"missed: {', '.join(missed)}; train longer, or on more triples of the sources and "
+        "categories that the page shows to be low, before any reinforcement learning"
+      )
+
+

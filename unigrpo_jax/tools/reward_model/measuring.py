@@ -1,0 +1,278 @@
+"""The stages calibrate and measure: a temperature, what a judge gets right, gates, its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic, locks, progress
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.iconworld import prompts as prompts_lib
+from unigrpo_jax.iconworld import renderer, verifier
+from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import metrics
+from unigrpo_jax.runtime import checksums, folders, sharding, state
+from unigrpo_jax.tools.reward_model import triples as triples_lib
+from unigrpo_jax.tools.reward_model import world
+
+MOST_AT_ONCE, BATCH_PIXELS = 96, 2**20  # pictures that are scored together
+HIDDEN_PROMPT, GREY = "it", 128  # What stands where a prompt or a picture is hidden.
+ASCENT_PICTURES, ASCENT_STEPS, ASCENT_STEP = 48, 20, 0.02  # see `ascent`
+CALIBRATED_ON = ("policy", "group")  # sources: renders are easier
+# Name -> (key of the metrics, least value); see `gates`.
+GATES = {
+  "AUC of renders": ("render", 0.95), "AUC of round trips": ("vae", 0.95),
+  "AUC of policy pictures": ("policy", 0.85), "AUC within groups": ("group_auc", 0.80),
+}
+MOST_ONE_SIDED = 0.55
+
+
+def open_trained(
+  folder: pathlib.Path | str, *, question: str, vit_max: int | None, prompt_form: str
+) -> tuple[judge_lib.Judge, Any]:
+  """The judge of a trained network, at tau = 1, and its parameters."""
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  network = state.open_for_sampling(folder, mesh=mesh)
+  yes_id, no_id = judge_lib.answer_ids(network.tokenizer)
+  judge = judge_lib.Judge(
+    network.model.for_gradients(), network.tokenizer, yes_id, no_id, question=question,
+    prompt_form=prompt_form, vit_max=vit_max or network.config.vit_image.max_size,
+  )
+  return judge, judge_lib.load_params(network)
+
+
+def margins(
+  judge: judge_lib.Judge, params: Any, pixels: np.ndarray, prompts: Sequence[str], label: str
+) -> np.ndarray:
+  """z of N pictures and prompts, at tau = 1: [N] float32.
+
+  `pixels` [N, H, W, 3] are uint8, or float32 in [-1, 1].
+  """
+  plain = dataclasses.replace(judge, tau=1.0, readout="logit")
+  questions, found = plain.questions(prompts), []
+  score = jax.jit(plain.score)
+  at_once = int(np.clip(BATCH_PIXELS // (pixels.shape[1] * pixels.shape[2]), 1, MOST_AT_ONCE))
+  starts = range(0, len(prompts), at_once)
+  for first in progress.each(starts, len(starts), label, unit="batches"):
+    rows = np.arange(first, first + at_once) % len(prompts)  # one shape
+    batch = pixels[rows]
+    if batch.dtype == np.uint8:
+      batch = images_lib.to_array(batch)
+    asked = judge_lib.Questions(questions.ids[rows], questions.lengths[rows])
+    found.append(np.asarray(score(params, batch, asked)))
+  return np.concatenate(found)[: len(prompts)]
+
+
+def ask(
+  judge: judge_lib.Judge, params: Any, triples: triples_lib.Triples, target: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """The margins of all triples, kept in an .npz file; [N] float32 by what was asked.
+
+  "z"; "no_picture" and "no_prompt" with one of the two hidden; "verbatim" about the user's own
+  prompt, NaN where there is none.
+  """
+  if target.exists():
+    with np.load(target, allow_pickle=False) as arrays:
+      return dict(arrays)
+  pixels, prompts = triples.pixels[triples.image], triples.prompt.tolist()
+  grey = np.broadcast_to(np.uint8(GREY), pixels.shape)
+  has = np.flatnonzero(triples.verbatim != "")
+  found = {
+    "z": margins(judge, params, pixels, prompts, "asking"),
+    "no_picture": margins(judge, params, grey, prompts, "asking about no picture"),
+    "no_prompt": margins(
+      judge, params, pixels, [HIDDEN_PROMPT] * len(prompts), "asking about no prompt"
+    ),
+    "verbatim": np.full(len(prompts), np.nan, np.float32),
+  }
+  if has.size:
+    found["verbatim"][has] = margins(
+      judge, params, pixels[has], triples.verbatim[has].tolist(), "asking about riddles"
+    )
+  target.parent.mkdir(parents=True, exist_ok=True)
+
+  def fill(partial: pathlib.Path) -> None:
+    with partial.open("wb") as file:
+      np.savez(file, **found)
+
+  with errors.storage(target):
+    atomic.write(target, fill)
+  return found
+
+
+def temperature(triples: triples_lib.Triples, found: Mapping[str, np.ndarray]) -> float:
+  """The tau that minimises the log loss on a policy's pictures; on all where there are none."""
+  rows = np.isin(triples.source, CALIBRATED_ON)
+  rows = rows if rows.any() else np.ones(len(triples), bool)
+  return metrics.best_temperature(found["z"][rows], triples.yes[rows])
+
+
+def measure(
+  triples: triples_lib.Triples, found: Mapping[str, np.ndarray], tau: float
+) -> dict[str, Any]:
+  """What is reported of a judge: see `page`."""
+  part = lambda rows: metrics.summary(found["z"][rows], triples.yes[rows], tau)
+  by = lambda labels, among: {
+    str(name): part(among & (labels == name)) for name in np.unique(labels[among])
+  }
+  grouped = triples.group >= 0
+  # Nonsense is never right, so a picture alone tells; within blocks neither side does.
+  blocks = ~grouped & (triples.source != "nonsense")
+  alone = lambda name, rows: metrics.auc(found[name][rows], triples.yes[rows])
+  within, groups = metrics.group_auc(
+    found["z"][grouped], triples.yes[grouped], triples.group[grouped]
+  )
+  verbatim, _ = metrics.group_auc(
+    found["verbatim"][grouped], triples.yes[grouped], triples.group[grouped]
+  )
+  return {
+    "tau": tau, "all": part(~grouped), "sources": by(triples.source, grouped | ~grouped),
+    "categories": by(triples.category, ~grouped),
+    "cells": {
+      f"{source}/{category}": part((triples.source == source) & (triples.category == category))
+      for source, category in triples.balance()
+    },
+    "group_auc": within, "groups": groups, "group_auc_verbatim": verbatim,
+    "one_sided": {
+      name: {"blocks": alone(name, blocks), "all": alone(name, ~grouped)}
+      for name in ("no_picture", "no_prompt")
+    },
+  }
+
+
+def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
+  """(Name, value, bound, whether it holds) of each gate that there are triples for."""
+  result = []
+  for name, (key, least) in GATES.items():
+    value = measured["group_auc"] if key == "group_auc" else (
+      measured["sources"].get(key, {}).get("auc", np.nan)
+    )
+    if not np.isnan(value):
+      result.append((name, value, least, value >= least))
+  for name, words in (("no_picture", "picture"), ("no_prompt", "prompt")):
+    value = measured["one_sided"][name]["blocks"]
+    if not np.isnan(value):
+      # A score that ranks the wrong way round tells as much.
+      value = max(value, 1 - value)
+      holds = value <= MOST_ONE_SIDED
+      result.append((f"AUC with the {words} hidden", value, MOST_ONE_SIDED, holds))
+  return result
+
+
+def page(title: str, measured: Mapping[str, Any]) -> str:
+  """Markdown: the gates, and tables by source, by category and by both."""
+  lines = [f"# {title}\n", "| gate | value | bound | |", "| --- | --- | --- | --- |"]
+  for name, value, bound, holds in gates(measured):
+    sign = "at most" if bound == MOST_ONE_SIDED else "at least"
+    lines.append(f"| {name} | {value:.3f} | {sign} {bound:.2f} | {'ok' if holds else 'MISSED'} |")
+  lines.append(
+    f"\ntau {measured['tau']:.3f}; AUC within {measured['groups']} groups of a policy "
+    f"{measured['group_auc']:.3f}, about the user's own prompts "
+    f"{measured['group_auc_verbatim']:.3f}."
+  )
+  for what in ("sources", "categories", "cells"):
+    lines += [
+      f"\n| {what} | n | yes | accuracy | AUC | Brier | log loss | ECE |", "| --- " * 8 + "|",
+      *_rows(({"all": measured["all"]} if what == "sources" else {}) | measured[what]),
+    ]
+  if "float_uint8" in measured:
+    lines.append(f"\nLargest |R(floats) - R(uint8)|: {measured['float_uint8']:.4f}.")
+  if "ascent" in measured:
+    (before, after), (_, strict) = measured["ascent"]["reward"], measured["ascent"]["verifier"]
+    lines.append(
+      f"\n{ASCENT_STEPS} steps along the gradient in the pixels of {ASCENT_PICTURES} scenes with "
+      f"one thing wrong: R from {before:.3f} to {after:.3f}, the verifier from 0 to {strict:.3f}."
+    )
+  return "\n".join(lines) + "\n"
+
+
+def _rows(parts: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+  keys = ("yes", "accuracy", "auc", "brier", "log_loss", "ece")
+  for name, part in parts.items():
+    cells = " | ".join("" if np.isnan(part[key]) else f"{part[key]:.3f}" for key in keys)
+    yield f"| {name} | {part['n']} | {cells} |"
+
+
+def float_uint8(
+  judge: judge_lib.Judge, params: Any, decoded: np.ndarray, prompts: Sequence[str]
+) -> float:
+  """Largest difference of the score of pictures as the decoder gives them and as uint8 files."""
+  levels = np.trunc(255 * np.clip(decoded / 2 + 0.5, 0, 1)).astype(np.uint8)
+  scores = [
+    metrics.probability(margins(judge, params, pixels, prompts, "comparing"), judge.tau)
+    for pixels in (decoded, levels)
+  ]
+  return float(np.abs(scores[0] - scores[1]).max())
+
+
+def ascent(judge: judge_lib.Judge, params: Any, seed: int) -> dict[str, tuple[float, float]]:
+  """What following the gradient in the pixels does to scenes with one thing wrong.
+
+  ASCENT_STEPS steps of root mean square ASCENT_STEP. Returns means before and after: "reward", of
+  the judge, and "verifier", strict. Where only the first rises, these are its adversarial pictures.
+  """
+  rng = np.random.default_rng(seed)
+  pictures, asked = [], []
+  while len(pictures) < ASCENT_PICTURES:
+    example = prompts_lib.sample(rng, "validation")
+    picture = world.look(renderer.render(world.changed(rng, example.scene), rng))
+    if not picture.shows(example.metadata):
+      pictures.append(picture.pixels)
+      asked.append(example.metadata)
+  questions = judge.questions([prompts_lib.plain(metadata) for metadata in asked])
+  pixels = np.stack([images_lib.to_array(image) for image in pictures])
+
+  @jax.jit
+  def climb(params, pixels):
+    def step(_, pixels):
+      gradient = jax.grad(lambda p: judge.score(params, p, questions).sum())(pixels)
+      size = jnp.sqrt(jnp.mean(gradient**2, axis=(1, 2, 3), keepdims=True))
+      return jnp.clip(pixels + ASCENT_STEP * gradient / jnp.maximum(size, 1e-20), -1, 1)
+
+    return jax.lax.fori_loop(0, ASCENT_STEPS, step, pixels)
+
+  after = np.asarray(climb(params, pixels))
+  levels = np.round(255 * (after / 2 + 0.5)).astype(np.uint8)
+  score = jax.jit(judge.score)
+  strict = [verifier.verify(image, metadata)[0] for image, metadata in zip(levels, asked)]
+  return {
+    "reward": tuple(float(score(params, p, questions).mean()) for p in (pixels, after)),
+    "verifier": (0.0, float(np.mean(strict))),
+  }
+
+
+def write_folder(
+  trained: pathlib.Path, out: pathlib.Path, judge: judge_lib.Judge, measured: Mapping[str, Any]
+) -> None:
+  """Makes the judge's folder: the trained network with a reward.json; replaces one on success.
+
+  Raises:
+    InputError: it cannot be made.
+  """
+  others = [path for path in sorted(trained.iterdir()) if path.is_file()]
+  folders.check_target(
+    trained, out, overwrite=True, needed_bytes=sum(path.stat().st_size for path in others)
+  )
+  record = {
+    "question": judge.question, "yes_id": judge.yes_id, "no_id": judge.no_id, "tau": judge.tau,
+    "readout": judge.readout, "vit_max": judge.vit_max, "prompt_form": judge.prompt_form,
+    "clip": judge.clip,
+    "checksums": {
+      path.name: list(checksums.of(path)) for path in others if path.name != judge_lib.FILE
+    },
+    "metrics": measured,
+  }
+  with locks.staging(out, last=(judge_lib.FILE,)) as staged:
+    for path in others:
+      if path.name != judge_lib.FILE:
+        (staged / path.name).write_bytes(path.read_bytes())
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    (staged / judge_lib.FILE).write_text(text, encoding="utf-8")
