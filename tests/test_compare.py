@@ -385,5 +385,5 @@ def test_a_signal_lets_the_runs_save_themselves_and_ends_the_comparison(tmp_path
 def test_the_last_line_of_a_log(tmp_path):
   log = tmp_path / "log"
   assert processes.last_line(log) == ""
-  log.write_text("step 1\n 10%|\r 20%|\n\n")
+  log.write_text("step 1\n 10%|\r 20%|\n****\n\n")
   assert processes.last_line(log) == "20%|"

@@ -167,13 +167,14 @@ def _progress(
 
 
 def last_line(log: pathlib.Path) -> str:
-  """The last line of a log that is not blank, at most 200 characters; of a bar its last state."""
+  """The last line of a log with a letter or digit, at most 200 characters; of a bar its last state.
+  """
   if not log.exists():
     return ""
   with log.open("rb") as file:
     file.seek(max(log.stat().st_size - 4096, 0))
     text = file.read().decode("utf-8", "replace").replace("\r", "\n")
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
   return lines[-1][:200] if lines else ""
 
 
