@@ -49,17 +49,19 @@ def algorithm(**changes) -> refl.ReFL:
   return refl.ReFL(**numbers | changes)
 
 
-def run(small, params, experience, fixed, learner, **schedule):
+def run(
+  small, params, experience, fixed, learner, beside=None, examples=None, reference=True, **schedule
+):
   """(state before, state after, metrics), and how many leaves were differentiated."""
   transformation, differentiated = joint.optimizer(dict(gen=1e-2)), []
   precompute, change = update.make_update(
     small, transformation, joint.grid(small.config), learner, joint.schedule(**schedule),
-    trained={"gen"}, ema_decay=None, reference_model=small,
+    trained={"gen"}, ema_decay=None, reference_model=small if reference else None, beside=beside,
   )
 
   def whole(state, experience, fixed):
     experience = experience.with_only(**precompute(state, experience))
-    return change(state, experience, fixed)
+    return change(state, experience, fixed, examples)
 
   accumulate = update.accumulate
 
@@ -118,3 +120,23 @@ def test_microbatches_and_parts_add_up(small, params, experience, fixed, two_ste
   for name in ("loss/total", "refl/reward", "grad_norm/gen", "flow/mse"):
     np.testing.assert_allclose(metrics[name], two_steps[2][name], rtol=1e-5, atol=1e-7)
 
+
+
+@pytest.mark.slow
+def test_a_loss_beside_adds_its_gradient_to_each_optimizer_step(small, params, experience, fixed):
+  """Of the part of the examples that is the step's; the reward, beyond the margin, has none."""
+  def beside(trained, frozen, examples):
+    grads = jax.tree.map(lambda a: jnp.full_like(a, examples.sum()), trained)
+    return optim.join(grads, jax.tree.map(jnp.zeros_like, frozen)), {"sft": examples.sum()}
+
+  examples = jnp.array([1.0, 2.0, 3.0, 4.0])
+  before, after, metrics, _ = run(
+    small, params, experience, fixed, algorithm(margin=0.0, regulariser="none"), beside, examples,
+    reference=False, microbatches=1, minibatches=2,
+  )
+  trained, rest = optim.split(before.params, {"gen"})
+  count = sum(a.size for a in jax.tree.leaves(trained))
+  np.testing.assert_allclose(metrics["grad_norm/gen"], [3 * count**0.5, 7 * count**0.5], rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss/total"], [3, 7], rtol=1e-6)
+  np.testing.assert_array_equal(metrics["refl/zero_gradient"], 1)
+  chex.assert_trees_all_equal(optim.split(after.params, {"gen"})[1], rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import pathlib
@@ -38,10 +38,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     spec = sft.read(config)
     network = state.open_network(spec.network, devices)
     sft.check_fits(spec, network.mesh)
-    data, pinned = spec.data, {}
-    examples = corpus.shards(data.folder, seed=spec.seed) if data.folder else corpus.iconworld(
-      data.mixture, wrong_plan_rate=data.wrong_plan_rate
-    )
+    examples, data, pinned = make_corpus(spec), spec.data, {}
     if data.folder:
       pinned["data.folder"] = corpus.fingerprint(data.folder)
   return learn(
@@ -109,6 +106,34 @@ def learn(
       raise
   run.finish(train_state)
   return train_state
+
+
+@contextlib.contextmanager
+def examples_beside(spec: sft.Spec | None, network: state.Network, steps: Iterable[int]):
+  """What gives the examples of each of `steps` on the devices, in order; without a spec, None.
+
+  Raises, within, on all hosts alike:
+    InputError: the spec does not fit the devices, or an example is impossible.
+  """
+  if spec is None:
+    yield lambda: None
+    return
+  with hosts.raise_on_all_hosts():
+    sft.check_fits(spec, network.mesh)
+    examples = make_corpus(spec)
+  with contextlib.closing(feed.Prefetch(make_feed(spec, network, examples).batch, steps)) as made:
+    def next_batch() -> types.PackedBatch:
+      _raise_if_bad(made, 1)
+      return put(made.next(), network.mesh)
+
+    yield next_batch
+
+
+def make_corpus(spec: sft.Spec) -> corpus.Corpus:
+  data = spec.data
+  return corpus.shards(data.folder, seed=spec.seed) if data.folder else corpus.iconworld(
+    data.mixture, wrong_plan_rate=data.wrong_plan_rate
+  )
 
 
 def _raise_if_bad(batches: feed.Prefetch, count: int) -> None:

@@ -91,8 +91,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     train_state, spec.optimizer.learning_rate, parts.describe(spec, network, train_state)
   )
 
+  # Supervised examples, where a loss of theirs stands beside.
+  examples = finetune.examples_beside(
+    parts.supervised(spec), network, range(run.step, spec.run.steps)
+  )
   # --- The loop. An error or a signal within it saves the state that the run continues from.
-  with contextlib.closing(rewards), run:
+  with contextlib.closing(rewards), examples as next_examples, run:
     run.evaluate(evaluation, train_state)  # before the first step, or what a stop left out
     for step in run.steps():  # saves a step that is due after its body, and ends at a signal
       key = jax.random.fold_in(jax.random.key(spec.seed), step)
@@ -120,7 +124,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       # moves and the run ends with the reason.
       with run.timer("update"):
         experience = experience.replace(adv=adv, valid=valid)
-        train_state, update_metrics = update(train_state, experience)
+        train_state, update_metrics = update(train_state, experience, next_examples())
       del experience, pending
       if spec.pictures_every and step % spec.pictures_every == 0:
         metrics |= scores.panels()  # for TensorBoard and W&B

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any
 
@@ -83,6 +83,7 @@ def make_update(
   algorithm: base.Algorithm, schedule: Schedule, *,
   trained: Collection[str], ema_decay: float | None, reference_model=None,
   reference_context: bool = True, drift_limits: Mapping[str, float] | None = None,
+  beside: Callable[..., Any] | None = None,
 ):
   """What goes before the update and the update, to be jitted; the update with its state donated.
 
@@ -96,12 +97,15 @@ def make_update(
     reference_context: the reference reads the trajectory itself; otherwise its velocities are over
       the policy's context.
     drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
+    beside: another loss of each optimizer step, of supervised examples: (trained parameters, frozen
+      ones, their part of the examples) -> (gradients of all, {term: loss}), which are added.
 
   Returns:
     precompute: (state, experience) -> fields of its round that stay what they are through the
       update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, and `old`.
       It reads no advantages; {} where the update needs none of them.
-    update: (state, experience with these fields, parameters of frozen networks) -> (state,
+    update: (state, experience with these fields, parameters of frozen networks, examples of
+      `beside` with a leading axis of microbatches, which the minibatches share out) -> (state,
       metrics); each metric is [optimizer steps] float32.
   """
   total = schedule.minibatches * schedule.microbatches
@@ -128,11 +132,16 @@ def make_update(
     prompts = experience.prompt.ids.shape[0]
     return jax.tree.map(lambda a: _joined(a, prompts, schedule.group_parts), values)
 
-  def update(state: types.TrainState, experience: types.Experience, fixed: Any = None):
+  def update(
+    state: types.TrainState, experience: types.Experience, fixed: Any = None, examples: Any = None
+  ):
     learner = dataclasses.replace(algorithm, fixed=jax.lax.stop_gradient(fixed))
     micros = cut(experience, total, schedule.group_parts)
     by_minibatch = (schedule.minibatches, schedule.microbatches)
     micros = jax.tree.map(lambda a: a.reshape(*by_minibatch, *a.shape[1:]), micros)
+    examples = jax.tree.map(
+      lambda a: a.reshape(schedule.minibatches, -1, *a.shape[1:]), examples
+    )
     old = micros.only.old or algorithm.recorded(micros)
     steps = jnp.arange(schedule.epochs * schedule.minibatches)
     micros = micros.with_only(old=None)
@@ -156,6 +165,11 @@ def make_update(
           lambda: _term_norms(loss_of, arguments, grads, algorithm.flow_weight),
           lambda: dict.fromkeys(TERM_NORMS, jnp.float32(NOT_MEASURED)),
         )
+      if beside is not None:
+        more, losses = beside(*arguments[:2], jax.tree.map(lambda a: a[place], examples))
+        grads = jax.tree.map(jnp.add, grads, more)
+        metrics |= {f"loss/{name}": value for name, value in losses.items()}
+        metrics["loss/total"] += sum(losses.values())
       metrics |= _summaries(signals, micro, algorithm.replay)
       new_state, norms = apply_gradients(
         state, grads, optimizer, ema_decay=ema_decay, trained=trained
@@ -209,12 +223,13 @@ class Update:
       return experience.with_only(**self.jitted_precompute(state, experience))
 
   def __call__(
-    self, state: types.TrainState, experience: types.Experience
+    self, state: types.TrainState, experience: types.Experience, examples: Any = None
   ) -> tuple[types.TrainState, dict[str, float]]:
     """Returns (state, one number of each metric); `state` is donated.
 
     Args:
       experience: as `precompute` gives it, with its advantages.
+      examples: of a supervised loss beside; see `make_update`.
 
     Raises:
       UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
@@ -222,7 +237,7 @@ class Update:
     jax.block_until_ready(experience)  # An error in it is not to cost the state, which is donated.
     step = int(state.step)
     with jax.transfer_guard("disallow"):
-      state, metrics = jax.block_until_ready(self.jitted(state, experience, self._fixed))
+      state, metrics = jax.block_until_ready(self.jitted(state, experience, self._fixed, examples))
     metrics = summarise(jax.device_get(metrics))
     # Nothing moved where the first optimizer step was rejected; then it is the state before.
     unmoved = state if int(state.step) == step else None

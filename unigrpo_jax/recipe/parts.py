@@ -14,10 +14,11 @@ from unigrpo_jax.algorithms import base, update
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.recipe import rl
+from unigrpo_jax.recipe import config_files, rl, sft
 from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.runtime import optim, sharding, state
 from unigrpo_jax.sampling import flow, sde
+from unigrpo_jax.supervised import corpus, step
 
 # Drift between sampler and trainer that rounding explains, as measured with the five layers of the
 # embedded BAGEL (`configs/unigrpo.py:tiny`, seed 0: 32 iterations in float32, 4 in bfloat16).
@@ -122,7 +123,33 @@ def pinned(spec: rl.Spec) -> dict[str, Any]:
       "config.refl.judge to the folder of a judge"
     )
   with errors.at("config.refl.judge"):
-    return {"refl.judge": judge_lib.fingerprint(spec.refl.judge)}
+    found = {"refl.judge": judge_lib.fingerprint(spec.refl.judge)}
+  examples = supervised(spec)
+  if examples is not None:  # The file may change while its name stays.
+    folder = examples.data.folder
+    found["refl.sft_config"] = [examples.run.config, folder and corpus.fingerprint(folder)]
+  return found
+
+
+def supervised(spec: rl.Spec) -> sft.Spec | None:
+  """Of the supervised examples beside a gradient of a reward; None where there are none.
+
+  Raises:
+    InputError: their config is impossible, or its microbatches are no multiple of the optimizer
+      steps that share them out.
+  """
+  if not spec.by_gradient or not spec.refl.sft_weight:
+    return None
+  with errors.at("config.refl.sft_config"):
+    examples = sft.read(config_files.load(spec.refl.sft_config))
+    parts, steps = examples.sequences_per_step // examples.microbatch, spec.update.minibatches
+    if parts % steps:
+      raise errors.InputError(
+        f"its sequences_per_step={examples.sequences_per_step} are {parts} microbatch(es) of "
+        f"{examples.microbatch}, which config.minibatches={steps} optimizer steps do not share "
+        "evenly; change one of them"
+      )
+  return examples
 
 
 def make_algorithm(
@@ -234,7 +261,7 @@ def make_update(
     grid: of one image.
     layout: of its state.
   """
-  limits = drift_limits(spec, network)
+  limits, examples = drift_limits(spec, network), supervised(spec)
   # What training starts from: adapters that come with it belong to the reference, fresh ones not.
   reference_model = network.model if spec.network.adapter else network.model.clone(lora=None)
   functions = update.make_update(
@@ -242,11 +269,28 @@ def make_update(
     trained=spec.optimizer.trained, ema_decay=spec.optimizer.ema_decay,
     reference_model=reference_model if spec.needs_reference else None,
     reference_context=spec.flow.reference_context == "reference", drift_limits=limits,
+    beside=None if examples is None else _velocity_error(spec, network, examples),
   )
   return update.Update(
     *functions, fixed=algorithm.fixed, row_sharding=sharding.along_batch(network.mesh),
     out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits,
   )
+
+
+def _velocity_error(spec: rl.Spec, network: state.Network, examples: sft.Spec):
+  """`beside` of `update.make_update`: the supervised error of velocities, and no words."""
+  def loss_fn(trained, frozen, batch, share):
+    loss, _ = step.supervised_loss(
+      network.model.for_gradients(), optim.join(trained, frozen), batch, share, ce_weight=0.0,
+      mse_weight=spec.refl.sft_weight, label_chunk=examples.label_chunk,
+    )
+    return loss, loss
+
+  def beside(trained, frozen, batches):
+    grads, losses = update.accumulate(loss_fn, trained, frozen, (batches, step.shares(batches)))
+    return grads, {"sft": losses.sum()}
+
+  return beside
 
 
 def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:

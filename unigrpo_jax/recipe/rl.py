@@ -41,7 +41,8 @@ DEFAULTS = {
   "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1, "refl.judge": "",
-  "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False,
+  "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
+  "refl.sft_config": "",
 }
 _COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
 _TIMES = checks.Several(checks.Number(), 2)
@@ -82,6 +83,7 @@ KEYS: checks.Keys = {
   "flow.awm_weighting": checks.OneOf(forward_process.WEIGHTINGS),
   "refl.judge": checks.Text(), "refl.weight": checks.Number(above=0),
   "refl.margin": checks.Number(), "refl.per_batch": checks.Flag(),
+  "refl.sft_weight": _SCALE, "refl.sft_config": checks.Text(),
   "epochs": _COUNT, "minibatches": _COUNT, "old_values": checks.OneOf(update.OLD_VALUES),
   "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0),
   "lora.adapter": checks.Text(), "pictures_every": checks.Integer(low=0),
@@ -170,6 +172,8 @@ class ReFLSpec:
   weight: float
   margin: float
   per_batch: bool
+  sft_weight: float
+  sft_config: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +393,11 @@ def _check_by_gradient(config: ConfigDict) -> None:
     value = (config[section] if section else config)[leaf]
     if value != wanted:
       raise errors.InputError(f"config.{key}={value}: {name} {reason}; set it to {wanted}")
+  if config.refl.sft_weight and not config.refl.sft_config:
+    raise errors.InputError(
+      f"config.refl.sft_weight={config.refl.sft_weight} needs examples; set config.refl.sft_config "
+      "to a config of supervised training, such as configs/sft.py:tiny"
+    )
   if config.rollout.cfg_text_scale > 1:
     raise errors.InputError(
       f"config.rollout.cfg_text_scale={config.rollout.cfg_text_scale}: {name} would differentiate "

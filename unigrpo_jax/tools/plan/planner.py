@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unigrpo_jax import errors
 from unigrpo_jax.data import prompts as prompt_sets
 from unigrpo_jax.episodes import programs, rollout, script
 from unigrpo_jax.episodes import sampler as sampler_lib
@@ -46,6 +47,11 @@ class Planner:
       InputError: the spec is impossible on this mesh.
     """
     parts.check_fits(spec, network)
+    if spec.by_gradient and spec.refl.sft_weight:
+      raise errors.InputError(
+        f"config.refl.sft_weight={spec.refl.sft_weight}: supervised examples beside are not "
+        "planned; set it to 0"
+      )
     self.spec, self.network, self.mesh = spec, network, network.mesh
     self._progress, self._only, self._texts = progress, set(only), texts
     self._phases: dict[str, plans.Phase] = {}
