@@ -112,6 +112,8 @@ def get_config(variants: str = "") -> ConfigDict:
   config.refl.weight = 1.0  # of its term, beside flow.regulariser_weight, which no size scales here
   config.refl.margin = 1.0  # reward from which on an image is good enough; 1 never is
   config.refl.per_batch = False  # one late step for all trajectories, in place of one each
+  config.refl.gradient_steps = 1  # the last so many instead, without a draw (DRaFT-K); 0: all
+  config.refl.direct_align = False  # any step of the finished image and its noise (SRPO)
   config.refl.sft_weight = 0.0  # of a supervised velocity error, in the same optimizer steps
   config.refl.sft_config = ""  # whose examples, as configs/sft.py:tiny: its data, feed and sizes
 

@@ -113,6 +113,7 @@ def test_refl(variants, steps, prompts):
   ("rollout.cfg_text_scale", 4.0, "config.rollout.cfg_text_scale=4.0: .* set it to 1.0"),
   ("flow.regulariser", "latent_kl", "config.flow.regulariser=latent_kl needs the steps of an SDE"),
   ("refl.weight", 0.0, "config.refl.weight=0.0"),
+  ("refl.gradient_steps", -1, "config.refl.gradient_steps=-1"),
   ("refl.sft_weight", 0.5, "config.refl.sft_weight=0.5 needs examples; set config.refl.sft_config"),
 ])
 def test_what_refl_refuses(key, value, words):

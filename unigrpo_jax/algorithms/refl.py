@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,6 +40,9 @@ class ReFL(base.Algorithm):
   ways: int  # of devices that a microbatch's rows are cut into
   weight: float  # w
   margin: float
+  # Of direct alignment: the schedule, one of whose steps each image takes. () for none.
+  align_times: tuple[float, ...] = ()
+  per_batch: bool = False  # all images take the same one
   term_norms_every: int = 10
 
   def experience(
@@ -47,7 +51,11 @@ class ReFL(base.Algorithm):
     experience = super().experience(episodes, prompts, key)
     group = experience.only.flow.latents.shape[0] // len(prompts)
     asked = [prompt for prompt in prompts for _ in range(group)]
-    return experience.replace(question=self.ask(asked))
+    experience = experience.replace(question=self.ask(asked))
+    if not self.align_times:
+      return experience
+    times = (self.align_times, self.per_batch)
+    return noise_with_its_own(jax.random.fold_in(key, 2**32 - 1), experience, *times)
 
   def _recorded_flow(self, flow: types.FlowRollout):
     return None
@@ -58,7 +66,11 @@ class ReFL(base.Algorithm):
   def _flow_loss(self, velocity, old, micro: types.Experience, weights, mask):
     drawn = micro.only.flow
     # One recorded step a trajectory: [B, 1, I, C] and [B, 1].
-    x_0 = direct.predict(drawn.x_t[:, 0], velocity[:, 0], drawn.t[:, 0])
+    x_t, v, t = drawn.x_t[:, 0], velocity[:, 0], drawn.t[:, 0]
+    if self.align_times:
+      x_0 = direct.align(x_t, v, micro.only.noise[:, 0], t, drawn.t_next[:, 0])
+    else:
+      x_0 = direct.predict(x_t, v, t)
     rewards, gradient = refl_losses.reward_with_gradient(
       lambda x_0, questions: self.reward(self.fixed, x_0, questions), x_0, micro.question,
       parts=self.parts, ways=self.ways,
@@ -69,3 +81,19 @@ class ReFL(base.Algorithm):
     counted = jnp.broadcast_to(mask[:, 0], x_0.shape[:-1])
     signals["gradient_rms"] = jnp.sqrt(flow_losses.element_mean(jnp.square(gradient), counted))
     return loss, {f"refl/{name}": value[:, None] for name, value in signals.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def noise_with_its_own(
+  key, experience: types.Experience, times: tuple[float, ...], per_batch: bool
+) -> types.Experience:
+  """Noises every image to the start of a random step of `times`, with what it was drawn from.
+
+  The recorded step is the first, so its latents are that noise.
+  """
+  flow, schedule = experience.only.flow, jnp.array(times, jnp.float32)
+  rows = flow.t.shape[0]
+  index = jax.random.randint(key, (1 if per_batch else rows, 1), 0, len(times) - 1)
+  t, t_next = (jnp.broadcast_to(schedule[i], (rows, 1)) for i in (index, index + 1))
+  x_t = direct.noised(flow.latents[:, None], flow.x_t, t)
+  return experience.with_only(flow=flow.replace(x_t=x_t, t=t, t_next=t_next), noise=flow.x_t)

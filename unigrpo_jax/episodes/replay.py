@@ -20,7 +20,7 @@ from unigrpo_jax import types
 from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel as bagel_lib
-from unigrpo_jax.sampling import flow
+from unigrpo_jax.sampling import direct, flow
 
 # Which parameters the flow objective moves, besides the generation expert's.
 ROUTINGS = ("expert", "markers", "full")
@@ -43,6 +43,8 @@ class ReplayConfig:
   # and so is what the understanding expert adds to the image's two markers; "markers": not to the
   # context; "full": wherever the value came from.
   routing: str
+  # Of the steps from the recorded one on, where all of them are differentiated; () for none.
+  last_times: tuple[float, ...] = ()
 
 
 @struct.dataclass
@@ -52,7 +54,9 @@ class PolicyOutput:
   logp: Any = None  # of each sampled token, [B, T] float32, 0 beyond the end
   entropy: Any = None  # likewise
   velocity: Any = None  # without guidance, at each recorded step, [B, W, I, C] float32
-  guided: Any = None  # with it; the same where there is none
+  # With it; the same where there is none. With `last_times` the mean velocity from the recorded
+  # step to the image, (x_t - x_0) / t.
+  guided: Any = None
 
 
 def replay(
@@ -156,6 +160,13 @@ def _velocities(
     return v.reshape(drawn.x_t.shape)
 
   v, g = velocity(context), config.guidance
+  if config.last_times:
+    def at(x, t):
+      t = jnp.full(len(x), t)
+      return model.apply({"params": params}, context, x, t, grid, method="velocity")
+
+    x_0 = direct.finish(at, flat(drawn.x_t), jnp.array(config.last_times, jnp.float32))
+    return v, (drawn.x_t - x_0.reshape(v.shape)) / drawn.t[..., None, None]
   if g.text_scale <= 1:
     return v, v
   position = jnp.repeat(before_prompt.position, rows // before_prompt.position.shape[0])

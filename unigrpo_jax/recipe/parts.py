@@ -212,9 +212,15 @@ def _by_gradient(
   # An image at a time, or few, a device: those of all tensor ways, where rows divide over them.
   share = rows // (network.mesh.size if rows % network.mesh.size == 0 else ways)
   at_once = min(sampled.sampler.images_at_once(size), share)
-  parts = next(parts for parts in range(share // at_once, share + 1) if share % parts == 0)
+  parts = next(n for n in range(-(-share // at_once), share + 1) if share % n == 0)
+  settings = spec.rollout.settings
+  times = tuple(flow.time_grid(settings.num_timesteps, settings.shift).tolist())
+  if spec.refl.gradient_steps != 1:
+    last_times = times[spec.window.low :]
+    common["replay"] = dataclasses.replace(common["replay"], last_times=last_times)
   return rl.GRADIENT_OBJECTIVES[spec.flow.objective](
-    **common, reward=reward_of_latents(network, made, size),
+    **common, align_times=times if spec.refl.direct_align else (), per_batch=spec.refl.per_batch,
+    reward=reward_of_latents(network, made, size),
     ask=lambda prompts: jax.tree.map(
       put, made.questions([made.words(prompt.prompt, prompt.metadata) for prompt in prompts])
     ),
@@ -319,6 +325,15 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
   }
 
 
+def _differentiated(spec: rl.Spec) -> str:
+  w, steps = spec.window, spec.rollout.settings.num_timesteps - 1
+  if spec.refl.direct_align:
+    return "one step of each noised image"
+  if spec.refl.gradient_steps != 1:
+    return f"the last {steps - w.low}"
+  return f"one of steps {w.low} to {w.high - 1}"
+
+
 def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
   """What an iteration is, before it compiles."""
   r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, network.mesh)
@@ -331,7 +346,7 @@ def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
     + (f"up to {settings.max_tokens} tokens of reasoning" if settings.think
        else "without reasoning"),
     f"        {settings.num_timesteps - 1} velocity evaluations, "
-    + (f"one of steps {w.low} to {w.high - 1} differentiated; " if spec.by_gradient
+    + (f"{_differentiated(spec)} differentiated; " if spec.by_gradient
        else f"SDE window of {w.size} in {(w.low, w.high)}; ")
     + f"{parts.epochs} epoch(s) x {parts.minibatches} "
     f"minibatch(es) x {parts.microbatches} microbatch(es)",

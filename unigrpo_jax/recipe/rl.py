@@ -42,7 +42,7 @@ DEFAULTS = {
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1, "refl.judge": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
-  "refl.sft_config": "",
+  "refl.sft_config": "", "refl.gradient_steps": 1, "refl.direct_align": False,
 }
 _COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
 _TIMES = checks.Several(checks.Number(), 2)
@@ -83,6 +83,7 @@ KEYS: checks.Keys = {
   "flow.awm_weighting": checks.OneOf(forward_process.WEIGHTINGS),
   "refl.judge": checks.Text(), "refl.weight": checks.Number(above=0),
   "refl.margin": checks.Number(), "refl.per_batch": checks.Flag(),
+  "refl.gradient_steps": checks.Integer(low=0), "refl.direct_align": checks.Flag(),
   "refl.sft_weight": _SCALE, "refl.sft_config": checks.Text(),
   "epochs": _COUNT, "minibatches": _COUNT, "old_values": checks.OneOf(update.OLD_VALUES),
   "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0),
@@ -172,6 +173,8 @@ class ReFLSpec:
   weight: float
   margin: float
   per_batch: bool
+  gradient_steps: int
+  direct_align: bool
   sft_weight: float
   sft_config: str
 
@@ -311,9 +314,18 @@ def _window(config: ConfigDict) -> WindowSpec:
 
 
 def _late_window(config: ConfigDict) -> WindowSpec:
-  """One of the late steps: of each trajectory, or the same for all."""
+  """One of the late steps: of each trajectory, or the same for all.
+
+  Of the last K steps the first; with direct alignment that from the noise.
+  """
   convention = "per_iteration" if config.refl.per_batch else "per_prompt"
-  low, high = direct.late_range(config.rollout.num_timesteps - 1)
+  steps = config.rollout.num_timesteps - 1
+  low, high = direct.late_range(steps)
+  if config.refl.direct_align:
+    low, high = 0, 1
+  elif config.refl.gradient_steps != 1:
+    low = direct.first_differentiated(steps, config.refl.gradient_steps)
+    high = low + 1
   return WindowSpec(convention, low, high, 1, 1, windows.Moving())
 
 
@@ -393,6 +405,11 @@ def _check_by_gradient(config: ConfigDict) -> None:
     value = (config[section] if section else config)[leaf]
     if value != wanted:
       raise errors.InputError(f"config.{key}={value}: {name} {reason}; set it to {wanted}")
+  if config.refl.direct_align and config.refl.gradient_steps != 1:
+    raise errors.InputError(
+      f"config.refl.gradient_steps={config.refl.gradient_steps}: config.refl.direct_align "
+      "differentiates one step; set it to 1"
+    )
   if config.refl.sft_weight and not config.refl.sft_config:
     raise errors.InputError(
       f"config.refl.sft_weight={config.refl.sft_weight} needs examples; set config.refl.sft_config "
