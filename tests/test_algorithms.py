@@ -97,7 +97,7 @@ def test_the_base_under_adapters_has_the_networks_dtype_and_stays(adapted):
 
 def _update(metrics, limits=None, moves=True):
   """An `Update` of a state that only counts its optimizer steps, which all were taken or none."""
-  def fn(train_state, experience, fixed):
+  def fn(train_state, *_):
     given = {name: jnp.array(values) for name, values in metrics.items()}
     return train_state.replace(step=train_state.step + moves), given
 
@@ -127,7 +127,7 @@ def test_an_error_before_the_update_costs_no_state():
     values = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), state.params)
     return {"velocity_ref": values}
 
-  def change(state, experience, fixed):
+  def change(state, experience, *_):
     return state.replace(params=state.params + experience.only.velocity_ref), {}
 
   run = update.Update(precompute, change, drift_limits={})
