@@ -69,6 +69,7 @@ def adapted(golden):
   return state.build_network(spec, folder, markers, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_the_base_under_adapters_has_the_networks_dtype_and_stays(adapted):
   """In the layout, in the first state, and after an optimizer step; so does its moving average."""
   optimizer = joint.optimizer()

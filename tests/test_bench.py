@@ -21,6 +21,7 @@ def small(monkeypatch):
   monkeypatch.setattr(workloads, "MATMUL_SIDE", 16)
 
 
+@pytest.mark.slow
 def test_a_shape_is_measured_and_written(small, tmp_path, capsys):
   bench.main(["--shape=tiny", f"--json={tmp_path / 'out.json'}", "--repeats=2"])
   report = json.loads((tmp_path / "out.json").read_text())
@@ -86,6 +87,7 @@ def test_the_summary_by_hand():
   })
 
 
+@pytest.mark.slow
 def test_a_trainer_that_drifts_is_not_timed(small, monkeypatch):
   """Here the sampler's parameters are a little larger than the trainer's."""
   cast = sampler.Sampler.cast_and_reshard

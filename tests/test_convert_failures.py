@@ -47,6 +47,8 @@ class Interrupted:
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(5)
 
+# Started in the background of a script, it would be deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupted())
 section("import", forward)
 

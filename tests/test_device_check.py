@@ -45,6 +45,7 @@ def test_rates_by_hand():
   assert got["update_flops_per_second"] == pytest.approx(counted["joint_update"] / 2)
 
 
+@pytest.mark.slow
 def test_the_whole_at_toy_width(tmp_path, capsys):
   path = tmp_path / "device.json"
   bench.main([

@@ -122,6 +122,7 @@ def test_the_embedded_checkpoint_reasons_and_draws(tmp_path):
   assert PIL.Image.open(out).size == (32, 32)
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_has_learnt(tmp_path):
   """Well above a checkpoint that knows nothing, whose strict score is zero; few prompts."""
   evaluate.main([

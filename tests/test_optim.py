@@ -37,9 +37,9 @@ def test_frozen_groups_stay_and_keep_no_state(params):
   moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
   assert moments == 2 * trained
   grads = jax.tree.map(jnp.ones_like, tree)
-  updates, _ = optimizer.update(grads, state, tree)
+  updates, _ = jax.jit(optimizer.update)(grads, state, tree)
   for update, group in zip(jax.tree.leaves(updates), jax.tree.leaves(optim.groups(tree))):
-    assert bool((update == 0).all()) == (group != "gen")
+    assert bool((np.asarray(update) == 0).all()) == (group != "gen")
 
 
 def test_first_step_is_the_learning_rate_of_each_group():

@@ -18,6 +18,7 @@ from unigrpo_jax.episodes import rollout, sampler
 from unigrpo_jax.runtime import hosts, stopping
 
 
+@pytest.mark.slow
 def test_a_chunk_is_read_while_the_devices_go_on(shallow, tmp_path, monkeypatch):
   """Words are decoded only when what comes next is in the devices' queue, and it gets there: the
   next chunk, and after the last one what the update needs besides advantages."""

@@ -69,7 +69,10 @@ def _assert_same(got, want):
     assert np.abs(got.image.astype(int) - want.image).max() <= 1
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [
+  "draw", "edit_think", "understand",
+  *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("think", "edit", "understand_think")),
+])
 def test_a_row_alone_equals_the_row_in_a_batch(one_device, mode):
   """From request to result, over texts and images of different sizes."""
   requests, settings = _requests("image" in MODES[mode]), _settings(mode)

@@ -95,14 +95,18 @@ def test_entropy_by_brute_force(small, params, experience):
   """From the logits of a row by itself, without padding."""
   output = _replay(small, params["bagel"], experience, joint.replay_config())
   run = lambda *args, method: small.apply({"params": params["bagel"]}, *args, method=method)
+
+  @jax.jit
+  def logps(ids):
+    _, hidden = run(ids, jnp.ones(ids.shape, bool), method="read_text")
+    return jax.nn.log_softmax(run(hidden, method="logits"))
+
   sampled, prompts = experience.only.text, experience.prompt
   for row in (0, 1):
     mask = np.asarray(sampled.mask[row])
     prompt = np.asarray(prompts.ids[row])[np.asarray(prompts.mask[row])]
     ids = [*joint.SYSTEM, *prompt, 280, *np.asarray(sampled.ids[row])[mask]]
-    ids = jnp.array(ids, jnp.int32)[None]
-    _, hidden = run(ids, jnp.ones(ids.shape, bool), method="read_text")
-    logp = jax.nn.log_softmax(run(hidden, method="logits")[0, -1 - mask.sum() : -1])
+    logp = logps(np.array(ids, np.int32)[None])[0, -1 - mask.sum() : -1]
     np.testing.assert_allclose(
       output.entropy[row][mask], -(jnp.exp(logp) * logp).sum(-1), rtol=1e-5)
     assert (output.entropy[row][~mask] == 0).all()

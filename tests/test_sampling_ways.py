@@ -40,6 +40,7 @@ def _run(config, workdir, monkeypatch):
   return rows, jax.device_get(last), episodes
 
 
+@pytest.mark.slow
 def test_fewer_ways_give_the_same_step(shallow, tmp_path, monkeypatch):
   """Of 2 tensor ways in the update, and as many or 1 in sampling."""
   config = lambda ways: _config(shallow, ways, **{"mesh.tensor": 2})

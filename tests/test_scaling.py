@@ -30,6 +30,7 @@ def test_axes_share_their_first_point():
   assert made["group:8"].devices == 1
 
 
+@pytest.mark.slow
 def test_a_point_is_measured():
   """The formula's FLOPs are those of the larger group; the update has weights and two moments."""
   point = scaling.Point("group", 2)

@@ -143,12 +143,13 @@ def _grow(config, call, context, segments):
 
 
 @pytest.mark.parametrize("sizes, kinds", [
-  ((6,), "text latents patches text patches text"),
+  pytest.param((6,), "text latents patches text patches text", marks=pytest.mark.slow),
   ((3, 3), "text patches latents text latents text"),
-  ((2, 2, 2), "latents patches text text latents text"),
-  ((2, 1, 2, 1), "patches text latents patches text text"),
+  pytest.param((2, 2, 2), "latents patches text text latents text", marks=pytest.mark.slow),
+  pytest.param((2, 1, 2, 1), "patches text latents patches text text", marks=pytest.mark.slow),
   ((1, 2, 1, 1, 1), "text latents text patches latents text"),
-  ((1, 1, 1, 1, 1, 1), "text latents patches text patches text"),
+  pytest.param(
+    (1, 1, 1, 1, 1, 1), "text latents patches text patches text", marks=pytest.mark.slow),
 ], ids=lambda value: len(value) if isinstance(value, tuple) else "")
 def test_a_sequence_in_parts_is_the_uncut_one(config, call, sizes, kinds):
   """Parts chain, with slots left over in each; four rows go on from the two of the last prefix."""

@@ -82,7 +82,8 @@ def test_image_of_padding_only_is_finite_with_finite_gradients(params, recorded)
   def loss(params, patches):
     return (apply(params, patches, ids, mask) ** 2).sum()
 
-  value, (weight_grads, patch_grads) = jax.value_and_grad(loss, argnums=(0, 1))(params, patches)
+  gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+  value, (weight_grads, patch_grads) = gradient(params, patches)
   assert np.isfinite(value)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weight_grads))
   np.testing.assert_array_equal(patch_grads[1], 0)

@@ -133,10 +133,9 @@ def _steps(model, mesh_sizes, batches, steps=2):
   return jax.block_until_ready((state, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "mesh_sizes",
-  [pytest.param(dict(fsdp=8), marks=pytest.mark.slow), dict(data=2, fsdp=2, tensor=2)],
-  ids=["fsdp8", "2x2x2"],
+  "mesh_sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=["fsdp8", "2x2x2"]
 )
 def test_sharded_steps_equal_those_of_one_device(config, model, one_device_steps, mesh_sizes):
   """Two steps of two microbatches, to float32 rounding."""

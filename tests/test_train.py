@@ -82,6 +82,7 @@ def _steps(workdir):
   return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_a_bad_example_loses_no_step(shallow, tmp_path, monkeypatch):
   """The step before it is saved; mended, the run continues from there as if there had been none."""
   config = _config(shallow, "steps=2", "checkpoint_every=9", "schedule=constant")

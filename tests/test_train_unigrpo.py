@@ -231,6 +231,7 @@ def test_what_a_resumed_run_may_change(shallow, whole):
     _train(_config(shallow, **{"text.clip_low": 0.1}), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_a_key_resumes(shallow, whole, monkeypatch):
   """Where the key has the value of what such a run did."""
   workdir, last, _ = whole
@@ -258,6 +259,7 @@ def test_a_run_from_before_a_key_resumes(shallow, whole, monkeypatch):
   chex.assert_trees_all_equal(_train(config, workdir).params, last.params)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_drifts_moves_nothing(shallow, whole, tmp_path):
   """The state before the step is saved; with another limit it continues as it would have."""
   none = {"checkpoint_every": 100, "eval.every": 0}
@@ -351,7 +353,8 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
 
 
 @pytest.mark.parametrize("name, broken", [
-  ("nft", "rollout"), pytest.param("awm", "rollout", marks=pytest.mark.slow), ("fpo", "update"),
+  ("nft", "rollout"), pytest.param("awm", "rollout", marks=pytest.mark.slow),
+  pytest.param("fpo", "update", marks=pytest.mark.slow),
 ])
 def test_other_objectives_train_and_what_diverged_is_not_saved(
   shallow, tmp_path, monkeypatch, name, broken

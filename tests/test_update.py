@@ -1,5 +1,7 @@
 """The update: ratios of 1, order and cuts that do not matter, what is masked, and what moves."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def test_ratios_are_one_in_the_first_epoch(one_step):
   assert {g for g, size in moved.items() if size} == {"und", "gen"} and int(after.step) == 1
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_microbatches_do_not_change_the_update(run, experience, one_step, parts):
   after, _, metrics = run(experience, schedule=joint.schedule(microbatches=parts))
   _close(after, one_step[0])
@@ -67,7 +69,10 @@ def test_microbatches_do_not_change_the_update(run, experience, one_step, parts)
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("microbatches,group_parts", [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("microbatches,group_parts", [
+  (2, 1), (4, 2),
+  pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow),
+])
 def test_a_prompt_read_once_is_the_same_as_once_a_trajectory(
   run, experience, one_step, microbatches, group_parts
 ):
@@ -179,7 +184,9 @@ def test_the_velocity_error_draws_back_to_the_reference(run, experience, params)
   assert other["flow/latent_kl"][0] > 0 and "flow/latent_kl" not in metrics
 
 
-@pytest.mark.parametrize("old_values", ["rollout", "recomputed"])
+@pytest.mark.parametrize("old_values", [
+  pytest.param("rollout", marks=pytest.mark.slow), "recomputed",
+])
 def test_old_values_agree_in_the_first_step(run, experience, one_step, old_values):
   after, _, metrics = run(experience, schedule=joint.schedule(old_values=old_values))
   _close(after, one_step[0])
@@ -208,6 +215,8 @@ def _by_hand(model, params, transformation, experience, epochs):
     (_, (_, new, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return new, grads
 
+  step = jax.jit(functools.partial(
+    update.apply_gradients, optimizer=transformation, ema_decay=None, trained={"und", "gen"}))
   state, old = joint.state(params, transformation), None
   for epoch in range(epochs):
     new, grads = gradient(state.params, old or recorded, epoch == 0)
@@ -215,8 +224,7 @@ def _by_hand(model, params, transformation, experience, epochs):
     # Only the trained groups have gradients in the update.
     grads = optim.join(
       optim.split(grads, {"und", "gen"})[0], jax.tree.map(jnp.zeros_like, grads))
-    state, _ = update.apply_gradients(
-      state, grads, transformation, ema_decay=None, trained={"und", "gen"})
+    state, _ = step(state, grads)
   return state
 
 

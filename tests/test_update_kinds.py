@@ -64,6 +64,7 @@ def test_images_without_thinking(run, small, params):
   assert _groups(before, after) == {"gen"} and metrics["drift/flow"][0] < 1e-7
 
 
+@pytest.mark.slow
 def test_source_images_go_with_their_prompts(run, small, params):
   """However prompts and their groups are cut into microbatches."""
   experience = joint.sample(small, params["bagel"], joint.EDIT)
@@ -154,6 +155,7 @@ def test_adapters(run, small, params, experience):
   chex.assert_trees_all_equal(optim.join(mine, others), later)
 
 
+@pytest.mark.slow
 def test_the_reference_of_adapters_is_what_lies_under_them(run, small, params, experience):
   """No copy of it is kept: 0 from it at the start, more than 0 later; and the base stays."""
   network, later = _adapted(small, params, up=0.03)
@@ -167,6 +169,7 @@ def test_the_reference_of_adapters_is_what_lies_under_them(run, small, params, e
   assert _groups(before, after) == {"und", "gen"}  # "base" is not among them
 
 
+@pytest.mark.slow
 def test_the_references_log_probabilities_do_not_come_from_the_policys_context(
   run, small, params, experience
 ):
@@ -200,6 +203,7 @@ def test_what_is_not_finite_leaves_the_state_as_it_was(run, small, params, exper
   assert not np.isfinite(update.summarise(metrics)["loss/total"])
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_joint_loss_is_numerically_right(small, params, experience):
   """Central differences along random directions of each group, ratios away from 1.
 
