@@ -20,7 +20,6 @@ _FLAGS = (
   "--xla_cpu_collective_call_terminate_timeout_seconds=600",
   # Compiled code that is not fast, but soon there.
   "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
   # A process ends at a flag that it does not know: this one is gone from jaxlib 0.12.
   *["--xla_cpu_use_fusion_emitters=false"] * metadata.version("jaxlib").startswith("0.10."),
 )

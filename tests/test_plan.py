@@ -97,7 +97,9 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
 
 @pytest.mark.parametrize("file, overrides", [
   (UNIGRPO, ["--config.flow.objective=nft", "--config.ema_decay=0.99"]),
-  (UNIGRPO, ["--config.rollout.think=false", "--config.text.train=false"]),
+  pytest.param(
+    UNIGRPO, ["--config.rollout.think=false", "--config.text.train=false"],
+    marks=pytest.mark.slow),
   (UNIGRPO, ["--config.flow.train=false", "--config.lora.rank=4"]),
   # Each trajectory reads the prompt itself.
   (UNIGRPO, ["--config.rollout.prompts_at_once=1", "--config.group_size=8",

@@ -15,7 +15,9 @@ LOOP, STRAIGHT = lowering.Lowering(), lowering.Lowering(unroll=True)
 POLICIES = {LOOP: tuple(layers.REMAT), STRAIGHT: ("full", "layer", "none")}
 
 
-@pytest.fixture(scope="module", params=[LOOP, STRAIGHT], ids=["loop", "straight"])
+@pytest.fixture(scope="module", params=[
+  pytest.param(LOOP, marks=pytest.mark.slow), STRAIGHT,
+], ids=["loop", "straight"])
 def gradients(request, config, model, params):
   """{policy: (gradient, FLOPs of its program)} of a text's logits and of an image that reads it.
 

@@ -352,10 +352,10 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   chex.assert_trees_all_equal(first.reference, last.params)  # its policy before the first step
 
 
-@pytest.mark.parametrize("name, broken", [
-  ("nft", "rollout"), pytest.param("awm", "rollout", marks=pytest.mark.slow),
-  pytest.param("fpo", "update", marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, broken", [("nft", "rollout"), ("awm", "rollout"), ("fpo", "update")]
+)
 def test_other_objectives_train_and_what_diverged_is_not_saved(
   shallow, tmp_path, monkeypatch, name, broken
 ):
