@@ -47,8 +47,9 @@ class Interrupted:
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(5)
 
-# Started in the background of a script, it would be deaf to it.
+# What is started in the background or by nohup ignores some signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.meta_path.insert(0, Interrupted())
 section("import", forward)
 
