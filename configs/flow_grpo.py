@@ -18,15 +18,8 @@ _UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 def get_config(variants: str = "") -> ConfigDict:
   """The configuration of UniGRPO without its text objective."""
   unigrpo = runpy.run_path(_UNIGRPO)
-  unigrpo["VARIANTS"]["no_think"] = no_think
+  unigrpo["VARIANTS"]["no_think"] = unigrpo["draw_alone"]
   config = unigrpo["get_config"](variants)
   config.text.train = False  # its words are only sampled
   config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
   return config
-
-
-def no_think(config: ConfigDict) -> None:
-  """It draws from the prompt alone, and is evaluated so first."""
-  config.rollout.think = False
-  modes = config.eval.modes
-  config.eval.modes = tuple(sorted(modes, key=lambda mode: "plain" not in mode))

@@ -6,7 +6,8 @@
 
 Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and IconWorld), `lora`,
 `cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
-and `no_regulariser` (its second).
+and `no_regulariser` (its second); `fpo`, `awm` and `nft` (the drawing alone, without reasoning, by
+objectives that noise the finished image again) and `unifpo` (UniGRPO with FPO for the drawing).
 """
 
 from ml_collections import ConfigDict
@@ -90,21 +91,38 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow = ConfigDict()
   config.flow.train = True  # False: TextGRPO
   config.flow.weight = 1.0  # lambda of eq 7
+  # "nft", "awm", "fpo" have variants, "refl" has configs/refl.py
   config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo", "refl"
   config.flow.ratio = "norm"  # RatioNorm; "plain" without
   config.flow.clip = 1e-6  # both sides, at 262,144 latent elements
-  config.flow.awm_clip = 1e-4  # that of "awm", at any size
-  config.flow.fpo_clip = 0.05  # that of "fpo", at any size
-  config.flow.scale_with_size = True  # clip and regulariser by sqrt(262,144 / latent elements)
+  config.flow.scale_with_size = True  # of SDEs, clip and regulariser: by sqrt(262,144 / elements)
   config.flow.grad_reweight = "none"  # or "inv_dt"
   config.flow.regulariser = "velocity_mse"  # "latent_kl", "latent_kl_exact" or "none"
-  config.flow.regulariser_weight = 1.5e-5  # at 262,144 latent elements
+  config.flow.regulariser_weight = 1.5e-5  # at 262,144 latent elements; without an SDE at any size
   config.flow.routing = "expert"  # gradients reach the generation expert; "markers", "full"
   config.flow.reference_context = "reference"  # or "policy": whose context its velocities see
   config.flow.dppo_threshold = 1e-5  # divergence from which on "dppo" drops a step
   config.flow.nft_beta = 1.0  # how far the mixtures of "nft" reach
   config.flow.nft_bound = 5.0  # of its advantages
-  config.flow.awm_weighting = "uniform"  # of "awm": or "t", "t2", "huber", "ghuber"
+  # "nft", "awm" and "fpo" noise each finished image again, and need no SDE.
+  config.flow.draws = 8  # times, each with a noise, of an image; drawn once a rollout
+  # "grid": points of the rollout's; or "uniform", "stratified", "stratified_uniform",
+  # "logit_normal", see `sampling/times.py`
+  config.flow.times = "grid"  # where these times come from
+  config.flow.awm_weighting = "ghuber"  # of "awm": or "uniform", "t", "t2", "huber"
+  config.flow.awm_ratio = "exp_first"  # one a time; "sum_first": one an image, of their mean
+  config.flow.awm_clip = 0.1  # of the ratios of "awm", both sides, at any size; 0 for none
+  config.flow.awm_bound = 5.0  # of its advantages, which are divided by it; 0 for none
+  config.flow.fpo_weighting = "one_minus_t2"  # of matching errors in "fpo": (1 - t)^2; "uniform"
+  # "mean_first": one an image; or "per_pair", "straight_through" (FPO++), "clamped_mean"
+  config.flow.fpo_ratio = "mean_first"  # how a ratio is made of matching errors
+  config.flow.fpo_surrogate = "ppo"  # or "spo", "aspo" (FPO++: SPO for negative advantages)
+  config.flow.fpo_clip = 0.05  # of the ratios of "fpo", both sides, at any size
+  config.flow.fpo_cap = 0.0  # largest matching error where the advantage is negative; 0 for none
+  # The anchor is a moving average of what the flow trains, moved once a rollout.
+  config.flow.anchor_weight = 0.0  # of the squared distance from its velocities; 0 for none
+  config.flow.anchor_decay = 0.3  # of that average, at most
+  config.flow.anchor_rise = 0.001  # by which the decay grows, an optimizer step
 
   # Gradient of a differentiable reward, of "refl"; see configs/refl.py
   config.refl = ConfigDict()
@@ -176,10 +194,12 @@ def get_config(variants: str = "") -> ConfigDict:
   config.checkpoint_every = 20  # iterations
   config.keep_checkpoints = 2  # the last so many; the best one stays besides
   config.keep_every = 0  # checkpoints of steps that are its multiples stay; 0 for none
-  for variant in filter(None, variants.split(",")):
-    if variant not in VARIANTS:
-      raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
-    VARIANTS[variant](config)
+  chosen = set(filter(None, variants.split(",")))
+  for variant in chosen - VARIANTS.keys():
+    raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+  for variant in VARIANTS:  # In their own order, whatever that of the command.
+    if variant in chosen:
+      VARIANTS[variant](config)
   return config
 
 
@@ -232,6 +252,45 @@ def no_regulariser(config: ConfigDict) -> None:
   config.flow.regulariser = "none"
 
 
+def fpo(config: ConfigDict) -> None:
+  """Flow policy optimization (2507.21053): 8 pairs of a time and a noise, the mean first."""
+  noise_again(config, "fpo")
+  draw_alone(config)
+
+
+def awm(config: ConfigDict) -> None:
+  """Advantage weighted matching (2509.25050): one step a rollout, held near an anchor."""
+  noise_again(config, "awm")
+  config.flow.update(dict(
+    draws=6, times="stratified", awm_clip=0.0, regulariser_weight=1e-3, anchor_weight=1.0))
+  config.epochs = 1  # its ratios are 1, so nothing is to be clipped
+  draw_alone(config)
+
+
+def nft(config: ConfigDict) -> None:
+  """DiffusionNFT (2509.16117)."""
+  noise_again(config, "nft")
+  draw_alone(config)
+
+
+def unifpo(config: ConfigDict) -> None:
+  """FPO in place of FlowGRPO; thinking is trained as it is in UniGRPO."""
+  noise_again(config, "fpo")
+
+
+def noise_again(config: ConfigDict, objective: str) -> None:
+  config.flow.objective = objective
+  config.microbatch //= 2  # a trajectory has more noised images than a window has steps
+
+
+def draw_alone(config: ConfigDict) -> None:
+  """It draws from the prompt alone, and is evaluated so first; nothing of text is trained."""
+  config.text.train = config.rollout.think = False
+  config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
+  config.eval.modes = tuple(sorted(config.eval.modes, key=lambda mode: "plain" not in mode))
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
+  "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from unigrpo_jax.episodes import programs, replay, requests
 from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.runtime import optim
-from unigrpo_jax.sampling import flow, sde
+from unigrpo_jax.sampling import flow, sde, times
 
 PROMPTS = ([280, 40, 41, 42, 281], [280, 50, 281], [280, 60, 61, 281], [280, 70, 71, 72, 73, 281])
 END = 40  # Random weights hardly ever sample 281: a token that they do sample is the terminator.
@@ -37,9 +38,12 @@ _SDE = dict(
 NUMBERS = {
   grpo.GRPO: _SDE,
   grpo.DPPO: _SDE | dict(threshold=1e-5),
-  forward.NFT: dict(draws=3, beta=1.0, bound=5.0),
-  forward.AWM: dict(draws=3, clip=1e-2, weighting="uniform"),
-  forward.FPO: dict(draws=3, clip=1e-2),
+  forward.NFT: dict(draws=times.Times(3), beta=1.0, bound=5.0),
+  forward.AWM: dict(
+    draws=times.Times(3), weighting="ghuber", ratio="exp_first", clip=1e-2, bound=5.0),
+  forward.FPO: dict(
+    draws=times.Times(3), weighting="one_minus_t2", ratio="mean_first", surrogate="ppo", clip=1e-2,
+    cap=math.inf),
 }
 
 
@@ -189,24 +193,27 @@ def runner(model, params):
   usual = {"algorithm": algorithm(), "schedule": schedule()}
 
   @functools.cache
-  def jitted(model, algorithm, schedule, rates, reference_model, context, ema_decay):
+  def jitted(model, algorithm, schedule, rates, reference_model, context, ema_decay, anchor):
     transformation = optimizer(dict(rates))
     return transformation, jax.jit(whole(update.make_update(
       model, transformation, grid(model.config), algorithm, schedule,
       trained={group for group, rate in rates if rate}, ema_decay=ema_decay,
-      reference_model=reference_model, reference_context=context,
+      reference_model=reference_model, reference_context=context, anchor=anchor,
     )))
 
   def run(
     experience, *, algorithm=usual["algorithm"], schedule=usual["schedule"], rates=None,
-    model=model, start=params, reference=params, context=True, ema_decay=None,
+    model=model, start=params, reference=params, context=True, ema_decay=None, anchor=None,
+    anchored=None,
   ):
-    """`reference`: its parameters, {} for the policy's own, None for none."""
+    """`reference`: its parameters, {} for the policy's own, None for none. `anchor`: an
+    `update.Anchor`, whose average is `anchored` before."""
     rates = dict(und=1e-2, gen=1e-2) if rates is None else rates
     other = None if reference is None else model.clone(lora=None)
     transformation, fn = jitted(
-      model, algorithm, schedule, tuple(rates.items()), other, context, ema_decay)
+      model, algorithm, schedule, tuple(rates.items()), other, context, ema_decay, anchor)
     before = state(start, transformation, ema=ema_decay is not None)
+    before = before.replace(anchor=anchored)
     after, metrics = fn(before.replace(reference=reference or None), experience)
     return after, before, jax.device_get(metrics)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, types
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import checkpoints, checksums, stored_params
 
@@ -66,6 +66,24 @@ def test_a_checkpoint_of_another_tree_is_refused_by_its_cause(saved):
   with pytest.raises(errors.InputError, match="checkpoint 1 cannot be loaded .*not match") as error:
     saved.load(1, {"a": array, "b": array})
   assert "\n" not in str(error.value)
+
+
+def test_states_from_before_anchors_are_loaded(saved):
+  """What is written of a run without one is what was written before there were any."""
+  zero = jnp.zeros(3)
+  older = dict(step=jnp.int32(1), params={"a": zero + 1}, opt_state=(), ema=None, reference=None)
+  saved.save(1, older, {})
+  state = types.TrainState(jnp.int32(2), {"a": zero + 2}, (), None)
+  saved.save(2, state, {})
+  anchored = state.replace(anchor={"a": zero + 3, "b": None})
+  saved.save(3, anchored, {})
+  saved._checkpointer.wait()
+  loaded = saved.load(1, state)
+  assert loaded.anchor is None and loaded.params["a"].tolist() == [1, 1, 1]
+  assert saved.load(2, older)["params"]["a"].tolist() == [2, 2, 2]
+  assert saved.load(3, anchored).anchor["a"].tolist() == [3, 3, 3]
+  with pytest.raises(errors.InputError, match="checkpoint 2 cannot be loaded"):
+    saved.load(2, anchored)
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,11 @@ def test_every_key_is_read(name):
 
 @pytest.mark.parametrize("reader, name", [(rl, UNIGRPO), (sft, SFT)])
 def test_what_older_configs_lack_has_its_default(reader, name):
-  """The files state no other values, but for the layout, which older runs did not have."""
+  """The files state no other values, but of what may change when such a run continues."""
   config = _load(name).get_config()
-  given = dict(_flat(config))
+  given, free = dict(_flat(config)), reader.read(config).run.mutable_keys
   for key, value in reader.DEFAULTS.items():
-    assert given.get(key, value) == value or key == "rollout.layout"
+    assert given.get(key, value) == value or key in free
     section, _, last = key.rpartition(".")
     node = config[section] if section else config
     if last in node:
@@ -177,7 +177,8 @@ def test_what_older_configs_lack_has_its_default(reader, name):
 @pytest.mark.parametrize("name", [UNIGRPO, TEXT, FLOW])
 def test_all_combinations_of_variants_can_run(name):
   module = _load(name)
-  variants = list(_load(UNIGRPO).VARIANTS) + (["no_think"] if name == FLOW else [])
+  variants = [v for v in _load(UNIGRPO).VARIANTS if v not in FORWARD]
+  variants += ["no_think"] if name == FLOW else []
   for count in range(len(variants) + 1):
     for chosen in itertools.combinations(variants, count):
       for order in (chosen, chosen[::-1]):
@@ -194,7 +195,62 @@ def test_all_combinations_of_variants_can_run(name):
     module.get_config("tyni")
 
 
+FORWARD = {"fpo": "fpo", "awm": "awm", "nft": "nft", "unifpo": "fpo"}  # their objectives
+
+
+@pytest.mark.parametrize("variant", FORWARD)
+def test_variants_without_an_sde(variant):
+  """The rows of the comparison, at either size and with adapters; no window counts."""
+  module, joint = _load(UNIGRPO), variant == "unifpo"
+  for others in ((), ("tiny",), ("tiny", "lora", "no_regulariser")):
+    chosen = (*others, variant)
+    config = module.get_config(",".join(chosen))
+    assert config.to_dict() == module.get_config(",".join(chosen[::-1])).to_dict()
+    config.rollout.window_range, config.rollout.window_size = (0, 99), 0
+    spec = _read(config)
+    flow = spec.flow
+    assert flow.objective == FORWARD[variant] and spec.window.size == 0
+    assert not rl.window_steps(spec, 1).size
+    assert (spec.trains_text, spec.rollout.settings.think) == (joint, joint)
+    assert spec.optimizer.trained == {"und", "gen"} - (set() if joint else {"und"})
+    assert spec.evaluation.modes[0] == ("think" if joint else "plain")
+    t = spec.times
+    assert (t.num_timesteps, t.shift) == ((13, 1.0) if "tiny" in others else (25, 3.0))
+    assert spec.steps_an_image == t.count
+    if variant == "awm":
+      assert (t.count, t.kind, flow.awm_clip, spec.update.epochs) == (6, "stratified", 0, 1)
+      assert (flow.awm_weighting, flow.awm_bound) == ("ghuber", 5)
+      assert (flow.anchor_weight, flow.regulariser_weight) == (1, 1e-3)
+      assert spec.anchored == {"gen"}
+    else:
+      assert (t.count, t.kind, spec.update.epochs) == (8, "grid", 2) and not spec.anchored
+      assert (flow.fpo_weighting, flow.fpo_ratio, flow.fpo_surrogate, flow.fpo_clip) == (
+        "one_minus_t2", "mean_first", "ppo", 0.05)
+
+
+def test_keys_of_other_objectives_may_change_when_a_run_continues():
+  module = _load(UNIGRPO)
+  free = lambda variant: {
+    key for key in rl.read(module.get_config(variant)).run.mutable_keys if key.startswith("flow.")}
+  assert {"flow.draws", "flow.times", "flow.awm_clip", "flow.fpo_clip"} <= free("")
+  assert {"flow.awm_clip", "flow.nft_beta"} <= free("fpo")
+  assert not {"flow.draws", "flow.times", "flow.fpo_clip", "flow.clip"} & free("fpo")
+  # Such a run once noised an image as often as a window has steps.
+  config = module.get_config("fpo")
+  config.rollout.window_size = 5
+  assert rl.read(config).run.defaults["flow.draws"] == 5
+
+
 REFUSED = [
+  ("flow.draws", 0, "config.flow.draws=0 must be at least 1"),
+  ("flow.times", "random", "config.flow.times='random' is none of uniform, grid"),
+  ("flow.awm_ratio", "sum", "config.flow.awm_ratio='sum'"),
+  ("flow.awm_clip", -0.1, "config.flow.awm_clip=-0.1"),
+  ("flow.fpo_weighting", "u", "config.flow.fpo_weighting='u' is none of uniform, one_minus_t2"),
+  ("flow.fpo_ratio", "mean", "config.flow.fpo_ratio='mean' is none of mean_first"),
+  ("flow.fpo_surrogate", "apso", "config.flow.fpo_surrogate='apso' .* did you mean 'aspo'"),
+  ("flow.anchor_decay", 1.5, "config.flow.anchor_decay=1.5 must be"),
+  ("flow.anchor_weight", -1.0, "config.flow.anchor_weight=-1.0 must be"),
   ("flow.objective", "grpp", "config.flow.objective='grpp' .* did you mean 'grpo'"),
   ("flow.ratio", "x", "config.flow.ratio='x'"),
   ("flow.grad_reweight", "x", "config.flow.grad_reweight='x'"),
@@ -365,6 +421,10 @@ def test_rematerialisation_is_a_policy_by_name(name, read, value):
     ({"rollout.think": False, "flow.train": False}, "think=False leaves no text to train"),
     ({"flow.objective": "nft", "old_values": "rollout"}, "flow.objective=nft compares velocities"),
     ({"flow.objective": "awm", "flow.regulariser": "latent_kl"}, "regulariser=latent_kl needs the"),
+    ({"flow.objective": "fpo", "flow.fpo_surrogate": "aspo", "flow.fpo_clip": 0.0},
+     "fpo_surrogate=aspo, config.flow.fpo_clip=0.0 must be more than 0"),
+    ({"flow.objective": "awm", "flow.times": "stratified", "rollout.num_timesteps": 3},
+     "config.flow.times and config.rollout.num_timesteps: .* leaves out .* use at least 3"),
     ({"rollout.sde": "cps", "rollout.window_range": (0, 24)}, "cps has no noise; .* at 23"),
     ({"learning_rate.und": 0.0, "learning_rate.latent": 1e-5}, "give it one"),
   ],

@@ -26,6 +26,8 @@ RESULTS = {
   "refl": ("refl/c1_shift3_crossing/dloss_dv", "gradients"),
   "draft": ("draft/shift3/k2/dloss_dw1", "gradients"),
   "srpo": ("srpo/c0/inversion/score", "values"),
+  "fpo": ("fpo_pp/aspo/drift3/grad_cfm", "fpo_pp/aspo/grad"),
+  "awm": ("times/discrete_wo_init/indices", "times/discrete_wo_init"),
 }
 
 

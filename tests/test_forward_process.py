@@ -104,12 +104,12 @@ def test_awm_by_hand(wrap):
   ))(image(4, 6)).item()
   expected = {"uniform": -17, "t": -8.5, "t2": -4.25, "huber": -math.sqrt(17) / 2,
               "ghuber": -2 * (17**0.25 - 1e-10**0.25)}
-  assert set(expected) == set(forward_process.WEIGHTINGS)
+  assert set(expected) == set(forward_process.AWM_WEIGHTINGS)
   for kind, value in expected.items():
     np.testing.assert_allclose(run(kind), value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("weighting", forward_process.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", forward_process.AWM_WEIGHTINGS)
 def test_awm_gradient_numerically(weighting):
   v, _, x_0, noise, t, mask = batch()
   run = lambda v: forward_process.awm_log_prob(
@@ -122,27 +122,6 @@ def test_awm_gradient_numerically(weighting):
   perfect = jax.value_and_grad(run)(noise - x_0)
   np.testing.assert_allclose(perfect[0], 0, atol=1e-5)
   assert jnp.isfinite(perfect[1]).all()
-
-
-def test_ratios_by_hand_and_through_the_surrogate():
-  new, old = jnp.array([[0.3, -0.1], [0.0, 5.0]]), jnp.array([[0.1, 0.1], [0.0, 0.0]])
-  np.testing.assert_allclose(
-    forward_process.awm_log_ratio(new, old), [[0.2, -0.2], [0, 5]], atol=1e-7)
-  # Smaller losses are likelier.
-  np.testing.assert_allclose(forward_process.fpo_log_ratio(new, old), [[0], [-2.5]], atol=1e-7)
-
-  def loss(new):
-    ratio = forward_process.fpo_log_ratio(new, old)
-    weights = flow.step_weights(jnp.ones(2, bool), ratio.shape[1])
-    return flow.policy_loss(ratio, jnp.array([1.0, 1.0]), weights, clip_low=0.05, clip_high=0.05)[0]
-
-  # Row 0 is on policy: -A d ratio is 1/2 (two rows) of 1/2 (two times); row 1 fell too far, and
-  # a good image that fell is not clipped.
-  gradient = jax.grad(loss)(new)
-  np.testing.assert_allclose(gradient, [[0.25] * 2, [0.25 * math.exp(-2.5)] * 2], rtol=1e-5)
-  for ratio in (lambda old: forward_process.fpo_log_ratio(new, old),
-                lambda old: forward_process.awm_log_ratio(new, old)):
-    np.testing.assert_array_equal(jax.grad(lambda o, ratio=ratio: ratio(o).sum())(old), 0)
 
 
 def test_refusals():

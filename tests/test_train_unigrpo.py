@@ -246,8 +246,8 @@ def test_a_run_from_before_a_key_resumes(shallow, whole, monkeypatch):
 
   monkeypatch.setattr(checkpoints.TrainCheckpoints, "record", older)
   chex.assert_trees_all_equal(_train(_config(shallow), workdir).params, last.params)
-  with pytest.raises(errors.InputError, match="config.flow.awm_clip=0.1 but the .* has 0.0001"):
-    _train(_config(shallow, **{"flow.awm_clip": 0.1}), workdir)
+  with pytest.raises(errors.InputError, match="config.text.ratio='sequence' but the .* 'token'"):
+    _train(_config(shallow, **{"text.ratio": "sequence"}), workdir)
   # The same of a config file that lacks them.
   config = _config(shallow)
   with config.unlocked():

@@ -15,6 +15,7 @@ from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel, layers
 from unigrpo_jax.runtime import optim, sharding
+from unigrpo_jax.sampling import times
 
 BOTH = dict(und=1e-2, gen=1e-2)
 
@@ -77,9 +78,9 @@ def test_source_images_go_with_their_prompts(run, small, params):
   assert update_of(experience.replace(source=others))[2]["drift/flow"][0] > 1e-5
 
 
-@pytest.mark.parametrize("kind", [forward.NFT, forward.AWM, forward.FPO])
+@pytest.mark.parametrize("kind", [forward.NFT, forward.FPO])
 def test_algorithms_that_noise_the_image_again(run, experience, kind):
-  noised = forward.noise_again(jax.random.key(3), experience, 3)
+  noised = forward.noise_again(jax.random.key(3), experience, times.Times(3))
   x_t, t = noised.only.flow.x_t, noised.only.flow.t[..., None, None]
   np.testing.assert_allclose(
     x_t, (1 - t) * experience.only.flow.latents[:, None] + t * noised.only.noise, atol=1e-6)
@@ -87,6 +88,34 @@ def test_algorithms_that_noise_the_image_again(run, experience, kind):
   assert _groups(before, after) == {"gen"}
   if kind is not forward.NFT:
     assert metrics["flow/log_ratio_max"][0] == 0 == metrics["loss/flow"][0]
+
+
+def test_awm_is_held_near_its_anchor(run, experience, params):
+  """Which has moved a little before, and follows the policy once, after both epochs."""
+  noised = forward.noise_again(jax.random.key(3), experience, times.Times(3))
+  anchor = update.Anchor(frozenset({"gen"}), rise=0.1, highest=0.3)
+  own, _ = optim.split(params["bagel"], anchor.groups)
+  anchored = jax.tree.map(lambda a: a + 1e-2, own)
+  algorithm = dataclasses.replace(_of(forward.AWM, text=False), anchor_weight=2.0)
+  after, before, metrics = run(
+    noised, algorithm=algorithm, reference=None, schedule=joint.schedule(epochs=2), anchor=anchor,
+    anchored=anchored)
+  assert _groups(before, after) == {"gen"}
+  # Two optimizer steps: the decay is 0.2.
+  moved, _ = optim.split(after.params, anchor.groups)
+  want = jax.tree.map(lambda a, b: 0.2 * a + 0.8 * b, anchored, moved)
+  chex.assert_trees_all_close(after.anchor, want, rtol=1e-6, atol=1e-8)
+  assert metrics["flow/log_ratio_max"][0] == 0 == metrics["loss/flow"][0]
+  assert metrics["flow/anchor_mse"][0] > 1e-6
+  np.testing.assert_allclose(
+    metrics["loss/anchor"], 2.0 * metrics["flow/anchor_mse"], rtol=1e-5)
+  # A step that is not finite moves neither.
+  broken = noised.replace(adv=noised.adv.at[3].set(jnp.nan))
+  after, before, _ = run(
+    broken, algorithm=algorithm, reference=None, schedule=joint.schedule(epochs=2), anchor=anchor,
+    anchored=anchored)
+  chex.assert_trees_all_equal(after.anchor, anchored)
+  chex.assert_trees_all_equal(after.params, before.params)
 
 
 def test_flow_dppo_drops_steps_that_went_too_far(run, experience):

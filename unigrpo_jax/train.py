@@ -69,7 +69,8 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   algorithm = parts.make_algorithm(spec, network, rollout)
   optimizer = spec.optimizer.make()
   state_layout = state.layout(
-    network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference
+    network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference,
+    anchor=spec.anchored,
   )
   update = parts.make_update(spec, network, algorithm, optimizer, rollout.grid, state_layout)
 

@@ -191,6 +191,7 @@ class Round:
   seen: Seen | None = None  # its picture as the next round looks at it; None after the last round
   velocity_ref: chex.Array | None = None  # of the reference, at the steps, [B, W, I, C] float32
   logp_ref: chex.Array | None = None  # of the reference, of the sampled tokens, [B, T] float32
+  velocity_anchor: chex.Array | None = None  # of the anchor, likewise
   # What ratios are taken of where it is computed again: `base.Values`. None: as it was sampled.
   old: Any = None
   # Of objectives that noise the finished image again, [B, W, I, C] float32; `flow.x_t` and `flow.t`
@@ -231,6 +232,8 @@ class TrainState:
   opt_state: Any
   ema: Any  # moving average of the parameters, or None
   reference: Any = None  # the parameters that a regulariser holds the policy to, or None
+  # Moving average of the parameters that the flow trains, with None in the others' places; or None.
+  anchor: Any = None
 
   @property
   def averaged(self) -> Any:

@@ -18,7 +18,8 @@ from tests.parity import cases, network
 from unigrpo_jax import errors
 
 # Importing a module of cases registers them.
-from tests.parity import algo, flow, inferencer, objectives, tables, text, training  # noqa: F401  isort: skip
+from tests.parity import algo, flow, forward, inferencer, objectives, tables  # noqa: F401  isort: skip
+from tests.parity import text, training  # noqa: F401  isort: skip
 from tests.parity import benchmarks, refl, reward, transitions, vision  # noqa: F401  isort: skip
 
 # What gives away a file's kind where its name is not one that a case asks for (a second edit, say).

@@ -57,6 +57,7 @@ class Algorithm(abc.ABC):
   flow_weight: float  # lambda
   regulariser: str  # one of REGULARISERS
   regulariser_weight: float
+  anchor_weight: float = 0.0  # of the squared distance from the anchor's velocities; 0 for none
   # Parameters of frozen networks that the loss runs: an argument of the update, not of the state.
   fixed: Any = None
   term_norms_every: int = 0  # iterations between norms of the gradients of single terms; 0: never
@@ -140,6 +141,11 @@ class Algorithm(abc.ABC):
           signals["flow/latent_kl"] = penalty
         terms["regulariser"] = self.regulariser_weight * jnp.sum(weights["flow"] * penalty)
         flow_loss += terms["regulariser"]
+      if micro.only.velocity_anchor is not None:
+        apart = regularizers.velocity_mse(output.velocity, micro.only.velocity_anchor, mask)
+        signals["flow/anchor_mse"] = apart
+        terms["anchor"] = self.anchor_weight * jnp.sum(weights["flow"] * apart)
+        flow_loss += terms["anchor"]
     loss = text_loss + self.flow_weight * flow_loss
     terms["total"] = loss
     return loss, (terms, new, jax.lax.stop_gradient(signals))

@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.algorithms import base
 from unigrpo_jax.episodes import sampler
-from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import forward_process
+from unigrpo_jax.sampling import times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardProcess(base.Algorithm):
   """What the three have in common."""
 
-  draws: int  # times and noises of each image
+  draws: times.Times  # of each image, a noise each; drawn once a rollout, for all epochs
 
   def experience(
     self, episodes: Sequence[sampler.Episode], prompts: Sequence[Any], key
@@ -45,10 +45,21 @@ class ForwardProcess(base.Algorithm):
     x_0 = jnp.broadcast_to(drawn.flow.latents[:, None], drawn.noise.shape)
     mask = jnp.broadcast_to(mask, drawn.noise.shape[:-1])
     matching = dict(x_0=x_0, noise=drawn.noise, t=drawn.flow.t, mask=mask)
-    return self._matching_loss(velocity, old, micro.adv, weights, matching)
+    loss, metrics = self._matching_loss(velocity, old, micro.adv, weights, matching)
+    error = forward_process.matching_error(velocity, x_0, drawn.noise, mask)
+    return loss, {f"flow/{name}": value for name, value in metrics.items()} | {
+      "flow/matching": error
+    }
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
-    """(loss, signals) of velocities [B, W, I, C] at noised images."""
+    """(loss, {name: a number of each time [B, W], or of each image [B, 1]}).
+
+    Args:
+      v, v_old: velocities at noised images, [B, W, I, C].
+      adv: advantages, [B].
+      weights: of the times, [B, W].
+      matching: x_0, noise [B, W, I, C], t [B, W], mask [B, W, I].
+    """
     raise NotImplementedError
 
 
@@ -70,44 +81,46 @@ class NFT(ForwardProcess):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWM(ForwardProcess):
-  """Advantage weighted matching (Xue et al. 2025): a ratio a time."""
+  """Advantage weighted matching (Xue et al. 2025); see `forward_process.awm_loss`."""
 
-  clip: float  # how far a ratio may differ from 1, both ways
-  weighting: str  # of the matching error, one of `forward_process.WEIGHTINGS`
+  weighting: str  # of the matching error, one of `forward_process.AWM_WEIGHTINGS`
+  ratio: str  # one of `forward_process.AWM_RATIOS`
+  clip: float  # how far a ratio may differ from 1, both ways; infinity for none
+  bound: float | None  # of the advantages, which are divided by it; None: as they are
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
-    match = functools.partial(forward_process.awm_log_prob, weighting=self.weighting, **matching)
-    log_ratio = self._log_ratio(match(v), match(v_old))
-    if log_ratio.shape != weights.shape:  # one ratio an image
-      weights = weights.sum(axis=1, keepdims=True)
-    loss, metrics = flow_losses.policy_loss(
-      log_ratio, adv, weights, clip_low=self.clip, clip_high=self.clip
+    return forward_process.awm_loss(
+      v, v_old, adv=adv, weights=weights, weighting=self.weighting, ratio=self.ratio,
+      clip=self.clip, bound=self.bound, **matching,
     )
-    return loss, {f"flow/{name}": value for name, value in metrics.items()}
-
-  def _log_ratio(self, match, match_old):
-    return forward_process.awm_log_ratio(match, match_old)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FPO(AWM):
-  """Flow policy optimization (2507.21053): one ratio an image, of its mean matching error."""
+class FPO(ForwardProcess):
+  """Flow policy optimization (2507.21053), FPO++; see `forward_process.fpo_surrogate`."""
 
-  weighting: str = "uniform"
+  weighting: str  # of the matching error, one of `forward_process.FPO_WEIGHTINGS`
+  ratio: str  # one of `forward_process.FPO_RATIOS`
+  surrogate: str  # one of `flow.SURROGATES`
+  clip: float  # how far a ratio may differ from 1, both ways
+  cap: float  # largest matching loss of an image with a negative advantage; infinity for none
 
-  def _log_ratio(self, match, match_old):
-    return forward_process.fpo_log_ratio(-match, -match_old)
+  def _matching_loss(self, v, v_old, adv, weights, matching):
+    losses = forward_process.fpo_losses(v, v_old, weighting=self.weighting, **matching)
+    return forward_process.fpo_surrogate(
+      *losses, adv, weights, ratio=self.ratio, clip=self.clip, surrogate=self.surrogate,
+      cap_negative=self.cap,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def noise_again(key, experience: types.Experience, draws: int) -> types.Experience:
-  """Noises every finished image `draws` times, x_t = (1 - t) x_0 + t noise, t uniform."""
+def noise_again(key, experience: types.Experience, draws: times.Times) -> types.Experience:
+  """Noises every finished image at the times that are drawn, x_t = (1 - t) x_0 + t noise."""
   flow = experience.only.flow
   x_0 = flow.latents[:, None]
-  rows = x_0.shape[0]
   t_key, noise_key = jax.random.split(key)
-  t = jax.random.uniform(t_key, (rows, draws), minval=0.01)
-  noise = jax.random.normal(noise_key, (rows, draws, *x_0.shape[2:]))
+  t = draws.draw(t_key, len(x_0))
+  noise = jax.random.normal(noise_key, (*t.shape, *x_0.shape[2:]))
   x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise
   zero = jnp.zeros_like(t)
   flow = flow.replace(x_t=x_t, x_next=x_t, mean=jnp.zeros_like(x_t), t=t, t_next=zero, logp=zero)

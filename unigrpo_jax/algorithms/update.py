@@ -44,6 +44,19 @@ class Schedule:
   group_parts: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+  """A moving average of what the flow trains, which its velocities are held near (AWM).
+
+  After a rollout's update it is d average + (1 - d) parameters, d as `optim.rising_decay` says of
+  the optimizer steps taken.
+  """
+
+  groups: frozenset[str]  # of parameters; the others are the policy's own
+  rise: float  # of d, an optimizer step
+  highest: float  # that d can be
+
+
 def accumulate(loss_fn, trained_params, frozen, inputs) -> tuple[Any, Any]:
   """The sum of gradients over microbatches: the one place where they add up.
 
@@ -82,7 +95,8 @@ def make_update(
   model, optimizer: optax.GradientTransformation, grid: types.LatentGrid,
   algorithm: base.Algorithm, schedule: Schedule, *,
   trained: Collection[str], ema_decay: float | None, reference_model=None,
-  reference_context: bool = True, drift_limits: Mapping[str, float] | None = None,
+  reference_context: bool = True, anchor: Anchor | None = None,
+  drift_limits: Mapping[str, float] | None = None,
   beside: Callable[..., Any] | None = None,
 ):
   """What goes before the update and the update, to be jitted; the update with its state donated.
@@ -96,13 +110,16 @@ def make_update(
       what training started from.
     reference_context: the reference reads the trajectory itself; otherwise its velocities are over
       the policy's context.
+    anchor: `state.anchor` is moved so, and `precompute` gives its velocities, over the policy's
+      context; None: there is none.
     drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
     beside: another loss of each optimizer step, of supervised examples: (trained parameters, frozen
       ones, their part of the examples) -> (gradients of all, {term: loss}), which are added.
 
   Returns:
     precompute: (state, experience) -> fields of its round that stay what they are through the
-      update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, and `old`.
+      update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, the
+      anchor's velocities, and `old`.
       It reads no advantages; {} where the update needs none of them.
     update: (state, experience with these fields, parameters of frozen networks, examples of
       `beside` with a leading axis of microbatches, which the minibatches share out) -> (state,
@@ -122,6 +139,11 @@ def make_update(
       if reference_model is not None:
         values |= _reference(
           reference_model, model, state, micro, grid, algorithm, reference_context
+        )
+      if anchor is not None:
+        away = optim.join(state.anchor, optim.split(state.params, anchor.groups)[1])
+        values["velocity_anchor"] = _velocities(
+          model, model, state.params, away, micro, grid, algorithm
         )
       if schedule.old_values == "recomputed":
         values["old"] = algorithm.values(run(model, state.params, micro), micro)
@@ -189,7 +211,15 @@ def make_update(
         old = jax.tree.map(lambda new, old: jnp.where(is_first, new[None], old), new_values, old)
       return (state, old, update_ok), metrics
 
-    (state, *_), metrics = jax.lax.scan(optimizer_step, (state, old, jnp.array(True)), steps)
+    carry = state, old, jnp.array(True)
+    (state, _, update_ok), metrics = jax.lax.scan(optimizer_step, carry, steps)
+    if anchor is not None:
+      trained_now, _ = optim.split(state.params, anchor.groups)
+      d = optim.rising_decay(state.step, rise=anchor.rise, highest=anchor.highest)
+      moved = optim.move_average(state.anchor, trained_now, d)
+      state = state.replace(anchor=jax.tree.map(
+        lambda new, old: jnp.where(update_ok, new, old), moved, state.anchor
+      ))
     return state, metrics
 
   return precompute, update
@@ -309,21 +339,34 @@ def _reference(
 ) -> dict[str, Any]:
   """The reference's velocities and log-probabilities, where they are needed: fields of a round."""
   config = algorithm.replay
-  wanted = dataclasses.replace(
-    config, text=config.text and algorithm.text.kl_weight > 0,
-    flow=config.flow and algorithm.regulariser != "none",
+  flow = config.flow and algorithm.regulariser != "none"
+  params = state.params if state.reference is None else state.reference
+  own = dataclasses.replace(
+    config, text=config.text and algorithm.text.kl_weight > 0, flow=flow and own_context,
     guidance=dataclasses.replace(config.guidance, text_scale=1.0),
   )
-  params = state.params if state.reference is None else state.reference
-  own = dataclasses.replace(wanted, flow=wanted.flow and own_context)
   output = replay.replay(reference_model, params, micro, grid, own)
-  if wanted.flow and not own_context:
-    images = replay.replay(
-      model, state.params, micro, grid, dataclasses.replace(wanted, text=False),
-      velocity_params=params, velocity_model=reference_model,
+  if flow and not own_context:
+    velocity = _velocities(
+      model, reference_model, state.params, params, micro, grid, algorithm
     )
-    output = output.replace(velocity=images.velocity)
+    output = output.replace(velocity=velocity)
   return {"velocity_ref": output.velocity, "logp_ref": output.logp}
+
+
+def _velocities(
+  model, velocity_model, params, velocity_params, micro: types.Experience, grid,
+  algorithm: base.Algorithm,
+):
+  """Velocities of other parameters over the policy's context, without guidance: [B, W, I, C]."""
+  config = dataclasses.replace(
+    algorithm.replay, text=False,
+    guidance=dataclasses.replace(algorithm.replay.guidance, text_scale=1.0),
+  )
+  return replay.replay(
+    model, params, micro, grid, config, velocity_params=velocity_params,
+    velocity_model=velocity_model,
+  ).velocity
 
 
 def _term_norms(loss_of, arguments, grads, flow_weight: float) -> dict[str, jax.Array]:
@@ -355,14 +398,20 @@ def _summaries(
       metrics["text/kl_ref"] = _mean(signals["text/kl"], mask)
   if config.flow:
     mask = jnp.broadcast_to(valid, micros.only.flow.t.shape)
+    signals = dict(signals)
     if "flow/log_ratio" in signals:
-      log_ratio = signals["flow/log_ratio"]
+      log_ratio = signals.pop("flow/log_ratio")
+      clipped, outside = (signals.pop(f"flow/{name}") for name in ("clipped", "outside"))
       steps = jnp.broadcast_to(valid, log_ratio.shape)
       # Ratios differ from 1 by less than float32 can show: their logarithms are logged instead.
-      metrics |= _ratio("flow", log_ratio, signals["flow/clipped"], steps, name="log_ratio")
-    for name in signals:
-      if name in ("flow/mse", "flow/latent_kl") or name.startswith("refl/"):
-        metrics[name] = _mean(signals[name], mask)
+      metrics |= _ratio("flow", log_ratio, clipped, steps, name="log_ratio")
+      metrics["flow/outside_fraction"] = _mean(outside.astype(jnp.float32), steps)
+    for name, values in signals.items():
+      if name.startswith(("flow/", "refl/")):
+        metrics[name] = _mean(values, jnp.broadcast_to(valid, values.shape))
+    if "flow/matching" in signals:  # Nothing bounds the error of images that are pushed away.
+      negative = mask & (micros.adv < 0)[..., None]
+      metrics["flow/matching_negative"] = _mean(signals["flow/matching"], negative)
     if "drift/flow" in signals:
       metrics |= _drift("drift/flow", signals["drift/flow"], mask)
   return metrics

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 RATIOS = ("norm", "plain", "unnormalised")
 REWEIGHTS = ("none", "inv_dt")
+SURROGATES = ("ppo", "spo", "aspo")
 # |log ratio| beyond this is cut: its exponential would be of no use, or infinite.
 LOG_RATIO_BOUND = 20.0
 
@@ -68,29 +69,38 @@ def log_ratio(
 
 def policy_loss(
   log_ratio: chex.Array, adv: chex.Array, weights: chex.Array, *,
-  clip_low: chex.Numeric, clip_high: chex.Numeric,
+  clip_low: chex.Numeric, clip_high: chex.Numeric, surrogate: str = "ppo",
   loss_mask: chex.Array | None = None, loss_weight: chex.Array | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-  """The clipped surrogate of PPO over the steps of a window, less its constant.
+  """The surrogate of PPO over the steps of a window, or one of its kin, less its constant.
 
-    rho = exp(log_ratio) - 1
-    loss = sum w u (-min(rho A, clip(rho, -clip_low, clip_high) A))
+    rho = exp(log_ratio) - 1,    eps = clip_high where A > 0, clip_low elsewhere
+    ppo   l = -min(rho A, clip(rho, -clip_low, clip_high) A)
+    spo   l = -rho A + |A| rho^2 / (2 eps)       has no gradient at eps, and pulls back beyond
+    aspo  ppo where A > 0, spo elsewhere
+    loss = sum w u l
 
   It is smaller by the constant sum w u A than with the ratio itself, and has the same gradient.
   With `loss_mask` nothing is clipped, and only its terms -rho A remain. Source: UniGRPO eq. 6;
-  `loss_mask`: Flow-DPPO (see `dppo_mask`); u: GRPO-Guard (see `reweight`).
+  SPO (Xie et al. 2024) and ASPO as in FPO++ (fpo-control); `loss_mask`: Flow-DPPO (see
+  `dppo_mask`); u: GRPO-Guard (see `reweight`).
 
   Args:
     log_ratio: [B, W] float32; anything where the weight is 0.
     adv: A, [B] float32.
     weights: w, [B, W] float32; see `step_weights`.
     clip_low, clip_high: how far the ratio may fall below 1 and rise above it; [] or [B, W].
+      Infinite for no bound.
+    surrogate: one of SURROGATES; but for "ppo" the bounds are more than 0.
     loss_mask: steps that count, [B, W] bool. loss_weight: u, [B, W] float32; None for 1.
 
   Returns:
-    (loss [] float32; dict of `log_ratio` [B, W] float32 and `clipped` [B, W] bool, where the clip
-    or `loss_mask` took the gradient; 0 and False where the weight is 0).
+    (loss [] float32; dict of `log_ratio` [B, W] float32, `clipped` [B, W] bool, where the bound
+    or `loss_mask` took the gradient, or SPO turned it, and `outside` [B, W] bool, where the ratio
+    is beyond a bound on either side; 0 and False where the weight is 0).
   """
+  if surrogate not in SURROGATES:
+    raise ValueError(f"surrogate={surrogate!r} is none of {SURROGATES}")
   chex.assert_rank([log_ratio, adv], [2, 1])
   chex.assert_equal_shape([log_ratio, weights])
   chex.assert_equal_shape_prefix([log_ratio, adv], 1)
@@ -103,13 +113,19 @@ def policy_loss(
   if loss_mask is None:
     bound = -jnp.clip(rho, -clip_low, clip_high) * adv
     losses, clipped = jnp.maximum(free, bound), bound > free
+    if surrogate != "ppo":
+      pulled = free + jnp.abs(adv) * jnp.square(rho) / (2 * jnp.where(adv > 0, clip_high, clip_low))
+      losses = pulled if surrogate == "spo" else jnp.where(adv > 0, losses, pulled)
   else:
     chex.assert_shape(loss_mask, log_ratio.shape)
     losses, clipped = jnp.where(loss_mask, free, 0.0), ~loss_mask
   if loss_weight is not None:
     chex.assert_shape(loss_weight, log_ratio.shape)
     weights = weights * loss_weight
-  return jnp.sum(weights * losses), {"log_ratio": log_ratio, "clipped": counts & clipped}
+  outside = (rho < -clip_low) | (rho > clip_high)
+  return jnp.sum(weights * losses), {
+    "log_ratio": log_ratio, "clipped": counts & clipped, "outside": counts & outside,
+  }
 
 
 def step_weights(valid: chex.Array, steps: int) -> chex.Array:

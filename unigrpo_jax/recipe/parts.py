@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -179,6 +180,7 @@ def make_algorithm(
     flow_weight=f.weight, regulariser=f.regulariser,
     # The ratios of forward processes are of matching errors, whose size no image changes.
     regulariser_weight=f.regulariser_weight * (scale if of_sde else 1.0),
+    anchor_weight=f.anchor_weight * (scale if of_sde else 1.0),
   )
   if spec.by_gradient:
     return _by_gradient(spec, network, sampled, judge, common)
@@ -189,11 +191,18 @@ def make_algorithm(
       t_second=float(flow.time_grid(settings.num_timesteps, settings.shift)[1]),
     )
   else:
-    common |= dict(draws=spec.window.draws)
+    common |= dict(draws=spec.times)
   own = {
     "grpo": {}, "dppo": dict(threshold=f.dppo_threshold),
     "nft": dict(beta=f.nft_beta, bound=f.nft_bound),
-    "awm": dict(clip=f.awm_clip, weighting=f.awm_weighting), "fpo": dict(clip=f.fpo_clip),
+    "awm": dict(
+      weighting=f.awm_weighting, ratio=f.awm_ratio, clip=f.awm_clip or math.inf,
+      bound=f.awm_bound or None,
+    ),
+    "fpo": dict(
+      weighting=f.fpo_weighting, ratio=f.fpo_ratio, surrogate=f.fpo_surrogate, clip=f.fpo_clip,
+      cap=f.fpo_cap or math.inf,
+    ),
   }[f.objective]
   return (rl.SDE_OBJECTIVES | rl.FORWARD_OBJECTIVES)[f.objective](**common, **own)
 
@@ -274,7 +283,10 @@ def make_update(
     network.model, optimizer, grid, algorithm, schedule(spec, network.mesh),
     trained=spec.optimizer.trained, ema_decay=spec.optimizer.ema_decay,
     reference_model=reference_model if spec.needs_reference else None,
-    reference_context=spec.flow.reference_context == "reference", drift_limits=limits,
+    reference_context=spec.flow.reference_context == "reference",
+    anchor=update.Anchor(
+      frozenset(spec.anchored), spec.flow.anchor_rise, spec.flow.anchor_decay
+    ) if spec.anchored else None, drift_limits=limits,
     beside=None if examples is None else _velocity_error(spec, network, examples),
   )
   return update.Update(
@@ -300,7 +312,7 @@ def _velocity_error(spec: rl.Spec, network: state.Network, examples: sft.Spec):
 
 
 def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
-  """Largest 99th percentiles of drift/text_scaled and drift/flow that a run continues with.
+  """Largest 99th percentiles of drift/text_scaled, and drift/flow of an SDE, to continue with.
 
   Rounding errors of layers are independent, so they grow with the square root of their number. An
   error that has nothing to do with a step's noise moves the log ratio, a mean over D latent
@@ -308,6 +320,9 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
   """
   settings, w, dtype = spec.rollout.settings, spec.window, spec.network.dtype
   growth = MARGIN * max(network.config.llm.num_layers / MEASURED_LAYERS, 1.0) ** 0.5
+  limits = {"drift/text_scaled_p99": spec.update.drift_text or growth * TEXT_DRIFT[dtype]}
+  if not w.size:
+    return limits
   step_error = STEP_ERROR[dtype]
   if dtype == "bfloat16" and spec.rollout.sde is not None:
     times = flow.time_grid(settings.num_timesteps, settings.shift)
@@ -319,10 +334,7 @@ def drift_limits(spec: rl.Spec, network: state.Network) -> dict[str, float]:
     )
     step_error *= float(jnp.abs(step.slope).max())
   flow_drift = PERCENTILE_99 * step_error / latent_elements(spec, network) ** 0.5
-  return {
-    "drift/text_scaled_p99": spec.update.drift_text or growth * TEXT_DRIFT[dtype],
-    "drift/flow_p99": spec.update.drift_flow or max(growth * flow_drift, 1e-8),
-  }
+  return limits | {"drift/flow_p99": spec.update.drift_flow or max(growth * flow_drift, 1e-8)}
 
 
 def _differentiated(spec: rl.Spec) -> str:
@@ -337,7 +349,6 @@ def _differentiated(spec: rl.Spec) -> str:
 def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
   """What an iteration is, before it compiles."""
   r, settings, parts = spec.rollout, spec.rollout.settings, schedule(spec, network.mesh)
-  w = spec.window
   ways = r.mesh(network).shape["tensor"]
   held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(train_state))
   return [
@@ -345,13 +356,22 @@ def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
     f"trajectories of {r.height} x {r.width} pixels, "
     + (f"up to {settings.max_tokens} tokens of reasoning" if settings.think
        else "without reasoning"),
-    f"        {settings.num_timesteps - 1} velocity evaluations, "
-    + (f"{_differentiated(spec)} differentiated; " if spec.by_gradient
-       else f"SDE window of {w.size} in {(w.low, w.high)}; ")
-    + f"{parts.epochs} epoch(s) x {parts.minibatches} "
+    f"        {settings.num_timesteps - 1} velocity evaluations, {_trained_steps(spec)}"
+    f"; {parts.epochs} epoch(s) x {parts.minibatches} "
     f"minibatch(es) x {parts.microbatches} microbatch(es)",
     f"state: {held / 2**30:.2f} GiB a device (parameters, optimizer"
     + (", moving average" if train_state.ema is not None else "")
-    + (", reference)" if train_state.reference is not None else ")"),
+    + (", reference" if train_state.reference is not None else "")
+    + (", anchor)" if train_state.anchor is not None else ")"),
     f"tensor ways: {network.mesh.shape['tensor']} in the update, {ways} while sampling",
   ]
+
+
+def _trained_steps(spec: rl.Spec) -> str:
+  if not spec.flow.train:
+    return "none of them trained"
+  if spec.by_gradient:
+    return f"{_differentiated(spec)} differentiated"
+  if spec.window.size:
+    return f"SDE window of {spec.window.size} in {(spec.window.low, spec.window.high)}"
+  return f"each image noised again at {spec.times.count} times ({spec.times.kind})"

@@ -11,16 +11,16 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.algorithms import base, forward, grpo, refl, update
-from unigrpo_jax.benchmarks import evaluation, validation
+from unigrpo_jax.benchmarks import validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.losses import advantages, forward_process
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
-from unigrpo_jax.recipe import checks, sections
+from unigrpo_jax.recipe import checks, combinations, sections
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.runtime import sharding, state
-from unigrpo_jax.sampling import direct, flow, sde, windows
+from unigrpo_jax.sampling import direct, flow, sde, times, windows
 
 SDE_OBJECTIVES = {"grpo": grpo.GRPO, "dppo": grpo.DPPO}
 FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO}
@@ -38,7 +38,11 @@ ENDPOINT_KEYS = (
 )
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
-  "attention": "auto", "flow.awm_clip": 1e-4, "flow.fpo_clip": 0.05, "text.ratio": "token",
+  "attention": "auto", "text.ratio": "token", "flow.awm_clip": 1e-4, "flow.awm_ratio": "exp_first",
+  "flow.awm_bound": 0.0, "flow.fpo_clip": 0.05, "flow.fpo_weighting": "uniform",
+  "flow.fpo_ratio": "mean_first", "flow.fpo_surrogate": "ppo", "flow.fpo_cap": 0.0,
+  "flow.times": "uniform", "flow.draws": 3,  # those of Table 3's window; see `_older`
+  "flow.anchor_weight": 0.0, "flow.anchor_decay": 0.3, "flow.anchor_rise": 0.001,
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1, "refl.judge": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
@@ -72,15 +76,23 @@ KEYS: checks.Keys = {
   "text.aggregation": checks.OneOf(text_losses.AGGREGATIONS), "text.kl_weight": _SCALE,
   "text.chunk": _COUNT, "flow.train": checks.Flag(), "flow.weight": _SCALE,
   "flow.objective": checks.OneOf((*SDE_OBJECTIVES, *FORWARD_OBJECTIVES, *GRADIENT_OBJECTIVES)),
-  "flow.ratio": checks.OneOf(("norm", "plain")), "flow.clip": _SCALE, "flow.awm_clip": _SCALE,
-  "flow.fpo_clip": _SCALE, "flow.scale_with_size": checks.Flag(),
+  "flow.ratio": checks.OneOf(("norm", "plain")), "flow.clip": _SCALE,
+  "flow.scale_with_size": checks.Flag(),
   "flow.grad_reweight": checks.OneOf(flow_losses.REWEIGHTS),
   "flow.regulariser": checks.OneOf(base.REGULARISERS), "flow.regulariser_weight": _SCALE,
   "flow.routing": checks.OneOf(replay.ROUTINGS),
   "flow.reference_context": checks.OneOf(("reference", "policy")),
   "flow.dppo_threshold": _SCALE, "flow.nft_beta": checks.Number(above=0),
   "flow.nft_bound": checks.Number(above=0),
-  "flow.awm_weighting": checks.OneOf(forward_process.WEIGHTINGS),
+  "flow.draws": _COUNT, "flow.times": checks.OneOf(times.KINDS),
+  "flow.awm_weighting": checks.OneOf(forward_process.AWM_WEIGHTINGS),
+  "flow.awm_ratio": checks.OneOf(forward_process.AWM_RATIOS), "flow.awm_clip": _SCALE,
+  "flow.awm_bound": _SCALE, "flow.fpo_clip": _SCALE,
+  "flow.fpo_weighting": checks.OneOf(forward_process.FPO_WEIGHTINGS),
+  "flow.fpo_ratio": checks.OneOf(tuple(forward_process.FPO_RATIOS)),
+  "flow.fpo_surrogate": checks.OneOf(flow_losses.SURROGATES), "flow.fpo_cap": _SCALE,
+  "flow.anchor_weight": _SCALE, "flow.anchor_decay": checks.Number(low=0, high=1),
+  "flow.anchor_rise": _SCALE,
   "refl.judge": checks.Text(), "refl.weight": checks.Number(above=0),
   "refl.margin": checks.Number(), "refl.per_batch": checks.Flag(),
   "refl.gradient_steps": checks.Integer(low=0), "refl.direct_align": checks.Flag(),
@@ -151,8 +163,6 @@ class FlowSpec:
   objective: str
   ratio: str
   clip: float
-  awm_clip: float
-  fpo_clip: float
   scale_with_size: bool
   grad_reweight: str
   regulariser: str
@@ -163,6 +173,17 @@ class FlowSpec:
   nft_beta: float
   nft_bound: float
   awm_weighting: str
+  awm_ratio: str
+  awm_clip: float  # 0 for none
+  awm_bound: float  # 0 for none
+  fpo_weighting: str
+  fpo_ratio: str
+  fpo_surrogate: str
+  fpo_clip: float
+  fpo_cap: float  # 0 for none
+  anchor_weight: float
+  anchor_decay: float
+  anchor_rise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +214,12 @@ class UpdateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-  """Which steps have noise, or are recorded; see `windows.draw`."""
+  """Which steps have noise, or are recorded; see `windows.draw`. Empty where none is."""
 
   convention: str
   low: int
   high: int
-  size: int  # 0 for algorithms without an SDE
-  draws: int  # times and noises of an image, for algorithms that noise it again
+  size: int
   moving: windows.Moving
 
 
@@ -216,6 +236,7 @@ class Spec:
   advantage: AdvantageSpec
   rollout: rollout.RolloutSpec
   window: WindowSpec
+  times: times.Times  # at which finished images are noised again, where there is no SDE
   text: TextSpec
   flow: FlowSpec
   refl: ReFLSpec
@@ -236,6 +257,21 @@ class Spec:
   @property
   def trains_text(self) -> bool:
     return self.text.train and self.rollout.settings.think
+
+  @property
+  def steps_an_image(self) -> int:
+    """Times at which a velocity of each image is trained."""
+    if not self.flow.train:
+      return 0
+    return self.window.size or self.times.count
+
+  @property
+  def anchored(self) -> frozenset[str]:
+    """Groups of parameters whose moving average holds the flow back: those that the flow trains."""
+    if not (self.flow.train and self.flow.anchor_weight):
+      return frozenset()
+    constant = {"und", "text"} if self.flow.routing == "expert" else set()
+    return frozenset(self.optimizer.trained - constant)
 
   @property
   def needs_reference(self) -> bool:
@@ -263,13 +299,13 @@ def read(config: ConfigDict) -> Spec:
   """
   config = checks.read(config, KEYS, DEFAULTS)
   sections.fill_rank(config)
-  _check_combinations(config)
   c, r, e = config, config.rollout, config.eval
   by_gradient = c.flow.train and c.flow.objective in GRADIENT_OBJECTIVES
+  combinations.check(c, forward=c.flow.objective in FORWARD_OBJECTIVES, by_gradient=by_gradient)
   spec = Spec(
     seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,
     run=sections.run(
-      c, MUTABLE_KEYS | _call_keys(c), DEFAULTS, evaluate_every=e.every,
+      c, MUTABLE_KEYS | _call_keys(c) | _idle_keys(c), _older(c), evaluate_every=e.every,
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
       shown=("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
              "drift/text"),
@@ -287,6 +323,7 @@ def read(config: ConfigDict) -> Spec:
       settings=sections.fill(requests.Settings, r, guidance=_guidance(r)),
     ),
     window=_late_window(c) if by_gradient else _window(c),
+    times=times.Times(c.flow.draws, c.flow.times, r.num_timesteps, r.shift),
     text=sections.fill(TextSpec, c.text), flow=sections.fill(FlowSpec, c.flow),
     refl=sections.fill(ReFLSpec, c.refl),
     update=sections.fill(UpdateSpec, c, drift_text=c.drift.text, drift_flow=c.drift.flow),
@@ -297,7 +334,7 @@ def read(config: ConfigDict) -> Spec:
       ),
     ),
   )
-  _check_window(spec)
+  _check_steps(spec)
   return spec
 
 
@@ -305,7 +342,7 @@ def _window(config: ConfigDict) -> WindowSpec:
   r = config.rollout
   has_noise = config.flow.train and config.flow.objective in SDE_OBJECTIVES
   return WindowSpec(
-    r.window, *r.window_range, r.window_size if has_noise else 0, r.window_size,
+    r.window, *(r.window_range if has_noise else (0, 0)), r.window_size if has_noise else 0,
     windows.Moving(
       iterations=r.moving_iterations, stride=r.moving_stride or None,
       roll_back=r.moving_roll_back, dwell=r.moving_dwell,
@@ -326,7 +363,7 @@ def _late_window(config: ConfigDict) -> WindowSpec:
   elif config.refl.gradient_steps != 1:
     low = direct.first_differentiated(steps, config.refl.gradient_steps)
     high = low + 1
-  return WindowSpec(convention, low, high, 1, 1, windows.Moving())
+  return WindowSpec(convention, low, high, 1, windows.Moving())
 
 
 def _guidance(section: ConfigDict) -> flow.Guidance:
@@ -344,90 +381,27 @@ def _call_keys(config: ConfigDict) -> set[str]:
   }
 
 
-def _check_combinations(config: ConfigDict) -> None:
-  with errors.at("config.eval.modes"):
-    for mode in config.eval.modes:
-      evaluation.Mode.parse(mode)
-  for section in ("rollout", "eval"):
-    low, high = interval = tuple(config[section].cfg_interval)
-    if not 0 <= low < high <= 1:
-      raise errors.InputError(
-        f"config.{section}.cfg_interval={interval} holds no time; give (low, high) with "
-        "0 <= low < high <= 1"
-      )
-  if config.text.dual_clip:
-    errors.require("config.text.dual_clip", config.text.dual_clip, above=1)
-  if not config.text.train and not config.flow.train:
-    raise errors.InputError("config.text.train and config.flow.train are both False; set one")
-  if config.text.train and not config.rollout.think and not config.flow.train:
-    raise errors.InputError(
-      "config.rollout.think=False leaves no text to train; set config.flow.train=True"
-    )
-  by_gradient = config.flow.train and config.flow.objective in GRADIENT_OBJECTIVES
-  if by_gradient:
-    _check_by_gradient(config)
-  else:
-    errors.require("config.group_size", config.group_size, integer=True, low=2)
-  if config.minibatches > 1 and config.old_values == "first_epoch" and not by_gradient:
-    raise errors.InputError(
-      f"config.minibatches={config.minibatches}: after the first of them the policy is no longer "
-      "the one that sampled; set config.old_values=recomputed"
-    )
-  forward_process = config.flow.objective in FORWARD_OBJECTIVES
-  if config.old_values == "rollout" and forward_process:
-    raise errors.InputError(
-      f"config.flow.objective={config.flow.objective} compares velocities that no rollout records; "
-      "set config.old_values=first_epoch"
-    )
-  if config.flow.regulariser.startswith("latent_kl") and forward_process:
-    raise errors.InputError(
-      f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which "
-      f"config.flow.objective={config.flow.objective} has not; set velocity_mse"
-    )
-  trained = {group for group, rate in config.learning_rate.items() if rate}
-  for key, group, shared in (("text", "und", "text"), ("flow", "gen", "latent")):
-    if config[key].train and not trained & {group, shared} and (
-      key != "text" or config.rollout.think
-    ):
-      raise errors.InputError(
-        f"config.{key}.train=True but config.learning_rate.{group}=0; give it one"
-      )
+def _idle_keys(config: ConfigDict) -> set[str]:
+  """Keys of objectives that the run has not: they may differ when it continues."""
+  objective, keys = config.flow.objective, {"draws", "times"}
+  others = {name for name in KEYS if name.split("_")[0] in {
+    f"flow.{other}" for other in FORWARD_OBJECTIVES if other != objective
+  }}
+  return others | {f"flow.{key}" for key in keys if objective not in FORWARD_OBJECTIVES}
 
 
-def _check_by_gradient(config: ConfigDict) -> None:
-  name = f"config.flow.objective={config.flow.objective}"
-  for key, wanted, reason in (
-    ("text.train", False, "has no loss of the text"),
-    ("epochs", 1, "takes each trajectory once, since its late step is that of the policy"),
-    ("old_values", "first_epoch", "compares no old values"),
-  ):
-    section, _, leaf = key.rpartition(".")
-    value = (config[section] if section else config)[leaf]
-    if value != wanted:
-      raise errors.InputError(f"config.{key}={value}: {name} {reason}; set it to {wanted}")
-  if config.refl.direct_align and config.refl.gradient_steps != 1:
-    raise errors.InputError(
-      f"config.refl.gradient_steps={config.refl.gradient_steps}: config.refl.direct_align "
-      "differentiates one step; set it to 1"
-    )
-  if config.refl.sft_weight and not config.refl.sft_config:
-    raise errors.InputError(
-      f"config.refl.sft_weight={config.refl.sft_weight} needs examples; set config.refl.sft_config "
-      "to a config of supervised training, such as configs/sft.py:tiny"
-    )
-  if config.rollout.cfg_text_scale > 1:
-    raise errors.InputError(
-      f"config.rollout.cfg_text_scale={config.rollout.cfg_text_scale}: {name} would differentiate "
-      "the branch without the prompt too; set it to 1.0"
-    )
-  if config.flow.regulariser.startswith("latent_kl"):
-    raise errors.InputError(
-      f"config.flow.regulariser={config.flow.regulariser} needs the steps of an SDE, which {name} "
-      "has not; set velocity_mse"
-    )
+def _older(config: ConfigDict) -> dict[str, Any]:
+  """What runs did that lack a key: they noised an image as often as a window had steps."""
+  return DEFAULTS | {"flow.draws": config.rollout.window_size}
 
 
-def _check_window(spec: Spec) -> None:
+def _check_steps(spec: Spec) -> None:
+  if not spec.flow.train:
+    return
+  if spec.flow.objective in FORWARD_OBJECTIVES:
+    with errors.at("config.flow.times and config.rollout.num_timesteps"):
+      spec.times.check()
+    return
   w, points = spec.window, spec.rollout.settings.num_timesteps
   try:
     window_steps(spec, 1)
@@ -435,20 +409,19 @@ def _check_window(spec: Spec) -> None:
     raise errors.InputError(
       f"config.rollout.window_range and window_size with num_timesteps={points}: {error}"
     ) from None
-  if not spec.flow.train:
-    return
-  if w.draws < 1:
+  if w.size < 1:
     raise errors.InputError(
-      f"config.rollout.window_size={w.draws} leaves no step to train; set config.flow.train=False"
+      f"config.rollout.window_size={w.size} leaves no step to train; set config.flow.train=False"
     )
-  if spec.flow.objective in SDE_OBJECTIVES:
-    noise = spec.rollout.sde
-    errors.require("config.rollout.noise_level", noise.noise_level, above=0)
-    if noise.kind == "cps" and w.high >= points - 1:
-      raise errors.InputError(
-        f"config.rollout.window_range={(w.low, w.high)}: the last step of config.rollout.sde="
-        f"cps has no noise; let it end at {points - 2} or before"
-      )
+  if spec.by_gradient:
+    return
+  noise = spec.rollout.sde
+  errors.require("config.rollout.noise_level", noise.noise_level, above=0)
+  if noise.kind == "cps" and w.high >= points - 1:
+    raise errors.InputError(
+      f"config.rollout.window_range={(w.low, w.high)}: the last step of config.rollout.sde="
+      f"cps has no noise; let it end at {points - 2} or before"
+    )
 
 
 def window_steps(spec: Spec, iteration: int, ways: int = 1) -> np.ndarray:

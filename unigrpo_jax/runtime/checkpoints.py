@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import dataclasses
 import functools
 import glob
 import json
@@ -19,7 +20,7 @@ from etils import epath
 from orbax.checkpoint import path as path_lib
 from orbax.checkpoint import v1 as ocp
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, types
 from unigrpo_jax.data import files
 from unigrpo_jax.runtime import checksums, hosts
 
@@ -247,7 +248,7 @@ class TrainCheckpoints:
       # A failed save must not go unnoticed until the run needs it.
       self._checkpointer.wait()
       self._seal()
-      self._checkpointer.save_async(step, state, custom_metadata=dict(record), force=True)
+      self._checkpointer.save_async(step, _kept(state), custom_metadata=dict(record), force=True)
       self._unsealed = step
 
   def _seal(self) -> None:
@@ -287,7 +288,8 @@ class TrainCheckpoints:
     context.pytree_options.loading.partial_load = partial
     try:
       with context:
-        return self._checkpointer.load(step, abstract)
+        loaded = self._checkpointer.load(step, _kept(abstract))
+        return abstract.replace(**loaded) if _kept(abstract) is not abstract else loaded
     except Exception as error:
       # The other hosts would wait for one that goes on alone.
       if cause := _damage(error) if hosts.count() == 1 else None:
@@ -312,6 +314,14 @@ class TrainCheckpoints:
         if not is_kept:
           self._checkpointer.delete(checkpoint.step)
       self._checkpointer.close()
+
+
+def _kept(state: Any) -> Any:
+  """What is written of a state: without an anchor that it has not, as before there were any."""
+  if not isinstance(state, types.TrainState) or state.anchor is not None:
+    return state
+  names = [field.name for field in dataclasses.fields(state)]
+  return {name: getattr(state, name) for name in names if name != "anchor"}
 
 
 def _damage(error: BaseException | None) -> str | None:

@@ -119,7 +119,19 @@ def update_average(average: Any, params: Any, step: jax.Array, *, decay: float) 
   Both trees are float32; `step`, [] int32, is the optimizer's just taken, counted from 0; `decay`
   is the largest d. Source: `EMAModuleWrapper` of Flow-GRPO.
   """
-  d = ema_decay(step, decay)
+  return move_average(average, params, ema_decay(step, decay))
+
+
+def rising_decay(step: jax.Array, *, rise: float, highest: float) -> jax.Array:
+  """The decay of an average that first follows its parameters: min(rise step, highest).
+
+  Source: AWM's `kl_ema_decay`, DiffusionNFT's `return_decay`.
+  """
+  return jnp.minimum(rise * step, highest)
+
+
+def move_average(average: Any, params: Any, d: jax.Array) -> Any:
+  """d average + (1 - d) params, of float32 trees; d [] float32."""
   # d < 1 always, but without the `where` XLA fuses multiply and add, and rounds differently.
   move = lambda old, new: jnp.where(d < 1, d * old + (1 - d) * new, old)
   return jax.tree.map(move, average, params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -200,10 +200,12 @@ class StateLayout:
   Attributes:
     abstract: shapes, dtypes and shardings.
     shardings: the last of these alone.
+    anchor: groups of parameters that the state has a moving average of; see `layout`.
   """
 
   abstract: types.TrainState
   shardings: types.TrainState
+  anchor: Collection[str] = ()
 
 
 def _stored(params, model: bagel.Bagel):
@@ -217,7 +219,8 @@ def _stored(params, model: bagel.Bagel):
 
 
 def layout(
-  network: Network, optimizer: optax.GradientTransformation, *, ema: bool, reference: bool
+  network: Network, optimizer: optax.GradientTransformation, *, ema: bool, reference: bool,
+  anchor: Collection[str] = (),
 ) -> StateLayout:
   """The shapes and the shardings of a run's state.
 
@@ -226,12 +229,15 @@ def layout(
     optimizer: of its parameters.
     ema: whether a moving average is kept.
     reference: whether a copy of the first parameters is kept, in the network's own dtype.
+    anchor: groups of parameters whose moving average the flow is held near; () for none.
   """
   model = network.model
 
   def fresh(key) -> types.TrainState:
     params = model.init(key, bagel.example_batch(network.config))["params"]
-    return _state_of(_stored(params, model), model, optimizer, ema=ema, reference=reference)
+    return _state_of(
+      _stored(params, model), model, optimizer, ema=ema, reference=reference, anchor=anchor
+    )
 
   abstract = jax.eval_shape(fresh, jax.random.key(0))
   where = sharding.shardings(abstract, network.mesh)
@@ -239,16 +245,19 @@ def layout(
     jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
       sharding.unbox(abstract), where,
-    ), where,
+    ), where, anchor,
   )
 
 
-def _state_of(params, model, optimizer, *, ema: bool, reference: bool) -> types.TrainState:
+def _state_of(
+  params, model, optimizer, *, ema: bool, reference: bool, anchor: Collection[str]
+) -> types.TrainState:
   cast = lambda a: jnp.copy(a).astype(model.dtype)
   return types.TrainState(
     step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if ema else None,
     reference=jax.tree.map(cast, params) if reference else None,
+    anchor=jax.tree.map(jnp.copy, optim.split(params, anchor)[0]) if anchor else None,
   )
 
 
@@ -264,7 +273,8 @@ def first_state(
   model, config = network.model, network.config
   init = lambda key: sharding.unbox(model.init(key, bagel.example_batch(config))["params"])
   copies = dict(
-    ema=where.shardings.ema is not None, reference=where.shardings.reference is not None
+    ema=where.shardings.ema is not None, reference=where.shardings.reference is not None,
+    anchor=where.anchor,
   )
   state_of = lambda params: _state_of(_stored(params, model), model, optimizer, **copies)
   key, loaded = jax.random.key(seed), {}

@@ -58,7 +58,8 @@ class Planner:
     # All before the mesh is active: there are no chips to compute anything on.
     optimizer = spec.optimizer.make()
     layout = state.layout(
-      network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference
+      network, optimizer, ema=spec.optimizer.ema_decay is not None,
+      reference=spec.copies_reference, anchor=spec.anchored,
     )
     self.state = layout.abstract
     self.rollout = rollout.Rollout(network, None, spec.rollout)
@@ -95,7 +96,7 @@ class Planner:
     self._held = {
       name: bytes_on_chip(tree) for name, tree in (
         ("parameters", s.params), ("optimizer", s.opt_state), ("moving average", s.ema),
-        ("reference", s.reference), ("judge", self.algorithm.fixed),
+        ("reference", s.reference), ("anchor", s.anchor), ("judge", self.algorithm.fixed),
       )
     }
     with sharding.activate(self.rollout.network.mesh):
@@ -234,8 +235,7 @@ class Planner:
     velocity = flops.velocity(sizes, self.rollout.grid.ids.shape[1], context=shared + tokens)
     reads = parts.schedule(spec, self.mesh).group_parts * spec.rollout.prompt_copies(self.mesh)
     text = prefill * (reads * spec.prompts.per_step) + written
-    steps = spec.window.draws if spec.flow.train else 0
-    image = velocity * (steps * count)
+    image = velocity * (spec.steps_an_image * count)
     # Under adapters, whose own products are not counted, the weights have no gradient.
     trained = set() if spec.network.lora else spec.optimizer.trained & set(flops.PARTS)
     forwards = 1 + (spec.network.remat == "full")
@@ -244,7 +244,9 @@ class Planner:
       epoch += forwards * text.forward + text.backward(trained & {"und", "text"})
     else:
       epoch += text.forward
-    replays = spec.needs_reference + (spec.update.old_values == "recomputed")
+    replays = (
+      spec.needs_reference + bool(spec.anchored) + (spec.update.old_values == "recomputed")
+    )
     return {
       "read": prefill.forward * spec.prompts.per_step, "decode": written.forward,
       "denoise": velocity.forward * (s.num_timesteps - 1) * count,
