@@ -11,7 +11,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.algorithms import base, forward, grpo, refl, update
-from unigrpo_jax.benchmarks import validation
+from unigrpo_jax.benchmarks import evaluation, validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.losses import advantages, forward_process
