@@ -141,7 +141,7 @@ def test_charts_are_the_same_every_time_and_leave_matplotlib_as_it_is():
   assert dict(matplotlib.rcParams) == before
 
 
-def test_matplotlib_is_imported_for_the_report_alone():
+def test_matplotlib_is_imported_for_reports_and_comparisons_alone():
   """It takes a second, which no other command should wait for."""
   users = {"matplotlib": set(), "unigrpo_jax.tools.report": set()}
   for path in PACKAGE.rglob("*.py"):
@@ -151,6 +151,7 @@ def test_matplotlib_is_imported_for_the_report_alone():
       for library in users:
         if any(f"{name}.".startswith(f"{library}.") for name in names):
           users[library].add(str(path.relative_to(PACKAGE)))
-  assert users["matplotlib"] == {"tools/report/charts.py", "tools/report/figure.py"}
+  compares = "tools/compare/figures.py"
+  assert users["matplotlib"] == {"tools/report/charts.py", "tools/report/figure.py", compares}
   users = users["unigrpo_jax.tools.report"]
-  assert {user for user in users if not user.startswith("tools/report/")} == {"report.py"}
+  assert {user for user in users if not user.startswith("tools/report/")} == {"report.py", compares}

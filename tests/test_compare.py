@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax.recipe import config_files
+from unigrpo_jax.benchmarks import verdict
 from unigrpo_jax.tools.compare import command, comparison, methods, processes, runs, scores
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,9 +93,6 @@ def test_the_rows_are_the_papers_in_its_order():
 @pytest.mark.parametrize("name", list(methods.ALL))
 def test_every_method_has_a_config_that_evaluates_it(name, tmp_path):
   method = methods.ALL[name]
-  variants = runpy.run_path(config_files.FOLDER / f"{method.config}.py").get("VARIANTS", {})
-  if method.config == "unigrpo" and not variants.keys() >= set(method.variants):
-    pytest.skip(f"configs/unigrpo.py has no variant {method.variants} yet")
   training = runs.prepare(
     name, 3, folder=tmp_path / "r", init_from="tiny", variants="tiny", shared=(),
     overrides=["--config.steps=10"],
@@ -216,6 +212,29 @@ def test_rows_below_the_rule(tmp_path):
   assert lines[rule - 1].startswith("| 15 | UniGRPO |")
   assert [line.split(" | ")[1] for line in lines[rule + 1 :][:1]] == ["UniGRPO, latent KL *"]
   assert "- UniGRPO, latent KL: 0 of 1 seeds are finished" in text
+
+
+def test_a_row_that_diverged_has_dashes_and_says_why(tmp_path, monkeypatch):
+  made = _comparison(tmp_path, names=["UniFPO", "UniGRPO"])
+  for name in ("UniFPO", "UniGRPO"):
+    for seed in (0, 1):
+      _finish(made, tmp_path, name, seed, {0: 0.5, 4: 0.5}, lambda p, k: 1)
+  fine = verdict.Verdict(False, None, "")
+  verdicts = {"unifpo_0": verdict.Verdict(True, 3, "bd"), "unifpo_1": fine}
+  monkeypatch.setattr(verdict, "read_rows", lambda folder, mode: folder.name)
+  monkeypatch.setattr(verdict, "verdict", lambda name, rejected: verdicts[name])
+  text = made.write()
+  assert "| 14 | UniFPO * | SFT | yes | yes | – | – | – |" in text
+  assert "- UniFPO: 1 of 2 seeds diverged, at iterations 3, by (b; d)" in text
+  verdicts["unifpo_0"] = fine
+  assert "| 14 | UniFPO | SFT | yes | yes | 1.000 ± " in made.write()
+  # A run that ended with a number that is not finite has no last checkpoint to evaluate.
+  seen = []
+  monkeypatch.setattr(
+    verdict, "verdict", lambda name, rejected: seen.append(rejected) or verdicts[name])
+  made.failed["UniFPO, seed 1"] = "error: step 7: flow/mse is not finite; the state is saved"
+  made.write()
+  assert seen[:2] == [None, 7]
 
 
 def test_curves_have_what_the_runs_logged(tmp_path):

@@ -15,6 +15,7 @@ from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools.compare import (
   curves,
+  divergence,
   figures,
   measure,
   methods,
@@ -302,6 +303,7 @@ class Comparison:
     notes = [
       f"{job}: {why}" for job, why in self.failed.items() if job.startswith(f"{row.trained}, seed")
     ]
+    diverged = divergence.note(row.trained, trainings, self.failed)
     for which in (runs.LAST, runs.BEST):
       done = [run for run in trainings if run.is_done() and scores.read(self._at(run, which))]
       if which == runs.LAST and len(done) < len(self._seeds):
@@ -314,8 +316,8 @@ class Comparison:
       part = self._scored(row, which, [scores.read(self._at(run, which)) for run in done],
                           identities)
       made["checkpoints"] |= part["checkpoints"]
-      made["scores"] |= part["scores"]
-    return made | {"note": "; ".join(notes)}
+      made["scores"] |= {} if diverged else part["scores"]
+    return made | {"note": "; ".join([diverged] if diverged else notes)}
 
   def _which(self, run: runs.Training, which: str) -> str:
     return runs.LAST if run.step(which) == run.step(runs.LAST) else which
