@@ -149,7 +149,7 @@ def judge(config: ConfigDict) -> None:
   config.schedule = "cosine"
   config.warmup_steps = 50
   config.weight_decay = 0.01
-  config.ema_decay = 0.99
+  config.ema_decay = 0.0  # it would hold the frozen parameters too
 
 
 def tiny_judge(config: ConfigDict) -> None:

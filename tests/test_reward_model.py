@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -10,7 +11,9 @@ import pytest
 from tests.refusals import refusal
 from unigrpo_jax import errors, types
 from unigrpo_jax.iconworld import plans, prompts, renderer, scenes, verifier
+from unigrpo_jax.reward_models import judge as judge_lib
 from unigrpo_jax.reward_models import metrics
+from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools.reward_model import command, making, measuring, training, world
 from unigrpo_jax.tools.reward_model import triples as triples_lib
 
@@ -217,3 +220,37 @@ def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
   assert message.startswith("seed=1 but the stages in") and "have 0" in message
 
 
+
+
+@pytest.mark.slow
+def test_a_judge_of_preference_pairs_is_trained_and_opened(shallow, tmp_path):
+  """All stages on JSON lines, with adapters, as for the release."""
+  rng, rows = np.random.default_rng(0), []
+  for number in range(8):
+    for kind in "ab":
+      PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+        tmp_path / f"{number}{kind}.png"
+      )
+    rows.append({"prompt": "a kite", "chosen": f"{number}a.png", "rejected": f"{number}b.png"})
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  flags = [
+    f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}", f"--train_file={path}",
+    f"--validation_file={path}", "--question=does it show {prompt}? yes or no",
+    f"--config.init_from={shallow}", "--config.steps=2", "--config.sequences_per_step=8",
+    "--config.microbatch=8", "--config.limits.images=8", "--config.checkpoint_every=1",
+    "--config.lora.rank=2", "--config.mesh.fsdp=8",
+  ]
+  try:
+    command.main(flags)
+  except errors.InputError as error:  # Two steps may well miss the gate of the hidden picture.
+    assert str(error).startswith("missed: AUC with the")
+  judge, params = judge_lib.open_judge(tmp_path / "out")
+  assert judge.prompt_form == "prompt" and judge.tau > 0
+  before = folders.open_folder(shallow).load_params(parts=("bagel",))["bagel"]["layers"]
+  moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()),
+                       before, params["layers"])
+  assert moved["und"]["attention"]["q"]["kernel"] and not any(jax.tree.leaves(moved["gen"]))
+  record = json.loads((tmp_path / "out" / judge_lib.FILE).read_text())
+  assert record["metrics"]["all"]["n"] == 16 and record["metrics"]["group_auc"] is None
+  command.main(["calibrate", *flags])  # again: everything is there

@@ -268,7 +268,7 @@ def write_folder(
     "checksums": {
       path.name: list(checksums.of(path)) for path in others if path.name != judge_lib.FILE
     },
-    "metrics": measured,
+    "metrics": _json(measured),
   }
   with locks.staging(out, last=(judge_lib.FILE,)) as staged:
     for path in others:
@@ -276,3 +276,12 @@ def write_folder(
         (staged / path.name).write_bytes(path.read_bytes())
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     (staged / judge_lib.FILE).write_text(text, encoding="utf-8")
+
+
+def _json(value: Any) -> Any:
+  """A value as strict JSON has it, which has no NaN."""
+  if isinstance(value, Mapping):
+    return {key: _json(item) for key, item in value.items()}
+  if isinstance(value, tuple | list):
+    return [_json(item) for item in value]
+  return None if isinstance(value, float) and np.isnan(value) else value
