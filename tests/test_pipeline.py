@@ -70,8 +70,9 @@ def _assert_same(got, want):
 
 
 @pytest.mark.parametrize("mode", [
-  "draw", "edit_think", "understand",
-  *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("think", "edit", "understand_think")),
+  "edit_think", "understand",
+  *(pytest.param(mode, marks=pytest.mark.slow)
+    for mode in ("draw", "think", "edit", "understand_think")),
 ])
 def test_a_row_alone_equals_the_row_in_a_batch(one_device, mode):
   """From request to result, over texts and images of different sizes."""

@@ -144,7 +144,7 @@ def _grow(config, call, context, segments):
 
 @pytest.mark.parametrize("sizes, kinds", [
   pytest.param((6,), "text latents patches text patches text", marks=pytest.mark.slow),
-  ((3, 3), "text patches latents text latents text"),
+  pytest.param((3, 3), "text patches latents text latents text", marks=pytest.mark.slow),
   pytest.param((2, 2, 2), "latents patches text text latents text", marks=pytest.mark.slow),
   pytest.param((2, 1, 2, 1), "patches text latents patches text text", marks=pytest.mark.slow),
   ((1, 2, 1, 1, 1), "text latents text patches latents text"),

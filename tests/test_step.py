@@ -76,6 +76,7 @@ def test_microbatches_add_up_to_the_whole_batch(config, model, params):
   chex.assert_trees_all_close(got, want, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_frozen_groups_alone(config, model, params):
   trained = {*optim.GROUPS} - {"und", "base"}
   schedules = {group: (lambda _: 3e-3) if group in trained else None for group in optim.GROUPS}

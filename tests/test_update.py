@@ -70,8 +70,8 @@ def test_microbatches_do_not_change_the_update(run, experience, one_step, parts)
 
 
 @pytest.mark.parametrize("microbatches,group_parts", [
-  (2, 1), (4, 2),
-  pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow),
+  (4, 2),
+  *(pytest.param(*parts, marks=pytest.mark.slow) for parts in ((1, 1), (2, 1), (2, 2))),
 ])
 def test_a_prompt_read_once_is_the_same_as_once_a_trajectory(
   run, experience, one_step, microbatches, group_parts

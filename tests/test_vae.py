@@ -133,6 +133,7 @@ def test_recorded_packing():
   np.testing.assert_array_equal(vae.unpack_latents(tokens, 2, 3, 2), latents)
 
 
+@pytest.mark.slow
 def test_a_gradient_keeps_the_inputs_of_blocks_alone(monkeypatch):
   config = config_lib.VAEConfig(
     ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, scale_factor=0.4, shift_factor=0.1
