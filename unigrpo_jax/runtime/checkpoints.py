@@ -51,14 +51,18 @@ def drop_lost_traces() -> None:
     name = pathlib.PurePath(record.pathname).name
     return bool(record.exc_info) and name in _BACKGROUND_FILES and is_of_orbax(record.pathname)
 
-  def is_of_metadata(record: logging.LogRecord) -> bool:
-    # We name what is damaged.
-    return record.getMessage().startswith("Failed to json parse Metadata file")
+  def is_known(record: logging.LogRecord) -> bool:
+    # We name what is damaged. A write that goes on in a thread after its interruption finds its
+    # folder gone.
+    message = record.getMessage()
+    return message.startswith("Failed to json parse Metadata file") or (
+      "Skipping merge of OCDBT checkpoints" in message)
 
   def is_lost_task(record: logging.LogRecord) -> bool:
+    # Of Orbax's coroutines, or of a read or write of TensorStore that they no longer wait for.
     message = record.getMessage()
     is_lost = "was never retrieved" in message or "was destroyed but it is pending" in message
-    return is_lost and "/orbax/" in message
+    return is_lost and ("orbax" in message or "tensorstore" in message)
 
   show = sys.unraisablehook
 
@@ -69,7 +73,7 @@ def drop_lost_traces() -> None:
       show(unraisable)
 
   logging.getLogger("absl").addFilter(
-    lambda record: not is_background_trace(record) and not is_of_metadata(record)
+    lambda record: not is_background_trace(record) and not is_known(record)
   )
   logging.getLogger("asyncio").addFilter(lambda record: not is_lost_task(record))
   sys.unraisablehook = show_others
