@@ -1,7 +1,9 @@
 """ReFL, a baseline of UniGRPO (2603.23500): the gradient of a frozen judge trains the drawing.
 
-  python -m unigrpo_jax.train --config=configs/refl.py:tiny --workdir=runs/refl
-  python -m unigrpo_jax.train --config=configs/refl.py:tiny,think --workdir=runs/refl_think
+  python -m unigrpo_jax.train --config=configs/refl.py:tiny --workdir=runs/refl \\
+    --config.refl.judge=JUDGE
+  python -m unigrpo_jax.train --config=configs/refl.py:tiny,think --workdir=runs/refl_think \\
+    --config.refl.judge=JUDGE
 
 Everything else is that of `configs/unigrpo.py`, whose variants and keys it has, but for `cfg` and
 `latent_kl`. It draws from the prompt alone; with the variant `think` it reasons first, by the

@@ -406,3 +406,12 @@ def test_the_last_line_of_a_log(tmp_path):
   assert processes.last_line(log) == ""
   log.write_text("step 1\n 10%|\r 20%|\n****\n\n")
   assert processes.last_line(log) == "20%|"
+
+
+def test_without_a_learned_reward_all_but_refl_are_compared(monkeypatch, tmp_path):
+  monkeypatch.setattr(command.judge, "TINY_FOLDER", tmp_path / "missing")
+  args, _ = command.parse_args(["--workdir=w"])
+  assert args.judge == "" and args.methods == ["FPO", "FlowGRPO", "TextGRPO", "UniFPO", "UniGRPO"]
+  assert command.parse_args(["--workdir=w", "--judge=x"])[0].methods == list(methods.METHODS)
+  monkeypatch.setattr(command.judge, "TINY_FOLDER", tmp_path)
+  assert command.parse_args(["--workdir=w"])[0].judge == "tiny_judge"

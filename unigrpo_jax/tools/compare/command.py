@@ -50,8 +50,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add = parser.add_argument
   add("--workdir", type=files.local_path, required=True,
       help="folder of the runs and of the tables")
-  add("--methods", nargs="+", default=list(methods.METHODS), choices=list(methods.ALL),
-      metavar="METHOD", help="see below (default: those of the tables)")
+  add("--methods", nargs="+", choices=list(methods.ALL), metavar="METHOD",
+      help="see below (default: those of the tables; without a learned reward not ReFL's)")
   add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each method (default: 0 1 2)")
   add("--variants", default="tiny", help="of the configs (default: %(default)s)")
   add("--start", default="tiny",
@@ -59,9 +59,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--bagel", default="",
       help="folder of the model before SFT, for the first two rows; of unigrpo_jax.build it is "
       "WORKDIR/first (default: these rows are dashes)")
-  add("--judge", default=judge.TINY,
+  add("--judge", default=judge.TINY if judge.TINY_FOLDER.is_dir() else "",
       help="folder of the learned reward, on which all methods are trained; empty: the config's "
-      "rewards, from which ReFL cannot learn (default: the embedded %(default)s)")
+      f"rewards, from which ReFL cannot learn (default: {judge.TINY} where it is installed)")
   add("--sweep", action="store_true",
       help="first train each method with three learning rates, by the first seed, and go on with "
       "the one whose learned reward is the highest on validation")
@@ -73,6 +73,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--images", type=int, default=4, help="of each prompt (default: 4)")
   add("--noise_seed", type=int, default=0, help="of all evaluations (default: 0)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  if args.methods is None:
+    args.methods = list(methods.METHODS) if args.judge else methods.without_gradient()
   for name, values, bounds in (
     ("--seeds", args.seeds, errors.SEED), ("--noise_seed", [args.noise_seed], errors.SEED),
     ("--jobs", [args.jobs], dict(low=1)), ("--images", [args.images], dict(low=1, high=1000)),

@@ -127,6 +127,13 @@ def with_starts(names: Sequence[str]) -> list[str]:
   return made
 
 
+def without_gradient() -> list[str]:
+  """The methods of the tables that need no gradient of the reward, from whatever they start."""
+  return [
+    name for name in METHODS if not any(ALL[each].config == "refl" for each in with_starts([name]))
+  ]
+
+
 def evaluated_modes(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
   """How a checkpoint is evaluated for the rows, each also with guidance."""
   kinds = dict.fromkeys("think" if row.thinks else "plain" for row in rows if row.trained == name)
