@@ -220,8 +220,6 @@ def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
   assert message.startswith("seed=1 but the stages in") and "have 0" in message
 
 
-
-
 @pytest.mark.slow
 def test_a_judge_of_preference_pairs_is_trained_and_opened(shallow, tmp_path):
   """All stages on JSON lines, with adapters, as for the release."""

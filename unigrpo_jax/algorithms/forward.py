@@ -17,7 +17,7 @@ from unigrpo_jax import types
 from unigrpo_jax.algorithms import base
 from unigrpo_jax.episodes import sampler
 from unigrpo_jax.losses import forward_process
-from unigrpo_jax.sampling import times
+from unigrpo_jax.sampling import direct, times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def noise_again(key, experience: types.Experience, draws: times.Times) -> types.
   t_key, noise_key = jax.random.split(key)
   t = draws.draw(t_key, len(x_0))
   noise = jax.random.normal(noise_key, (*t.shape, *x_0.shape[2:]))
-  x_t = (1 - t[..., None, None]) * x_0 + t[..., None, None] * noise
+  x_t = direct.noised(x_0, noise, t)
   zero = jnp.zeros_like(t)
   flow = flow.replace(x_t=x_t, x_next=x_t, mean=jnp.zeros_like(x_t), t=t, t_next=zero, logp=zero)
   return experience.with_only(flow=flow, noise=noise)

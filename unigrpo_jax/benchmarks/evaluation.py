@@ -79,6 +79,11 @@ class Mode:
     return kind + (" + guidance" if self.guided else "")
 
 
+def file_name(mode: str) -> str:
+  """The name of a mode, as one of files and folders."""
+  return mode.replace(" + ", "_")
+
+
 @dataclasses.dataclass
 class Row:
   """One image: a prompt under a mode.
@@ -321,7 +326,7 @@ class Evaluation:
           raise errors.InputError(f"reward {name} of {example.prompt!r} is {value}")
       file = None
       if number < self._num_saved_images:
-        file = f"images/{mode.name.replace(' + ', '_')}_{number:05d}{f'_{k}' if k else ''}.png"
+        file = f"images/{file_name(mode.name)}_{number:05d}{f'_{k}' if k else ''}.png"
         images[file] = sample.image
       rows.append(Row(
         mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,

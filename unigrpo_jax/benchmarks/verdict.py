@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.benchmarks import validation
+from unigrpo_jax.benchmarks import intervals, validation
 from unigrpo_jax.runtime import metrics
 
 AVERAGED = 3  # evaluations whose mean is held against the start
@@ -120,9 +120,6 @@ def _standard_error(path: pathlib.Path, mode: str) -> float:
     raise errors.InputError(
       f"{path}: cannot be read ({error}); the rule needs the evaluations of the run"
     ) from None
-  prompts: dict[str, list[float]] = {}
-  for row in record["rows"]:
-    if row["mode"] == mode and "reward" in row["rewards"]:
-      prompts.setdefault(row["prompt"], []).append(row["rewards"]["reward"])
-  means = [np.mean(scores) for scores in prompts.values()]
-  return float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else math.nan
+  rows = [row for row in record["rows"] if row["mode"] == mode and "reward" in row["rewards"]]
+  scores = [row["rewards"]["reward"] for row in rows]
+  return intervals.clustered(scores, [row["prompt"] for row in rows]).se

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
@@ -35,6 +35,15 @@ def write(path: pathlib.Path, fill: Callable[[pathlib.Path], Any]) -> None:
   with _beside(path) as partial:
     fill(partial)
     partial.replace(path)
+
+
+def write_binary(path: pathlib.Path, fill: Callable[[BinaryIO], Any]) -> None:
+  """The same with an open file, whose name says nothing: numpy adds a suffix to a path's."""
+  def fill_path(partial: pathlib.Path) -> None:
+    with partial.open("wb") as file:
+      fill(file)
+
+  write(path, fill_path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,14 +50,27 @@ class JudgeReward:
         able.append(row)
       except errors.InputError as error:
         reason = str(error)
-    sizes = [samples[row].image.shape[:2] for row in able]
-    for places, size in requests.by_size(sizes, PIXELS):
-      step = max(min(AT_ONCE, PIXELS // (size[0] * size[1])), 1)
-      for first in range(0, len(places), step):
-        part = places[first : first + step]
-        filled = [part[i % len(part)] for i in range(step)]  # one shape, so one program
-        pixels = np.stack([images_lib.to_array(samples[able[place]].image) for place in filled])
-        questions = judge_lib.stack([asked[place] for place in filled])
-        scores = np.asarray(self._score(self._params, pixels, questions))
-        values[[able[place] for place in part]] = scores[: len(part)]
+    values[able] = score_all(
+      self._score, self._params, [samples[row].image for row in able], asked
+    )
     return rewards.Scores(values, reason)
+
+
+def score_all(
+  score: Callable[..., jax.Array], params: Any, images: Sequence[np.ndarray],
+  asked: Sequence[judge_lib.Questions],
+) -> np.ndarray:
+  """Scores of N pictures [H, W, 3] uint8 of any sizes, a question each: [N] float32.
+
+  `score` is a jitted `Judge.score`, which compiles once a size of pictures and of questions.
+  """
+  values = np.empty(len(images), np.float32)
+  for places, size in requests.by_size([image.shape[:2] for image in images], PIXELS):
+    step = max(min(AT_ONCE, PIXELS // (size[0] * size[1])), 1)
+    for first in range(0, len(places), step):
+      part = places[first : first + step]
+      filled = [part[i % len(part)] for i in range(step)]  # one shape, so one program
+      pixels = np.stack([images_lib.to_array(images[place]) for place in filled])
+      questions = judge_lib.stack([asked[place] for place in filled])
+      values[part] = np.asarray(score(params, pixels, questions))[: len(part)]
+  return values

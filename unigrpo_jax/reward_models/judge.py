@@ -30,7 +30,7 @@ from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import requests
 from unigrpo_jax.iconworld import geneval, riddles
 from unigrpo_jax.iconworld import prompts as prompts_lib
-from unigrpo_jax.models import bagel
+from unigrpo_jax.models import bagel, layers
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.reward_models import readout as readout_lib
 from unigrpo_jax.reward_models import resize as resize_lib
@@ -165,7 +165,7 @@ class Judge:
     """Pixels of `score` as the ViT sees them: clipped, resized by BAGEL's two rules, cut up."""
     config, rule = self.model.config, vit_rule(self.model.config, self.vit_max)
     bounds = (-1.0, 1.0) if self.clip == "hard" else None
-    pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+    pixels = pixels.astype(layers.at_least_float32(pixels.dtype))
     if bounds is not None:
       pixels = jnp.clip(pixels, *bounds)
     for each in (config.vae_image, rule):

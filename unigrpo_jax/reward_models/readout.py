@@ -6,7 +6,8 @@ Letters: V vocabulary; l_y, l_n the logits of "yes" and "no"; tau the temperatur
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+
+from unigrpo_jax.models import layers
 
 # How a reward is read from logits, by name; see `read`.
 READOUTS = ("two_token", "vocabulary", "logit", "log")
@@ -14,7 +15,7 @@ READOUTS = ("two_token", "vocabulary", "logit", "log")
 
 def margin(logits: jax.Array, *, yes_id: int, no_id: int, tau: float = 1.0) -> jax.Array:
   """z = (l_y - l_n) / tau of logits [..., V]: [...], at least float32."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(layers.at_least_float32(logits.dtype))
   return (logits[..., yes_id] - logits[..., no_id]) / tau
 
 
@@ -32,7 +33,7 @@ def read(
   -dR/dl_n. `vocabulary` falls as well when a third token becomes likelier.
   """
   if readout == "vocabulary":
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(layers.at_least_float32(logits.dtype))
     return jax.nn.softmax(logits / tau, axis=-1)[..., yes_id]
   z = margin(logits, yes_id=yes_id, no_id=no_id, tau=tau)
   return {"two_token": jax.nn.sigmoid, "log": jax.nn.log_sigmoid, "logit": lambda z: z}[readout](z)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unigrpo_jax.models import layers
+
 SHARPNESS = -0.5  # a of Keys's cubic (1981); Pillow's, and PyTorch's where it antialiases
 
 
@@ -46,7 +48,7 @@ def resize(
   each: Pillow clips there too, but rounds as well, which would leave no gradient. `bounds` None
   clips nothing. An axis that keeps its size is not touched, nor clipped.
   """
-  pixels = pixels.astype(jnp.promote_types(pixels.dtype, jnp.float32))
+  pixels = pixels.astype(layers.at_least_float32(pixels.dtype))
   for axis, new_size in ((-2, width), (-3, height)):
     size = pixels.shape[axis]
     if size == new_size:

@@ -292,8 +292,9 @@ class TrainCheckpoints:
     context.pytree_options.loading.partial_load = partial
     try:
       with context:
-        loaded = self._checkpointer.load(step, _kept(abstract))
-        return abstract.replace(**loaded) if _kept(abstract) is not abstract else loaded
+        kept = _kept(abstract)
+        loaded = self._checkpointer.load(step, kept)
+        return loaded if kept is abstract else abstract.replace(**loaded)
     except Exception as error:
       # The other hosts would wait for one that goes on alone.
       if cause := _damage(error) if hosts.count() == 1 else None:

@@ -172,7 +172,8 @@ def make_observers(
     if args.geneval is not None:
       for mode in modes if hosts.first() else ():
         for number, example in enumerate(examples):
-          geneval.write_prompt(args.geneval / _folder(mode.name), number, example.metadata)
+          folder = args.geneval / evaluation.file_name(mode.name)
+          geneval.write_prompt(folder, number, example.metadata)
       made.append(functools.partial(_write_for_geneval, args.geneval))
   return made
 
@@ -180,11 +181,7 @@ def make_observers(
 def _write_for_geneval(folder: pathlib.Path, rows, samples) -> None:
   with hosts.raise_on_all_hosts():
     for row, sample in zip(rows, samples) if hosts.first() else ():
-      geneval.write_image(folder / _folder(row.mode), row.number, row.k, sample.image)
-
-
-def _folder(mode: str) -> str:
-  return mode.replace(" + ", "_")
+      geneval.write_image(folder / evaluation.file_name(row.mode), row.number, row.k, sample.image)
 
 
 def draw(

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax.benchmarks import ta
-from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.reward_models import host
 from unigrpo_jax.reward_models import judge as judge_lib
 
 QUESTION = "{prompt} Answer yes or no."  # about a point, as the paper's judge is asked
-ROWS = 64  # points at once
 
 
 def open_ask(folder: str) -> ta.Ask:
@@ -31,15 +29,7 @@ def open_ask(folder: str) -> ta.Ask:
   score = jax.jit(judge.score)
 
   def ask(images: Sequence[np.ndarray], statements: Sequence[str]) -> np.ndarray:
-    made = np.empty(len(statements))
-    for shape in dict.fromkeys(image.shape for image in images):
-      rows = [row for row, image in enumerate(images) if image.shape == shape]
-      for first in range(0, len(rows), ROWS):
-        part = rows[first : first + ROWS]
-        filled = [*part, *part[:1] * (ROWS - len(part))]  # one shape, which compiles once
-        pixels = jnp.stack([images_lib.to_array(images[row]) for row in filled])
-        questions = judge.questions([statements[row] for row in filled])
-        made[part] = np.asarray(score(params, pixels, questions))[: len(part)]
-    return made
+    asked = [judge.questions([statement]) for statement in statements]
+    return host.score_all(score, params, images, asked)
 
   return ask

@@ -20,6 +20,7 @@ import os
 import sys
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import files, locks
 from unigrpo_jax.reward_models import judge
 from unigrpo_jax.runtime import run as run_lib
@@ -77,7 +78,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     args.methods = list(methods.METHODS) if args.judge else methods.without_gradient()
   for name, values, bounds in (
     ("--seeds", args.seeds, errors.SEED), ("--noise_seed", [args.noise_seed], errors.SEED),
-    ("--jobs", [args.jobs], dict(low=1)), ("--images", [args.images], dict(low=1, high=1000)),
+    ("--jobs", [args.jobs], dict(low=1)),
+    ("--images", [args.images], dict(low=1, high=evaluation.MOST_IMAGES)),
     ("--prompts", [args.prompts], dict(low=1)),
     ("--ta_prompts", [args.ta_prompts], dict(low=1, high=args.prompts)),
   ):

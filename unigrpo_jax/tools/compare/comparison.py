@@ -34,7 +34,6 @@ VALIDATION = ("--config.eval.every=8", "--config.eval.prompts=100")
 ITERATION, IMAGE, GUIDANCE = {False: 5.5, True: 8.2}, {False: 0.034, True: 0.055}, 1.5
 PROCESS, MEASURE = 50.0, 60.0  # a process until it has compiled; image statistics of a run
 SHEET, SHEETS = 6, (2, 6, 7, 8)  # prompts of a sheet of samples, and the sheets' figures
-ITERATION, IMAGE, GUIDANCE = {False: 35.0, True: 60.0}, {False: 0.03, True: 0.05}, 1.5
 
 
 class Comparison:
@@ -278,7 +277,7 @@ class Comparison:
         for name in self._names
       } if self._sweep else {},
       "rows": [self._row(row) for row in self._rows],
-      "agreement": scores.agreement([self._evaluation("sft")]),
+      "agreement": scores.agreement(self._evaluation("sft")),
       "failed": self.failed,
     }
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import files
 from unigrpo_jax.reward_models import judge as judge_lib
 from unigrpo_jax.tools.compare import methods, scores
 
@@ -38,9 +37,8 @@ def checksum(judge: str) -> str:
   """
   if not judge:
     return ""
-  folder = judge_lib.TINY_FOLDER if judge == judge_lib.TINY else files.path(judge)
   with errors.at(f"--judge={judge}"):
-    return judge_lib.checksum_of(judge_lib.read_record(folder))
+    return judge_lib.fingerprint(judge)
 
 
 def check(judge: str, names: Sequence[str]) -> None:

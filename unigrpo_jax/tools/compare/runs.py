@@ -53,12 +53,10 @@ class Training:
     log = self.folder / "metrics.jsonl"
     return metrics.by_step(metrics.read(log)[0]) if log.exists() else {}
 
-  def validation(self, rows: Mapping[int, Mapping[str, float]] | None = None) -> dict[int, float]:
+  def validation(self) -> dict[int, float]:
     """{step: mean learned reward of the validation prompts} so far."""
     key = f"eval/{self.mode}/reward"
-    return {
-      step: row[key] for step, row in (self.rows() if rows is None else rows).items() if key in row
-    }
+    return {step: row[key] for step, row in self.rows().items() if key in row}
 
   def is_done(self) -> bool:
     return self.steps in self.validation() and self.steps in self._saved()
@@ -73,7 +71,9 @@ class Training:
     if which == LAST:
       return self.steps
     saved, validation = self._saved(), self.validation()
-    scored = {step: validation[step] for step in saved if math.isfinite(validation.get(step, NAN))}
+    scored = {
+      step: validation[step] for step in saved if math.isfinite(validation.get(step, math.nan))
+    }
     return max(scored, key=lambda step: (scored[step], step), default=self.steps)
 
   def config_hash(self) -> str:
@@ -84,9 +84,6 @@ class Training:
 
   def command(self) -> list[str]:
     return [sys.executable, "-m", "unigrpo_jax.train", *self.arguments]
-
-
-NAN = math.nan
 
 
 def prepare(

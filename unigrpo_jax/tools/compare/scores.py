@@ -163,13 +163,10 @@ def identity(
   })
 
 
-def agreement(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
+def agreement(folder: pathlib.Path) -> dict[str, Any]:
   """{mode: agreement of the verifier and the learned reward on exam points} of an evaluation."""
-  made = {}
-  for folder in folders:
-    path = folder / "benchmarks.json"
-    if path.exists():
-      for mode, record in json.loads(path.read_text(encoding="utf-8")).items():
-        if "agreement" in record.get("ta", {}):
-          made.setdefault(mode, record["ta"]["agreement"])
-  return made
+  path = folder / "benchmarks.json"
+  record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return {
+    mode: of["ta"]["agreement"] for mode, of in record.items() if "agreement" in of.get("ta", {})
+  }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
-from unigrpo_jax.benchmarks import geneval
+from unigrpo_jax.benchmarks import geneval, intervals
 from unigrpo_jax.tools.compare import runs
 
 DASH = "–"
@@ -16,7 +16,7 @@ GUIDANCE = {True: "with guidance", False: "without guidance"}
 
 
 def text(record: Mapping[str, Any]) -> str:
-  """The whole page of a comparison's record; see `command.record`."""
+  """The whole page of a comparison's record; see `Comparison.record`."""
   parts = ["# Comparison", "", _how(record), ""]
   for which in (runs.LAST, runs.BEST):
     for guided in (True, False):
@@ -89,7 +89,7 @@ def estimate(part: Mapping[str, Any] | None, sign: bool = False) -> str:
   if part is None or part["mean"] is None:
     return DASH
   mean = f"{part['mean']:+.3f}" if sign else f"{part['mean']:.3f}"
-  return mean if part["se"] is None else f"{mean} ± {1.96 * part['se']:.3f}"
+  return mean if part["se"] is None else f"{mean} ± {intervals.NORMAL * part['se']:.3f}"
 
 
 def _seeds(scores: Mapping[str, Any], name: str) -> str:

@@ -85,14 +85,9 @@ def _draw(
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       drawn = painter.draw(examples, mode, group_size=GROUP, seed=key)
-      atomic.write(path, lambda partial, drawn=drawn: _save(partial, drawn))
+      atomic.write_binary(path, lambda file, drawn=drawn: np.save(file, drawn))
     for example, group in zip(examples, np.load(path, allow_pickle=False)):
       yield example, [world.look(pixels) for pixels in group]
-
-
-def _save(path: pathlib.Path, array: np.ndarray) -> None:
-  with path.open("wb") as file:
-    np.save(file, array)
 
 
 def collect(

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import measured as measured_lib
 from unigrpo_jax.data import atomic, locks, progress
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.iconworld import prompts as prompts_lib
 from unigrpo_jax.iconworld import renderer, verifier
+from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.reward_models import judge as judge_lib
 from unigrpo_jax.reward_models import metrics
 from unigrpo_jax.runtime import checksums, folders, sharding, state
@@ -98,13 +100,8 @@ def ask(
       judge, params, pixels[has], triples.verbatim[has].tolist(), "asking about riddles"
     )
   target.parent.mkdir(parents=True, exist_ok=True)
-
-  def fill(partial: pathlib.Path) -> None:
-    with partial.open("wb") as file:
-      np.savez(file, **found)
-
   with errors.storage(target):
-    atomic.write(target, fill)
+    atomic.write_binary(target, lambda file: np.savez(file, **found))
   return found
 
 
@@ -205,7 +202,7 @@ def float_uint8(
   judge: judge_lib.Judge, params: Any, decoded: np.ndarray, prompts: Sequence[str]
 ) -> float:
   """Largest difference of the score of pictures as the decoder gives them and as uint8 files."""
-  levels = np.trunc(255 * np.clip(decoded / 2 + 0.5, 0, 1)).astype(np.uint8)
+  levels = np.asarray(vae_lib.to_uint8(decoded))
   scores = [
     metrics.probability(margins(judge, params, pixels, prompts, "comparing"), judge.tau)
     for pixels in (decoded, levels)
@@ -268,7 +265,7 @@ def write_folder(
     "checksums": {
       path.name: list(checksums.of(path)) for path in others if path.name != judge_lib.FILE
     },
-    "metrics": _json(measured),
+    "metrics": measured_lib.plain(measured),
   }
   with locks.staging(out, last=(judge_lib.FILE,)) as staged:
     for path in others:
@@ -276,12 +273,3 @@ def write_folder(
         (staged / path.name).write_bytes(path.read_bytes())
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     (staged / judge_lib.FILE).write_text(text, encoding="utf-8")
-
-
-def _json(value: Any) -> Any:
-  """A value as strict JSON has it, which has no NaN."""
-  if isinstance(value, Mapping):
-    return {key: _json(item) for key, item in value.items()}
-  if isinstance(value, tuple | list):
-    return [_json(item) for item in value]
-  return None if isinstance(value, float) and np.isnan(value) else value

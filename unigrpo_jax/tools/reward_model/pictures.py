@@ -16,12 +16,11 @@ from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.iconworld import renderer
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import sharding, state
-from unigrpo_jax.sampling import flow
+from unigrpo_jax.sampling import direct, flow
 
 NOISE = 0.8  # of the SDE, as UniGRPO samples
 SDE_STEPS, SDE_WITHIN = 3, 6  # steps with noise, and the first ones that they are among
-LATE = 4  # One-step predictions are of the last 1/LATE of the steps.
-PREDICTIONS = 2  # of each picture
+PREDICTIONS = 2  # of each picture, by late steps
 GUIDANCE = 2.0
 
 
@@ -96,7 +95,7 @@ class Painter:
     first, last, count = (0, SDE_WITHIN, SDE_STEPS * mode.noisy)
     if mode.late:
       # An SDE without noise is the ODE, and records its steps.
-      first, last, count = steps - steps // LATE, steps, PREDICTIONS
+      (first, last), count = direct.late_range(steps), PREDICTIONS
     window = np.stack([
       np.sort(rng.permutation(np.arange(first, last))[:count]) for _ in range(rows)
     ]).astype(np.int32)
@@ -115,7 +114,7 @@ class Painter:
     """What each recorded step takes for the finished picture, x_t - t v: [B W, H, W, 3] uint8."""
     t, t_next = (a[..., None, None] for a in (recorded.t, recorded.t_next))
     v = (recorded.x_t - recorded.x_next) / (t - t_next)
-    latents = recorded.x_t - t * v
+    latents = direct.predict(recorded.x_t, v, recorded.t)
     return self._decode(latents.reshape(-1, *latents.shape[2:]))
 
   def _decode(self, latents: np.ndarray) -> np.ndarray:

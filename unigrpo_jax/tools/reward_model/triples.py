@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -52,12 +53,8 @@ class Triples:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes an .npz file, whole or not at all."""
-    def fill(partial: pathlib.Path) -> None:
-      with partial.open("wb") as file:
-        np.savez_compressed(file, **vars(self))
-
     with errors.storage(path):
-      atomic.write(path, fill)
+      atomic.write_binary(path, lambda file: np.savez_compressed(file, **vars(self)))
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Triples:
@@ -87,29 +84,24 @@ class Collected:
   """Rows of `Triples` in the making."""
 
   def __init__(self):
-    self._pixels: list[np.ndarray] = []
-    self._numbers: dict[int, int] = {}
+    self._numbers: dict[Any, int] = {}  # of the pictures
     self._rows: list[tuple] = []
-    self._kept: list[object] = []  # pictures, whose id() is a key above
 
   def add(
     self, picture, prompt: str, yes: bool, *, source: str, category: str, group: int = -1,
     verbatim: str = "",
   ) -> None:
     """Appends a triple; `picture` is the same object for all triples of it, and has `pixels`."""
-    if id(picture) not in self._numbers:
-      self._numbers[id(picture)] = len(self._pixels)
-      self._pixels.append(picture.pixels)
-      self._kept.append(picture)
-    number = self._numbers[id(picture)]
+    number = self._numbers.setdefault(picture, len(self._numbers))
     self._rows.append((number, prompt, yes, source, category, group, verbatim))
 
   def triples(self) -> Triples:
     image, prompt, yes, source, category, group, verbatim = zip(*self._rows)
     text = lambda values: np.array(values, dtype=np.str_)
     return Triples(
-      np.stack(self._pixels), np.array(image, np.int32), text(prompt), np.array(yes, bool),
-      text(source), text(category), np.array(group, np.int32), text(verbatim),
+      np.stack([picture.pixels for picture in self._numbers]), np.array(image, np.int32),
+      text(prompt), np.array(yes, bool), text(source), text(category), np.array(group, np.int32),
+      text(verbatim),
     )
 
 
