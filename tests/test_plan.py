@@ -96,7 +96,8 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
 
 
 @pytest.mark.parametrize("file, overrides", [
-  (UNIGRPO, ["--config.flow.objective=nft", "--config.ema_decay=0.99"]),
+  (UNIGRPO, ["--config.flow.objective=nft", "--config.ema_decay=0.99",
+             "--config.flow.anchor_weight=1"]),
   pytest.param(
     UNIGRPO, ["--config.rollout.think=false", "--config.text.train=false"],
     marks=pytest.mark.slow),
@@ -118,6 +119,7 @@ def test_shapes_fit_in_every_kind_of_run(file, overrides):
   assert planned.held["precomputed"] > 0 or not spec.needs_reference
   assert (planned.held["judge"] > 0) == spec.by_gradient
   assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
+  assert 0 < planned.held["anchor"] < planned.held["parameters"] or not spec.anchored
 
 
 def test_record_by_hand():

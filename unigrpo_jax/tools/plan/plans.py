@@ -45,8 +45,8 @@ class Plan:
   """The programs of a run on a topology.
 
   `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-  reference, judge (with the autoencoder, where a loss reads both); and those of the rollout:
-  sampler (its copy of the parameters), cache, recorded; and precomputed, of the update alone.
+  reference, anchor, judge (with the autoencoder, where a loss reads both); and those of the
+  rollout: sampler (its copy of the parameters), cache, recorded; and precomputed, of the update.
   """
 
   mesh: Mapping[str, int]  # of the phases of `UPDATE`, {axis: size}
