@@ -1,9 +1,9 @@
-"""ReFL, a baseline of UniGRPO (2603.23500): the gradient of a frozen judge trains the drawing.
+"""ReFL, a baseline of UniGRPO (2603.23500): a frozen reward's gradient trains the drawing.
 
   python -m unigrpo_jax.train --config=configs/refl.py:tiny --workdir=runs/refl \\
-    --config.refl.judge=JUDGE
+    --config.refl.reward_model=REWARD_MODEL
   python -m unigrpo_jax.train --config=configs/refl.py:tiny,think --workdir=runs/refl_think \\
-    --config.refl.judge=JUDGE
+    --config.refl.reward_model=REWARD_MODEL
 
 Everything else is that of `configs/unigrpo.py`, whose variants and keys it has, but for `cfg` and
 `latent_kl`. It draws from the prompt alone; with the variant `think` it reasons first, by the
@@ -25,7 +25,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config = unigrpo["get_config"](variants)
   is_tiny, thinks = config.init_from == "tiny", "think" in variants.split(",")
   config.flow.objective = "refl"
-  config.refl.judge = "tiny_judge" if is_tiny else ""
+  config.refl.reward_model = "tiny_reward_model" if is_tiny else ""
   for section, key in ((config, "prompts_per_step"), (config.rollout, "prompts_at_once")):
     section[key] *= config.group_size
   config.group_size = 1  # nothing is compared

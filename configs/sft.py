@@ -5,8 +5,9 @@
   python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
 
 `:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`, which makes the embedded BAGEL
-from random weights; by themselves they go on from it. `:judge` and `:tiny_judge` are for
-`python -m unigrpo_jax.reward_model`, whose triples take the place of the section data.
+from random weights; by themselves they go on from it. `:reward_model` and
+`:tiny_reward_model` are for `python -m unigrpo_jax.reward_model`, whose triples take the
+place of the section data.
 """
 
 from ml_collections import ConfigDict
@@ -85,16 +86,17 @@ def get_config(variant: str = "") -> ConfigDict:
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
   config.keep_checkpoints = 3  # the last so many
-  if variant not in ("", "judge", "tiny", "tiny_look", "tiny_judge"):
-    raise ValueError(f"variant {variant!r} is none of judge, tiny, tiny_look, tiny_judge")
+  known = ("", "reward_model", "tiny", "tiny_look", "tiny_reward_model")
+  if variant not in known:
+    raise ValueError(f"variant {variant!r} is none of {', '.join(known[1:])}")
   if variant.startswith("tiny"):
     tiny(config)
   if variant == "tiny_look":
     look(config)
-  if variant == "judge":
-    judge(config)
-  if variant == "tiny_judge":
-    tiny_judge(config)
+  if variant == "reward_model":
+    reward_model(config)
+  if variant == "tiny_reward_model":
+    tiny_reward_model(config)
   return config
 
 
@@ -137,8 +139,8 @@ def look(config: ConfigDict) -> None:
   config.learning_rate.vit = 2e-3
 
 
-def judge(config: ConfigDict) -> None:
-  """A judge of BAGEL-7B-MoT: adapters on its understanding expert; the ViT stays as it is."""
+def reward_model(config: ConfigDict) -> None:
+  """A reward model from BAGEL-7B-MoT: adapters on its understanding expert; the ViT stays."""
   config.steps = 2000  # about an epoch: triples / sequences_per_step
   config.limits.update(dict(tokens=5400, labels=8, clean=1, latents=1))
   config.ce_weighting = "sample"  # every answer counts alike
@@ -152,8 +154,8 @@ def judge(config: ConfigDict) -> None:
   config.ema_decay = 0.0  # it would hold the frozen parameters too
 
 
-def tiny_judge(config: ConfigDict) -> None:
-  """A judge of IconWorld, from the embedded BAGEL: all that reads pictures and words trains."""
+def tiny_reward_model(config: ConfigDict) -> None:
+  """A reward model of IconWorld: all of the embedded BAGEL that reads pictures and words."""
   config.steps = 2000
   config.sequences_per_step = config.microbatch = 96
   config.noise_draws = 1

@@ -126,7 +126,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Gradient of a differentiable reward, of "refl"; see configs/refl.py
   config.refl = ConfigDict()
-  config.refl.judge = ""  # folder of the frozen judge; "tiny_judge" is the embedded one
+  config.refl.reward_model = ""  # a frozen one's folder; "tiny_reward_model" is embedded
   config.refl.weight = 1.0  # of its term, beside flow.regulariser_weight, which no size scales here
   config.refl.margin = 1.0  # reward from which on an image is good enough; 1 never is
   config.refl.per_batch = False  # one late step for all trajectories, in place of one each

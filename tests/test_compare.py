@@ -39,7 +39,7 @@ def _write_evaluation(folder, modes, score, images=2):
   rows = [
     {"mode": mode, "category": CATEGORIES[p % 6], "prompt": f"p{p}", "text": None, "image": None,
      "rewards": dict.fromkeys(("iconworld_geneval", "iconworld_points"), float(score(p % 6, k)))
-     | {"iconworld_strict": 0.0, "judge": 0.5}, "number": p, "k": k}
+     | {"iconworld_strict": 0.0, "reward_model": 0.5}, "number": p, "k": k}
     for mode in modes for p in range(PROMPTS) for k in range(images)
   ]
   folder.mkdir(parents=True)
@@ -252,7 +252,7 @@ def test_curves_have_what_the_runs_logged(tmp_path):
 # --- The command.
 
 ARGUMENTS = ["--methods", "TextGRPO", "--seeds", "5", "--config.steps=3", f"--prompts={PROMPTS}",
-             f"--ta_prompts={PROMPTS}", "--images=2", "--judge=", "--config.eval.every=3"]
+             f"--ta_prompts={PROMPTS}", "--images=2", "--reward_model=", "--config.eval.every=3"]
 
 
 def _finished(tmp_path):
@@ -306,17 +306,18 @@ def test_a_run_of_another_configuration_is_not_read(tmp_path, monkeypatch):
   (["--config=configs/sft.py"], "--config=configs/sft.py"),
   (["--set", "steps=3"], "Unknown command line flag 'set'"),
   (["--methods", "ReFL"], "needs a reward with a gradient"),
-  (["--judge=nowhere"], "--judge=nowhere: nowhere: has no reward.json"),
+  (["--reward_model=nowhere"], "--reward_model=nowhere: nowhere: has no reward.json"),
   (["--config.eval.modes=('plain',)"], "the comparison sets config.eval.modes"),
   (["--config.init_from=x"], "the comparison sets config.init_from; give --start"),
-  (["--judge=x", "--config.rewards={'brightness': 1.0}"], "sets config.rewards; it is of --judge"),
+  (["--reward_model=x", "--config.rewards={'brightness': 1.0}"],
+   "sets config.rewards; it is of --reward_model"),
 ])
 def test_mistakes_are_found_before_anything_is_trained(tmp_path, monkeypatch, arguments, message):
   monkeypatch.setattr(subprocess, "Popen", None)
   if "--methods" not in arguments:
     arguments = ["--methods", "UniGRPO", *arguments]
-  if not any(argument.startswith("--judge") for argument in arguments):
-    arguments = [*arguments, "--judge="]
+  if not any(argument.startswith("--reward_model") for argument in arguments):
+    arguments = [*arguments, "--reward_model="]
   assert message in refusal(command.main, [f"--workdir={tmp_path / 'w'}", *arguments])
   assert not (tmp_path / "w").exists()
 
@@ -409,9 +410,10 @@ def test_the_last_line_of_a_log(tmp_path):
 
 
 def test_without_a_learned_reward_all_but_refl_are_compared(monkeypatch, tmp_path):
-  monkeypatch.setattr(command.judge, "TINY_FOLDER", tmp_path / "missing")
+  monkeypatch.setattr(command.learned, "TINY_FOLDER", tmp_path / "missing")
   args, _ = command.parse_args(["--workdir=w"])
-  assert args.judge == "" and args.methods == ["FPO", "FlowGRPO", "TextGRPO", "UniFPO", "UniGRPO"]
-  assert command.parse_args(["--workdir=w", "--judge=x"])[0].methods == list(methods.METHODS)
-  monkeypatch.setattr(command.judge, "TINY_FOLDER", tmp_path)
-  assert command.parse_args(["--workdir=w"])[0].judge == "tiny_judge"
+  assert args.reward_model == ""
+  assert args.methods == ["FPO", "FlowGRPO", "TextGRPO", "UniFPO", "UniGRPO"]
+  assert command.parse_args(["--workdir=w", "--reward_model=x"])[0].methods == list(methods.METHODS)
+  monkeypatch.setattr(command.learned, "TINY_FOLDER", tmp_path)
+  assert command.parse_args(["--workdir=w"])[0].reward_model == "tiny_reward_model"

@@ -122,7 +122,7 @@ def test_what_refl_refuses(key, value, words):
   with pytest.raises(errors.InputError, match=words):
     _read(config)
   config = _load("refl").get_config()
-  with pytest.raises(errors.InputError, match="set config.refl.judge to the folder of a judge"):
+  with pytest.raises(errors.InputError, match="set config.refl.reward_model to the folder of a"):
     parts.pinned(_read(config))
 
 
@@ -146,7 +146,7 @@ def test_every_key_is_read(name):
     return dataclasses.replace(spec, run=dataclasses.replace(spec.run, config={}))
 
   get_config, unread = _load(name).get_config, []
-  variant = "judge" if name == SFT else "lora"  # without adapters their alpha does not count
+  variant = "reward_model" if name == SFT else "lora"  # without adapters their alpha does not count
   plain = read(get_config(variant))
   for key, value in _flat(get_config(variant)):
     config = get_config(variant)

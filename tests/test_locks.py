@@ -50,7 +50,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
   ("train", ["--config=configs/sft.py:tiny", "--workdir={}"]),
   ("evaluate", ["--out={}"]),
   ("tools.build", ["--workdir={}", "--out={}/out"]),
-  ("tools.compare.command", ["--workdir={}", "--methods", "UniGRPO", "--judge="]),
+  ("tools.compare.command", ["--workdir={}", "--methods", "UniGRPO", "--reward_model="]),
 ])
 def test_every_command_that_fills_a_folder_holds_it(tmp_path, command, arguments):
   main = importlib.import_module(f"unigrpo_jax.{command}").main

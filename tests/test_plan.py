@@ -105,7 +105,7 @@ def test_compiled_flops_are_those_of_the_formulas(tiny):
   # Each trajectory reads the prompt itself.
   (UNIGRPO, ["--config.rollout.prompts_at_once=1", "--config.group_size=8",
              "--config.microbatch=8"]),
-  # A judge, and the autoencoder that decodes for it.
+  # A reward model, and the autoencoder that decodes for it.
   pytest.param(REFL, [], marks=pytest.mark.slow),
 ])
 def test_shapes_fit_in_every_kind_of_run(file, overrides):
@@ -117,7 +117,7 @@ def test_shapes_fit_in_every_kind_of_run(file, overrides):
   # Of the rollout, and beside every phase of the next chunk: known without the update's program.
   assert planned.held["recorded"] > 0
   assert planned.held["precomputed"] > 0 or not spec.needs_reference
-  assert (planned.held["judge"] > 0) == spec.by_gradient
+  assert (planned.held["reward_model"] > 0) == spec.by_gradient
   assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
   assert 0 < planned.held["anchor"] < planned.held["parameters"] or not spec.anchored
 

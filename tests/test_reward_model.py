@@ -1,4 +1,4 @@
-"""The stages that make a judge: balanced triples, the loss, the gates, the command's refusals."""
+"""The stages that make a reward model: balanced triples, the loss, the gates, refusals."""
 
 import json
 
@@ -11,8 +11,7 @@ import pytest
 from tests.refusals import refusal
 from unigrpo_jax import errors, types
 from unigrpo_jax.iconworld import plans, prompts, renderer, scenes, verifier
-from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.reward_models import metrics
+from unigrpo_jax.reward_models import learned, metrics
 from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools.reward_model import command, making, measuring, training, world
 from unigrpo_jax.tools.reward_model import triples as triples_lib
@@ -150,12 +149,12 @@ def test_gates_and_page(triples):
            "verbatim": right}
   measured = measuring.measure(triples, found, tau=1.0)
   assert all(holds for *_, holds in measuring.gates(measured)) and measured["group_auc"] == 1
-  assert "MISSED" not in measuring.page("judge", measured)
+  assert "MISSED" not in measuring.page("reward_model", measured)
   found |= {"z": -right, "no_prompt": -right}
   measured = measuring.measure(triples, found, tau=1.0)
   missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
   assert missed == [*measuring.GATES, "AUC with the prompt hidden"]
-  assert measuring.page("judge", measured).count("MISSED") == 5
+  assert measuring.page("reward_model", measured).count("MISSED") == 5
 
 
 def test_the_temperature_is_that_of_a_policys_pictures(triples):
@@ -203,7 +202,7 @@ def test_wrong_lines_are_refused(tmp_path, row, words):
   (["make", "--triples=3"], "--triples=3 must be at least 300"),
   (["make", "--train_file=a.jsonl"], "give both of --train_file and --validation_file"),
   (["train", "--question=yes?"], "must hold {prompt} once"),
-  (["train", "--config=configs/sft.py:judge"], "--config.init_from is empty"),
+  (["train", "--config=configs/sft.py:reward_model"], "--config.init_from is empty"),
   (["train"], "run the stage make first"),
   (["calibrate"], "run the stage train first"),
   (["measure", "--out=o"], "run the stage calibrate first"),
@@ -221,7 +220,7 @@ def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_judge_of_preference_pairs_is_trained_and_opened(shallow, tmp_path):
+def test_a_reward_model_of_preference_pairs_is_trained_and_opened(shallow, tmp_path):
   """All stages on JSON lines, with adapters, as for the release."""
   rng, rows = np.random.default_rng(0), []
   for number in range(8):
@@ -243,12 +242,12 @@ def test_a_judge_of_preference_pairs_is_trained_and_opened(shallow, tmp_path):
     command.main(flags)
   except errors.InputError as error:  # Two steps may well miss the gate of the hidden picture.
     assert str(error).startswith("missed: AUC with the")
-  judge, params = judge_lib.open_judge(tmp_path / "out")
-  assert judge.prompt_form == "prompt" and judge.tau > 0
+  reward_model, params = learned.open_folder(tmp_path / "out")
+  assert reward_model.prompt_form == "prompt" and reward_model.tau > 0
   before = folders.open_folder(shallow).load_params(parts=("bagel",))["bagel"]["layers"]
   moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()),
                        before, params["layers"])
   assert moved["und"]["attention"]["q"]["kernel"] and not any(jax.tree.leaves(moved["gen"]))
-  record = json.loads((tmp_path / "out" / judge_lib.FILE).read_text())
+  record = json.loads((tmp_path / "out" / learned.FILE).read_text())
   assert record["metrics"]["all"]["n"] == 16 and record["metrics"]["group_auc"] is None
   command.main(["calibrate", *flags])  # again: everything is there

@@ -16,7 +16,7 @@ from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.recipe import config_files, rl, sft
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import optim, sharding, state
 from unigrpo_jax.sampling import flow, sde
 from unigrpo_jax.supervised import corpus, step
@@ -118,13 +118,13 @@ def pinned(spec: rl.Spec) -> dict[str, Any]:
   """{key of the config: fingerprint} of the frozen networks that a run's loss reads; see `Run`."""
   if not spec.by_gradient:
     return {}
-  if not spec.refl.judge:
+  if not spec.refl.reward_model:
     raise errors.InputError(
       f"config.flow.objective={spec.flow.objective} needs a differentiable reward; set "
-      "config.refl.judge to the folder of a judge"
+      "config.refl.reward_model to the folder of a reward model"
     )
-  with errors.at("config.refl.judge"):
-    found = {"refl.judge": judge_lib.fingerprint(spec.refl.judge)}
+  with errors.at("config.refl.reward_model"):
+    found = {"refl.reward_model": learned.fingerprint(spec.refl.reward_model)}
   examples = supervised(spec)
   if examples is not None:  # The file may change while its name stays.
     folder = examples.data.folder
@@ -155,11 +155,11 @@ def supervised(spec: rl.Spec) -> sft.Spec | None:
 
 def make_algorithm(
   spec: rl.Spec, network: state.Network, sampled: rollout.Rollout,
-  judge: tuple[judge_lib.Judge, Any] | None = None,
+  reward_model: tuple[learned.RewardModel, Any] | None = None,
 ) -> base.Algorithm:
   """What is learnt from the trajectories that `sampled` gives.
 
-  `judge`, of a gradient of its reward, is one with its parameters; None: that of the config.
+  `reward_model`, of a gradient of its reward, is one with its parameters; None: that of the config.
   """
   f, settings, tokenizer = spec.flow, spec.rollout.settings, network.tokenizer
   of_sde = f.objective in rl.SDE_OBJECTIVES
@@ -183,7 +183,7 @@ def make_algorithm(
     anchor_weight=f.anchor_weight * (scale if of_sde else 1.0),
   )
   if spec.by_gradient:
-    return _by_gradient(spec, network, sampled, judge, common)
+    return _by_gradient(spec, network, sampled, reward_model, common)
   if of_sde:
     common |= dict(
       ratio=f.ratio, clip=f.clip * scale, grad_reweight=f.grad_reweight,
@@ -208,11 +208,11 @@ def make_algorithm(
 
 
 def _by_gradient(
-  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, judge, common
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, reward_model, common
 ) -> base.Algorithm:
-  if judge is None:
-    judge = judge_lib.open_judge(spec.refl.judge, network.mesh)
-  made, params = judge
+  if reward_model is None:
+    reward_model = learned.open_folder(spec.refl.reward_model, network.mesh)
+  made, params = reward_model
   model = made.model.clone(remat=spec.network.remat)
   made = dataclasses.replace(made, model=model)
   put = lambda a: sharding.put_rows(network.mesh, a)
@@ -234,22 +234,22 @@ def _by_gradient(
       put, made.questions([made.words(prompt.prompt, prompt.metadata) for prompt in prompts])
     ),
     parts=parts, ways=ways, weight=spec.refl.weight, margin=spec.refl.margin,
-    fixed={"judge": params, "vae": sampled.sampler.vae_params},
+    fixed={"reward_model": params, "vae": sampled.sampler.vae_params},
   )
 
 
 def reward_of_latents(
-  network: state.Network, judge: judge_lib.Judge, size: tuple[int, int]
+  network: state.Network, reward_model: learned.RewardModel, size: tuple[int, int]
 ) -> Callable[..., jax.Array]:
-  """A judge's reward as a function of images' latents, differentiable in them.
+  """A reward model's reward as a function of images' latents, differentiable in them.
 
   Args:
     network: whose autoencoder decodes them, in float32, on all devices of its mesh.
-    judge: which scores the pixels, without uint8 between.
+    reward_model: which scores the pixels, without uint8 between.
     size: height and width of the images.
 
   Returns:
-    ({"judge", "vae"}: parameters, latents [n, I, C], questions of n rows) -> [n] float32.
+    ({"reward_model", "vae"}: parameters, latents [n, I, C], questions of n rows) -> [n] float32.
   """
   c, mesh = network.config, network.mesh
   vae = vae_lib.VAE(c.vae)
@@ -261,7 +261,7 @@ def reward_of_latents(
     grids = jax.lax.with_sharding_constraint(grids, spread(mesh))
     pixels = vae.apply({"params": fixed["vae"]}, grids, method="decode")
     pixels = jax.lax.with_sharding_constraint(pixels, sharding.along_batch(mesh))
-    return judge.score(fixed["judge"], pixels, questions)
+    return reward_model.score(fixed["reward_model"], pixels, questions)
 
   return reward
 

@@ -44,7 +44,8 @@ DEFAULTS = {
   "flow.times": "uniform", "flow.draws": 3,  # those of Table 3's window; see `_older`
   "flow.anchor_weight": 0.0, "flow.anchor_decay": 0.3, "flow.anchor_rise": 0.001,
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
-  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1, "refl.judge": "",
+  "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1,
+  "refl.reward_model": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
   "refl.sft_config": "", "refl.gradient_steps": 1, "refl.direct_align": False,
 }
@@ -93,7 +94,7 @@ KEYS: checks.Keys = {
   "flow.fpo_surrogate": checks.OneOf(flow_losses.SURROGATES), "flow.fpo_cap": _SCALE,
   "flow.anchor_weight": _SCALE, "flow.anchor_decay": checks.Number(low=0, high=1),
   "flow.anchor_rise": _SCALE,
-  "refl.judge": checks.Text(), "refl.weight": checks.Number(above=0),
+  "refl.reward_model": checks.Text(), "refl.weight": checks.Number(above=0),
   "refl.margin": checks.Number(), "refl.per_batch": checks.Flag(),
   "refl.gradient_steps": checks.Integer(low=0), "refl.direct_align": checks.Flag(),
   "refl.sft_weight": _SCALE, "refl.sft_config": checks.Text(),
@@ -190,7 +191,7 @@ class FlowSpec:
 class ReFLSpec:
   """The objective of a differentiable reward, as in the config."""
 
-  judge: str
+  reward_model: str
   weight: float
   margin: float
   per_batch: bool

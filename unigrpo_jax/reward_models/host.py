@@ -1,4 +1,4 @@
-"""A judge as a reward of finished pictures: uint8 in, the same numbers as in a gradient."""
+"""A reward model as a reward of finished pictures: uint8 in, the same numbers as in a gradient."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ import numpy as np
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import requests
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import sharding
 
 AT_ONCE, PIXELS = 48, 2**20  # pictures that are scored together, and their pixels
 
 
-class JudgeReward:
-  """How likely the judge's "yes" is to "does the picture show the prompt?"; `rewards.Reward`.
+class LearnedReward:
+  """How likely "yes" is to "does the picture show the prompt?"; a `rewards.Reward`.
 
   It runs on this host's last device, whatever the policy's mesh. A prompt that it cannot ask about
   scores NaN.
 
   Attributes:
-    fingerprint: of the judge; a run that continues with another is refused.
+    fingerprint: of the reward model; a run that continues with another is refused.
   """
 
-  def __init__(self, *, folder: str = judge_lib.TINY, readout: str = ""):
-    """Loads a judge's folder; `readout` is one of `readout.READOUTS`, "" for the folder's own.
+  def __init__(self, *, folder: str = learned.TINY, readout: str = ""):
+    """Loads a model's folder; `readout` is one of `readout.READOUTS`, "" for the folder's own.
 
     Raises:
-      InputError: see `judge.open_judge`.
+      InputError: see `learned.open_folder`.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices()[-1:])
-    self._judge, self._params = judge_lib.open_judge(folder, mesh)
+    self._model, self._params = learned.open_folder(folder, mesh)
     if readout:
-      self._judge = dataclasses.replace(self._judge, readout=readout)
-    self._score = jax.jit(self._judge.score)
-    self.fingerprint = f"{self._judge.checksum} {self._judge.readout}"
+      self._model = dataclasses.replace(self._model, readout=readout)
+    self._score = jax.jit(self._model.score)
+    self.fingerprint = f"{self._model.checksum} {self._model.readout}"
 
   def __call__(self, samples: Sequence[rewards.Sample]) -> rewards.Scores:
     values, reason = np.full(len(samples), np.nan, np.float32), None
     able, asked = [], []
     for row, sample in enumerate(samples):
       try:
-        asked.append(self._judge.questions([self._judge.words(sample.prompt, sample.metadata)]))
+        asked.append(self._model.questions([self._model.words(sample.prompt, sample.metadata)]))
         able.append(row)
       except errors.InputError as error:
         reason = str(error)
@@ -58,11 +58,11 @@ class JudgeReward:
 
 def score_all(
   score: Callable[..., jax.Array], params: Any, images: Sequence[np.ndarray],
-  asked: Sequence[judge_lib.Questions],
+  asked: Sequence[learned.Questions],
 ) -> np.ndarray:
   """Scores of N pictures [H, W, 3] uint8 of any sizes, a question each: [N] float32.
 
-  `score` is a jitted `Judge.score`, which compiles once a size of pictures and of questions.
+  `score` is a jitted `RewardModel.score`, which compiles once a size of pictures and of questions.
   """
   values = np.empty(len(images), np.float32)
   for places, size in requests.by_size([image.shape[:2] for image in images], PIXELS):
@@ -71,6 +71,6 @@ def score_all(
       part = places[first : first + step]
       filled = [part[i % len(part)] for i in range(step)]  # one shape, so one program
       pixels = np.stack([images_lib.to_array(images[place]) for place in filled])
-      questions = judge_lib.stack([asked[place] for place in filled])
+      questions = learned.stack([asked[place] for place in filled])
       values[part] = np.asarray(score(params, pixels, questions))[: len(part)]
   return values

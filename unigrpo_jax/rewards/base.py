@@ -59,7 +59,7 @@ Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
 # Names of rewards that need jax, and so are imported only when they are asked for.
-_LAZY = {"judge": "unigrpo_jax.reward_models.host:JudgeReward"}
+_LAZY = {"reward_model": "unigrpo_jax.reward_models.host:LearnedReward"}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

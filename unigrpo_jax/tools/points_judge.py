@@ -1,4 +1,4 @@
-"""A learned reward as the judge of exam points."""
+"""A learned reward as the reward model of exam points."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from unigrpo_jax.benchmarks import ta
-from unigrpo_jax.reward_models import host
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import host, learned
 
 QUESTION = "{prompt} Answer yes or no."  # about a point, as the paper's judge is asked
 
@@ -21,15 +20,15 @@ def open_ask(folder: str) -> ta.Ask:
   A model that was trained on plain descriptions ("two red kites") is asked as it was trained.
 
   Raises:
-    InputError: see `judge.open_judge`.
+    InputError: see `judge.open_folder`.
   """
-  judge, params = judge_lib.open_judge(folder)
-  question = judge.question if judge.prompt_form == "plain" else QUESTION
-  judge = dataclasses.replace(judge, question=question, readout="two_token")
-  score = jax.jit(judge.score)
+  reward_model, params = learned.open_folder(folder)
+  question = reward_model.question if reward_model.prompt_form == "plain" else QUESTION
+  reward_model = dataclasses.replace(reward_model, question=question, readout="two_token")
+  score = jax.jit(reward_model.score)
 
   def ask(images: Sequence[np.ndarray], statements: Sequence[str]) -> np.ndarray:
-    asked = [judge.questions([statement]) for statement in statements]
+    asked = [reward_model.questions([statement]) for statement in statements]
     return host.score_all(score, params, images, asked)
 
   return ask

@@ -22,7 +22,7 @@ import sys
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import files, locks
-from unigrpo_jax.reward_models import judge
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.tools.compare import comparison, methods, processes, scores
 
@@ -60,9 +60,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--bagel", default="",
       help="folder of the model before SFT, for the first two rows; of unigrpo_jax.build it is "
       "WORKDIR/first (default: these rows are dashes)")
-  add("--judge", default=judge.TINY if judge.TINY_FOLDER.is_dir() else "",
+  add("--reward_model", default=learned.TINY if learned.TINY_FOLDER.is_dir() else "",
       help="folder of the learned reward, on which all methods are trained; empty: the config's "
-      f"rewards, from which ReFL cannot learn (default: {judge.TINY} where it is installed)")
+      f"rewards, from which ReFL cannot learn (default: {learned.TINY} where it is installed)")
   add("--sweep", action="store_true",
       help="first train each method with three learning rates, by the first seed, and go on with "
       "the one whose learned reward is the highest on validation")
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--noise_seed", type=int, default=0, help="of all evaluations (default: 0)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   if args.methods is None:
-    args.methods = list(methods.METHODS) if args.judge else methods.without_gradient()
+    args.methods = list(methods.METHODS) if args.reward_model else methods.without_gradient()
   for name, values, bounds in (
     ("--seeds", args.seeds, errors.SEED), ("--noise_seed", [args.noise_seed], errors.SEED),
     ("--jobs", [args.jobs], dict(low=1)),
@@ -87,9 +87,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
       errors.require(name, value, **bounds)
   for argument in overrides:
     key = argument.partition("=")[0].removeprefix("--config.")
-    if key in OWN_KEYS or (args.judge and key.startswith("reward")):
+    if key in OWN_KEYS or (args.reward_model and key.startswith("reward")):
       raise errors.InputError(
-        f"{argument}: the comparison sets config.{key}{OWN_KEYS.get(key, '; it is of --judge')}"
+        f"{argument}: the comparison sets config.{key}"
+        f"{OWN_KEYS.get(key, '; it is of --reward_model')}"
       )
   for name, values in (("--seeds", args.seeds), ("--methods", args.methods)):
     if len(set(values)) < len(values):
@@ -100,7 +101,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 def main(argv: Sequence[str] | None = None) -> None:
   args, overrides = parse_args(argv)
   benchmark = scores.Benchmark(
-    args.prompts, args.ta_prompts, args.images, args.noise_seed, args.judge
+    args.prompts, args.ta_prompts, args.images, args.noise_seed, args.reward_model
   )
   made = comparison.Comparison(
     args.workdir, names=args.methods, seeds=args.seeds, variants=args.variants, start=args.start,

@@ -66,7 +66,7 @@ class Comparison:
       if folder:
         with errors.at(f"{flag}={folder}"):
           runs.fingerprint(folder)
-    rewards.check(self._benchmark.judge, self._names)
+    rewards.check(self._benchmark.reward_model, self._names)
     for name in self._names:
       for seed in self._seeds:
         self._prepare(name, seed, 1.0)
@@ -95,7 +95,7 @@ class Comparison:
       name, seed, folder=self._workdir / "runs" / self._tag(name, seed, rate),
       init_from=init_from, variants=self._variants,
       shared=[*(VALIDATION if "tiny" in self._variants.split(",") else ()),
-              *rewards.overrides(self._benchmark.judge)],
+              *rewards.overrides(self._benchmark.reward_model)],
       overrides=self._overrides, rate=rate,
     )
 
@@ -264,8 +264,8 @@ class Comparison:
     b = self._benchmark
     return {
       "start": self._start, "start_checkpoint": runs.fingerprint(self._start),
-      "reward": b.judge or rewards.described(config),
-      "reward_checksum": rewards.checksum(b.judge),
+      "reward": b.reward_model or rewards.described(config),
+      "reward_checksum": rewards.checksum(b.reward_model),
       "iterations": max(self._prepare(name, self._seeds[0], 1.0).steps for name in self._names),
       "reward_calls": config["prompts_per_step"] * config["group_size"],
       "seeds": self._seeds,
@@ -288,7 +288,7 @@ class Comparison:
       "trained_from": _trained_from(row), "trained_thinking": method and method.thinks,
       "evaluated_thinking": row.thinks, "note": "", "checkpoints": {}, "scores": {},
     }
-    reward = {"reward": rewards.checksum(self._benchmark.judge)}
+    reward = {"reward": rewards.checksum(self._benchmark.reward_model)}
     if row.trained in (methods.SFT, methods.BAGEL):
       folder = self._start if row.trained == methods.SFT else self._bagel
       if not folder:

@@ -13,7 +13,7 @@ from typing import Any
 from unigrpo_jax.benchmarks import evaluation, intervals, measured
 from unigrpo_jax.tools.compare import runs
 
-JUDGE = "judge"  # the learned reward's name
+REWARD_MODEL = "reward_model"  # the learned reward's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Benchmark:
     ta_prompts: the first of these: the TA benchmark's.
     images: of each prompt.
     seed: of the noise, the same for all checkpoints, so that they can be compared by prompt.
-    judge: name or folder of the learned reward; "" for none.
+    reward_model: name or folder of the learned reward; "" for none.
     arguments: further ones of `unigrpo_jax.evaluate`.
   """
 
@@ -33,7 +33,7 @@ class Benchmark:
   ta_prompts: int
   images: int
   seed: int
-  judge: str
+  reward_model: str
   arguments: Sequence[str] = ()
 
   @property
@@ -49,10 +49,10 @@ class Benchmark:
       names.append(f"{measured.PREFIX}reasoning")
     options: dict[str, Any] = {}
     judged: list[str] = []
-    if self.judge:
-      names.append(JUDGE)
-      options[JUDGE] = {"folder": self.judge}
-      judged = [f"--points_judge={self.judge}"] if points else []
+    if self.reward_model:
+      names.append(REWARD_MODEL)
+      options[REWARD_MODEL] = {"folder": self.reward_model}
+      judged = [f"--points_judge={self.reward_model}"] if points else []
     return [
       sys.executable, "-m", "unigrpo_jax.evaluate", f"--checkpoint={checkpoint}", f"--out={out}",
       f"--prompts={self.prompts}", f"--images={self.images}", f"--seed={self.seed}",
@@ -96,12 +96,13 @@ def of_seeds(
   official = measured.summary(pooled, "geneval")
   made: dict[str, Any] = {
     "ta": _ta(exam(pooled)), "geneval": official.overall, "categories": official.tasks,
-    "strict": measured.summary(pooled, "strict").overall, "reward": _clustered(pooled, JUDGE),
+    "strict": measured.summary(pooled, "strict").overall,
+    "reward": _clustered(pooled, REWARD_MODEL),
     "images_dropped": sum(measured.reward(row, "points") is None for row in exam(pooled)),
     "by_seed": {
       "ta": [_ta(exam(rows)).mean for rows in chosen],
       "geneval": [measured.summary(rows, "geneval").overall.mean for rows in chosen],
-      "reward": [_clustered(rows, JUDGE).mean for rows in chosen],
+      "reward": [_clustered(rows, REWARD_MODEL).mean for rows in chosen],
     },
   }
   made["across_seeds"] = {

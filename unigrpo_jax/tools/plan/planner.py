@@ -18,12 +18,12 @@ from unigrpo_jax.episodes import programs, rollout, script
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.recipe import parts, rl
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.tools import flops
 from unigrpo_jax.tools.plan import plans
 
-QUESTION_TOKENS = 16  # of what a judge is asked, besides the prompt
+QUESTION_TOKENS = 16  # of what a reward model is asked, besides the prompt
 
 
 class Planner:
@@ -73,21 +73,21 @@ class Planner:
     self.model_flops = self._model_flops()
 
   def _algorithm(self):
-    """The run's; a judge has the sizes of the network, and parameters that are shapes."""
+    """The run's; a reward model has the sizes of the network, and parameters that are shapes."""
     network, spec = self.network, self.spec
     if not spec.by_gradient:
       return parts.make_algorithm(spec, network, self.rollout)
-    judge = judge_lib.Judge(
+    reward_model = learned.RewardModel(
       network.model.clone(lora=None), network.tokenizer, yes_id=0, no_id=1,
       vit_max=network.config.vit_image.max_size,
     )
     params = _cast(_params(network, "bagel"), network.model.dtype)
-    made = parts.make_algorithm(spec, network, self.rollout, (judge, params))
+    made = parts.make_algorithm(spec, network, self.rollout, (reward_model, params))
     length = spec.rollout.prompt_tokens + QUESTION_TOKENS
-    ask = lambda prompts: judge_lib.Questions(
+    ask = lambda prompts: learned.Questions(
       np.zeros((len(prompts), length), np.int32), np.full(len(prompts), length, np.int32)
     )
-    fixed = {"judge": params, "vae": _params(network, "vae")}
+    fixed = {"reward_model": params, "vae": _params(network, "vae")}
     return dataclasses.replace(made, ask=ask, fixed=fixed)
 
   def run(self) -> plans.Plan:
@@ -96,7 +96,7 @@ class Planner:
     self._held = {
       name: bytes_on_chip(tree) for name, tree in (
         ("parameters", s.params), ("optimizer", s.opt_state), ("moving average", s.ema),
-        ("reference", s.reference), ("anchor", s.anchor), ("judge", self.algorithm.fixed),
+        ("reference", s.reference), ("anchor", s.anchor), ("reward_model", self.algorithm.fixed),
       )
     }
     with sharding.activate(self.rollout.network.mesh):

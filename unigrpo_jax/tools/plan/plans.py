@@ -45,7 +45,7 @@ class Plan:
   """The programs of a run on a topology.
 
   `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-  reference, anchor, judge (with the autoencoder, where a loss reads both); and those of the
+  reference, anchor, reward_model (with the autoencoder, where a loss reads both); and those of the
   rollout: sampler (its copy of the parameters), cache, recorded; and precomputed, of the update.
   """
 

@@ -25,7 +25,7 @@ import numpy as np
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, files
 from unigrpo_jax.recipe import config_files
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import hosts
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.tools.reward_model import making, measuring, pictures, training
@@ -36,11 +36,11 @@ ALL = "all"
 EPILOG = """--config.KEY=VALUE changes a key of the config of the training.
 
 examples:
-  python -m unigrpo_jax.reward_model --workdir=runs/judge --out=judges/iconworld
-  python -m unigrpo_jax.reward_model make --workdir=runs/judge --triples=3000
-  python -m unigrpo_jax.reward_model train --workdir=runs/judge --config.steps=500
-  python -m unigrpo_jax.reward_model --workdir=runs/judge7b --out=judges/bagel \\
-    --config=configs/sft.py:judge --config.init_from=BAGEL-7B-MoT \\
+  python -m unigrpo_jax.reward_model --workdir=runs/reward_model --out=reward_models/iconworld
+  python -m unigrpo_jax.reward_model make --workdir=runs/reward_model --triples=3000
+  python -m unigrpo_jax.reward_model train --workdir=runs/reward_model --config.steps=500
+  python -m unigrpo_jax.reward_model --workdir=runs/reward_model_7b --out=reward_models/bagel \\
+    --config=configs/sft.py:reward_model --config.init_from=BAGEL-7B-MoT \\
     --train_file=pairs/train.jsonl --validation_file=pairs/held_out.jsonl
 """
 COMPARED = 96  # pictures whose scores as floats and as uint8 are compared
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       help=f"one of {', '.join(STAGES)}, or {ALL} (default: %(default)s)")
   add("--workdir", type=files.local_path, required=True,
       help="folder of the stages; resumes from it")
-  add("--out", type=files.local_path, help="folder of the judge to write, for measure")
-  add("--config", default="configs/sft.py:tiny_judge", metavar="FILE:VARIANT",
+  add("--out", type=files.local_path, help="folder of the reward model to write, for measure")
+  add("--config", default="configs/sft.py:tiny_reward_model", metavar="FILE:VARIANT",
       help="config of the training (default: %(default)s)")
   add("--triples", type=int, default=30_000,
       help="IconWorld: triples to train on (default: %(default)s)")
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.choose("STAGE", args.stage, (*STAGES, ALL))
   if args.stage in (ALL, "measure") and args.out is None:
-    raise errors.InputError("--out is missing: the folder of the judge that measure writes")
+    raise errors.InputError("--out is missing: the folder of the reward model that measure writes")
   for name in ("triples", "validation"):
     errors.require(f"--{name}", getattr(args, name), low=len(making.SPLITS) * 100)
   errors.require("--groups", args.groups, low=0)
@@ -97,12 +97,12 @@ class Stages:
     self._config = config_files.load(args.config, overrides)
     self._iconworld = args.train_file is None
     self._question = args.question or (
-      judge_lib.TINY_QUESTION if self._iconworld else judge_lib.QUESTION
+      learned.TINY_QUESTION if self._iconworld else learned.QUESTION
     )
-    judge_lib.check_question(self._question)
+    learned.check_question(self._question)
     self._trained = self._workdir / "trained"
     if not self._config.init_from:
-      raise errors.InputError("--config.init_from is empty; give the BAGEL that becomes a judge")
+      raise errors.InputError("--config.init_from is empty; give the BAGEL to train")
     self._check_same()
 
   def _check_same(self) -> None:
@@ -178,13 +178,13 @@ class Stages:
     return self._trained.exists()
 
   def _asked(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
-    """The trained judge at tau = 1, its parameters, the validation triples, and their margins."""
+    """The trained model at tau = 1, its parameters, the validation triples, and their margins."""
     if not self._trained.exists():
       raise errors.InputError(
         f"{self._trained}: there is no trained network; run the stage train first, with the same "
         "--workdir"
       )
-    judge, params = measuring.open_trained(
+    model, params = measuring.open_trained(
       self._trained, question=self._question, vit_max=self._args.vit_max,
       prompt_form="plain" if self._iconworld else "prompt",
     )
@@ -192,8 +192,8 @@ class Stages:
       triples = triples_lib.Triples.load(making.path_of(self._workdir, "validation"))
     else:
       triples = triples_lib.load_lines(self._args.validation_file)
-    found = measuring.ask(judge, params, triples, self._workdir / "asked.npz")
-    return judge, params, triples, found
+    found = measuring.ask(model, params, triples, self._workdir / "asked.npz")
+    return model, params, triples, found
 
   def _calibrate(self) -> None:
     _, _, triples, found = self._asked()
@@ -207,9 +207,9 @@ class Stages:
       raise errors.InputError(
         f"{record}: there is no temperature; run the stage calibrate first, with the same --workdir"
       )
-    judge, params, triples, found = self._asked()
-    judge = dataclasses.replace(judge, tau=json.loads(record.read_text(encoding="utf-8"))["tau"])
-    measured = measuring.measure(triples, found, judge.tau)
+    model, params, triples, found = self._asked()
+    model = dataclasses.replace(model, tau=json.loads(record.read_text(encoding="utf-8"))["tau"])
+    measured = measuring.measure(triples, found, model.tau)
     measured["steps"] = int(self._config.steps)
     if self._iconworld:
       rows = np.flatnonzero(triples.source == "render")[:COMPARED]
@@ -217,13 +217,13 @@ class Stages:
         triples.pixels[triples.image[rows]], (self._args.seed,)
       )
       measured["float_uint8"] = measuring.float_uint8(
-        judge, params, decoded, triples.prompt[rows].tolist()
+        model, params, decoded, triples.prompt[rows].tolist()
       )
-      measured["ascent"] = measuring.ascent(judge, params, self._args.seed)
-    text = measuring.page("A judge's answers", measured)
+      measured["ascent"] = measuring.ascent(model, params, self._args.seed)
+    text = measuring.page("A reward model's answers", measured)
     atomic.write_text(self._workdir / "page.md", text)
     print(text)
-    measuring.write_folder(self._trained, self._args.out, judge, measured)
+    measuring.write_folder(self._trained, self._args.out, model, measured)
     print(f"wrote {self._args.out}")
     missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
     if missed:

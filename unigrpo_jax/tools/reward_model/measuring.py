@@ -1,4 +1,4 @@
-"""The stages calibrate and measure: a temperature, what a judge gets right, gates, its folder."""
+"""The stages calibrate and measure: a temperature, what a model gets right, gates, its folder."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.iconworld import prompts as prompts_lib
 from unigrpo_jax.iconworld import renderer, verifier
 from unigrpo_jax.models import vae as vae_lib
-from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.reward_models import metrics
+from unigrpo_jax.reward_models import learned, metrics
 from unigrpo_jax.runtime import checksums, folders, sharding, state
 from unigrpo_jax.tools.reward_model import triples as triples_lib
 from unigrpo_jax.tools.reward_model import world
@@ -39,26 +38,26 @@ MOST_ONE_SIDED = 0.55
 
 def open_trained(
   folder: pathlib.Path | str, *, question: str, vit_max: int | None, prompt_form: str
-) -> tuple[judge_lib.Judge, Any]:
-  """The judge of a trained network, at tau = 1, and its parameters."""
+) -> tuple[learned.RewardModel, Any]:
+  """The reward model of a trained network, at tau = 1, and its parameters."""
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   network = state.open_for_sampling(folder, mesh=mesh)
-  yes_id, no_id = judge_lib.answer_ids(network.tokenizer)
-  judge = judge_lib.Judge(
+  yes_id, no_id = learned.answer_ids(network.tokenizer)
+  model = learned.RewardModel(
     network.model.for_gradients(), network.tokenizer, yes_id, no_id, question=question,
     prompt_form=prompt_form, vit_max=vit_max or network.config.vit_image.max_size,
   )
-  return judge, judge_lib.load_params(network)
+  return model, learned.load_params(network)
 
 
 def margins(
-  judge: judge_lib.Judge, params: Any, pixels: np.ndarray, prompts: Sequence[str], label: str
+  model: learned.RewardModel, params: Any, pixels: np.ndarray, prompts: Sequence[str], label: str
 ) -> np.ndarray:
   """z of N pictures and prompts, at tau = 1: [N] float32.
 
   `pixels` [N, H, W, 3] are uint8, or float32 in [-1, 1].
   """
-  plain = dataclasses.replace(judge, tau=1.0, readout="logit")
+  plain = dataclasses.replace(model, tau=1.0, readout="logit")
   questions, found = plain.questions(prompts), []
   score = jax.jit(plain.score)
   at_once = int(np.clip(BATCH_PIXELS // (pixels.shape[1] * pixels.shape[2]), 1, MOST_AT_ONCE))
@@ -68,13 +67,13 @@ def margins(
     batch = pixels[rows]
     if batch.dtype == np.uint8:
       batch = images_lib.to_array(batch)
-    asked = judge_lib.Questions(questions.ids[rows], questions.lengths[rows])
+    asked = learned.Questions(questions.ids[rows], questions.lengths[rows])
     found.append(np.asarray(score(params, batch, asked)))
   return np.concatenate(found)[: len(prompts)]
 
 
 def ask(
-  judge: judge_lib.Judge, params: Any, triples: triples_lib.Triples, target: pathlib.Path
+  model: learned.RewardModel, params: Any, triples: triples_lib.Triples, target: pathlib.Path
 ) -> dict[str, np.ndarray]:
   """The margins of all triples, kept in an .npz file; [N] float32 by what was asked.
 
@@ -88,16 +87,16 @@ def ask(
   grey = np.broadcast_to(np.uint8(GREY), pixels.shape)
   has = np.flatnonzero(triples.verbatim != "")
   found = {
-    "z": margins(judge, params, pixels, prompts, "asking"),
-    "no_picture": margins(judge, params, grey, prompts, "asking about no picture"),
+    "z": margins(model, params, pixels, prompts, "asking"),
+    "no_picture": margins(model, params, grey, prompts, "asking about no picture"),
     "no_prompt": margins(
-      judge, params, pixels, [HIDDEN_PROMPT] * len(prompts), "asking about no prompt"
+      model, params, pixels, [HIDDEN_PROMPT] * len(prompts), "asking about no prompt"
     ),
     "verbatim": np.full(len(prompts), np.nan, np.float32),
   }
   if has.size:
     found["verbatim"][has] = margins(
-      judge, params, pixels[has], triples.verbatim[has].tolist(), "asking about riddles"
+      model, params, pixels[has], triples.verbatim[has].tolist(), "asking about riddles"
     )
   target.parent.mkdir(parents=True, exist_ok=True)
   with errors.storage(target):
@@ -115,7 +114,7 @@ def temperature(triples: triples_lib.Triples, found: Mapping[str, np.ndarray]) -
 def measure(
   triples: triples_lib.Triples, found: Mapping[str, np.ndarray], tau: float
 ) -> dict[str, Any]:
-  """What is reported of a judge: see `page`."""
+  """What is reported of a reward model: see `page`."""
   part = lambda rows: metrics.summary(found["z"][rows], triples.yes[rows], tau)
   by = lambda labels, among: {
     str(name): part(among & (labels == name)) for name in np.unique(labels[among])
@@ -199,22 +198,22 @@ def _rows(parts: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 
 
 def float_uint8(
-  judge: judge_lib.Judge, params: Any, decoded: np.ndarray, prompts: Sequence[str]
+  model: learned.RewardModel, params: Any, decoded: np.ndarray, prompts: Sequence[str]
 ) -> float:
   """Largest difference of the score of pictures as the decoder gives them and as uint8 files."""
   levels = np.asarray(vae_lib.to_uint8(decoded))
   scores = [
-    metrics.probability(margins(judge, params, pixels, prompts, "comparing"), judge.tau)
+    metrics.probability(margins(model, params, pixels, prompts, "comparing"), model.tau)
     for pixels in (decoded, levels)
   ]
   return float(np.abs(scores[0] - scores[1]).max())
 
 
-def ascent(judge: judge_lib.Judge, params: Any, seed: int) -> dict[str, tuple[float, float]]:
+def ascent(model: learned.RewardModel, params: Any, seed: int) -> dict[str, tuple[float, float]]:
   """What following the gradient in the pixels does to scenes with one thing wrong.
 
   ASCENT_STEPS steps of root mean square ASCENT_STEP. Returns means before and after: "reward", of
-  the judge, and "verifier", strict. Where only the first rises, these are its adversarial pictures.
+  the model, and "verifier", strict. Where only the first rises, these are its adversarial pictures.
   """
   rng = np.random.default_rng(seed)
   pictures, asked = [], []
@@ -224,13 +223,13 @@ def ascent(judge: judge_lib.Judge, params: Any, seed: int) -> dict[str, tuple[fl
     if not picture.shows(example.metadata):
       pictures.append(picture.pixels)
       asked.append(example.metadata)
-  questions = judge.questions([prompts_lib.plain(metadata) for metadata in asked])
+  questions = model.questions([prompts_lib.plain(metadata) for metadata in asked])
   pixels = np.stack([images_lib.to_array(image) for image in pictures])
 
   @jax.jit
   def climb(params, pixels):
     def step(_, pixels):
-      gradient = jax.grad(lambda p: judge.score(params, p, questions).sum())(pixels)
+      gradient = jax.grad(lambda p: model.score(params, p, questions).sum())(pixels)
       size = jnp.sqrt(jnp.mean(gradient**2, axis=(1, 2, 3), keepdims=True))
       return jnp.clip(pixels + ASCENT_STEP * gradient / jnp.maximum(size, 1e-20), -1, 1)
 
@@ -238,7 +237,7 @@ def ascent(judge: judge_lib.Judge, params: Any, seed: int) -> dict[str, tuple[fl
 
   after = np.asarray(climb(params, pixels))
   levels = np.round(255 * (after / 2 + 0.5)).astype(np.uint8)
-  score = jax.jit(judge.score)
+  score = jax.jit(model.score)
   strict = [verifier.verify(image, metadata)[0] for image, metadata in zip(levels, asked)]
   return {
     "reward": tuple(float(score(params, p, questions).mean()) for p in (pixels, after)),
@@ -247,9 +246,9 @@ def ascent(judge: judge_lib.Judge, params: Any, seed: int) -> dict[str, tuple[fl
 
 
 def write_folder(
-  trained: pathlib.Path, out: pathlib.Path, judge: judge_lib.Judge, measured: Mapping[str, Any]
+  trained: pathlib.Path, out: pathlib.Path, model: learned.RewardModel, measured: Mapping[str, Any]
 ) -> None:
-  """Makes the judge's folder: the trained network with a reward.json; replaces one on success.
+  """Makes a model's folder: the trained network with a reward.json; replaces one on success.
 
   Raises:
     InputError: it cannot be made.
@@ -259,17 +258,17 @@ def write_folder(
     trained, out, overwrite=True, needed_bytes=sum(path.stat().st_size for path in others)
   )
   record = {
-    "question": judge.question, "yes_id": judge.yes_id, "no_id": judge.no_id, "tau": judge.tau,
-    "readout": judge.readout, "vit_max": judge.vit_max, "prompt_form": judge.prompt_form,
-    "clip": judge.clip,
+    "question": model.question, "yes_id": model.yes_id, "no_id": model.no_id, "tau": model.tau,
+    "readout": model.readout, "vit_max": model.vit_max, "prompt_form": model.prompt_form,
+    "clip": model.clip,
     "checksums": {
-      path.name: list(checksums.of(path)) for path in others if path.name != judge_lib.FILE
+      path.name: list(checksums.of(path)) for path in others if path.name != learned.FILE
     },
     "metrics": measured_lib.plain(measured),
   }
-  with locks.staging(out, last=(judge_lib.FILE,)) as staged:
+  with locks.staging(out, last=(learned.FILE,)) as staged:
     for path in others:
-      if path.name != judge_lib.FILE:
+      if path.name != learned.FILE:
         (staged / path.name).write_bytes(path.read_bytes())
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    (staged / judge_lib.FILE).write_text(text, encoding="utf-8")
+    (staged / learned.FILE).write_text(text, encoding="utf-8")

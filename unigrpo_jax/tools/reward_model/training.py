@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from unigrpo_jax import finetune, types
 from unigrpo_jax.recipe import sft
-from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.reward_models import readout
+from unigrpo_jax.reward_models import learned, readout
 from unigrpo_jax.runtime import state
 from unigrpo_jax.supervised import corpus
 
@@ -55,7 +54,7 @@ def train(
   """Trains by examples of answering; see `finetune.learn`.
 
   Args:
-    config: see the judge's variants of `configs/sft.py`.
+    config: see the reward model's variants of `configs/sft.py`.
     workdir: holds the run's checkpoints and metrics.
     examples: whose texts are "yes" and "no".
     vit_max: longest side of what the ViT sees, pixels; None: the checkpoint's.
@@ -65,7 +64,7 @@ def train(
   spec = sft.read(config)
   network = state.open_network(spec.network, devices)
   sft.check_fits(spec, network.mesh)
-  yes_id, no_id = judge_lib.answer_ids(network.tokenizer)
+  yes_id, no_id = learned.answer_ids(network.tokenizer)
   if vit_max is not None:
     network = _seeing(network, vit_max)
   run = dataclasses.replace(spec.run, shown=("two_token", "accuracy", "ce"))
@@ -78,5 +77,5 @@ def train(
 def _seeing(network: state.Network, vit_max: int) -> state.Network:
   """The network with another longest side of what its ViT sees."""
   config = network.config
-  config = dataclasses.replace(config, vit_image=judge_lib.vit_rule(config, vit_max))
+  config = dataclasses.replace(config, vit_image=learned.vit_rule(config, vit_max))
   return dataclasses.replace(network, folder=dataclasses.replace(network.folder, config=config))

@@ -1,4 +1,4 @@
-"""Triples (picture, prompt, yes or no) in files: what a judge learns from and is measured by."""
+"""Triples (picture, prompt, yes or no) in files, to learn from and to be measured by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import PIL.Image
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, files, lines
 from unigrpo_jax.data import images as images_lib
-from unigrpo_jax.reward_models import judge as judge_lib
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.supervised import corpus
 
 _EXPECTED = (
@@ -127,8 +127,8 @@ def _rows(path: pathlib.Path) -> list[tuple[str, str, pathlib.Path, bool]]:
       lines.check_text(row, key, where)
     match sorted(row.keys() - {"prompt"}):
       case ["answer", "image"]:
-        errors.choose(f"{where}: answer", row["answer"], (judge_lib.YES, judge_lib.NO))
-        rows.append((where, row["prompt"], row["image"], row["answer"] == judge_lib.YES))
+        errors.choose(f"{where}: answer", row["answer"], (learned.YES, learned.NO))
+        rows.append((where, row["prompt"], row["image"], row["answer"] == learned.YES))
       case ["chosen", "rejected"]:
         rows.append((where, row["prompt"], row["chosen"], True))
         rows.append((where, row["prompt"], row["rejected"], False))
@@ -196,7 +196,7 @@ def load_lines(path: pathlib.Path | str) -> Triples:
 
 
 def check_balance(where: str, yes: Sequence[bool]) -> None:
-  """Refuses answers of which far more are one than the other: a judge would learn to guess it."""
+  """Refuses answers of which far more are one than the other: a model would learn to guess it."""
   share = float(np.mean(yes))
   if abs(share - 0.5) > BALANCE:
     raise errors.InputError(
@@ -206,4 +206,4 @@ def check_balance(where: str, yes: Sequence[bool]) -> None:
 
 
 def _answer(yes: bool) -> str:
-  return judge_lib.YES if yes else judge_lib.NO
+  return learned.YES if yes else learned.NO

@@ -1,4 +1,4 @@
-"""The judge: one differentiable function of pixels, and the question that it asks."""
+"""The reward model: one differentiable function of pixels, and the question that it asks."""
 
 import dataclasses
 import json
@@ -12,8 +12,7 @@ import pytest
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import packing
-from unigrpo_jax.reward_models import judge as judge_lib
-from unigrpo_jax.reward_models import metrics, readout, resize
+from unigrpo_jax.reward_models import learned, metrics, readout, resize
 from unigrpo_jax.runtime import checksums, folders
 
 PROMPTS = ["two red kites", "a bird left of a green apple"]
@@ -22,17 +21,17 @@ PROMPTS = ["two red kites", "a bird left of a green apple"]
 def record(folder, **changes):
   """Writes a reward.json into a BAGEL folder."""
   files = {path.name: list(checksums.of(path)) for path in folder.iterdir()}
-  (folder / judge_lib.FILE).write_text(json.dumps(dict(
-    question=judge_lib.TINY_QUESTION, yes_id=88, no_id=77, tau=1.5, readout="two_token",
+  (folder / learned.FILE).write_text(json.dumps(dict(
+    question=learned.TINY_QUESTION, yes_id=88, no_id=77, tau=1.5, readout="two_token",
     vit_max=32, prompt_form="plain", clip="hard", metrics={},
-    checksums={name: value for name, value in files.items() if name != judge_lib.FILE},
+    checksums={name: value for name, value in files.items() if name != learned.FILE},
   ) | changes))
   return folder
 
 
 @pytest.fixture(scope="module")
 def folder(shallow, tmp_path_factory):
-  copy = tmp_path_factory.mktemp("judge") / "judge"
+  copy = tmp_path_factory.mktemp("reward_model") / "reward_model"
   copy.mkdir()
   for path in shallow.iterdir():
     (copy / path.name).write_bytes(path.read_bytes())
@@ -41,7 +40,7 @@ def folder(shallow, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-  return judge_lib.open_judge(folder)
+  return learned.open_folder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +78,19 @@ def test_resize_is_pillows_but_for_its_rounding(sizes):
 
 
 def test_the_sequence_is_that_of_packing(opened):
-  judge, _ = opened
+  model, _ = opened
   image = PIL.Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8))
   pixels, ids = images_lib.to_array(image), np.arange(16)
-  questions = judge.questions(PROMPTS)
-  built = judge._sequence(judge.patches(np.stack([pixels] * 2)), questions)
-  t = judge.tokenizer
-  texts = [[t.im_start, *t.encode(judge.question.format(prompt=prompt)), t.im_end]
+  questions = model.questions(PROMPTS)
+  built = model._sequence(model.patches(np.stack([pixels] * 2)), questions)
+  t = model.tokenizer
+  texts = [[t.im_start, *t.encode(model.question.format(prompt=prompt)), t.im_end]
            for prompt in PROMPTS]
-  start = lambda: packing.Text(np.array([t.im_start]), np.array([judge.yes_id]))
+  start = lambda: packing.Text(np.array([t.im_start]), np.array([model.yes_id]))
   packed = packing.pack(
     [[packing.PatchImage(images_lib.patchify(pixels, 8), ids), packing.Text(np.array(text)),
       start()] for text in texts],
-    image_markers=judge.model.image_markers,
+    image_markers=model.model.image_markers,
     pad_to=packing.PadTo(tokens=1, labels=1, patches=1),
   )
   length = packed.und_ids.shape[1]
@@ -111,9 +110,9 @@ def test_gradient_agrees_with_central_differences_and_stops_where_pixels_are_cli
   folder, pictures
 ):
   with jax.enable_x64(True):
-    judge, params = judge_lib.open_judge(folder, dtype=jnp.float64)
-    questions = judge.questions(PROMPTS)
-    score = jax.jit(lambda pixels: judge.score(params, pixels, questions).sum())
+    model, params = learned.open_folder(folder, dtype=jnp.float64)
+    questions = model.questions(PROMPTS)
+    score = jax.jit(lambda pixels: model.score(params, pixels, questions).sum())
     rng, pixels, h = np.random.default_rng(3), jnp.asarray(pictures, jnp.float64), 1e-4
     gradient = np.asarray(jax.jit(jax.grad(score))(pixels))
     steps = list(rng.standard_normal((5, *pixels.shape)))
@@ -130,21 +129,21 @@ def test_gradient_agrees_with_central_differences_and_stops_where_pixels_are_cli
 
 
 def test_batched_equals_single_whatever_the_padding(opened, pictures):
-  judge, params = opened
-  questions = judge.questions(PROMPTS)
-  score = jax.jit(judge.score)
+  model, params = opened
+  questions = model.questions(PROMPTS)
+  score = jax.jit(model.score)
   both = score(params, pictures, questions)
   assert both.dtype == jnp.float32 and both.shape == (2,)
   longer = questions.replace(ids=np.pad(questions.ids, ((0, 0), (0, 16)), constant_values=5))
   np.testing.assert_allclose(score(params, pictures, longer), both, rtol=1e-5)
   for row in range(2):
-    alone = score(params, pictures[row : row + 1], judge.questions(PROMPTS[row : row + 1]))
+    alone = score(params, pictures[row : row + 1], model.questions(PROMPTS[row : row + 1]))
     np.testing.assert_allclose(alone[0], both[row], rtol=1e-5)
 
 
-def test_no_gradient_reaches_the_judge(opened, pictures):
-  judge, params = opened
-  gradient = jax.jit(jax.grad(lambda p: judge.score(p, pictures, judge.questions(PROMPTS)).sum()))
+def test_no_gradient_reaches_the_reward_model(opened, pictures):
+  model, params = opened
+  gradient = jax.jit(jax.grad(lambda p: model.score(p, pictures, model.questions(PROMPTS)).sum()))
   assert not any(leaf.any() for leaf in jax.tree.leaves(gradient(params)))
 
 
@@ -157,10 +156,10 @@ def test_prompts_that_it_cannot_ask_about_are_refused(opened, prompt, words):
 
 
 def test_quotation_marks_within_quotation_marks_are_refused(opened):
-  judge = dataclasses.replace(opened[0], question=judge_lib.QUESTION)
-  judge.questions(["a kite that says 'go'"])
+  model = dataclasses.replace(opened[0], question=learned.QUESTION)
+  model.questions(["a kite that says 'go'"])
   with pytest.raises(errors.InputError, match="write ' instead"):
-    judge.questions(['a kite that says "go"'])
+    model.questions(['a kite that says "go"'])
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -171,22 +170,22 @@ def test_quotation_marks_within_quotation_marks_are_refused(opened):
 def test_a_wrong_record_is_refused(folder, tmp_path, changes, words):
   for path in folder.iterdir():
     (tmp_path / path.name).symlink_to(path.resolve())
-  (tmp_path / judge_lib.FILE).unlink()
+  (tmp_path / learned.FILE).unlink()
   record(tmp_path, **changes)
   with pytest.raises(errors.InputError, match=words):
-    judge_lib.open_judge(tmp_path)
+    learned.open_folder(tmp_path)
 
 
 def test_other_weights_or_none_are_refused(folder, tmp_path):
   with pytest.raises(errors.InputError, match="has no reward.json"):
-    judge_lib.open_judge(folders.TINY_FOLDER)
+    learned.open_folder(folders.TINY_FOLDER)
   for path in folder.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   with (tmp_path / "ema.safetensors").open("r+b") as file:
     file.seek(-1, 2)
     file.write(b"\x77")
   with pytest.raises(errors.InputError, match="ema.safetensors: is not the file"):
-    judge_lib.open_judge(tmp_path)
+    learned.open_folder(tmp_path)
 
 
 def test_metrics_by_hand():
@@ -212,8 +211,8 @@ def test_metrics_by_hand():
 
 
 def test_the_host_reward_gives_the_same_numbers_from_uint8(folder, opened):
-  judge, params = opened
-  reward = rewards.make("judge", folder=str(folder))
+  model, params = opened
+  reward = rewards.make("reward_model", folder=str(folder))
   rng = np.random.default_rng(4)
   images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
   metadata = {"include": [{"class": "kite", "count": 2, "color": "red"}]}
@@ -222,17 +221,18 @@ def test_the_host_reward_gives_the_same_numbers_from_uint8(folder, opened):
   found = rewards.evaluate(reward, samples)
   assert np.isnan(found.values).tolist() == [False, False, True] and "is empty" in found.reason
   pixels = jnp.asarray(images[:2], jnp.float32) / 255 * 2 - 1
-  scores = jax.jit(judge.score)(params, pixels, judge.questions(["two red kites", "a bird"]))
+  scores = jax.jit(model.score)(params, pixels, model.questions(["two red kites", "a bird"]))
   np.testing.assert_allclose(found.values[:2], scores, atol=1e-6)
 
 
-def test_a_run_keeps_to_its_judge(folder, tmp_path):
+def test_a_run_keeps_to_its_reward_model(folder, tmp_path):
   fingerprints = []
   for changes in ({}, dict(tau=2.0)):
     for path in folder.iterdir():
       (tmp_path / path.name).write_bytes(path.read_bytes())
     record(tmp_path, **changes)
-    scorer = rewards.Scorer({"seen": rewards.make("judge", folder=str(tmp_path), time_limit=9.0)},
+    seen = rewards.make("reward_model", folder=str(tmp_path), time_limit=9.0)
+    scorer = rewards.Scorer({"seen": seen},
                             {"seen": 1.0})
     fingerprints.append(scorer.fingerprints())
     scorer.close()
@@ -240,13 +240,13 @@ def test_a_run_keeps_to_its_judge(folder, tmp_path):
 
 
 def test_words_are_plain_only_where_the_world_has_them(opened):
-  judge = opened[0]
+  model = opened[0]
   kite = {"class": "kite", "count": 1}
-  ask = lambda **entry: judge.words("a riddle", {"include": [kite | entry]})
+  ask = lambda **entry: model.words("a riddle", {"include": [kite | entry]})
   assert ask(color="red") == "a red kite" and ask(count=3) == "three kites"
-  assert ask(**{"class": "dog"}) == judge.words("a riddle", {}) == "a riddle"
+  assert ask(**{"class": "dog"}) == model.words("a riddle", {}) == "a riddle"
   above = {"include": [{"class": "apple", "count": 1},
                        {"class": "bird", "count": 1, "position": ["above", 0]}]}
-  assert judge.words("", above) == "a bird above an apple"
-  verbatim = dataclasses.replace(judge, prompt_form="prompt")
+  assert model.words("", above) == "a bird above an apple"
+  verbatim = dataclasses.replace(model, prompt_form="prompt")
   assert verbatim.words("a riddle", above) == "a riddle"

@@ -1,8 +1,8 @@
-"""A judge: the probability that a BAGEL answers "yes" when asked whether a picture shows a prompt.
+"""A reward model: the probability of a BAGEL's "yes" when asked whether a picture shows a prompt.
 
-  judge, params = open_judge("tiny_judge")
-  questions = judge.questions(["two red kites"])
-  rewards = judge.score(params, pixels, questions)      # [B], differentiable in pixels
+  reward_model, params = open_folder("tiny_reward_model")
+  questions = reward_model.questions(["two red kites"])
+  rewards = reward_model.score(params, pixels, questions)      # [B], differentiable in pixels
 
 The sequence is BAGEL's of answering: [vision_start] ViT tokens [vision_end], [im_start] question
 [im_end], [im_start]; the reward is read from the logits at that last token. The picture comes
@@ -37,7 +37,7 @@ from unigrpo_jax.reward_models import resize as resize_lib
 from unigrpo_jax.runtime import checksums, folders, sharding, state
 
 FILE = "reward.json"
-TINY = "tiny_judge"  # The embedded judge, wherever a judge's folder is expected.
+TINY = "tiny_reward_model"  # The embedded one, wherever a reward model's folder is expected.
 TINY_FOLDER = folders.TINY_FOLDER.with_name(TINY)
 # Of FILE: what decides a score, with the kind of each value; "metrics" stand beside them.
 _KINDS = {
@@ -61,8 +61,8 @@ class Questions:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
-  """All about a judge that is static; its parameters are an argument of `score`.
+class RewardModel:
+  """All about a reward model that is static; its parameters are an argument of `score`.
 
   Attributes:
     model: the network.
@@ -120,11 +120,11 @@ class Judge:
 
   def _encode(self, prompt: str) -> list[int]:
     if not prompt.strip():
-      raise errors.InputError("a prompt is empty; the judge needs to know what to look for")
+      raise errors.InputError("a prompt is empty; the reward model needs to know what to look for")
     before, after = self.question.split("{prompt}")
     if before.endswith('"') and after.startswith('"') and '"' in prompt:
       raise errors.InputError(
-        f"prompt {errors.shown(prompt)} holds quotation marks, and the judge's question puts it "
+        f"prompt {errors.shown(prompt)} holds quotation marks, and the model's question puts it "
         "between such; write ' instead"
       )
     t = self.tokenizer
@@ -132,7 +132,7 @@ class Judge:
     room = self.model.config.llm.max_positions - 1  # The picture takes one.
     if len(ids) > room:
       raise errors.InputError(
-        f"prompt {prompt[:60]!r} makes a question of {len(ids)} tokens, the judge has room for "
+        f"prompt {prompt[:60]!r} makes a question of {len(ids)} tokens, the model has room for "
         f"{room} (max_position_embeddings); shorten it"
       )
     return ids
@@ -156,7 +156,7 @@ class Judge:
   def logits(self, params: Any, pixels: jax.Array, questions: Questions) -> jax.Array:
     """Logits of the answer's first token, [B, V] float32; arguments are those of `score`."""
     params = {"params": jax.lax.stop_gradient(params)}
-    with jax.named_scope("judge"):
+    with jax.named_scope("reward_model"):
       batch = self._sequence(self.patches(pixels), questions)
       hidden, _ = self.model.apply(params, batch, method="packed")
       return self.model.apply(params, hidden[:, 0], method="logits")
@@ -253,24 +253,24 @@ def answer_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
     if not ids or ids[0] in special or tokenizer.decode(ids) != word:
       raise errors.InputError(
         f"{tokenizer.source}: its tokenizer makes {ids} of {word!r}, which begins with a token "
-        "that is not of the word; a judge needs one that adds none"
+        "that is not of the word; a reward model needs one that adds none"
       )
     firsts.append(ids[0])
   if firsts[0] == firsts[1]:
     raise errors.InputError(
-      f"{tokenizer.source}: {YES!r} and {NO!r} begin with the same token {firsts[0]}; a judge "
+      f"{tokenizer.source}: {YES!r} and {NO!r} begin with the same token {firsts[0]}; a model "
       "needs a tokenizer that tells them apart by the first"
     )
   return firsts[0], firsts[1]
 
 
-def open_judge(
+def open_folder(
   folder: pathlib.Path | str, mesh: jax.sharding.Mesh | None = None, *, dtype: Any = None
-) -> tuple[Judge, Any]:
-  """The judge of a folder, and its parameters.
+) -> tuple[RewardModel, Any]:
+  """The reward model of a folder, and its parameters.
 
   Args:
-    folder: an official BAGEL folder with a reward.json; "tiny_judge" is the embedded one.
+    folder: an official BAGEL folder with a reward.json; "tiny_reward_model" is the embedded one.
     mesh: devices that hold the parameters; None: the first of this host.
     dtype: of network and parameters; None: float32 on CPU, bfloat16 elsewhere.
 
@@ -290,14 +290,14 @@ def open_judge(
     )
   fields = {name: record[name] for name in _KINDS if name != "checksums"}
   with errors.at(str(path / FILE)):
-    judge = Judge(
+    reward_model = RewardModel(
       network.model.for_gradients(), network.tokenizer, checksum=checksum_of(record), **fields
     )
-  return judge, load_params(network)
+  return reward_model, load_params(network)
 
 
 def load_params(network: state.Network) -> Any:
-  """The parameters of a judge's network, as `Judge.score` takes them."""
+  """The parameters of a reward model's network, as `RewardModel.score` takes them."""
   return network.folder.load_params(
     dtype=network.model.dtype, parts=("bagel",),
     shardings=state.param_shardings(network.model, network.mesh, ("bagel",)),
@@ -312,7 +312,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
   """
   if folder == TINY_FOLDER and not folder.is_dir():
     raise errors.InputError(
-      f"{TINY} is missing from this installation; make a judge with python -m "
+      f"{TINY} is missing from this installation; make a reward model with python -m "
       "unigrpo_jax.reward_model and give its folder"
     )
   if not (folder / FILE).is_file():
@@ -338,7 +338,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: pathlib.Path | str) -> str:
-  """`checksum_of` the judge of a folder; raises as `read_record`."""
+  """`checksum_of` the reward model of a folder; raises as `read_record`."""
   return checksum_of(read_record(_path(folder)))
 
 
