@@ -325,7 +325,7 @@ def test_command_builds_several_splits(tmp_path, capsys):
   (["--build=iconworld", "--split=tset", "--name=a"], "split='tset' is none of train, validation"),
   (["--build=nothing.txt", "--name=a"], "--build=nothing.txt: no such file"),
   (["--build=FILE", "--name=A"], "--name=A"),
-  (["--build=FILE", "--name=iconworld"], "--name=iconworld is the embedded world"),
+  (["--build=FILE", "--name=iconworld"], "--name=iconworld is a generated set"),
   (["--build=FILE"], "--name"),
   (["--name=a"], "--build"),
 ])
@@ -397,3 +397,28 @@ def test_iconworld_is_built_with_all_its_splits(tmp_path):
   command.main(["--build=iconworld", "--name=world", "--count=5", f"--out={tmp_path}"])
   for split in ("train", "validation", "test"):
     assert len(prompts.open_set(tmp_path / "world", split)) == 5
+
+
+# Words.
+
+
+def test_words_quote_the_text_of_their_metadata_and_share_none_between_splits():
+  texts = {}
+  for split, count in (("train", 2000), ("validation", 200), ("test", 1000)):
+    made = prompts.generated("words", split, count)
+    assert len(made) == count == len({prompt for prompt, _ in made})
+    for prompt, metadata in made:
+      assert prompt.split('"')[1] == metadata["text"] and prompt.count('"') == 2
+      assert metadata["tag"].split()[0] == str(len(metadata["text"].split()))
+    assert {m["tag"] for _, m in made} == {"1 word", "2 words", "3 words", "4 words"}
+    assert len({prompt.replace(f'"{m["text"]}"', "") for prompt, m in made}) == 20
+    texts[split] = {m["text"].lower() for _, m in made}
+  assert not texts["train"] & texts["test"] and not texts["validation"] & texts["test"]
+  assert not texts["train"] & texts["validation"]
+
+
+def test_words_are_the_same_on_every_machine_and_begin_alike_whatever_the_count():
+  made = prompts.generated("words", "test", 3)
+  assert made == list(prompts.generated("words", "test"))[:3]
+  assert prompts.PromptSet(made).fingerprint() == "7ffe4b6aa35ee07d"
+  assert len(prompts.open_set("words", "test")) == 1000

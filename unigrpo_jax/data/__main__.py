@@ -9,6 +9,7 @@ from typing import Any
 from unigrpo_jax import errors
 from unigrpo_jax.data import files, progress, prompts
 
+NAMES = ", ".join(prompts.GENERATED)
 EPILOG = f"""prompt files (UTF-8):
   NAME.txt     one prompt a line
   NAME.jsonl   one JSON object a line with the key "prompt"; the object as it is becomes the
@@ -19,9 +20,11 @@ examples:
   python -m unigrpo_jax.data --build=mine.txt --name=mine
   python -m unigrpo_jax.data --build=a.jsonl --split=train --build=b.jsonl --split=test --name=both
   python -m unigrpo_jax.data --build={prompts.ICONWORLD} --name=small_world --count=2000
+  python -m unigrpo_jax.data --build=words --split=test --name=some_words
 
 The set is the folder OUT/NAME. It is read by its folder, or by its name where OUT is the default.
-Where a set is expected, a prompt file or {prompts.ICONWORLD} may also be given, without building.
+Where a set is expected, a prompt file or one of these names may also be given, without building:
+  {NAMES}
 """
 
 
@@ -33,16 +36,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--build", action="append", required=True, metavar="SOURCE",
-      help=f"prompt file, or {prompts.ICONWORLD}; once for each split")
+      help=f"prompt file, or {NAMES}; once for each split")
   add("--split", action="append", default=[],
-      help=f"name of the split that --build makes, once for each --build (default: train; of "
-      f"{prompts.ICONWORLD}: {', '.join(prompts.ICONWORLD_COUNTS)}, all three)")
+      help="name of the split that --build makes, once for each --build (default: train; of "
+      "a generated set: all that it has)")
   add("--name", required=True, help="of the set: lower-case letters, digits and _")
   add("--out", type=files.path, default=prompts.default_folder(),
       help="folder to make the set in (default: %(default)s)")
-  counts = ", ".join(f"{split} {count}" for split, count in prompts.ICONWORLD_COUNTS.items())
   add("--count", type=int,
-      help=f"prompts in each split of {prompts.ICONWORLD} (default: {counts})")
+      help=f"prompts in each split of a generated set, {NAMES} (default: its own number)")
   add("--overwrite", action="store_true", help="replace a set of this name, after success only")
   return parser.parse_args(argv)
 
@@ -54,8 +56,8 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
     InputError: the arguments do not go together, or a file is missing.
   """
   builds, names = args.build, args.split
-  if builds == [prompts.ICONWORLD]:
-    names = names or list(prompts.ICONWORLD_COUNTS)
+  if len(builds) == 1 and builds[0] in prompts.GENERATED:
+    names = names or list(prompts.GENERATED[builds[0]].counts)
     builds = builds * len(names)
   elif len(builds) == 1:
     names = names or ["train"]
@@ -63,16 +65,16 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
     raise errors.InputError(
       f"{len(builds)} --build and {len(names)} --split: give each --build its own --split"
     )
-  if args.count is not None and prompts.ICONWORLD not in builds:
+  if args.count is not None and not prompts.GENERATED.keys() & set(builds):
     raise errors.InputError(
-      f"--count={args.count} is for {prompts.ICONWORLD}; all prompts of a file are used"
+      f"--count={args.count} is for {NAMES}; all prompts of a file are used"
     )
   splits = {}
   for build, split in zip(builds, names):
     if split in splits:
       raise errors.InputError(f"--split={split} is given twice; a split has one source")
-    if build == prompts.ICONWORLD:
-      pairs = prompts.iconworld_prompts(split, args.count)
+    if build in prompts.GENERATED:
+      pairs = prompts.generated(build, split, args.count)
       total = len(pairs)
     else:
       path = files.path(build)
@@ -87,8 +89,8 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(argv)
-  if args.name == prompts.ICONWORLD:
-    raise errors.InputError(f"--name={args.name} is the embedded world; choose another name")
+  if args.name in prompts.GENERATED:
+    raise errors.InputError(f"--name={args.name} is a generated set; choose another name")
   splits = read_splits(args)
 
   # After the arguments are known to be good: importing TFDS takes a second.

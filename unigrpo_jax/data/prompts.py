@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -13,13 +13,36 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import files, lines
+from unigrpo_jax.data import files, lines, words
 from unigrpo_jax.iconworld import geneval
 from unigrpo_jax.iconworld import prompts as iconworld
 
 FILE_ENDINGS = (".txt", ".jsonl")
 ICONWORLD = "iconworld"
 ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}  # Prompts by split.
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """A set that is made when it is opened, and opened by its name.
+
+  Attributes:
+    counts: prompts by split.
+    make: (split, count) -> the first so many (prompt, metadata) of the split.
+  """
+
+  counts: Mapping[str, int]
+  make: Callable[[str, int], Sequence[tuple[str, dict[str, Any]]]]
+
+
+def _iconworld(split: str, count: int) -> list[tuple[str, dict[str, Any]]]:
+  return [(example.prompt, example.metadata) for example in iconworld.fixed(split, count)]
+
+
+GENERATED = {
+  ICONWORLD: Generated(ICONWORLD_COUNTS, _iconworld),
+  "words": Generated(words.COUNTS, words.make),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +133,15 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
 
   Args:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
-      version; a .txt or .jsonl file, which has all its prompts in every split; or "iconworld"
-      ("./iconworld" is a folder of that name).
+      version; a .txt or .jsonl file, which has all its prompts in every split; or a name of
+      `GENERATED`, such as "iconworld" ("./iconworld" is a folder of that name).
     split: which part of the set.
 
   Raises:
     InputError: there is no such set or split, or it cannot be read.
   """
-  if str(source) == ICONWORLD:
-    return PromptSet(iconworld_prompts(split))
+  if str(source) in GENERATED:
+    return PromptSet(generated(str(source), split))
   path = files.path(source)
   if path.is_file() or path.suffix.lower() in FILE_ENDINGS:
     return PromptSet(list(read_file(path)))
@@ -132,7 +155,8 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
       return PromptSet(prompt_folders.Split(files.local_copy(folder), split))
   raise errors.InputError(
     f"{source}: no such prompt set; expected a folder or a name in {default_folder()} that "
-    f"python -m unigrpo_jax.data built, a {' or '.join(FILE_ENDINGS)} file, or {ICONWORLD}"
+    f"python -m unigrpo_jax.data built, a {' or '.join(FILE_ENDINGS)} file, or one of "
+    + ", ".join(GENERATED)
   )
 
 
@@ -167,9 +191,15 @@ def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     raise errors.InputError(f"{path}: no prompts in it; expected one a line")
 
 
-def iconworld_prompts(split: str, count: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-  """(prompt, metadata) of the first `count` prompts of one of IconWorld's splits."""
-  errors.choose(f"{ICONWORLD}: split", split, ICONWORLD_COUNTS)
-  errors.require("--count", count, low=1)
-  examples = iconworld.fixed(split, ICONWORLD_COUNTS[split] if count is None else count)
-  return [(example.prompt, example.metadata) for example in examples]
+def generated(
+  name: str, split: str, count: int | None = None
+) -> Sequence[tuple[str, dict[str, Any]]]:
+  """(prompt, metadata) of the first `count` prompts of a split of a set of `GENERATED`.
+
+  Raises:
+    InputError: it has no such split, or `count` is not from 1 to its prompts.
+  """
+  made = GENERATED[name]
+  errors.choose(f"{name}: split", split, made.counts)
+  errors.require("--count", count, low=1, integer=True)
+  return made.make(split, made.counts[split] if count is None else count)
