@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import files, lines, words
+from unigrpo_jax.data import exam_points, files, lines, words
 from unigrpo_jax.iconworld import geneval
 from unigrpo_jax.iconworld import prompts as iconworld
 
@@ -165,7 +165,8 @@ def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
   A .txt line is the prompt and has no metadata ({}). A .jsonl line is an object with the key
   "prompt"; the whole object, prompt included, is its metadata, or {} where it has no other key. Its
-  "include" and "exclude" must be in GenEval's format, with any classes.
+  "include" and "exclude" must be in GenEval's format, with any classes; "points" and "vqa_list" as
+  `exam_points.read` takes them.
 
   Raises:
     InputError: the file cannot be read, has no prompts, or a line is malformed.
@@ -186,6 +187,8 @@ def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     record = lines.parse_object(text, where, expected)
     if problem := geneval.problem(record):
       raise errors.InputError(f"{where}: {problem}")
+    with errors.at(where):
+      exam_points.read(record)
     yield record["prompt"], record if len(record) > 1 else {}
   if empty:
     raise errors.InputError(f"{path}: no prompts in it; expected one a line")

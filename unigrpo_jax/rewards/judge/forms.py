@@ -1,0 +1,277 @@
+"""What is asked about a sample, and what its answers make: one function pair a form.
+
+  points           a question for each exam point; the share that is answered as expected
+  points_soft      the same by the probability of the expected answer (GenEval2's soft-TIFA)
+  points_together  all points in one question, answered in JSON
+  p_yes            P(yes) / (P(yes) + P(no)) of one question about the prompt
+  unified_reward_1, unified_reward_2, wise_verified, wise_legacy    see `answers.SCALES`
+  custom           a number that the user's regular expression finds in the answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import exam_points
+from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards.judge import answers, templates
+
+AGGREGATES = ("mean", "gmean", "all")
+WISE = ("wise_verified", "wise_legacy")
+FORMS = ("points", "points_soft", "points_together", "p_yes", *answers.SCALES, "custom")
+_BY_WORD = {"yes_no": "yes or no", "count": "a number", "one_word": "one word"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One request about a sample's picture.
+
+  Attributes:
+    text: of the request.
+    read: what the reply says; raises `answers.Unreadable`.
+    max_tokens: of the answer.
+    logprobs: whether those of the first token are needed.
+    schema: JSON schema of the answer; None for free text.
+  """
+
+  text: str
+  read: Callable[[answers.Reply], Any]
+  max_tokens: int
+  logprobs: bool = False
+  schema: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Of all forms; each reads those that concern it.
+
+  Attributes:
+    form: one of `FORMS`.
+    template: a name or a file; "" for the form's own.
+    metric: the axis of a form that has several; "" for their (weighted) mean.
+    aggregate: of the credits of points: one of `AGGREGATES`.
+    use_needs: whether a point whose need is not met counts as not met.
+    min_mass: least probability of all answers together.
+    renormalise: `points_soft` among all answers.
+    pattern, low, high: of `custom`: a regular expression with one group, and the numbers that
+      score 0 and 1.
+    max_tokens: of an answer; 0 for the form's own.
+  """
+
+  form: str = "points"
+  template: str = ""
+  metric: str = ""
+  aggregate: str = "mean"
+  use_needs: bool = True
+  min_mass: float = 0.05
+  renormalise: bool = False
+  pattern: str = ""
+  low: float = 0.0
+  high: float = 1.0
+  max_tokens: int = 0
+
+  def __post_init__(self):
+    errors.choose("form", self.form, FORMS)
+    errors.choose("aggregate", self.aggregate, AGGREGATES)
+    errors.require("min_mass", self.min_mass, low=0, high=1)
+    errors.require("max_tokens", self.max_tokens, low=0, integer=True)
+    if self.form in (*WISE, "custom") and not self.template:
+      what = "WISE's own text" if self.form in WISE else "the question"
+      raise errors.InputError(f"form={self.form} needs template=FILE, {what} with {{prompt}} in it")
+    if self.form == "custom":
+      errors.require("high", self.high, above=self.low)
+
+
+def make(options: Options) -> Form:
+  """The form that options describe.
+
+  Raises:
+    InputError: a template or a pattern cannot be used.
+  """
+  if options.form in ("points", "points_soft"):
+    return _Points(options)
+  if options.form == "points_together":
+    return _Together(options)
+  return _Yes(options) if options.form == "p_yes" else _Numbers(options)
+
+
+class Form:
+  """What is asked, and what the answers make.
+
+  Attributes:
+    templates: that its questions come from.
+  """
+
+  templates: Sequence[templates.Template] = ()
+
+  def __init__(self, options: Options):
+    self.options = options
+
+  def questions(self, sample: base.Sample) -> list[Question]:
+    """Raises InputError for a sample that cannot be asked about."""
+    raise NotImplementedError
+
+  def score(self, sample: base.Sample, read: Sequence[Any]) -> tuple[float, dict[str, Any]]:
+    """The score of what the questions' `read` gave, and facts for a table; may raise Unreadable."""
+    raise NotImplementedError
+
+  def _open(self, name: str, *fields: str) -> templates.Template:
+    template = templates.Template.open(name)
+    for field in fields:
+      template.require(field)
+    self.templates = (*self.templates, template)
+    return template
+
+  def _tokens(self, count: int) -> int:
+    return self.options.max_tokens or count
+
+
+def _values(sample: base.Sample, **more: Any) -> dict[str, Any]:
+  """What templates may name."""
+  return {**sample.metadata, "prompt": sample.prompt, "reasoning": sample.text, **more}
+
+
+def _exam(sample: base.Sample) -> tuple[exam_points.Point, ...]:
+  if not (points := exam_points.read(sample.metadata)):
+    raise errors.InputError(
+      f"prompt {errors.shown(sample.prompt)} has no exam points (points or vqa_list)"
+    )
+  return points
+
+
+class _Exam(Form):
+  """Of exam points: credits of each."""
+
+  def score(self, sample, read):
+    points = _exam(sample)
+    credits = [float(credit) for credit in read]
+    counted = exam_points.apply_needs(points, credits) if self.options.use_needs else credits
+    facts = {"questions": [point.question for point in points], "credits": credits}
+    return aggregate(counted, self.options.aggregate), facts
+
+
+def aggregate(credits: Sequence[float], how: str) -> float:
+  """The score of an image's credits, in [0, 1]: their mean, their geometric mean, or 1.0 where each
+  is at least 1/2, else 0.0."""
+  match how:
+    case "mean":
+      return float(np.mean(credits))
+    case "gmean":
+      with np.errstate(divide="ignore"):
+        return float(np.exp(np.mean(np.log(credits))))
+  return float(min(credits) >= 0.5)
+
+
+class _Points(_Exam):
+
+  def __init__(self, options: Options):
+    super().__init__(options)
+    self._soft = options.form == "points_soft"
+    first = "one_word" if self._soft else "yes_no"
+    names = dict.fromkeys(_BY_WORD, "one_word") if self._soft else {name: name for name in _BY_WORD}
+    names["yes_no"] = options.template or first
+    if self._soft and options.template:
+      names = dict.fromkeys(_BY_WORD, options.template)
+    opened = {name: self._open(name, "question") for name in dict.fromkeys(names.values())}
+    self._by_kind = {kind: opened[name] for kind, name in names.items()}
+
+  def questions(self, sample):
+    return [self._question(sample, point) for point in _exam(sample)]
+
+  def _question(self, sample: base.Sample, point: exam_points.Point) -> Question:
+    template, o = self._by_kind[answers.kind(point.answer)], self.options
+    text = template.fill(_values(sample, question=point.question))
+    if self._soft:
+      read = lambda reply: answers.p_answer(reply, point.answer, o.min_mass, o.renormalise)
+      return Question(text, read, self._tokens(1), logprobs=True)
+    return Question(text, lambda reply: answers.credit(reply, point.answer), self._tokens(8))
+
+
+class _Together(_Exam):
+
+  def __init__(self, options: Options):
+    super().__init__(options)
+    self._template = self._open(options.template or "together", "numbered_questions")
+
+  def questions(self, sample):
+    points = _exam(sample)
+    kinds = [answers.kind(point.answer) for point in points]
+    lines = []
+    for number, (point, kind) in enumerate(zip(points, kinds), 1):
+      hint = "" if kind == "yes_no" else f" (Answer with {_BY_WORD[kind]}.)"
+      lines.append(f"{number}. {point.question}{hint}")
+    values = _values(sample, numbered_questions="\n".join(lines), count=len(points))
+    item = {"type": "string"} | ({"enum": ["yes", "no"]} if set(kinds) == {"yes_no"} else {})
+    answer = {"type": "array", "items": item, "minItems": len(points), "maxItems": len(points)}
+    schema = {
+      "type": "object", "properties": {"answers": answer}, "required": ["answers"],
+      "additionalProperties": False,
+    }
+
+    def read(reply: answers.Reply) -> list[float]:
+      said = answers.listed(reply, len(points))
+      return [
+        answers.credit(answers.Reply(text), point.answer) for text, point in zip(said, points)
+      ]
+
+    return [Question(
+      self._template.fill(values), read, self._tokens(64 + 16 * len(points)), schema=schema
+    )]
+
+  def score(self, sample, read):
+    return super().score(sample, read[0])
+
+
+class _Yes(Form):
+
+  def __init__(self, options: Options):
+    super().__init__(options)
+    self._template = self._open(options.template or "p_yes")
+
+  def questions(self, sample):
+    read = lambda reply: answers.p_yes(reply, self.options.min_mass)
+    text = self._template.fill(_values(sample))
+    return [Question(text, read, self._tokens(1), logprobs=True)]
+
+  def score(self, sample, read):
+    return read[0], {"p_yes": read[0]}
+
+
+class _Numbers(Form):
+
+  def __init__(self, options: Options):
+    super().__init__(options)
+    self._template = self._open(options.template or options.form)
+    self._scale = answers.SCALES.get(options.form) or _custom(options)
+    self._axes = (options.metric,) if options.metric else ()
+    if options.metric:
+      errors.choose("metric", options.metric, list(self._scale.axes))
+
+  def questions(self, sample):
+    def read(reply: answers.Reply) -> tuple[float, dict[str, Any]]:
+      values = self._scale.read(reply)
+      return self._scale.score(values, self._axes), values
+
+    return [Question(self._template.fill(_values(sample)), read, self._tokens(512))]
+
+  def score(self, sample, read):
+    return read[0]
+
+
+def _custom(options: Options) -> answers.Scale:
+  try:
+    groups = re.compile(options.pattern).groups
+  except re.error as error:
+    raise errors.InputError(f"pattern={options.pattern!r}: {error}") from None
+  if groups != 1:
+    raise errors.InputError(
+      f"pattern={options.pattern!r} must have one group, around the number"
+    )
+  bounds = (options.low, options.high)
+  return answers.Scale({"score": options.pattern}, bounds, *bounds)
