@@ -38,7 +38,7 @@ class Template:
     for _, field, style, conversion in parts:
       if field is not None and (not field.isidentifier() or style or conversion):
         raise errors.InputError(
-          f"template {name}: {{{field}}} is no name such as {{prompt}}; write {{{{ and }}}} for braces"
+          f"template {name}: {{{field}}} is no field's name; write {{{{ and }}}} for braces"
         )
     self.digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
