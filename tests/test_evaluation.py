@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from unigrpo_jax import errors
+from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import evaluation, intervals
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.episodes import requests as requests_lib
@@ -33,10 +33,12 @@ MODES = [evaluation.Mode.parse(name) for name in ("plain+guidance", "think", "gi
 
 
 def _score(samples):
-  """Brightness of the picture, and the length of the text where there is one."""
+  """Brightness of the picture, and the length of the text where there is one, with its letters."""
+  words = np.array([math.nan if s.text is None else len(s.text) for s in samples])
+  letters = [s.text and {"letters": np.array([*map(ord, s.text)])} for s in samples]
   return {
     "bright": np.array([sample.image.mean() / 255 for sample in samples]),
-    "words": np.array([math.nan if s.text is None else len(s.text) for s in samples]),
+    "words": rewards.Scores(words, "no text", details=letters),
   }
 
 
@@ -141,6 +143,9 @@ def test_a_saved_evaluation_can_be_read_back(results, tmp_path):
   record = json.loads((folder / "results.json").read_text())
   assert record["title"] == "A title" and record["modes"] == results.modes
   assert [evaluation.Row(**row) for row in record["rows"]] == results.rows
+  assert record["rows"][0]["details"] == {"words": {"reason": "no text"}}
+  row = record["rows"][5]
+  assert row["details"] == {"words": {"letters": [*map(ord, row["text"])]}} and row["text"]
   for name, image in results.images.items():
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(folder / name)), image)
   text = (folder / "results.md").read_text()

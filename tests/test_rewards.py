@@ -313,6 +313,24 @@ def test_evaluate_checks_what_scores_hold():
     rewards.evaluate(lambda samples: rewards.Scores([1.0]), numbered(2))
 
 
+def test_details_are_plain_json_or_say_what_is_left_out(scorer):
+  given = [
+    {"boxes": np.ones((1, 2)), "score": np.float32(0.5), "missing": NAN}, None, {"set": {1}},
+    {"long": "x" * 70_000}, {"reason": "no face"},
+  ]
+  values = np.array([1, NAN, NAN, 1, NAN])
+  reward = lambda samples: rewards.Scores(values, "no people", details=given)
+  scores = scorer({"r": reward}).submit(numbered(5)).scores()["r"]
+  plain, missing, odd, long, own = map(scores.detail, range(5))
+  assert plain == {"boxes": [[1, 1]], "score": 0.5, "missing": None}
+  assert missing == {"reason": "no people"} and own == {"reason": "no face"}
+  assert "no JSON: " in odd["left_out"] and odd["reason"] == "no people"
+  assert "more than 65536" in long["left_out"] and "reason" not in long
+  assert rewards.evaluate(lambda samples: values, numbered(5)).details is None
+  with pytest.raises(ValueError, match=r"must be \[5\], one a sample; got \[1\]"):
+    rewards.evaluate(lambda samples: rewards.Scores(values, details=[{}]), numbered(5))
+
+
 def test_different_messages_do_not_flood_the_log(scorer, caplog):
   def fails(samples):
     raise RuntimeError(samples[0].prompt)

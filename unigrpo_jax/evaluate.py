@@ -17,7 +17,7 @@ DESCRIPTION = """Scores a checkpoint on held-out prompts.
 Draws every prompt under every mode, from noise that depends on --seed, the prompt's number and the
 image's alone, and writes into --out:
   results.md      means of each reward by mode and category, with 95 % intervals over prompts
-  results.json    every image's prompt, reasoning and rewards
+  results.json    every image's prompt, reasoning, rewards and their details
   benchmarks.json GenEval and TA by mode, of prompts that have them (see below)
   contact.png     the first --keep prompts: pictures side by side by mode, reasonings, rewards
   images/         those pictures"""

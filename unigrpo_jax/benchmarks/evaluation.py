@@ -12,7 +12,7 @@ often it is run, so that two results differ by their weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from unigrpo_jax.runtime import hosts, panels
 _PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}(_\d+)?\.png")
 MOST_IMAGES = 1000  # of a prompt: with more, a seed would exceed 32 bits
 
-Score = Callable[[Sequence[rewards.Sample]], dict[str, np.ndarray]]
+Score = Callable[[Sequence[rewards.Sample]], Mapping[str, np.ndarray | rewards.Scores]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -97,6 +97,7 @@ class Row:
     image: file of the picture, relative to the saved folder; None where it is not saved.
     number: of the prompt, from 0; None where each row is another prompt.
     k: which of the prompt's images this is.
+    details: {name of a reward: its `rewards.Scores.detail`}, of those that have some.
   """
 
   mode: str
@@ -107,6 +108,7 @@ class Row:
   image: str | None
   number: int | None = None
   k: int = 0
+  details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 # What sees the rows of a batch with what they are made of; all hosts see all of them.
@@ -219,8 +221,9 @@ class Evaluation:
       pipeline: see `pipeline.Pipeline`.
       examples: objects with `prompt` and `metadata`, whose "tag" is the category ("all" without
         one), and with `reasoning` where a mode is given it.
-      score: rewards of samples, {name: [samples] float}; NaN where there is none, as a reward of
-        the reasoning has none for a picture without. All hosts call it together, each with its own.
+      score: rewards of samples, {name: [samples] float, or with details}; NaN where there is none,
+        as a reward of the reasoning has none for a picture without. All hosts call it together,
+        each with its own.
       settings: what the modes share; with the guidance of the guided ones.
       modes: each is run over all examples.
       batch_size: rows run together, rounded up to what the devices share evenly.
@@ -317,8 +320,7 @@ class Evaluation:
       for example, result in zip(examples, results)
     ]
     local = hosts.share(len(samples))
-    scores = self._score([samples[row] for row in local])
-    scores = hosts.gather_rows(local, scores, len(samples))
+    scores, details = _gather(local, self._score([samples[row] for row in local]), len(samples))
     for place, ((number, k), example, sample) in enumerate(zip(places, examples, samples)):
       values = {name: float(column[place]) for name, column in scores.items()}
       for name, value in values.items():
@@ -331,6 +333,7 @@ class Evaluation:
       rows.append(Row(
         mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,
         {name: value for name, value in values.items() if not math.isnan(value)}, file, number, k,
+        details[place],
       ))
     return rows, samples
 
@@ -344,3 +347,24 @@ class Evaluation:
       yield
     finally:
       self._pipeline.params = before
+
+
+def _gather(
+  rows: Sequence[int], scores: Mapping[str, np.ndarray | rewards.Scores], total: int
+) -> tuple[dict[str, np.ndarray], list[dict[str, dict[str, Any]]]]:
+  """({name: [total] float32}, details of each of the `total` rows), of this host's, on all hosts.
+  """
+  given = {
+    name: part if isinstance(part, rewards.Scores) else rewards.Scores(np.asarray(part))
+    for name, part in scores.items()
+  }
+  found = {
+    row: {name: detail for name, part in given.items() if (detail := part.detail(i))}
+    for i, row in enumerate(rows)
+  }
+  details: list[dict[str, dict[str, Any]]] = [{} for _ in range(total)]
+  for text in hosts.gather_texts(json.dumps({row: one for row, one in found.items() if one})):
+    for row, one in json.loads(text).items():
+      details[int(row)] = one
+  values = {name: part.values for name, part in given.items()}
+  return hosts.gather_rows(rows, values, total), details

@@ -171,11 +171,11 @@ class Scoring:
 
 def score(
   scorer: rewards.Scorer, samples: Sequence[rewards.Sample], wait: Wait = stopping.wait
-) -> dict[str, np.ndarray]:
-  """`Scorer.score` of this host's samples, which each host calls and `wait` waits for."""
+) -> dict[str, rewards.Scores]:
+  """Scores of this host's samples by reward, which each host calls and `wait` waits for."""
   pending = scorer.submit(samples)
   wait(pending.wait, lambda: _names(pending.awaited()))
-  return pending.result()
+  return pending.scores()
 
 
 def check(scorer: rewards.Scorer, total: np.ndarray, group: np.ndarray | None = None) -> None:

@@ -84,7 +84,8 @@ class Validation:
 
   def _score(self, samples):
     scores = scoring.score(self._scorer, samples, self._wait)
-    return scores | {"reward": self._scorer.total(scores)}
+    values = {name: part.values for name, part in scores.items()}
+    return scores | {"reward": self._scorer.total(values)}
 
   def __call__(
     self, params: Any, step: int, between: Callable[[], None], wait: scoring.Wait = stopping.wait

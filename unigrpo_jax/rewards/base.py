@@ -14,6 +14,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import logging
 import math
 import sys
@@ -29,6 +30,8 @@ from unigrpo_jax import errors
 from unigrpo_jax.rewards import threads
 
 _log = logging.getLogger(__name__)
+
+MAX_DETAIL = 65_536  # Bytes of a sample's details, as JSON.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,27 @@ class Scores:
   values: np.ndarray  # [N], any real numbers, larger is better; NaN where there is no score
   reason: str | None = None  # one line about the NaN
   temporary: bool = False  # whether the NaN may be scored later: a server that did not answer
+  # [N], what else is to be known of each sample, as JSON: its reason, boxes, answers; None for
+  # nothing. Training ignores it, an evaluation keeps it.
+  details: Sequence[Mapping[str, Any] | None] | None = None
+
+  def detail(self, i: int) -> dict[str, Any]:
+    """Details of sample `i` as JSON has them, with the "reason" where it has no score; {} for none.
+
+    Numpy's numbers and arrays become numbers and lists, and NaN null. What is no JSON, or longer
+    than `MAX_DETAIL`, is left out, and "left_out" says so.
+    """
+    given = {} if self.details is None else dict(self.details[i] or {})
+    if self.reason is not None and np.isnan(self.values[i]):
+      given.setdefault("reason", self.reason)
+    try:
+      text = json.dumps(given, default=lambda item: item.tolist())
+      if len(text) <= MAX_DETAIL:
+        return json.loads(text, parse_constant=lambda _: None)
+      left_out = f"{len(text)} bytes are more than {MAX_DETAIL}"
+    except Exception as error:  # Whatever an object of another library raises.
+      left_out = f"no JSON: {errors.describe(error)}"
+    return {"left_out": left_out[:300]} | ({"reason": self.reason} if "reason" in given else {})
 
 
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
@@ -226,11 +250,11 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   Real numbers of any dtype count: those of jax, of ml_dtypes (bfloat16, float8), of PyTorch, also
   on an accelerator or with a gradient; and Decimal, Fraction and bool.
 
-  Returns values [N] float32, each finite or NaN, and a reason where there is a NaN.
+  Returns values [N] float32, each finite or NaN, a reason where there is a NaN, and the details.
 
   Raises:
-    ValueError: the result has a wrong shape, or none of it is a real number; and whatever the
-      reward raises.
+    ValueError: the result or its details have a wrong shape, or none of it is a real number; and
+      whatever the reward raises.
   """
   count = len(samples)
   if not count:
@@ -251,7 +275,12 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
     prompt = samples[int(missing.argmax())].prompt[:60]
     reason = result.reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
     reason += f": {unreal}" if unreal else ""
-  return Scores(values, reason, result.temporary)
+  details = result.details
+  if details is not None:
+    if len(details) != count:
+      raise ValueError(f"a reward's details must be [{count}], one a sample; got [{len(details)}]")
+    details = details if any(details) else None
+  return Scores(values, reason, result.temporary, details)
 
 
 def _array(values) -> np.ndarray:

@@ -43,7 +43,7 @@ class Failure:
 class Pending:
   """The scores of samples, which threads compute, one part a reward."""
 
-  parts: Mapping[str, futures.Future[np.ndarray]]
+  parts: Mapping[str, futures.Future[base.Scores]]
 
   def done(self) -> bool:
     return not self.awaited()
@@ -60,7 +60,11 @@ class Pending:
     """Waits for {name: [N] float32}, as `Scorer.score`; TimeoutError after `timeout` seconds, and
     CancelledError if the scorer was closed before all rewards began.
     """
-    return {name: part.result(timeout) for name, part in self.parts.items()}
+    return {name: part.result(timeout).values for name, part in self.parts.items()}
+
+  def scores(self) -> dict[str, base.Scores]:
+    """As `result`, with reasons and details."""
+    return {name: part.result() for name, part in self.parts.items()}
 
 
 class Scorer:
@@ -126,7 +130,7 @@ class Scorer:
     """{name: [N] float32, as the reward gave it; NaN where it could not}."""
     return self.submit(samples).result()
 
-  def _run(self, name: str, samples: Sequence[base.Sample]) -> np.ndarray:
+  def _run(self, name: str, samples: Sequence[base.Sample]) -> base.Scores:
     trace = None
     try:
       with self._reward_locks[name]:
@@ -138,7 +142,7 @@ class Scorer:
       count = int(np.isnan(scores.values).sum())
       failure = Failure(count, scores.temporary, " ".join(scores.reason.split()))
       self._add_failure(name, failure, trace)
-    return scores.values
+    return scores
 
   def _add_failure(self, name: str, failure: Failure, trace: BaseException | None) -> None:
     count, reason = failure.count, failure.reason
