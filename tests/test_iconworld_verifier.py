@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from tests import iconworld_table
-from unigrpo_jax.iconworld import geneval, icons, prompts, renderer, scenes, verifier
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import icons, prompts, renderer, scenes, scoring, verifier
 
 
 def _object(kind, color="red", box=(0, 0, 10, 10), score=1.0):
-  return geneval.Detection(kind, color, box, score)
+  return rules.Found(kind, color, box, score)
 
 
 def _data(*include, exclude=()):
@@ -35,53 +36,53 @@ def _data(*include, exclude=()):
 def test_relations_by_hand(offset, expected):
   dx, dy = offset
   box = (50 + dx, 50 + dy, 60 + dx, 60 + dy)
-  assert geneval.relations(box, (50, 50, 60, 60)) == expected
+  assert rules.relations(box, (50, 50, 60, 60)) == expected
 
 
 def test_diagonal_neighbours_of_13_px_are_at_the_rule_s_edge():
   # Slack 2.6. 14 px away and 18 px below: 11.4 / 22.80 = 0.49993, so not "right of".
   first = (0, 0, 13, 13)
-  assert geneval.relations((14, 18, 27, 31), first) == {"below"}
-  assert geneval.relations((16, 16, 29, 29), first) == {"right of", "below"}
+  assert rules.relations((14, 18, 27, 31), first) == {"below"}
+  assert rules.relations((16, 16, 29, 29), first) == {"right of", "below"}
 
 
 def test_geneval_allows_more_than_included_and_this_world_does_not():
   data = _data({"class": "kite", "count": 1})
   two = [_object("kite"), _object("kite")]
-  assert geneval.verify_geneval(two, data) and geneval.extra_objects(two, data) == 1
-  assert geneval.score(two, data) == (0.0, 0.0)
-  assert geneval.score(two[:1], data) == (1.0, 1.0)
+  assert rules.verify_geneval(two, data) and scoring.extra_objects(two, data) == 1
+  assert scoring.score(two, data) == (0.0, 0.0)
+  assert scoring.score(two[:1], data) == (1.0, 1.0)
   excluded = _data({"class": "kite", "count": 1}, exclude=[{"class": "kite", "count": 2}])
-  assert not geneval.verify_geneval(two, excluded)
+  assert not rules.verify_geneval(two, excluded)
 
 
 def test_geneval_looks_at_the_most_confident():
   data = _data({"class": "kite", "count": 1, "color": "red"})
   blue, red = _object("kite", "blue", score=0.9), _object("kite", "red", score=0.8)
-  assert not geneval.verify_geneval([red, blue], data)
-  assert geneval.verify_geneval([red, blue, _object("kite", "red", score=0.95)], data)
+  assert not rules.verify_geneval([red, blue], data)
+  assert rules.verify_geneval([red, blue, _object("kite", "red", score=0.95)], data)
 
 
 def test_a_relation_to_something_that_is_not_right_does_not_hold():
   relation = {"class": "bird", "count": 1, "position": ["left of", 0]}
   kite, bird = _object("kite", box=(20, 0, 30, 10)), _object("bird", box=(0, 0, 10, 10))
-  assert geneval.verify_geneval([kite, bird], _data({"class": "kite", "count": 1}, relation))
+  assert rules.verify_geneval([kite, bird], _data({"class": "kite", "count": 1}, relation))
   blue = {"class": "kite", "count": 1, "color": "blue"}
-  assert not geneval.verify_geneval([kite, bird], _data(blue, relation))
+  assert not rules.verify_geneval([kite, bird], _data(blue, relation))
   # Clauses: bird there 1, position 0; kite there 1, colour 0.
-  assert geneval.score([kite, bird], _data(blue, relation)) == (0.0, 0.5)
+  assert scoring.score([kite, bird], _data(blue, relation)) == (0.0, 0.5)
 
 
 def test_soft_by_hand():
   three = _data({"class": "kite", "count": 3, "color": "red"})
   # Two of three, one red: (2/3 + 1/3) / 2.
-  assert geneval.score([_object("kite"), _object("kite", "blue")], three)[1] == pytest.approx(0.5)
+  assert scoring.score([_object("kite"), _object("kite", "blue")], three)[1] == pytest.approx(0.5)
   # All, and one extra of three: 1 - 1/3.
-  four = [_object("kite")] * 3 + [_object(geneval.UNKNOWN, geneval.UNKNOWN)]
-  assert geneval.score(four, three) == (0.0, pytest.approx(2 / 3))
-  assert geneval.score([_object("kite")] * 6, three) == (0.0, 0.0)
-  assert geneval.score([], three) == (0.0, 0.0)
-  assert geneval.score([], _data()) == (1.0, 0.0)
+  four = [_object("kite")] * 3 + [_object(rules.UNKNOWN, rules.UNKNOWN)]
+  assert scoring.score(four, three) == (0.0, pytest.approx(2 / 3))
+  assert scoring.score([_object("kite")] * 6, three) == (0.0, 0.0)
+  assert scoring.score([], three) == (0.0, 0.0)
+  assert scoring.score([], _data()) == (1.0, 0.0)
 
 
 def test_a_render_is_detected_exactly():
@@ -138,11 +139,11 @@ def test_a_faint_or_broken_icon_is_not_an_icon():
   assert verifier.detect(faint) == []
   half = image.copy()
   half[:8] = 255
-  assert [item.kind for item in verifier.detect(half)] == [geneval.UNKNOWN]
+  assert [item.kind for item in verifier.detect(half)] == [rules.UNKNOWN]
   two_tone = image.copy()
   right = two_tone[:, 8:]
   right[right[..., 1] < 100] = icons.COLORS["blue"]
-  assert {item.color for item in verifier.detect(two_tone)} == {geneval.UNKNOWN}
+  assert {item.color for item in verifier.detect(two_tone)} == {rules.UNKNOWN}
 
 
 def test_a_stray_blob_is_an_extra_object():

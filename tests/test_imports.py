@@ -17,7 +17,8 @@ PACKAGE = ROOT / "unigrpo_jax"
 ORDER = (
   ("terminal",),
   ("errors", "types"),
-  ("iconworld", "losses"),
+  ("geneval", "losses"),
+  ("iconworld",),
   ("sampling",),
   ("models",),
   ("data",),
@@ -38,6 +39,7 @@ LIBRARIES = {
   "terminal": set(),
   "errors": set(),
   "types": {"jax", "chex", "flax.struct"},
+  "geneval": {"numpy"},
   "iconworld": {"numpy", "scipy", "PIL"},
   "losses": {"jax", "chex"},
   "sampling": {"jax", "chex", "flax.struct", "numpy"},

@@ -32,6 +32,24 @@ def test_every_recorded_output_is_reproduced(golden, monkeypatch, capsys):
   assert {line.split("/")[0] for line in output.splitlines()[:-1]} == files
 
 
+def test_recorded_rewards_are_reproduced(golden, monkeypatch, capsys):
+  status, output = run(monkeypatch, capsys, golden / "rewards")
+  lines = output.splitlines()[:-1]
+  assert status == 0 and not [line for line in lines if cases.FAIL in line], output
+  # What needs a file that is fetched may be missing; a recording without a case may not.
+  assert "no case reads" not in output
+
+
+def test_a_folder_of_folders_lists_what_no_case_reads(golden, tmp_path, monkeypatch, capsys):
+  rules = golden / "rewards" / "geneval" / "rules.jsonl"
+  (tmp_path / "new").mkdir()
+  (tmp_path / "new" / "more_rules.jsonl").write_text(rules.read_text().replace("true", "false"))
+  (tmp_path / "new" / "other.json").write_text("{}")
+  status, output = run(monkeypatch, capsys, tmp_path)
+  assert status == 1 and "new/more_rules/official  1.00e+00" in output
+  assert "new/other/rest  -  -  -  NOT COVERED  no case reads new/other.json" in output
+
+
 @pytest.fixture
 def copy(golden, tmp_path):
   """A copy of the recorded folder that a test may spoil."""

@@ -1,4 +1,4 @@
-"""Checks a folder of recorded reference outputs.
+"""Checks a folder of recorded reference outputs: of .npz files, or of folders of files of any kind.
 
   python -m tests.parity DIR [--strict]
 
@@ -10,17 +10,22 @@ FAIL, and with --strict on any NOT COVERED.
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import functools
+import importlib
 import pathlib
+import pkgutil
 import sys
 import time
 
+from tests import parity
 from tests.parity import cases, network
 from unigrpo_jax import errors
 
 # Importing a module of cases registers them.
-from tests.parity import algo, flow, forward, inferencer, objectives, tables  # noqa: F401  isort: skip
-from tests.parity import text, training  # noqa: F401  isort: skip
-from tests.parity import benchmarks, refl, reward, transitions, vision  # noqa: F401  isort: skip
+for module in pkgutil.iter_modules(parity.__path__, "tests.parity."):
+  if not module.name.endswith("__main__"):
+    importlib.import_module(module.name)
 
 # What gives away a file's kind where its name is not one that a case asks for (a second edit, say).
 SIGNS = {
@@ -60,7 +65,7 @@ def check(path: pathlib.Path, only: str = "") -> list[cases.Line]:
     raise errors.InputError(f"{path}: no such folder; give a folder of recorded outputs")
   found = {file.stem for file in path.glob("*.npz")}
   if not found:
-    raise errors.InputError(f"{path}: no .npz file; give a folder of recorded outputs")
+    return _check_tree(path, only)
   folder = network.Folder(path)
   lines = []
   for name in sorted(found | folder.readme.files):
@@ -70,6 +75,33 @@ def check(path: pathlib.Path, only: str = "") -> list[cases.Line]:
       print(line, flush=True)
       lines.append(line)
   return lines
+
+
+def _check_tree(path: pathlib.Path, only: str) -> list[cases.Line]:
+  """Runs the cases of a folder of folders, of files of any kind; see `cases.file_case`."""
+  files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+  if not files:
+    raise errors.InputError(f"{path}: no .npz file in it; give a folder of recorded outputs")
+  lines = []
+  for file in files:
+    name = file.relative_to(path).as_posix()
+    if not name.startswith(only):
+      continue
+    matches = functools.partial(fnmatch.fnmatch, name)
+    report = cases.Report(name.rpartition(".")[0])
+    for case in cases.FILE_CASES:
+      if matches(case.pattern):
+        report.run(case.run, file)
+    if not report.lines and not any(map(matches, _given())):
+      report.not_covered("rest", f"no case reads {name}")
+    for line in report.lines:
+      print(line, flush=True)
+    lines += report.lines
+  return lines
+
+
+def _given() -> list[str]:
+  return [pattern for case in cases.FILE_CASES for pattern in case.given]
 
 
 def _check_file(folder: network.Folder, name: str) -> list[cases.Line]:
@@ -98,7 +130,7 @@ def main() -> None:
     prog="python -m tests.parity", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("folder", type=pathlib.Path, help="holds the recordings (*.npz)")
+  parser.add_argument("folder", type=pathlib.Path, help="holds the recordings")
   parser.add_argument("--strict", action="store_true", help="exit 1 on any NOT COVERED too")
   parser.add_argument("--only", default="", metavar="NAME", help="files whose name starts so")
   args = parser.parse_args()

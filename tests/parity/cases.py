@@ -87,19 +87,72 @@ class Line:
     return f"{self.name}  {'  '.join(numbers)}  {self.tolerance}  {self.result}{notes}"
 
 
-class Recording:
-  """The arrays of one npz file, and which of them have been compared.
+class Report:
+  """What the cases of one file found.
 
   Attributes:
     name: the file's name without suffix.
     lines: the cases so far, in the order in which they were first compared.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+    self.lines: list[Line] = []
+
+  def check_equal(
+    self, case: str, what: str, actual: Any, expected: Any, tolerance: Tolerance
+  ) -> None:
+    """Compares two arrays, of which `expected` is recorded or follows from what is."""
+    line = self._line(f"{self.name}/{case}", str(tolerance))
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
+      line.result = FAIL
+      line.notes.append(f"{what}: shape {list(actual.shape)}, recorded {list(expected.shape)}")
+      return
+    if expected.dtype.kind == "U":
+      actual, expected = actual != expected, np.zeros(expected.shape)
+    worst_abs, worst_rel, agrees = tolerance.compare(actual, expected)
+    # np.fmax would let a NaN vanish behind a number.
+    line.worst_abs = float(np.maximum(worst_abs, line.worst_abs or 0.0))
+    line.worst_rel = float(np.maximum(worst_rel, line.worst_rel or 0.0))
+    if not agrees:
+      line.result = FAIL
+      line.notes.append(f"{what}: {worst_abs:.2e}")
+
+  def not_covered(self, case: str, reason: str) -> None:
+    """Adds a line for what cannot be compared."""
+    self.lines.append(Line(f"{self.name}/{case}", result=NOT_COVERED, notes=[reason]))
+
+  def run(self, case: Callable[[Any, Any], None], given: Any) -> None:
+    """Runs a case; what it raises becomes a line, and the other cases go on."""
+    try:
+      case(given, self)
+    except NoArray:
+      pass  # `close` lists what is described but missing, and what was left uncompared.
+    except NotCovered as reason:
+      self.not_covered(case.__name__, str(reason))
+    except Exception as error:  # Whatever it is, it is this case's failure.
+      note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+      self.lines.append(Line(f"{self.name}/{case.__name__}", result=FAIL, notes=[note]))
+
+  def _line(self, name: str, tolerance: str) -> Line:
+    for line in self.lines:
+      if (line.name, line.tolerance) == (name, tolerance):
+        return line
+    self.lines.append(Line(name, tolerance))
+    return self.lines[-1]
+
+
+class Recording(Report):
+  """The arrays of one npz file, and which of them have been compared.
+
+  Attributes:
     keys: names of the arrays.
   """
 
   def __init__(self, path: pathlib.Path, described: Iterable[str] = ()):
     """Reads a file that should hold the arrays `described`."""
-    self.name = path.stem
-    self.lines: list[Line] = []
+    super().__init__(path.stem)
     self._described = set(described)
     self._compared: set[str] = set()
     with np.load(path, allow_pickle=False) as arrays:
@@ -136,42 +189,6 @@ class Recording:
       self._compared.add(key)
       self.check_equal(case, key, actual, self._arrays[key], tolerance)
 
-  def check_equal(
-    self, case: str, what: str, actual: Any, expected: Any, tolerance: Tolerance
-  ) -> None:
-    """Compares two arrays, of which `expected` is recorded or follows from what is."""
-    line = self._line(f"{self.name}/{case}", str(tolerance))
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    if actual.shape != expected.shape:
-      line.result = FAIL
-      line.notes.append(f"{what}: shape {list(actual.shape)}, recorded {list(expected.shape)}")
-      return
-    if expected.dtype.kind == "U":
-      actual, expected = actual != expected, np.zeros(expected.shape)
-    worst_abs, worst_rel, agrees = tolerance.compare(actual, expected)
-    # np.fmax would let a NaN vanish behind a number.
-    line.worst_abs = float(np.maximum(worst_abs, line.worst_abs or 0.0))
-    line.worst_rel = float(np.maximum(worst_rel, line.worst_rel or 0.0))
-    if not agrees:
-      line.result = FAIL
-      line.notes.append(f"{what}: {worst_abs:.2e}")
-
-  def not_covered(self, case: str, reason: str) -> None:
-    """Adds a line for what cannot be compared."""
-    self.lines.append(Line(f"{self.name}/{case}", result=NOT_COVERED, notes=[reason]))
-
-  def run(self, case: Callable[[Any, Recording], None], folder: Any) -> None:
-    """Runs a case; what it raises becomes a line, and the other cases go on."""
-    try:
-      case(folder, self)
-    except NoArray:
-      pass  # `close` lists what is described but missing, and what was left uncompared.
-    except NotCovered as reason:
-      self.not_covered(case.__name__, str(reason))
-    except Exception as error:  # Whatever it is, it is this case's failure.
-      note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-      self.lines.append(Line(f"{self.name}/{case.__name__}", result=FAIL, notes=[note]))
-
   def close(self) -> None:
     """Adds lines for results that no case compared, and for arrays that should be there."""
     left = [key for key in self.keys if key not in self._compared and not GIVEN.match(key)]
@@ -183,13 +200,6 @@ class Recording:
     missing = sorted(self._described - set(self.keys))
     if missing:
       self.not_covered("missing", f"README.md describes {', '.join(missing)}")
-
-  def _line(self, name: str, tolerance: str) -> Line:
-    for line in self.lines:
-      if (line.name, line.tolerance) == (name, tolerance):
-        return line
-    self.lines.append(Line(name, tolerance))
-    return self.lines[-1]
 
 
 # Arrays that a recording starts from, and data beside it: they need no comparison.
@@ -238,6 +248,33 @@ def case(*files: str):
   def register(function):
     for file in files:
       CASES.setdefault(file, []).append(function)
+    return function
+
+  return register
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCase:
+  """A case of a file that is no archive of arrays: function (path, report)."""
+
+  pattern: str
+  given: tuple[str, ...]
+  run: Callable[[pathlib.Path, Report], None]
+
+
+FILE_CASES: list[FileCase] = []
+
+
+def file_case(pattern: str, *, given: Iterable[str] = ()):
+  """Registers a function (path, report) as a case of the files whose path matches `pattern`.
+
+  Args:
+    pattern: of the path below the folder, in which * matches / too.
+    given: patterns of files that such cases read and that hold no result.
+  """
+
+  def register(function):
+    FILE_CASES.append(FileCase(pattern, tuple(given), function))
     return function
 
   return register

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from unigrpo_jax.iconworld import geneval, verifier
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import verifier
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, of red, green, blue
 HALF_NYQUIST = 0.25  # cycles a pixel
@@ -47,7 +48,7 @@ def of_image(image: np.ndarray) -> dict[str, float]:
     "clipped": float(extreme.mean()),
     "entropy": float(-(shares * np.log2(shares)).sum()) + 0.0,
     "unknown": float(
-      sum(item.kind == geneval.UNKNOWN for item in verifier.detect(image))
+      sum(item.kind == rules.UNKNOWN for item in verifier.detect(image))
     ),
   }
 

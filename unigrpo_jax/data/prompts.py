@@ -14,7 +14,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import exam_points, files, lines, words
-from unigrpo_jax.iconworld import geneval
+from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import prompts as iconworld
 
 FILE_ENDINGS = (".txt", ".jsonl")
@@ -185,7 +185,7 @@ def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
       yield text, {}
       continue
     record = lines.parse_object(text, where, expected)
-    if problem := geneval.problem(record):
+    if problem := rules.problem(record):
       raise errors.InputError(f"{where}: {problem}")
     with errors.at(where):
       exam_points.read(record)

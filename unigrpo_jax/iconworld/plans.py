@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax.iconworld import geneval, icons, prompts, renderer, riddles, scenes
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import icons, prompts, renderer, riddles, scenes, scoring
 
 START = "so: "
 END = "</think>"
@@ -25,21 +26,21 @@ def plan_of(text: str) -> scenes.Scene | None:
   return scenes.parse(plan) if start else None
 
 
-def detections(scene: scenes.Scene) -> list[geneval.Detection]:
+def detections(scene: scenes.Scene) -> list[rules.Found]:
   """What a faultless detector finds in a scene drawn without jitter."""
   boxes = icons.load().box
   result = []
   for thing in scene.things:
     top, left = renderer.corner(thing.cell)
     box = boxes[scenes.KINDS.index(thing.kind)] + (left, top, left, top)
-    result.append(geneval.Detection(thing.kind, thing.color, tuple(box.tolist())))
+    result.append(rules.Found(thing.kind, thing.color, tuple(box.tolist())))
   return result
 
 
 def is_correct(text: str, metadata: Mapping[str, Any]) -> bool:
   """Whether a reasoning text's plan, drawn faultlessly, would score strict 1."""
   scene = plan_of(text)
-  return scene is not None and geneval.score(detections(scene), metadata)[0] == 1
+  return scene is not None and scoring.score(detections(scene), metadata)[0] == 1
 
 
 def corrupt(rng: np.random.Generator, example: prompts.Example) -> str:

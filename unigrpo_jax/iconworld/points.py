@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unigrpo_jax.iconworld import geneval, riddles
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import riddles, scoring
 
 NOTHING_ELSE = "nothing else is there"
 
@@ -27,13 +28,13 @@ def statements(metadata: Mapping[str, Any]) -> list[str]:
   return [*made, NOTHING_ELSE]
 
 
-def met(detections: Sequence[geneval.Detection], metadata: Mapping[str, Any]) -> list[float]:
+def met(detections: Sequence[rules.Found], metadata: Mapping[str, Any]) -> list[float]:
   """1.0 or 0.0 of each of `statements`: the verifier's demand is met fully.
 
   A number is exact. Nothing else is there where no object is beyond what is asked for and at least
   one that is asked for is there: a blank image meets no point.
   """
-  included, _ = geneval.demands(detections, metadata)
+  included, _ = rules.demands(detections, metadata)
   shares = iter(included)
   made, any_wanted = [], False
   for entry in metadata.get("include", ()):
@@ -42,7 +43,7 @@ def met(detections: Sequence[geneval.Detection], metadata: Mapping[str, Any]) ->
     next(shares)  # Of GenEval's number, which more objects meet too.
     made.append(float(count == entry["count"]))
     made += [float(next(shares) == 1) for key in ("color", "position") if key in entry]
-  nothing_else = any_wanted and geneval.extra_objects(detections, metadata) == 0
+  nothing_else = any_wanted and scoring.extra_objects(detections, metadata) == 0
   return [*made, float(nothing_else)]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 
-from unigrpo_jax.iconworld import geneval, icons, renderer, scenes
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import icons, renderer, scenes, scoring
 
 # Distances are Euclidean in RGB of 0..255.
 PLAIN = 45.0  # A pixel this near the background's colour belongs to it.
@@ -127,7 +128,7 @@ def _color(value: np.ndarray) -> str:
   factor = np.clip(table @ value / (table**2).sum(axis=1), *BRIGHTNESS)
   errors = np.linalg.norm(factor[:, None] * table - value, axis=1)
   best = int(errors.argmin())
-  return scenes.COLORS[best] if errors[best] <= COLOR_ERROR else geneval.UNKNOWN
+  return scenes.COLORS[best] if errors[best] <= COLOR_ERROR else rules.UNKNOWN
 
 
 def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, float]:
@@ -147,13 +148,13 @@ def _unmix(window: np.ndarray, background: np.ndarray, kind: int) -> tuple[str, 
   contrast = max(float((((window - background) * near) ** 2).sum()), 1e-6)
   solid = alpha[best, ..., 0] > 0.6
   spread = np.sqrt(square[best][solid].sum() / max(solid.sum(), 1))
-  name = _color(color[best]) if spread <= SPREAD else geneval.UNKNOWN
+  name = _color(color[best]) if spread <= SPREAD else rules.UNKNOWN
   return name, float(error[best] / contrast)
 
 
 def _icons(
   padded: np.ndarray, coverage: np.ndarray, background: np.ndarray
-) -> tuple[list[geneval.Detection], np.ndarray]:
+) -> tuple[list[rules.Found], np.ndarray]:
   """Icons, strongest first, and the pixels next to or on one, [S, S] bool.
 
   Candidates are where one variant of a mask on whole pixels overlaps well, from the strongest down;
@@ -180,16 +181,16 @@ def _icons(
     if overlap.max() >= OVERLAP and misfit <= MISFIT:
       x, y = left + across + _EDGE - _PAD, top + down + _EDGE - _PAD
       box = tuple((icons.load().box[kind] + (x, y, x, y)).tolist())
-      detections.append(geneval.Detection(scenes.KINDS[kind], color, box, float(overlap.max())))
+      detections.append(rules.Found(scenes.KINDS[kind], color, box, float(overlap.max())))
       explained[area] |= masks.near[kind]
     strength[tuple(slice(max(i - APART + 1, 0), i + APART) for i in (row, column))] = 0
   return sorted(detections, key=lambda item: -item.score), explained
 
 
-def detect(image: np.ndarray) -> list[geneval.Detection]:
+def detect(image: np.ndarray) -> list[rules.Found]:
   """The objects in an image, [H, W, 3] as of `standardise`, strongest first, unknown ones last.
 
-  `geneval.UNKNOWN` is each blob that matches no icon, and for all specks together one for as many
+  `rules.UNKNOWN` is each blob that matches no icon, and for all specks together one for as many
   pixels as make a blob. None for an image that is blank or has no plain background. Boxes are in
   pixels of a SIZE x SIZE image.
   """
@@ -214,10 +215,10 @@ def detect(image: np.ndarray) -> list[geneval.Detection]:
   # Specks are no less there for being apart: so many as make a blob count as one.
   specks = int(sizes[1:][sizes[1:] < LEFTOVER].sum())
   boxes += [(0.0, 0.0, float(renderer.SIZE), float(renderer.SIZE))] * (specks // LEFTOVER)
-  unknown = [geneval.Detection(geneval.UNKNOWN, geneval.UNKNOWN, box, 0.0) for box in boxes]
+  unknown = [rules.Found(rules.UNKNOWN, rules.UNKNOWN, box, 0.0) for box in boxes]
   return detections + unknown
 
 
 def verify(image: np.ndarray, metadata: Mapping[str, Any]) -> tuple[float, float]:
-  """Strict (0.0 or 1.0) and soft (in [0, 1]) score of an image; see `geneval.score`."""
-  return geneval.score(detect(image), metadata)
+  """Strict (0.0 or 1.0) and soft (in [0, 1]) score of an image; see `scoring.score`."""
+  return scoring.score(detect(image), metadata)

@@ -28,8 +28,9 @@ from unigrpo_jax.data import files
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import requests
-from unigrpo_jax.iconworld import geneval, riddles
+from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import prompts as prompts_lib
+from unigrpo_jax.iconworld import riddles
 from unigrpo_jax.models import bagel, layers
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.reward_models import readout as readout_lib
@@ -101,7 +102,7 @@ class RewardModel:
     """What to ask about a user's prompt: the prompt itself, or in "plain" form what its metadata
     asks for, where they are IconWorld's."""
     if self.prompt_form == "plain" and metadata and metadata.get("include"):
-      if geneval.problem(metadata) is None and all(
+      if rules.problem(metadata) is None and all(
         entry["class"] in riddles.PLURALS for entry in metadata["include"]
       ):
         return prompts_lib.plain(metadata)

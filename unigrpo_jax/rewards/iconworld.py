@@ -13,30 +13,31 @@ import weakref
 
 import numpy as np
 
-from unigrpo_jax.iconworld import geneval, plans, points, riddles, scenes, verifier
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import plans, points, riddles, scenes, scoring, verifier
 from unigrpo_jax.rewards import base
 
 
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
-  return _scores(samples, lambda sample: geneval.score(detect(sample), sample.metadata)[0])
+  return _scores(samples, lambda sample: scoring.score(detect(sample), sample.metadata)[0])
 
 
 @base.register("iconworld_soft")
 def soft(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32 in [0, 1]: the share of the demands that the image meets, less for extra objects.
 
-  It is 1 exactly where `iconworld_strict` is 1; see `geneval.score`.
+  It is 1 exactly where `iconworld_strict` is 1; see `scoring.score`.
   """
-  return _scores(samples, lambda sample: geneval.score(detect(sample), sample.metadata)[1])
+  return _scores(samples, lambda sample: scoring.score(detect(sample), sample.metadata)[1])
 
 
 @base.register("iconworld_geneval")
 def official(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: GenEval's verdict, 1 or 0, which forgives objects that were not asked for."""
   return _scores(
-    samples, lambda sample: float(geneval.verify_geneval(detect(sample), sample.metadata))
+    samples, lambda sample: float(rules.verify_geneval(detect(sample), sample.metadata))
   )
 
 
@@ -62,13 +63,13 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
 
 
 # The rewards of an image share what is detected in it, whichever is called first.
-_detected: weakref.WeakKeyDictionary[base.Sample, list[geneval.Detection]] = (
+_detected: weakref.WeakKeyDictionary[base.Sample, list[rules.Found]] = (
   weakref.WeakKeyDictionary()
 )
 _detecting = threading.Lock()
 
 
-def detect(sample: base.Sample) -> list[geneval.Detection]:
+def detect(sample: base.Sample) -> list[rules.Found]:
   """`verifier.detect` of a sample's image, once."""
   with _detecting:
     if sample not in _detected:
@@ -82,7 +83,7 @@ def _scores(samples: Sequence[base.Sample], score: Callable[[base.Sample], float
 
 def applies(metadata: Mapping[str, Any]) -> bool:
   """Whether metadata is in GenEval's format, asks for something, and all of it is of this world."""
-  if not metadata.get("include") or geneval.problem(metadata):
+  if not metadata.get("include") or rules.problem(metadata):
     return False
   return all(
     entry["class"] in scenes.KINDS

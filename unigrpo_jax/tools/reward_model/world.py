@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from unigrpo_jax.iconworld import geneval, icons, plans, prompts, renderer, scenes, verifier
+from unigrpo_jax.geneval import rules
+from unigrpo_jax.iconworld import icons, plans, prompts, renderer, scenes, scoring, verifier
 
 # Where pictures come from -> share of the triples.
 SOURCES = {
@@ -28,11 +29,11 @@ class Picture:
   """A picture and what the verifier finds in it."""
 
   pixels: np.ndarray  # [H, W, 3] uint8
-  found: Sequence[geneval.Detection]
+  found: Sequence[rules.Found]
 
   def shows(self, metadata: Mapping[str, Any]) -> bool:
     """Whether it shows what metadata asks for and nothing else."""
-    return geneval.score(self.found, metadata)[0] == 1
+    return scoring.score(self.found, metadata)[0] == 1
 
 
 def look(pixels: np.ndarray) -> Picture:
@@ -77,7 +78,7 @@ def describe(rng: np.random.Generator, picture: Picture, category: str) -> dict[
 
 
 def _options(
-  rng: np.random.Generator, found: Sequence[geneval.Detection]
+  rng: np.random.Generator, found: Sequence[rules.Found]
 ) -> list[dict[str, Any]]:
   """Ways to ask for exactly what was found, one of each category that has one."""
   order = [found[i] for i in rng.permutation(len(found))]
@@ -100,7 +101,7 @@ def _options(
   if len(order) > 2:
     return [metadata("several", entries(colored()))]
   result = [metadata("two_object", entries(False)), metadata("color_attr", entries(True))]
-  for relation in sorted(geneval.relations(order[1].box, order[0].box)):
+  for relation in sorted(rules.relations(order[1].box, order[0].box)):
     target, subject = entries(False)
     result.append(metadata("position", [target, subject | {"position": [relation, 0]}]))
   return result

@@ -1,0 +1,1 @@
+"""GenEval: its classes, prompts, rules and table; numpy alone."""
