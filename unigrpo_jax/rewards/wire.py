@@ -23,7 +23,6 @@ import numpy as np
 from unigrpo_jax.rewards import base
 
 PREFIX = "/v1/rewards"
-HEALTH = "/healthz"
 
 
 def pack(samples: Sequence[base.Sample]) -> bytes:

@@ -1,0 +1,199 @@
+"""An HTTP server of JSON that listens on loopback or asks for a token, and answers in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+import hmac
+import http.server
+import ipaddress
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from unigrpo_jax import errors
+
+HEALTH = "/healthz"
+MAX_BODIES = 4  # Bodies in memory at once; further requests wait.
+IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
+LINGER = 5.0  # Seconds to read on from a client whose body is refused, so that it gets the answer.
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """A server with a thread for each connection."""
+
+  daemon_threads = True
+
+  def __init__(
+    self, handler: type[Handler], *, host: str = "127.0.0.1", port: int = 0,
+    token: str | None = None, max_bytes: int = 256 << 20,
+  ):
+    """Binds and listens at `host`; port 0 takes a free one, which `address` has.
+
+    Clients must send the `token`, if there is one, and at most `max_bytes` in a body.
+
+    Raises:
+      InputError: a host that others can reach has no token, or the address cannot be had.
+    """
+    self.token, self.max_bytes = token, max_bytes
+    self.bodies = threading.BoundedSemaphore(MAX_BODIES)
+    if token is None and not _loopback(host):
+      raise errors.InputError(
+        f"--host={host} can be reached from other machines: give --token_env, or --host=127.0.0.1"
+      )
+    self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+      super().__init__((host, port), handler)
+    except (OSError, OverflowError) as error:
+      raise errors.InputError(
+        f"--host={host} --port={port}: {error}; choose another, or --port=0 for any"
+      ) from None
+
+  @property
+  def address(self) -> str:
+    """What clients give as `url`."""
+    host, port = self.server_address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+  def handle_error(self, request, client_address) -> None:
+    """Reports errors other than a client that has gone."""
+    if not isinstance(sys.exception(), OSError):
+      super().handle_error(request, client_address)
+
+  def run(self, what: str) -> None:
+    """Serves until SIGTERM or SIGINT; `what` is printed with the address."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=self.serve_forever, name="server", daemon=True).start()
+    print(f"serving {what} on {self.address}", flush=True)
+    stop.wait()
+    self.shutdown()
+    self.server_close()
+    print("stopped", flush=True)
+
+
+class Refusal(Exception):
+  """An answer of another status than 200, with its line."""
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """One request: `get` and `post` answer it with JSON, or raise `Refusal`."""
+
+  server: Server
+  timeout = IDLE_TIMEOUT
+
+  def get(self) -> dict[str, Any]:
+    raise NotImplementedError
+
+  def post(self) -> dict[str, Any]:
+    """May call `length` and then `read`, once."""
+    raise NotImplementedError
+
+  def error(self, status: int, message: str) -> dict[str, Any]:
+    """The answer of a refusal."""
+    return {"error": message}
+
+  def do_GET(self) -> None:
+    if self.path == HEALTH:
+      self._answer(200, {"status": "ok"})
+    else:
+      self._reply(self.get, 0)
+
+  def do_POST(self) -> None:
+    self._reply(self.post, float("inf"))
+
+  def log_request(self, code="-", size="-") -> None:
+    """Logs nothing: a training run sends thousands of requests."""
+
+  def length(self, advice: str) -> int:
+    """The body's length in bytes; `advice` says what to do about one that is too long."""
+    given = self.headers.get("Content-Length")
+    if given is None:
+      raise Refusal(411, "Content-Length is missing")
+    if not (given.isascii() and given.isdigit()) or len(given) > 18:
+      raise Refusal(400, f"Content-Length={given[:40]!r} is not a length")
+    self._unread = int(given)
+    if self._unread > self.server.max_bytes:
+      raise Refusal(
+        413, f"{given} bytes are more than the {self.server.max_bytes} allowed; {advice}"
+      )
+    return self._unread
+
+  def read(self, length: int) -> bytes:
+    """The body; while it is in memory, one of `server.bodies` should be held."""
+    body = self.rfile.read(length)
+    self._unread = 0
+    if len(body) < length:
+      raise Refusal(400, f"the body ended after {len(body)} of {length} bytes")
+    return body
+
+  def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
+    self._unread = unread  # Bytes of the body that the client may still be sending.
+    try:
+      self._authorise()
+      status, answer = 200, work()
+    except Refusal as refusal:
+      status, line = refusal.status, " ".join(str(refusal).split())[:500]
+      answer = self.error(status, line)
+      self.log_message("%d %s", status, line)
+    self._answer(status, answer)
+    if status != 200:
+      self._linger()
+
+  def _authorise(self) -> None:
+    token = self.server.token
+    given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+    if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+      raise Refusal(401, "the bearer token is missing or wrong")
+
+  def _answer(self, status: int, answer: dict[str, Any]) -> None:
+    body = json.dumps(answer).encode()
+    self.send_response(status)
+    self.send_header("Content-Type", "application/json")
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    self.wfile.write(body)
+    self.wfile.flush()
+
+  def _linger(self) -> None:
+    """Reads on: closing with unread bytes would reset the connection and lose the answer."""
+    self.connection.shutdown(socket.SHUT_WR)
+    self.connection.settimeout(LINGER)
+    end = time.monotonic() + LINGER
+    while self._unread > 0 and time.monotonic() < end and (data := self.rfile.read1(1 << 16)):
+      self._unread -= len(data)
+
+
+def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+  """Adds --host, --port (by default `port`), --token_env and --max_mb."""
+  add = parser.add_argument
+  add("--host", default="127.0.0.1",
+      help="address to listen on; one that others can reach needs --token_env "
+      "(default: %(default)s)")
+  add("--port", type=int, default=port, help="0 takes a free one (default: %(default)s)")
+  add("--token_env", metavar="VARIABLE",
+      help="environment variable with the bearer token that clients must send (default: none)")
+  add("--max_mb", type=int, default=256,
+      help="megabytes (2^20 bytes) of a request, at most (default: %(default)s)")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+  """Refuses impossible values."""
+  errors.require("--port", args.port, low=0, high=65535)
+  errors.require("--max_mb", args.max_mb, low=1)
+
+
+def _loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"
