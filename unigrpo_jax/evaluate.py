@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--out", type=files.path, required=True, help="folder for the results")
   add("--prompts_from", default="iconworld",
-      help="iconworld, a .txt or .jsonl file, or a set that unigrpo_jax.data built "
+      help="a generated set, a .txt or .jsonl file, or a set that unigrpo_jax.data built "
       "(default: %(default)s)")
   add("--split", default="test", help="of the prompts (default: %(default)s)")
   add("--prompts", type=int, help="how many, from the first (default: 600 of iconworld, else all)")

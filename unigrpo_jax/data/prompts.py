@@ -14,6 +14,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import exam_points, files, lines, words
+from unigrpo_jax.geneval import prompts as geneval_prompts
 from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import prompts as iconworld
 
@@ -39,8 +40,17 @@ def _iconworld(split: str, count: int) -> list[tuple[str, dict[str, Any]]]:
   return [(example.prompt, example.metadata) for example in iconworld.fixed(split, count)]
 
 
+def _geneval(name: str, counts: Mapping[str, int]) -> Generated:
+  def make(split: str, count: int) -> list[tuple[str, dict[str, Any]]]:
+    errors.require("--count", count, low=1, high=counts[split])
+    return [(record["prompt"], record) for record in geneval_prompts.make(name, split, count)]
+
+  return Generated(counts, make)
+
+
 GENERATED = {
   ICONWORLD: Generated(ICONWORLD_COUNTS, _iconworld),
+  **{name: _geneval(name, counts) for name, counts in geneval_prompts.COUNTS.items()},
   "words": Generated(words.COUNTS, words.make),
 }
 
