@@ -21,6 +21,7 @@ SEED = 43  # of the official prompts
 TRAIN_ROWS = 50_000
 # Parts of each tag in prompts to train on. Source: yifan123/flow_grpo, `merge_genevaltask.py`.
 MIXTURE = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+_PARTS = [tag for tag, part in MIXTURE.items() for _ in range(part)]
 # The classes that training does not see in "geneval_unseen". Source: yifan123/flow_grpo.
 UNSEEN = (
   "car", "traffic light", "fire hydrant", "dog", "elephant", "umbrella", "frisbee", "skis",
@@ -126,24 +127,22 @@ def train(names: Sequence[str] = words.CLASSES, rows: int = TRAIN_ROWS) -> list[
   """
   rng = np.random.default_rng([SEED, 1])
   own = {metadata["prompt"] for metadata in official()}
-  total = sum(MIXTURE.values())
-  # Row i of the sorted tags has the tag of the part in which i / rows lies.
-  parts = [tag for tag, part in MIXTURE.items() for _ in range(part)]
-  made = []
-  for i in rng.permutation(rows):
-    while (metadata := _DRAW[parts[i * total // rows]](rng, names))["prompt"] in own:
-      pass
-    made.append(metadata)
-  return made
+  made: list[Metadata] = []
+  while len(made) < rows:
+    # As many at a time as `MIXTURE` has parts, so that a longer list begins with a shorter one.
+    for place in rng.permutation(len(_PARTS)):
+      while (metadata := _DRAW[_PARTS[place]](rng, names))["prompt"] in own:
+        pass
+      made.append(metadata)
+  return made[:rows]
 
 
 def unseen() -> list[Metadata]:
   """256 different prompts of the classes `UNSEEN`, four times."""
   rng = np.random.default_rng([SEED, 2])
-  parts = [tag for tag, part in MIXTURE.items() for _ in range(part)]
   different: dict[str, Metadata] = {}
   while len(different) < UNSEEN_DIFFERENT:  # There are only 60 different ones of counting.
-    metadata = _DRAW[parts[rng.integers(len(parts))]](rng, UNSEEN)
+    metadata = _DRAW[_PARTS[rng.integers(len(_PARTS))]](rng, UNSEEN)
     different.setdefault(metadata["prompt"], metadata)
   return list(different.values()) * (UNSEEN_ROWS // UNSEEN_DIFFERENT)
 
