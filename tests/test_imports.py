@@ -56,7 +56,7 @@ LIBRARIES = {
   "episodes": {"jax", "numpy", "flax.struct"},
   "reward_models": {"jax", "numpy", "flax.struct", "scipy"},
   "algorithms": {"jax", "numpy", "flax.struct", "optax"},
-  "rewards": {"numpy", "PIL"},
+  "rewards": {"numpy", "PIL", "rapidocr_onnxruntime"},
   "supervised": {"jax", "numpy", "PIL", "optax"},
   "benchmarks": {"numpy", "PIL", "scipy"},
   "recipe": {"jax", "numpy", "optax", "absl", "ml_collections"},

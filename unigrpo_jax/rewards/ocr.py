@@ -1,0 +1,278 @@
+"""Whether the text that a prompt quotes can be read in the picture: optical character recognition.
+
+Source of the reward's formula: Flow-GRPO, flow_grpo/ocr.py (arXiv 2505.05470, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+import functools
+import importlib.metadata
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from typing import Any, Protocol
+import unicodedata
+import weakref
+
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import errors
+from unigrpo_jax.rewards import base, threads
+
+SECONDS = 60.0  # Of one call of a program, at most.
+SMALLEST = 256  # Pixels of the shorter side of a picture that is read.
+
+
+class Engine(Protocol):
+  """What reads text in a picture; `read` is called by several threads at once."""
+
+  settings: Mapping[str, Any]  # Its name, version, languages and what else changes what it reads.
+
+  def read(self, image: PIL.Image.Image) -> str:
+    """The text in an RGB picture, "" where there is none; raises whatever goes wrong."""
+
+
+class Tesseract:
+  """The program `tesseract`, a process a picture."""
+
+  def __init__(self, *, languages: str = "eng", psm: int = 3):
+    """Finds the program.
+
+    Args:
+      languages: names of installed models, joined by "+".
+      psm: page segmentation mode, 0 to 13. 3 finds the text by itself; 6 and 11 (one block, sparse
+        text) read letters into noise.
+
+    Raises:
+      InputError: the program or a language is not installed.
+    """
+    errors.require("psm", psm, low=0, high=13, integer=True)
+    if not (binary := shutil.which("tesseract")):
+      raise errors.InputError(
+        "engine='tesseract': there is no program tesseract; apt-get install tesseract-ocr, "
+        "or take engine='rapidocr'"
+      )
+    self._environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    version = self._run([binary, "--version"]).decode().split()[1]
+    installed = self._run([binary, "--list-langs"]).decode().split("\n")[1:]
+    for language in languages.split("+"):
+      if language not in installed:
+        raise errors.InputError(
+          f"languages={languages!r}: tesseract has {', '.join(filter(None, installed))}; "
+          f"apt-get install tesseract-ocr-{language.replace('_', '-') or 'LANGUAGE'}"
+        )
+    self._command = [binary, "stdin", "stdout", "-l", languages, "--psm", str(psm)]
+    self.settings = {
+      "engine": "tesseract", "version": version, "languages": languages, "psm": psm,
+    }
+
+  def read(self, image: PIL.Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return self._run(self._command, file.getvalue()).decode("utf-8", "replace")
+
+  def _run(self, command: Sequence[str], given: bytes = b"") -> bytes:
+    # In a session of its own, so that Ctrl-C, which saves a run, ends no picture's process.
+    done = subprocess.run(
+      command, input=given, capture_output=True, timeout=SECONDS, env=self._environment,
+      start_new_session=True,
+    )
+    if done.returncode:
+      said = " ".join(done.stderr.decode("utf-8", "replace").split())[:200]
+      raise RuntimeError(f"tesseract ended with status {done.returncode}: {said}")
+    return done.stdout
+
+
+class RapidOcr:
+  """PP-OCRv4 on ONNX Runtime, of the package rapidocr-onnxruntime, whose wheel has the weights."""
+
+  def __init__(self, *, detection_side: int = 0):
+    """Imports the package.
+
+    Args:
+      detection_side: pixels of the longer side that text is searched in, 192 for speed; 0: the
+        package's own rule, in which it is the shorter one that has 736 or more.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    errors.require("detection_side", detection_side, low=0, integer=True)
+    try:
+      import rapidocr_onnxruntime
+    except ImportError as error:
+      raise errors.InputError(
+        f"engine='rapidocr': {error}; pip install 'unigrpo_jax[ocr]' (rapidocr-onnxruntime)"
+      ) from None
+    options: dict[str, Any] = {"intra_op_num_threads": 1, "inter_op_num_threads": 1}
+    if detection_side:
+      options |= {"det_limit_side_len": detection_side, "det_limit_type": "max"}
+    self._make = functools.partial(rapidocr_onnxruntime.RapidOCR, **options)
+    self._of_thread = threading.local()  # Its steps keep sizes of the picture in themselves.
+    self.settings = {
+      "engine": "rapidocr", "version": importlib.metadata.version("rapidocr-onnxruntime"),
+      "languages": "ch+en", "detection_side": detection_side,
+    }
+
+  def read(self, image: PIL.Image.Image) -> str:
+    if not hasattr(self._of_thread, "engine"):
+      self._of_thread.engine = self._make()
+    # It takes BGR. Lines are [box, text, confidence], from top to bottom.
+    lines, _ = self._of_thread.engine(np.asarray(image)[..., ::-1])
+    return "".join(text for _, text, confidence in lines or () if float(confidence) > 0)
+
+
+ENGINES = {"tesseract": Tesseract, "rapidocr": RapidOcr}
+
+
+def canonical(text: str, *, normalise: bool = False, whitespace: str = r"\s+") -> str:
+  """Text as it is compared: lower case without white space; in NFKC first where `normalise`."""
+  if normalise:
+    text = unicodedata.normalize("NFKC", text)
+  return re.sub(whitespace, "", text.lower())
+
+
+def score(target: str, read: str) -> float:
+  """1 - d / len(target), in [0, 1], of two texts as `canonical` makes them; target is not empty.
+
+  d is 0 where the target is contained in what was read, else their Levenshtein distance, at most
+  len(target).
+  """
+  if target in read:
+    return 1.0
+  if len(read) >= 2 * len(target):  # At least so many characters must go.
+    return 0.0
+  return 1 - min(_distance(target, read), len(target)) / len(target)
+
+
+def _distance(a: str, b: str) -> int:
+  """The Levenshtein distance: insertions, deletions and replacements of one character."""
+  row = list(range(len(b) + 1))
+  for i, x in enumerate(a, 1):
+    previous, row[0] = row[0], i
+    for j, y in enumerate(b, 1):
+      previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+  return row[-1]
+
+
+def target_of(prompt: str, metadata: Mapping[str, Any], quotes: str = '"') -> str:
+  """The text that a picture should show: metadata's "text", else the first quoted one.
+
+  Raises:
+    ValueError: there is none; says why.
+  """
+  if "text" in metadata:
+    if not isinstance(metadata["text"], str) or not metadata["text"].strip():
+      raise ValueError(f"the metadata's text={metadata['text']!r:.60} is not text to be read")
+    return metadata["text"]
+  parts = prompt.split(quotes, 2)
+  if len(parts) < 3:
+    raise ValueError(f"no text between {quotes} in the prompt {prompt[:60]!r}")
+  if not parts[1].strip():
+    raise ValueError(f"nothing between the first {quotes} of the prompt {prompt[:60]!r}")
+  return parts[1]
+
+
+# What was read in each picture, by the settings of what reads: measures of one reading share it.
+_readings: weakref.WeakKeyDictionary[base.Sample, dict[str, futures.Future]] = (
+  weakref.WeakKeyDictionary()
+)
+_readings_lock = threading.Lock()
+
+
+@base.register("ocr")
+class Ocr:
+  """How much of the text that a prompt quotes can be read: [N] float32, see `score`.
+
+  A sample without a target, or that cannot be read, scores NaN.
+  """
+
+  concurrent = True
+
+  def __init__(
+    self, *, engine: str = "tesseract", quotes: str = '"', normalise: bool = False,
+    measure: str = "reward", workers: int = 0, **engine_options: Any,
+  ):
+    """Makes the engine and starts threads.
+
+    Args:
+      engine: "tesseract" or "rapidocr"; its own options come beside.
+      quotes: what encloses the target in a prompt, '"' or "'". An apostrophe would open one.
+      normalise: compare in NFKC, where a ligature is its letters; Flow-GRPO does not.
+      measure: "reward"; or, to be logged beside it with weight 0, "exact" (1 where nothing but the
+        target was read, else 0) and "extra_characters" (read beyond the target's length).
+      workers: pictures that are read at once; 0: one a core. Each takes one core.
+
+    Raises:
+      InputError: an option is wrong, or the engine or a language is not installed.
+    """
+    errors.choose("engine", engine, ENGINES)
+    errors.choose("quotes", quotes, ('"', "'"))
+    errors.choose("measure", measure, ("reward", "exact", "extra_characters"))
+    errors.require("workers", workers, low=0, integer=True)
+    try:
+      inspect.signature(ENGINES[engine]).bind(**engine_options)
+    except TypeError as error:
+      raise errors.InputError(f"engine={engine!r}: {error}") from None
+    self._engine = ENGINES[engine](**engine_options)
+    self._quotes, self._normalise, self._measure = quotes, normalise, measure
+    self._pool = threads.Pool(workers or os.cpu_count() or 1, "ocr")
+    self.settings = dict(self._engine.settings) | {"quotes": quotes, "normalise": normalise}
+    self.fingerprint = json.dumps(self.settings | {"measure": measure}, sort_keys=True)
+
+  def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
+    """Scores, with details of each: what was read, the target, `exact` and `extra_characters`."""
+    judged = [self._begin(sample) for sample in samples]
+    details = [judge() for judge in judged]
+    values = np.array([item.get(self._measure, np.nan) for item in details], np.float32)
+    reason = next((item["reason"] for item in details if "reason" in item), None)
+    return base.Scores(values, reason, details=details)
+
+  def close(self) -> None:
+    """Pictures that nobody reads yet stay unread."""
+    self._pool.close()
+
+  def _begin(self, sample: base.Sample) -> Callable[[], dict[str, Any]]:
+    """Has a picture read; returns what waits for that and gives the sample's details."""
+    try:
+      target = target_of(sample.prompt, sample.metadata, self._quotes)
+    except ValueError as error:
+      reason = str(error)
+      return lambda: {"reason": reason}
+    key = json.dumps(self._engine.settings, sort_keys=True)
+    with _readings_lock:
+      of_sample = _readings.setdefault(sample, {})
+      if key not in of_sample or of_sample[key].cancelled():
+        of_sample[key] = self._pool.submit(_read, self._engine, sample.image)
+      return functools.partial(self._judge, target, of_sample[key])
+
+  def _judge(self, target: str, reading: futures.Future) -> dict[str, Any]:
+    try:
+      recognised = reading.result()
+    except futures.CancelledError:
+      return {"reason": "the reward was closed before it read this picture"}
+    except Exception as error:  # Whatever a library raises.
+      return {"reason": f"{self._engine.settings['engine']}: {errors.describe(error)}"[:300]}
+    wanted, read = (canonical(text, normalise=self._normalise) for text in (target, recognised))
+    return {
+      "recognised": recognised, "target": target, "reward": score(wanted, read),
+      "exact": float(wanted == read), "extra_characters": max(len(read) - len(wanted), 0),
+    }
+
+
+def _read(engine: Engine, image: np.ndarray) -> str:
+  """Reads a [H, W, 3] uint8 picture; below 256 pixels it is enlarged by a whole factor first."""
+  picture = PIL.Image.fromarray(image)
+  factor = -(-SMALLEST // min(picture.size))
+  if factor > 1:
+    picture = picture.resize(
+      (picture.width * factor, picture.height * factor), PIL.Image.Resampling.BICUBIC
+    )
+  return engine.read(picture).strip()
