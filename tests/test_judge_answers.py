@@ -1,11 +1,11 @@
 """Exam points, what is read out of a judge's answers, and what forms ask and make of them."""
 
-import json
 import pathlib
 
 import numpy as np
 import pytest
 
+from tests.parity import cases
 from tests.parity import judge as recorded
 from tests.refusals import refusal
 from unigrpo_jax import rewards
@@ -16,22 +16,15 @@ GOLDEN = pathlib.Path(__file__).parent / "golden/rewards/judge"
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def lines(name):
-  return [json.loads(line) for line in (GOLDEN / name).read_text().splitlines()]
-
-
-@pytest.mark.parametrize("record", lines("answers.jsonl"), ids=lambda record: record["task"])
-def test_recorded_answers(record):
-  found = recorded.read_out(record)
-  for name, expected in record["expect"].items():
-    assert recorded.same(found[name], expected), (name, found[name], expected)
-
-
-def test_recorded_points():
-  for record in lines("exam_points.jsonl"):
-    points = exam_points.read(record)
-    assert [point.question for point in points] == [item["question"] for item in record["points"]]
-    assert all(need < number for number, point in enumerate(points, 1) for need in point.needs)
+@pytest.mark.parametrize(("case", "name"), [
+  (recorded.read_answers, "answers.jsonl"), (recorded.read_points, "exam_points.jsonl"),
+  (recorded.shipped_templates, "templates.json"),
+])
+def test_recorded(case, name):
+  report = cases.Report("judge")
+  report.run(case, GOLDEN / name)
+  assert report.lines
+  assert [str(line) for line in report.lines if line.result != cases.PASS] == []
 
 
 def test_a_vqa_list_and_plain_questions_are_points():
@@ -217,10 +210,3 @@ def test_options_that_are_refused(options, message):
 @pytest.mark.parametrize("text", ["{", "{0}", "{prompt.x}", "{prompt!r}", "{a b}"])
 def test_texts_that_are_no_template(text):
   assert "write {{ and }} for braces" in refusal(templates.Template, "t", text)
-
-
-def test_shipped_templates_are_the_recorded_ones():
-  recorded_texts = json.loads((GOLDEN / "templates.json").read_text())
-  for name, record in recorded_texts.items():
-    assert (templates.FOLDER / f"{name}.txt").read_text() == record["text"] + "\n"
-  assert templates.Template.open("p_yes").digest != templates.Template.open("yes_no").digest

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 
-from unigrpo_jax.rewards.judge import answers
+from tests.parity import cases
+from unigrpo_jax.data import exam_points
+from unigrpo_jax.rewards.judge import answers, templates
 
 MIN_MASS = 0.05
+ROUNDED = cases.Tolerance(1e-6, 0.0)  # recorded with six decimals
+
+
+@cases.file_case("*answers*.jsonl")
+def read_answers(path, report):
+  for line in path.read_text(encoding="utf-8").splitlines():
+    record = json.loads(line)
+    found = read_out(record)
+    for name, expected in record["expect"].items():
+      # null, no score, is the only thing that no number equals.
+      as_text = [None if value is None else "a score" for value in (found[name], expected)]
+      report.check_equal(record["task"], name, *map(str, as_text), cases.EXACT)
+      if expected is not None and found[name] is not None:
+        report.check_equal(record["task"], name, found[name], expected, ROUNDED)
+
+
+@cases.file_case("*exam_points*.jsonl")
+def read_points(path, report):
+  for line in path.read_text(encoding="utf-8").splitlines():
+    record = json.loads(line)
+    found = [
+      [point.question, point.answer, str(list(point.needs))] for point in exam_points.read(record)
+    ]
+    expected = [
+      [point["question"], point.get("answer", "yes"), str(point.get("needs", []))]
+      for point in record["points"]
+    ]
+    report.check_equal("points", record["prompt"], found, expected, cases.EXACT)
+
+
+@cases.file_case("*judge/templates.json")
+def shipped_templates(path, report):
+  for name, record in json.loads(path.read_text(encoding="utf-8")).items():
+    shipped = (templates.FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+    report.check_equal("text", name, shipped.rstrip("\n"), record["text"], cases.EXACT)
 
 
 def read_out(record: dict[str, Any]) -> dict[str, Any]:
@@ -42,10 +80,3 @@ def _or_none(read, *args):
     return read(*args)
   except answers.Unreadable:
     return None
-
-
-def same(found: Any, expected: Any) -> bool:
-  """Whether what was read out is what is recorded, to its six digits; null is null alone."""
-  if expected is None or found is None:
-    return found is expected
-  return bool(np.all(np.abs(np.subtract(found, expected)) <= 1e-6))

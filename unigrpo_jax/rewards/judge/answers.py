@@ -110,6 +110,13 @@ def credit(reply: Reply, expected: str) -> float:
   return float(said == wanted)
 
 
+def text(reply: Reply) -> str:
+  """All that is said; Unreadable where that is nothing."""
+  if said := after_thinking(reply.text):
+    return said
+  raise Unreadable(_no_answer(reply, ""))
+
+
 def _no_answer(reply: Reply, asked: str) -> str:
   rest = after_thinking(reply.text)
   if reply.cut and (not rest or rest.startswith("<think>")):

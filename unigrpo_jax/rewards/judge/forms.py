@@ -106,9 +106,11 @@ class Form:
 
   Attributes:
     templates: that its questions come from.
+    soft: whether it reads probabilities.
   """
 
   templates: Sequence[templates.Template] = ()
+  soft = False
 
   def __init__(self, options: Options):
     self.options = options
@@ -120,6 +122,14 @@ class Form:
   def score(self, sample: base.Sample, read: Sequence[Any]) -> tuple[float, dict[str, Any]]:
     """The score of what the questions' `read` gave, and facts for a table; may raise Unreadable."""
     raise NotImplementedError
+
+  def probe(self, question: str) -> Question:
+    """A question of yes or no as this form asks; `read` gives what pictures should differ in."""
+    text = templates.Template.open("yes_no").fill({"question": question})
+    if self.soft:
+      read = lambda reply: answers.p_yes(reply, self.options.min_mass)
+      return Question(text, read, self._tokens(1), logprobs=True)
+    return Question(text, lambda reply: answers.credit(reply, "yes"), self._tokens(8))
 
   def _open(self, name: str, *fields: str) -> templates.Template:
     template = templates.Template.open(name)
@@ -172,11 +182,11 @@ class _Points(_Exam):
 
   def __init__(self, options: Options):
     super().__init__(options)
-    self._soft = options.form == "points_soft"
-    first = "one_word" if self._soft else "yes_no"
-    names = dict.fromkeys(_BY_WORD, "one_word") if self._soft else {name: name for name in _BY_WORD}
+    self.soft = options.form == "points_soft"
+    first = "one_word" if self.soft else "yes_no"
+    names = dict.fromkeys(_BY_WORD, "one_word") if self.soft else {name: name for name in _BY_WORD}
     names["yes_no"] = options.template or first
-    if self._soft and options.template:
+    if self.soft and options.template:
       names = dict.fromkeys(_BY_WORD, options.template)
     opened = {name: self._open(name, "question") for name in dict.fromkeys(names.values())}
     self._by_kind = {kind: opened[name] for kind, name in names.items()}
@@ -187,7 +197,7 @@ class _Points(_Exam):
   def _question(self, sample: base.Sample, point: exam_points.Point) -> Question:
     template, o = self._by_kind[answers.kind(point.answer)], self.options
     text = template.fill(_values(sample, question=point.question))
-    if self._soft:
+    if self.soft:
       read = lambda reply: answers.p_answer(reply, point.answer, o.min_mass, o.renormalise)
       return Question(text, read, self._tokens(1), logprobs=True)
     return Question(text, lambda reply: answers.credit(reply, point.answer), self._tokens(8))
@@ -229,6 +239,7 @@ class _Together(_Exam):
 
 
 class _Yes(Form):
+  soft = True
 
   def __init__(self, options: Options):
     super().__init__(options)
@@ -259,6 +270,10 @@ class _Numbers(Form):
       return self._scale.score(values, self._axes), values
 
     return [Question(self._template.fill(_values(sample)), read, self._tokens(512))]
+
+  def probe(self, question):
+    """Of a model that may have learned to write nothing but scores: any text will do."""
+    return dataclasses.replace(super().probe(question), read=answers.text)
 
   def score(self, sample, read):
     return read[0]
