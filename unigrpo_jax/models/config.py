@@ -17,7 +17,7 @@ from unigrpo_jax import errors
 LLM_FILE, VIT_FILE, BAGEL_FILE = "llm_config.json", "vit_config.json", "bagel_config.json"
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
   """What a value of a file must be: a test, its description, and what the value becomes."""
 
   accepts: Callable[[Any], bool]
@@ -25,44 +25,44 @@ class _Kind(NamedTuple):
   convert: Callable[[Any], Any] = lambda value: value
 
 
-def _integer(low: int = 1, high: int = 2**31 - 1) -> _Kind:
+def integer(low: int = 1, high: int = 2**31 - 1) -> Kind:
   accepts = lambda value: type(value) is int and low <= value <= high
-  return _Kind(accepts, f"an integer from {low} to {high}")
+  return Kind(accepts, f"an integer from {low} to {high}")
 
 
-def _number(low: float, high: float, description: str) -> _Kind:
+def number(low: float, high: float, description: str) -> Kind:
   accepts = lambda value: type(value) in (int, float) and low < value < high
-  return _Kind(accepts, description, float)
+  return Kind(accepts, description, float)
 
 
-def _one_of(*choices: Any) -> _Kind:
+def one_of(*choices: Any) -> Kind:
   listed = " or ".join(map(repr, choices))
-  return _Kind(lambda value: value in choices, f"{listed}: BAGEL has nothing else")
+  return Kind(lambda value: value in choices, f"{listed}: nothing else is supported")
 
 
-def _is_list(value: Any, item: _Kind, shortest: int, longest: int) -> bool:
+def _is_list(value: Any, item: Kind, shortest: int, longest: int) -> bool:
   is_list = isinstance(value, (list, tuple)) and shortest <= len(value) <= longest
   return is_list and all(map(item.accepts, value))
 
 
-_SIZE = _integer()
-_SIDE = _integer(high=4096)
-_POSITIVE = _number(1e-30, 1e30, "a positive number")
-_FINITE = _number(-1e30, 1e30, "a finite number")
-_BOOLEAN = _Kind(lambda value: isinstance(value, bool), "true or false")
-_FACTORS = _Kind(
-  lambda value: _is_list(value, _integer(high=64), 1, 8), "a list of 1 to 8 integers from 1 to 64",
+SIZE = integer()
+SIDE = integer(high=4096)
+POSITIVE = number(1e-30, 1e30, "a positive number")
+_FINITE = number(-1e30, 1e30, "a finite number")
+_BOOLEAN = Kind(lambda value: isinstance(value, bool), "true or false")
+_FACTORS = Kind(
+  lambda value: _is_list(value, integer(high=64), 1, 8), "a list of 1 to 8 integers from 1 to 64",
   tuple,
 )
-_INTERVAL = _Kind(
+_INTERVAL = Kind(
   lambda value: _is_list(value, _FINITE, 2, 2) and 0 <= value[0] < value[1] <= 1,
   "two numbers, 0 <= low < high <= 1",
   lambda value: (float(value[0]), float(value[1])),
 )
 
 
-def _key(kind: _Kind, default: Any = dataclasses.MISSING, *, name: str | None = None) -> Any:
-  """A field that `_read` takes from a file, under the field's name or `name`."""
+def key(kind: Kind, default: Any = dataclasses.MISSING, *, name: str | None = None) -> Any:
+  """A field that `read_fields` takes from a file, under the field's name or `name`."""
   return dataclasses.field(default=default, metadata={"kind": kind, "name": name})
 
 
@@ -70,16 +70,16 @@ def _key(kind: _Kind, default: Any = dataclasses.MISSING, *, name: str | None = 
 class LLMConfig:
   """Qwen2 decoder with two experts. Sizes in elements."""
 
-  hidden_size: int = _key(_SIZE)
-  intermediate_size: int = _key(_SIZE)
+  hidden_size: int = key(SIZE)
+  intermediate_size: int = key(SIZE)
   # No network of this kind has more layers; a typing error may.
-  num_layers: int = _key(_integer(high=10_000), name="num_hidden_layers")
-  num_heads: int = _key(_SIZE, name="num_attention_heads")
-  num_kv_heads: int = _key(_SIZE, name="num_key_value_heads")
-  vocab_size: int = _key(_SIZE)
-  rope_theta: float = _key(_POSITIVE, 10_000.0)
-  rms_norm_eps: float = _key(_POSITIVE, 1e-6)
-  max_positions: int = _key(_SIZE, 32768, name="max_position_embeddings")
+  num_layers: int = key(integer(high=10_000), name="num_hidden_layers")
+  num_heads: int = key(SIZE, name="num_attention_heads")
+  num_kv_heads: int = key(SIZE, name="num_key_value_heads")
+  vocab_size: int = key(SIZE)
+  rope_theta: float = key(POSITIVE, 10_000.0)
+  rms_norm_eps: float = key(POSITIVE, 1e-6)
+  max_positions: int = key(SIZE, 32768, name="max_position_embeddings")
 
   @property
   def head_dim(self) -> int:
@@ -90,14 +90,14 @@ class LLMConfig:
 class ViTConfig:
   """SigLIP tower. `num_layers` counts the layers that are built: one less than the file says."""
 
-  hidden_size: int = _key(_SIZE)
-  intermediate_size: int = _key(_SIZE)
-  num_layers: int = _key(_integer(low=2, high=10_000), name="num_hidden_layers")
-  num_heads: int = _key(_SIZE, name="num_attention_heads")
-  patch_size: int = _key(_SIDE)
-  image_size: int = _key(_SIZE)
-  num_channels: int = _key(_integer(low=3, high=3), 3)
-  layer_norm_eps: float = _key(_POSITIVE, 1e-6)
+  hidden_size: int = key(SIZE)
+  intermediate_size: int = key(SIZE)
+  num_layers: int = key(integer(low=2, high=10_000), name="num_hidden_layers")
+  num_heads: int = key(SIZE, name="num_attention_heads")
+  patch_size: int = key(SIDE)
+  image_size: int = key(SIZE)
+  num_channels: int = key(integer(low=3, high=3), 3)
+  layer_norm_eps: float = key(POSITIVE, 1e-6)
 
   @property
   def head_dim(self) -> int:
@@ -120,14 +120,14 @@ GROUPS = 32
 class VAEConfig:
   """FLUX autoencoder; defaults are the release's."""
 
-  in_channels: int = _key(_integer(low=3, high=3), 3)
-  out_channels: int = _key(_integer(low=3, high=3), 3, name="out_ch")
-  ch: int = _key(_integer(high=65536), 128)
-  ch_mult: tuple[int, ...] = _key(_FACTORS, (1, 2, 4, 4))
-  num_res_blocks: int = _key(_integer(high=64), 2)
-  z_channels: int = _key(_integer(high=65536), 16)
-  scale_factor: float = _key(_POSITIVE, 0.3611)
-  shift_factor: float = _key(_FINITE, 0.1159)
+  in_channels: int = key(integer(low=3, high=3), 3)
+  out_channels: int = key(integer(low=3, high=3), 3, name="out_ch")
+  ch: int = key(integer(high=65536), 128)
+  ch_mult: tuple[int, ...] = key(_FACTORS, (1, 2, 4, 4))
+  num_res_blocks: int = key(integer(high=64), 2)
+  z_channels: int = key(integer(high=65536), 16)
+  scale_factor: float = key(POSITIVE, 0.3611)
+  shift_factor: float = key(_FINITE, 0.1159)
 
   @property
   def downsample(self) -> int:
@@ -139,9 +139,9 @@ class VAEConfig:
 class ImageSizeRule:
   """Bounds in pixels of a resized image, and the multiple its sides are rounded to."""
 
-  max_size: int = _key(_SIZE, name="max_image_size")
-  min_size: int = _key(_SIZE, name="min_image_size")
-  stride: int = _key(_SIZE, name="image_stride")
+  max_size: int = key(SIZE, name="max_image_size")
+  min_size: int = key(SIZE, name="min_image_size")
+  stride: int = key(SIZE, name="image_stride")
   max_pixels: int = 1_806_336
 
 
@@ -152,13 +152,13 @@ class GenerationDefaults:
   `num_timesteps` counts the points of the time grid, `max_tokens` those of reasoning or an answer.
   """
 
-  num_timesteps: int = _key(_integer(low=2), 50)
-  timestep_shift: float = _key(_POSITIVE, 3.0)
-  cfg_text_scale: float = _key(_POSITIVE, 4.0)
-  cfg_interval: tuple[float, float] = _key(_INTERVAL, (0.4, 1.0))
-  cfg_renorm_type: str = _key(_one_of("global", "channel", "text_channel"), "global")
-  temperature: float = _key(_FINITE, 0.3)
-  max_tokens: int = _key(_SIZE, 1000)
+  num_timesteps: int = key(integer(low=2), 50)
+  timestep_shift: float = key(POSITIVE, 3.0)
+  cfg_text_scale: float = key(POSITIVE, 4.0)
+  cfg_interval: tuple[float, float] = key(_INTERVAL, (0.4, 1.0))
+  cfg_renorm_type: str = key(one_of("global", "channel", "text_channel"), "global")
+  temperature: float = key(_FINITE, 0.3)
+  max_tokens: int = key(SIZE, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +168,11 @@ class BagelConfig:
   llm: LLMConfig
   vit: ViTConfig
   vae: VAEConfig = VAEConfig()
-  latent_patch_size: int = _key(_integer(high=64), 2)
-  max_latent_size: int = _key(_SIDE, 64)
-  vit_max_patches_per_side: int = _key(_SIDE, 70, name="vit_max_num_patch_per_side")
-  interpolate_pos: bool = _key(_BOOLEAN, False)
-  timestep_shift: float = _key(_POSITIVE, 1.0)
+  latent_patch_size: int = key(integer(high=64), 2)
+  max_latent_size: int = key(SIDE, 64)
+  vit_max_patches_per_side: int = key(SIDE, 70, name="vit_max_num_patch_per_side")
+  interpolate_pos: bool = key(_BOOLEAN, False)
+  timestep_shift: float = key(POSITIVE, 1.0)
   vae_image: ImageSizeRule = ImageSizeRule(1024, 512, 16)
   vit_image: ImageSizeRule = ImageSizeRule(980, 224, 14)
   generation: GenerationDefaults = GenerationDefaults()
@@ -193,7 +193,7 @@ class BagelConfig:
     return self.max_latent_size * self.latent_stride
 
 
-class _Section:
+class Section:
   """The keys of one JSON object, read with their kind; errors name file and key."""
 
   def __init__(self, path: pathlib.Path, values: Any, name: str = ""):
@@ -201,10 +201,10 @@ class _Section:
       raise errors.InputError(f"{path}: {name or 'the file'}={values!r} must be a JSON object")
     self._path, self._values, self._prefix = path, values, f"{name}." if name else ""
 
-  def section(self, key: str) -> _Section:
-    return _Section(self._path, self._values.get(key, {}), self._prefix + key)
+  def section(self, key: str) -> Section:
+    return Section(self._path, self._values.get(key, {}), self._prefix + key)
 
-  def get(self, key: str, kind: _Kind, default: Any = dataclasses.MISSING) -> Any:
+  def get(self, key: str, kind: Kind, default: Any = dataclasses.MISSING) -> Any:
     """The converted value of a key; without `default`, the key must be there."""
     value = self._values.get(key, default)
     if value is dataclasses.MISSING:
@@ -220,8 +220,8 @@ class _Section:
     self.require(value % by == 0, key, value, f"a multiple of {by_key}={by}")
 
 
-def _read(cls: type, section: _Section, *, defaults: Any = None, **others: Any) -> Any:
-  """A dataclass: its `_key` fields from a section, whose defaults may be an object's, and others.
+def read_fields(cls: type, section: Section, *, defaults: Any = None, **others: Any) -> Any:
+  """A dataclass: its `key` fields from a section, whose defaults may be an object's, and others.
   """
   values = {
     field.name: section.get(
@@ -256,20 +256,20 @@ def read_config(folder: pathlib.Path | str) -> BagelConfig:
   if not folder.is_dir():
     raise errors.InputError(f"{folder}: no such folder; expected a BAGEL checkpoint folder")
   path = folder / BAGEL_FILE
-  extra = _Section(path, read_json(path) if path.exists() else {})
+  extra = Section(path, read_json(path) if path.exists() else {})
   joint, images = extra.section("bagel"), extra.section("image_transforms")
-  joint.get("connector_act", _one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh")
-  config = _read(
+  joint.get("connector_act", one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+  config = read_fields(
     BagelConfig, joint,
     llm=_read_llm(folder / LLM_FILE), vit=_read_vit(folder / VIT_FILE),
     vae=_read_vae(extra.section("vae")),
-    generation=_read(GenerationDefaults, extra.section("generation")),
+    generation=read_fields(GenerationDefaults, extra.section("generation")),
   )
 
   def size_rule(name: str, default: ImageSizeRule, stride: int) -> ImageSizeRule:
     default = dataclasses.replace(default, stride=stride)
-    max_pixels = images.get("max_pixels", _SIZE, default.max_pixels)
-    return _read(ImageSizeRule, images.section(name), defaults=default, max_pixels=max_pixels)
+    max_pixels = images.get("max_pixels", SIZE, default.max_pixels)
+    return read_fields(ImageSizeRule, images.section(name), defaults=default, max_pixels=max_pixels)
 
   return dataclasses.replace(
     config,
@@ -281,11 +281,11 @@ def read_config(folder: pathlib.Path | str) -> BagelConfig:
 def _read_llm(path: pathlib.Path) -> LLMConfig:
   values = read_json(path)
   values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-  section = _Section(path, values)
-  section.get("hidden_act", _one_of("silu"), "silu")
-  section.get("use_sliding_window", _one_of(False), False)
-  section.get("rope_scaling", _one_of(None), None)
-  config = _read(LLMConfig, section)
+  section = Section(path, values)
+  section.get("hidden_act", one_of("silu"), "silu")
+  section.get("use_sliding_window", one_of(False), False)
+  section.get("rope_scaling", one_of(None), None)
+  config = read_fields(LLMConfig, section)
   heads, size = config.num_heads, config.hidden_size
   section.require_multiple("hidden_size", size, "num_attention_heads", heads)
   section.require_multiple("num_attention_heads", heads, "num_key_value_heads", config.num_kv_heads)
@@ -297,20 +297,20 @@ def _read_llm(path: pathlib.Path) -> LLMConfig:
 
 
 def _read_vit(path: pathlib.Path) -> ViTConfig:
-  section = _Section(path, read_json(path))
-  section.get("hidden_act", _one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh")
-  config = _read(ViTConfig, section)
+  section = Section(path, read_json(path))
+  section.get("hidden_act", one_of("gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+  config = read_fields(ViTConfig, section)
   size, heads = config.hidden_size, config.num_heads
   section.require_multiple("hidden_size", size, "num_attention_heads", heads)
   # BAGEL builds all layers but the last.
   return dataclasses.replace(config, num_layers=config.num_layers - 1)
 
 
-def _read_vae(section: _Section) -> VAEConfig:
-  config = _read(VAEConfig, section)
+def _read_vae(section: Section) -> VAEConfig:
+  config = read_fields(VAEConfig, section)
   groups = f"a multiple of {GROUPS}, the number of normalised groups"
   section.require(config.ch % GROUPS == 0, "ch", config.ch, groups)
-  downsample = section.get("downsample", _SIZE, config.downsample)
+  downsample = section.get("downsample", SIZE, config.downsample)
   section.require(
     downsample == config.downsample, "downsample", downsample,
     f"{config.downsample}, as the {len(config.ch_mult)} levels of ch_mult make it",

@@ -6,7 +6,7 @@ library has no bfloat16 for numpy, and maps whole files into memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 import io
 import json
@@ -31,6 +31,8 @@ _OTHER_DTYPES = {
   "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "F8_E4M3", "F8_E5M2",
   "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2", "C64",
 }
+# Of tensors that are left out: numbers of positions, say.
+_INTEGERS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # The largest that the safetensors library accepts.
 _ROWS_BYTES = 16 * 2**20  # Of the whole rows that are read at once for a slice of columns.
@@ -56,12 +58,14 @@ class Entry:
 class SafetensorsFile:
   """An open safetensors file: `entries` {tensor name: Entry}, and `metadata` of its header or None.
 
+  `entries` leaves the names in `ignored` out, which may be integers.
+
   Raises:
     InputError: the file is missing, truncated, or not in safetensors format.
   """
 
-  def __init__(self, path: pathlib.Path):
-    self.path = path
+  def __init__(self, path: pathlib.Path, ignored: Collection[str] = ()):
+    self.path, self._ignored = path, ignored
     try:
       self._file = self.path.open("rb")
     except FileNotFoundError:
@@ -94,7 +98,7 @@ class SafetensorsFile:
       if not isinstance(header, dict):
         raise ValueError(f"expected a JSON object, got {type(header).__name__}")
       self.metadata = header.pop("__metadata__", None)
-      self.entries, end = _parse_entries(header, 8 + length)
+      self.entries, end = _parse_entries(header, 8 + length, self._ignored)
     except (ValueError, RecursionError) as error:
       raise errors.InputError(
         f"not a safetensors file (unreadable header: {error}); download it again"
@@ -164,9 +168,14 @@ class SafetensorsFile:
     self.close()
 
 
-def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Entry], int]:
+def _parse_entries(
+  header: Mapping[str, Any], first: int, ignored: Collection[str]
+) -> tuple[dict[str, Entry], int]:
   """The tensors of a header and the byte where the last ends; the data starts at byte `first`."""
-  entries = {name: _parse_entry(name, value, first) for name, value in header.items()}
+  entries = {
+    name: _parse_entry(name, value, first, DTYPES | _INTEGERS if name in ignored else DTYPES)
+    for name, value in header.items()
+  }
   end = first
   for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
     # Bytes that belong to no tensor would be lost when the file is written again.
@@ -175,18 +184,20 @@ def _parse_entries(header: Mapping[str, Any], first: int) -> tuple[dict[str, Ent
         f"tensor {name} starts at {entry.start - first}, the one before ends at {end - first}"
       )
     end += entry.nbytes
-  return entries, end
+  return {name: entry for name, entry in entries.items() if name not in ignored}, end
 
 
-def _parse_entry(name: str, value: Any, first: int) -> Entry:
-  if isinstance(value, dict) and str(value.get("dtype")) in _OTHER_DTYPES:
+def _parse_entry(
+  name: str, value: Any, first: int, dtypes: Mapping[str, np.dtype]
+) -> Entry:
+  if isinstance(value, dict) and str(value.get("dtype")) in _OTHER_DTYPES - dtypes.keys():
     raise errors.InputError(
       f"tensor {name} has the dtype {value['dtype']}, as quantised checkpoints have; take one in "
       "bfloat16, float16 or float32"
     )
   try:
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    entry = Entry(DTYPES[dtype], shape, first + start)
+    entry = Entry(dtypes[dtype], shape, first + start)
     integers = all(type(size) is int and 0 <= size < 2**63 for size in (*shape, start, stop))
     if integers and stop - start == entry.nbytes:
       return entry

@@ -6,7 +6,7 @@ an index, or put what a training framework wrapped the network in before the ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import contextlib
 import pathlib
 import re
@@ -114,8 +114,13 @@ class Tensors(contextlib.ExitStack):
     metadata: of the header; None where there are several that differ.
   """
 
-  def __init__(self, folder: pathlib.Path, name: str, fallback: pathlib.Path | None = None):
+  def __init__(
+    self, folder: pathlib.Path, name: str, fallback: pathlib.Path | None = None,
+    ignored: Collection[str] = (),
+  ):
     """Opens the files of `folder`; those of the official folder `fallback` where it has none.
+
+    Tensors whose names in the file are `ignored` are left out.
 
     Raises:
       InputError: there are none, or one is damaged, or two have a tensor of the same name.
@@ -136,7 +141,7 @@ class Tensors(contextlib.ExitStack):
     try:
       index = _weight_map(paths[0]) if paths[0].name.endswith(_INDEX) else {}
       files = [
-        self.enter_context(safetensors_files.SafetensorsFile(path))
+        self.enter_context(safetensors_files.SafetensorsFile(path, ignored))
         for path in paths if path.name.endswith(_SUFFIX)
       ]
       for file in files:
@@ -184,8 +189,10 @@ def _advice(folder: pathlib.Path, name: str) -> str:
     return "fine-tunes leave the autoencoder out: copy it from the original BAGEL folder"
   pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
   if pickles:
+    target = f"{pathlib.Path(name).stem}{_SUFFIX}"
     return (
-      f"{pickles[0]} may be a pickle, which runs code when it is read: save it with "
-      "safetensors.torch.save_file where PyTorch is installed"
+      f"{pickles[0]} may be a pickle, which runs code when it is read; where PyTorch is installed: "
+      f"python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in "
+      f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{target}')\""
     )
   return "a BAGEL folder must contain it"

@@ -345,24 +345,7 @@ def _check(file: weight_files.Tensors, leaves: Sequence[Leaf]) -> None:
   """Refuses a file whose tensors are not those of the table; names the first ten of each kind."""
   expected = {name: leaf.official_shape for leaf in leaves for name in leaf.names}
   actual = {name: entry.shape for name, entry in file.entries.items()}
-  problems = {
-    "wrong shape": [
-      f"{name} is {list(actual[name])} in the file but {list(shape)} by {config_file(name)}"
-      for name, shape in expected.items() if actual.get(name, shape) != shape
-    ],
-    "missing": [
-      f"{name} {list(shape)} asked for by {config_file(name)}"
-      for name, shape in expected.items() if name not in actual
-    ],
-    "unused": [
-      f"{name} {list(shape)} not asked for by {config_file(name)}"
-      for name, shape in actual.items() if name not in expected
-    ],
-  }
-  lines = [
-    f"{len(names)} {title}: {'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''}"
-    for title, names in problems.items() if names
-  ]
+  lines = mismatches(actual, expected, config_file)
   if not lines:
     return
   merge = (
@@ -383,6 +366,34 @@ def _check(file: weight_files.Tensors, leaves: Sequence[Leaf]) -> None:
   raise errors.InputError(
     f"{file.path}: the tensors do not match the config: {' | '.join(lines)} | {advice}"
   )
+
+
+def mismatches(
+  actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]],
+  config_file: Callable[[str], str],
+) -> list[str]:
+  """How tensors of a file are not those expected, both {name: shape}: a text for each kind.
+
+  `config_file` gives the file that decides the shape of a tensor.
+  """
+  problems = {
+    "wrong shape": [
+      f"{name} is {list(actual[name])} in the file but {list(shape)} by {config_file(name)}"
+      for name, shape in expected.items() if actual.get(name, shape) != shape
+    ],
+    "missing": [
+      f"{name} {list(shape)} asked for by {config_file(name)}"
+      for name, shape in expected.items() if name not in actual
+    ],
+    "unused": [
+      f"{name} {list(shape)} not asked for by {config_file(name)}"
+      for name, shape in actual.items() if name not in expected
+    ],
+  }
+  return [
+    f"{len(names)} {title}: {'; '.join(names[:10])}{'; ...' if len(names) > 10 else ''}"
+    for title, names in problems.items() if names
+  ]
 
 
 def config_file(name: str) -> str:
