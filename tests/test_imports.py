@@ -54,7 +54,7 @@ LIBRARIES = {
     "etils",
   },
   "episodes": {"jax", "numpy", "flax.struct"},
-  "reward_models": {"jax", "numpy", "flax.struct", "scipy"},
+  "reward_models": {"jax", "numpy", "flax", "scipy", "PIL", "tokenizers"},
   "algorithms": {"jax", "numpy", "flax.struct", "optax"},
   "rewards": {"numpy", "PIL", "rapidocr_onnxruntime"},
   "supervised": {"jax", "numpy", "PIL", "optax"},

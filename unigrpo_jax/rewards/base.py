@@ -83,7 +83,12 @@ Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
 # Names of rewards that need jax, and so are imported only when they are asked for.
-_LAZY = {"reward_model": "unigrpo_jax.reward_models.host:LearnedReward"}
+_LAZY = {
+  "reward_model": "unigrpo_jax.reward_models.host:LearnedReward",
+  "pickscore": "unigrpo_jax.reward_models.clip.host:PickScore",
+  "clip": "unigrpo_jax.reward_models.clip.host:ClipScore",
+  "aesthetic": "unigrpo_jax.reward_models.clip.host:Aesthetic",
+}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
