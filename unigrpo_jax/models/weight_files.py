@@ -146,7 +146,7 @@ class Tensors(contextlib.ExitStack):
       ]
       for file in files:
         lacking = [tensor for tensor, name in index.items()
-                   if name == file.path.name and tensor not in file.entries]
+                   if name == file.path.name and tensor not in {*file.entries, *ignored}]
         if lacking:
           raise errors.InputError(
             f"{file.path}: lacks {len(lacking)} tensors that {self.path.name} says it has "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -68,15 +69,16 @@ class _Source:
     return tensor.T if self.transposed else tensor
 
 
+@functools.cache
 def abstract_params(config: config_lib.Config, dtype: Any) -> Any:
-  """The parameters as shapes: matrices and tables in `dtype`, all else float32."""
+  """The parameters as shapes: matrices in `dtype`, all else float32."""
   c = config.vision
   pixels = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.float32)
   ids = jax.ShapeDtypeStruct((1, config.text.max_positions), jnp.int32)
   boxed = jax.eval_shape(network.CLIP(config).init, jax.random.key(0), pixels, ids)
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: jax.ShapeDtypeStruct(
-      leaf.shape, dtype if path[-1].key in ("kernel", "embedding") else jnp.float32
+      leaf.shape, dtype if path[-1].key == "kernel" else jnp.float32
     ),
     sharding.unbox(boxed)["params"],
   )
@@ -87,7 +89,7 @@ def load(
 ) -> Any:
   """The parameters of a folder's safetensors file, or of its shards, each placed at `place`.
 
-  Matrices and tables are rounded to `dtype`, all else is float32.
+  Matrices are rounded to `dtype`, all else is float32.
 
   Raises:
     InputError: there is none, it is damaged, or its tensors are not those of `config`: names the
@@ -98,7 +100,7 @@ def load(
   with weight_files.Tensors(folder, FILE, ignored=_IGNORED) as file:
     open_clip = _OPEN_CLIP_SIGN in file.entries
     leaves = [
-      ([key.key for key in path], leaf, _sources(path, leaf, config, open_clip))
+      ([key.key for key in path], leaf, sources(path, leaf, config, open_clip))
       for path, leaf in flat
     ]
     check(
@@ -120,7 +122,7 @@ def check(
     )
 
 
-def _sources(path: Any, leaf: Any, config: config_lib.Config, open_clip: bool) -> list[_Source]:
+def sources(path: Any, leaf: Any, config: config_lib.Config, open_clip: bool) -> list[_Source]:
   """The tensors of a file that fill a parameter, one a layer."""
   parts = [key.key for key in path]
   shape = leaf.shape[1:] if _STACK in parts else leaf.shape

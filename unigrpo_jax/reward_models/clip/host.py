@@ -82,7 +82,7 @@ class Clip:
 
   @classmethod
   def open(cls, folder: str, release: Release, dtype: str) -> Clip:
-    """Loads a folder; matrices are kept, and multiplied, in `dtype`.
+    """Loads a folder; matrices are kept in `dtype`.
 
     Raises:
       InputError: the folder or one of its files is missing, damaged or of another network; a
@@ -101,7 +101,7 @@ class Clip:
       "model": release.hub, "dtype": dtype,
       "checksums": {file.name: checksums.of(file) for file in read},
     }
-    return cls(network.CLIP(config, jnp.dtype(dtype)), params, pixels, words, mesh, settings)
+    return cls(network.CLIP(config), params, pixels, words, mesh, settings)
 
   @property
   def pixel_shape(self) -> tuple[int, ...]:

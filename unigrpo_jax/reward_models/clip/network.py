@@ -20,12 +20,8 @@ _ACTIVATIONS = {
 }
 
 
-def _linear(features: int, dtype: jnp.dtype, *, use_bias: bool = True, name: str | None = None):
-  """A product of operands in `dtype`, whose result and bias are float32."""
-  return layers.Linear(
-    (features,), (None, None), use_bias=use_bias, dtype=dtype, param_dtype=jnp.float32,
-    out_dtype=jnp.float32, name=name,
-  )
+def _linear(features: int, *, use_bias: bool = True, name: str | None = None) -> layers.Linear:
+  return layers.Linear((features,), (None, None), use_bias=use_bias, name=name)
 
 
 def _norm(config: config_lib.Tower, name: str | None = None) -> nn.LayerNorm:
@@ -37,52 +33,49 @@ class Attention(nn.Module):
 
   config: config_lib.Tower
   causal: bool
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] float32 -> the same."""
+    """[B, T, D] -> the same."""
     B, T, D = x.shape
     heads = (B, T, self.config.num_heads, D // self.config.num_heads)
     q, k, v = (
-      _linear(D, self.dtype, name=name)(x).astype(self.dtype).reshape(heads)
+      _linear(D, name=name)(x).reshape(heads)
       for name in ("q_proj", "k_proj", "v_proj")
     )
     order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     reach = order if self.causal else jnp.full_like(order, T)
     out = attention.attend(
-      q, reach, [attention.Keys(k, v, order)], precision=layers.matmul_precision(self.dtype)
+      q, reach, [attention.Keys(k, v, order)], precision=jax.lax.Precision.HIGHEST
     )
-    return _linear(D, self.dtype, name="out_proj")(out.reshape(B, T, D))
+    return _linear(D, name="out_proj")(out.reshape(B, T, D))
 
 
 class MLP(nn.Module):
   """fc2(act(fc1(x)))."""
 
   config: config_lib.Tower
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] float32 -> the same."""
-    x = _linear(self.config.intermediate_size, self.dtype, name="fc1")(x)
+    """[B, T, D] -> the same."""
+    x = _linear(self.config.intermediate_size, name="fc1")(x)
     x = _ACTIVATIONS[self.config.act](x)
-    return _linear(self.config.hidden_size, self.dtype, name="fc2")(x)
+    return _linear(self.config.hidden_size, name="fc2")(x)
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block, shaped as a scan body; the sum of its blocks stays in float32."""
+  """Pre-norm transformer block, shaped as a scan body."""
 
   config: config_lib.Tower
   causal: bool
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     y = _norm(self.config, "layer_norm1")(x)
-    x = x + Attention(self.config, self.causal, self.dtype, name="self_attn")(y)
+    x = x + Attention(self.config, self.causal, name="self_attn")(y)
     y = _norm(self.config, "layer_norm2")(x)
-    return x + MLP(self.config, self.dtype, name="mlp")(y), None
+    return x + MLP(self.config, name="mlp")(y), None
 
 
 class Encoder(nn.Module):
@@ -90,32 +83,28 @@ class Encoder(nn.Module):
 
   config: config_lib.Tower
   causal: bool
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] float32 -> the same."""
-    stack = layers.scan_layers(
-      Block, self.config.num_layers, in_axes=nn.broadcast, remat="none"
-    )
-    return stack(self.config, self.causal, self.dtype, name="layers")(x, None)[0]
+    """[B, T, D] -> the same."""
+    stack = layers.scan_layers(Block, self.config.num_layers, in_axes=nn.broadcast, remat="none")
+    return stack(self.config, self.causal, name="layers")(x, None)[0]
 
 
 class VisionEmbeddings(nn.Module):
   """The class token and the patches, row by row, each with its position."""
 
   config: config_lib.Vision
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, pixels: jax.Array) -> jax.Array:
-    """[B, S, S, 3] normalised float32 -> [B, T, D] float32."""
+    """[B, S, S, 3] normalised -> [B, T, D]."""
     c = self.config
     side, D = c.image_size // c.patch_size, c.hidden_size
     # [B, rows, y, columns, x, 3] -> [B, rows, columns, y, x, 3]
     x = pixels.reshape(-1, side, c.patch_size, side, c.patch_size, 3).swapaxes(2, 3)
     x = x.reshape(-1, side * side, c.patch_size**2 * 3)
-    x = _linear(D, self.dtype, use_bias=False, name="patch_embedding")(x)
+    x = _linear(D, use_bias=False, name="patch_embedding")(x)
     first = self.param("class_embedding", nn.initializers.normal(0.02), (D,), jnp.float32)
     x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, D)), x], axis=1)
     place = layers.Table(c.num_positions, D, (None, None), name="position_embedding")
@@ -126,14 +115,13 @@ class VisionModel(nn.Module):
   """The tower of images."""
 
   config: config_lib.Vision
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, S, S, 3] -> all tokens [B, T, D] before the last norm, and the class token after it."""
-    x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
+    x = VisionEmbeddings(self.config, name="embeddings")(pixels)
     x = _norm(self.config, "pre_layrnorm")(x)  # as the files spell it
-    x = Encoder(self.config, False, self.dtype, name="encoder")(x)
+    x = Encoder(self.config, False, name="encoder")(x)
     return x, _norm(self.config, "post_layernorm")(x[:, 0])
 
 
@@ -144,7 +132,7 @@ class TextEmbeddings(nn.Module):
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    """[B, T] int32 -> [B, T, D] float32."""
+    """[B, T] int32 -> [B, T, D]."""
     c = self.config
     table = lambda rows, name: layers.Table(rows, c.hidden_size, (None, None), name=name)
     place = table(c.max_positions, "position_embedding")(jnp.arange(ids.shape[1]))
@@ -155,13 +143,12 @@ class TextModel(nn.Module):
   """The tower of texts."""
 
   config: config_lib.Text
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, T] -> all tokens [B, T, D], and of those the first that ends the text, [B, D]."""
     x = TextEmbeddings(self.config, name="embeddings")(ids)
-    x = Encoder(self.config, True, self.dtype, name="encoder")(x)
+    x = Encoder(self.config, True, name="encoder")(x)
     x = _norm(self.config, "final_layer_norm")(x)
     eos = self.config.eos_token_id
     end = jnp.argmax(ids if eos == 2 else ids == eos, axis=1)
@@ -169,29 +156,32 @@ class TextModel(nn.Module):
 
 
 class CLIP(nn.Module):
-  """Both towers; operands of products in `dtype`, all else, and what comes out, in float32."""
+  """Both towers, all in float32.
+
+  Parameters may be kept in less. Products are exact in float32 even then: rounding what they
+  multiply as well would move a logit by half as much again.
+  """
 
   config: config_lib.Config
-  dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     c = self.config
-    self.vision_model = VisionModel(c.vision, self.dtype)
-    self.text_model = TextModel(c.text, self.dtype)
-    self.visual_projection = _linear(c.projection_size, self.dtype, use_bias=False)
-    self.text_projection = _linear(c.projection_size, self.dtype, use_bias=False)
+    self.vision_model = VisionModel(c.vision)
+    self.text_model = TextModel(c.text)
+    self.visual_projection = _linear(c.projection_size, use_bias=False)
+    self.text_projection = _linear(c.projection_size, use_bias=False)
     self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (), jnp.float32)
 
   def image_features(self, pixels: jax.Array) -> jax.Array:
-    """Images [B, S, S, 3] float32, normalised as `preprocess` does -> [B, P] float32."""
+    """Images [B, S, S, 3], normalised as `preprocess` does -> [B, P]."""
     return self.visual_projection(self.vision_model(pixels)[1])
 
   def text_features(self, ids: jax.Array) -> jax.Array:
-    """Texts [B, T] int32, begun and ended by their tokens and padded -> [B, P] float32."""
+    """Texts [B, T] int32, begun and ended by their tokens and padded -> [B, P]."""
     return self.text_projection(self.text_model(ids)[1])
 
   def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
-    """B images and their texts -> exp(logit_scale) times their cosine, [B] float32."""
+    """B images and their texts -> exp(logit_scale) times their cosine, [B]."""
     image, text = unit(self.image_features(pixels)), unit(self.text_features(ids))
     return jnp.exp(self.logit_scale) * (image * text).sum(-1)
 
