@@ -16,11 +16,12 @@ import PIL.ImageFont
 import pytest
 
 from tests import refusals
+from tests.parity import cases
+from tests.parity import ocr as recorded
 from unigrpo_jax import rewards
 from unigrpo_jax.data import prompts
 from unigrpo_jax.rewards import ocr
 
-RECORDED = pathlib.Path(__file__).parent / "golden" / "rewards" / "ocr" / "rewards.jsonl"
 WHITE = np.full((300, 300, 3), 255, np.uint8)
 
 
@@ -58,14 +59,10 @@ def read(monkeypatch):
   return score
 
 
-def test_the_formula_gives_the_recorded_rewards():
-  rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
-  for row in rows:
-    target = ocr.target_of(row["prompt"], {})
-    for key, space in (("reward", " "), ("reward_all_whitespace_removed", r"\s+")):
-      texts = (ocr.canonical(text, whitespace=space) for text in (target, row["recognised"]))
-      assert ocr.score(*texts) == pytest.approx(row[key], abs=1e-6), row
-  assert len(rows) == 12
+def test_the_formula_gives_the_recorded_rewards(golden):
+  report = cases.Report("ocr")
+  recorded.rewards_of_texts(golden / "rewards" / "ocr" / "rewards.jsonl", report)
+  assert [line.result for line in report.lines] == [cases.PASS] * 2
 
 
 @pytest.mark.parametrize("target, text, expected", [
