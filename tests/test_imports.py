@@ -46,7 +46,7 @@ LIBRARIES = {
   "models": {"jax", "chex", "flax", "numpy", "ml_dtypes"},
   "data": {
     "numpy", "PIL", "transformers", "tokenizers", "tensorflow_datasets", "etils", "fsspec", "gcsfs",
-    "aiohttp", "tqdm",
+    "aiohttp", "tqdm", "pyarrow",
   },
   "runtime": {
     "jax", "numpy", "flax", "optax", "orbax", "tensorstore", "tensorboardX", "wandb",

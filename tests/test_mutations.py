@@ -233,6 +233,9 @@ KINDS = {
   "prompts .jsonl": _prompts("p.jsonl", (
     '{"prompt": "a red kite", "tag": "color", "include": [{"class": "kite", "count": 1}]}\n'
     '{"prompt": "two boats", "n": 2, "exclude": [{"class": "boat", "count": 3}]}\n')),
+  "prompts .json": _prompts("p.json", '[{"Prompt": "two boats \u8272", "n": 2}]'),
+  "prompts .csv": _prompts("p.csv", 'prompt,tag,points\n"a ""red"" kite",color,"[""a?""]"\n'),
+  "prompts .tsv": _prompts("p.tsv", "Prompt\tCategory\ntwo boats \u8272\tcolor\n"),
   "shards .jsonl": _shards, "metrics.jsonl": _metrics,
   "config.json": _report("config.json", {"seed": 0, "rewards": {"brightness": 1.0}}),
   "run.json": _report("run.json", {"run_id": "a", "versions": {"jax": "0.10"}, "devices": "x"}),

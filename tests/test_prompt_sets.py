@@ -79,11 +79,11 @@ def test_the_whole_object_of_a_json_line_is_its_metadata(tmp_path):
   ('"a red kite"', '"a red kite" is not an object; expected an object'),
   ('["a"]', '["a"] is not an object; expected an object'),
   ("null", "null is not an object; expected an object"),
-  ('{"text": "a", "tag": "b"}', 'no key "prompt" (its keys: text, tag)'),
+  ('{"txt": "a", "tag": "b"}', 'no key "prompt" (its keys: txt, tag)'),
   ("{}", 'no key "prompt" (its keys: none)'),
   ('{"prompt": 3}', "prompt=3 must be text"),
   ('{"prompt": true}', "prompt=true must be text"),
-  ('{"prompt": ["a"]}', 'prompt=["a"] must be text'),
+  ('{"prompt": ["a"]}', "prompt=['a'] is neither text nor a list of messages"),
   ('{"prompt": null}', "prompt=null must be text"),
   ('{"prompt": " "}', "the prompt is empty"),
   ('{"prompt": "a\\ud83d"}', "holds '\\ud83d'"),
@@ -116,7 +116,7 @@ def test_bad_json_line_is_named(line, words, tmp_path):
   ("a.jsonl", b'{"prompt": "caf\xe9"}', "line 1: byte 16 is not UTF-8"),
   ("a.txt", b"", "no prompts"),
   ("a.jsonl", b"\n \r\n", "no prompts"),
-  ("a.tsv", b"Prompt\tNote\n", "'.tsv' is not known"),
+  ("a.xml", b"<prompt>", "'.xml' is not known; expected .txt, .jsonl, .json, .csv, .tsv"),
   ("a", b"a kite\n", "'' is not known"),
 ])
 def test_bad_file_is_named(name, content, words, tmp_path):
@@ -326,8 +326,8 @@ def test_command_builds_several_splits(tmp_path, capsys):
   (["--build=nothing.txt", "--name=a"], "--build=nothing.txt: no such file"),
   (["--build=FILE", "--name=A"], "--name=A"),
   (["--build=FILE", "--name=iconworld"], "--name=iconworld is a generated set"),
-  (["--build=FILE"], "--name"),
-  (["--name=a"], "--build"),
+  (["--build=FILE"], "give --build and --name, or --import"),
+  (["--name=a"], "give --build and --name, or --import"),
 ])
 def test_bad_arguments_are_refused(arguments, words, tmp_path):
   path = write(tmp_path / "a.txt", "one\n")

@@ -44,31 +44,47 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def parse_object(text: str, where: str, expected: str) -> dict[str, Any]:
-  """The JSON object of a line, see `read`; its "prompt" is text that is not blank.
+def parse(text: str, where: str, expected: str, kind: type = dict) -> Any:
+  """A JSON object, or what else `kind` is: list.
 
   Raises:
-    InputError: it is not JSON or not an object, has a key twice, holds a value that JSON or UTF-8
-      cannot represent, or its prompt is not text. The message ends in `expected`.
+    InputError: it is not JSON or of another kind, has a key twice, or holds a value that JSON or
+      UTF-8 cannot represent. The message ends in `expected`.
   """
   try:
-    record = json.loads(
+    value = json.loads(
       text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique_keys
     )
-    json.dumps(record, ensure_ascii=False).encode("utf-8")
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
   except UnicodeEncodeError as error:
     raise errors.InputError(
       f"{where}: holds {error.object[error.start]!r}, half of a surrogate pair; write both halves"
     ) from None
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f"{where}: not JSON ({error}); {expected}") from None
-  if not isinstance(record, dict):
-    raise errors.InputError(f"{where}: {text[:60]} is not an object; {expected}")
-  if "prompt" not in record:
-    keys = ", ".join(record) or "none"
-    raise errors.InputError(f"{where}: no key \"prompt\" (its keys: {keys[:100]}); {expected}")
-  check_text(record, "prompt", where)
+  if not isinstance(value, kind):
+    name = "an object" if kind is dict else "a list"
+    raise errors.InputError(f"{where}: {text[:60]} is not {name}; {expected}")
+  return value
+
+
+def parse_object(text: str, where: str, expected: str) -> dict[str, Any]:
+  """The JSON object of a line, see `read`; its "prompt" is text that is not blank.
+
+  Raises:
+    InputError: see `parse`; or its prompt is not text.
+  """
+  record = parse(text, where, expected)
+  check_prompt(record, "prompt", where, expected)
   return record
+
+
+def check_prompt(record: dict[str, Any], key: str, where: str, expected: str) -> None:
+  """Raises InputError unless `record[key]` is there, and text that is not blank."""
+  if key not in record:
+    keys = ", ".join(map(str, record)) or "none"
+    raise errors.InputError(f"{where}: no key \"{key}\" (its keys: {keys[:100]}); {expected}")
+  check_text(record, key, where)
 
 
 def check_text(record: dict[str, Any], key: str, where: str) -> None:

@@ -11,7 +11,7 @@ import tqdm
 SECONDS = 10.0  # Between two lines where standard error is no terminal.
 
 
-def bar(total: int, label: str, *, unit: str, enabled: bool = True) -> tqdm.tqdm:
+def bar(total: int | None, label: str, *, unit: str, enabled: bool = True) -> tqdm.tqdm:
   """A bar on standard error; where that is no terminal, a line every SECONDS.
 
     with progress.bar(len(files), "copying", unit="files", enabled=hosts.first()) as bar:
@@ -19,7 +19,8 @@ def bar(total: int, label: str, *, unit: str, enabled: bool = True) -> tqdm.tqdm
         ...
         bar.update(1)
 
-  `bar.set_description_str` changes the label. The unit is plural; "B" is shown as kB, MB, GB.
+  `total` is None where nobody knows it. `bar.set_description_str` changes the label. The unit is
+  plural; "B" is shown as kB, MB, GB.
   """
   options = dict(
     total=total, desc=label, disable=not enabled,
@@ -33,7 +34,7 @@ def bar(total: int, label: str, *, unit: str, enabled: bool = True) -> tqdm.tqdm
   )
 
 
-def each(items: Iterable[Any], total: int, label: str, *, unit: str) -> Iterator[Any]:
+def each(items: Iterable[Any], total: int | None, label: str, *, unit: str) -> Iterator[Any]:
   """Yields `items` under a bar."""
   with bar(total, label, unit=unit) as shown:
     for item in items:

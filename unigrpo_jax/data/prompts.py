@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import exam_points, files, lines, words
+from unigrpo_jax.data import exam_points, files, lines, records, words
 from unigrpo_jax.geneval import prompts as geneval_prompts
 from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import prompts as iconworld
 
-FILE_ENDINGS = (".txt", ".jsonl")
+FILE_ENDINGS = tuple(records.READERS)
+PROMPT_KEYS = ("prompt", "Prompt", "caption", "text", "prompt_en")  # The first that is there.
+TAG_KEYS = ("tag", "Category", "category")
 ICONWORLD = "iconworld"
 ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}  # Prompts by split.
 
@@ -143,8 +145,9 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
 
   Args:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
-      version; a .txt or .jsonl file, which has all its prompts in every split; or a name of
-      `GENERATED`, such as "iconworld" ("./iconworld" is a folder of that name).
+      version; a file with an ending of FILE_ENDINGS, which has all its prompts in every split; a
+      folder of such files, one a split, see `records.find`; or a name of `GENERATED`, such as
+      "iconworld" ("./iconworld" is a folder of that name).
     split: which part of the set.
 
   Raises:
@@ -163,45 +166,81 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
   for folder in places:
     if (folder / "dataset_info.json").is_file():
       return PromptSet(prompt_folders.Split(files.local_copy(folder), split))
+  if path.is_dir() and any(path.iterdir()):
+    return PromptSet(list(read_split(path, split)))
   raise errors.InputError(
     f"{source}: no such prompt set; expected a folder or a name in {default_folder()} that "
-    f"python -m unigrpo_jax.data built, a {' or '.join(FILE_ENDINGS)} file, or one of "
-    + ", ".join(GENERATED)
+    f"python -m unigrpo_jax.data built, a file ({', '.join(FILE_ENDINGS)}), a folder of such, or "
+    f"one of {', '.join(GENERATED)}"
   )
 
 
-def read_file(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields (prompt, metadata) of each line of a file that is not blank, in order.
+def read_split(
+  folder: pathlib.Path, split: str, prompt_key: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """As `read_file`, of the files of a split in a folder; see `records.find`."""
+  for path in records.find(folder, split):
+    yield from read_file(path, prompt_key)
 
-  A .txt line is the prompt and has no metadata ({}). A .jsonl line is an object with the key
-  "prompt"; the whole object, prompt included, is its metadata, or {} where it has no other key. Its
-  "include" and "exclude" must be in GenEval's format, with any classes; "points" and "vqa_list" as
-  `exam_points.read` takes them.
+
+def read_file(
+  path: pathlib.Path, prompt_key: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields (prompt, metadata) of each record of a file, in order; see `records.read`.
+
+  Args:
+    path: with an ending of FILE_ENDINGS. A line of a .txt file is a prompt and has no metadata
+      ({}). A .jsonl file has an object a line, .json a list of objects; .csv, .tsv and .parquet
+      files have a row a prompt. A record is its prompt's metadata, prompt included, or {} where it
+      has no other key.
+    prompt_key: which of its keys is the prompt, "prompt" in the metadata; None: the first of
+      PROMPT_KEYS. A list of chat messages, as in verl's files, stands for the last of the user,
+      and its reward_model.ground_truth, where it is text, is the key "text".
+
+  The first of TAG_KEYS is the tag. "include" and "exclude" must be in GenEval's format, with any
+  classes; "points" and "vqa_list" as `exam_points.read` takes them.
 
   Raises:
-    InputError: the file cannot be read, has no prompts, or a line is malformed.
+    InputError: the file cannot be read, has no prompts, or a record is malformed.
   """
-  ending = path.suffix.lower()
-  if ending not in FILE_ENDINGS:
-    raise errors.InputError(
-      f"{path}: the ending {path.suffix!r} is not known; expected .txt (one prompt a line) or "
-      ".jsonl (one JSON object a line)"
-    )
-  expected = 'expected an object with a prompt, like {"prompt": "a red kite"}'
-  empty = True
-  for where, text in lines.read(path):
-    empty = False
-    if ending == ".txt":
-      yield text, {}
-      continue
-    record = lines.parse_object(text, where, expected)
+  for where, record in records.read(path):
+    record = _canonical(record, where, prompt_key)
     if problem := rules.problem(record):
       raise errors.InputError(f"{where}: {problem}")
     with errors.at(where):
       exam_points.read(record)
     yield record["prompt"], record if len(record) > 1 else {}
-  if empty:
-    raise errors.InputError(f"{path}: no prompts in it; expected one a line")
+
+
+def _canonical(record: dict[str, Any], where: str, prompt_key: str | None) -> dict[str, Any]:
+  """A record whose prompt and tag are under these keys."""
+  key = prompt_key or next((key for key in PROMPT_KEYS if key in record), "prompt")
+  if isinstance(record.get(key), list):
+    record = _of_chat(record, key, where)
+  expected = "--prompt_key of python -m unigrpo_jax.data names another" if prompt_key is None else (
+    "name another with --prompt_key")
+  lines.check_prompt(record, key, where, expected)
+  if key != "prompt":
+    record = {"prompt": record[key]} | {k: v for k, v in record.items() if k not in (key, "prompt")}
+  tag = next((record[key] for key in TAG_KEYS if key in record), None)
+  return record | {"tag": tag} if isinstance(tag, str) and "tag" not in record else record
+
+
+def _of_chat(record: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+  """A row as verl has it, with its prompt as text."""
+  try:
+    said = [message["content"] for message in record[key] if message["role"] == "user"][-1]
+    if isinstance(said, list):  # Parts, of which some may be pictures.
+      said = "".join(part["text"] for part in said if "text" in part)
+  except (TypeError, KeyError, IndexError):
+    raise errors.InputError(
+      f"{where}: {key}={errors.shown(record[key])} is neither text nor a list of messages "
+      'like {"role": "user", "content": "a red kite"}'
+    ) from None
+  made = record | {key: said}
+  model = record.get("reward_model")
+  truth = model.get("ground_truth") if isinstance(model, dict) else None
+  return made | {"text": truth} if isinstance(truth, str) else made
 
 
 def generated(
