@@ -1,13 +1,16 @@
-"""Samples, requests and clients that the tests of the reward protocol share."""
+"""Samples, requests, clients and servers that the tests of the reward protocols share."""
 
+import http.server
 import io
 import json
 import struct
+import threading
 import zipfile
 
 import numpy as np
 
 from unigrpo_jax import rewards
+from unigrpo_jax.rewards import wire
 
 NAN = np.nan
 
@@ -99,3 +102,53 @@ MALFORMED = {
   "text number": ("text", npz(images=IMAGES, samples=encoded(RECORD | {"text": 3}))),
   "metadata null": ("metadata", npz(images=IMAGES, samples=encoded(RECORD | {"metadata": None}))),
 }
+
+
+class Script(http.server.BaseHTTPRequestHandler):
+  """Gives `server.answers` in turn, then the last again and again: (status, body), or seconds.
+
+  A body may be a function of the request's; headers may follow it.
+  """
+
+  def do_GET(self):
+    content = self.server.announcement
+    self.send_response(404 if content is None else 200)
+    self.end_headers()
+    self.wfile.write(json.dumps(content).encode())
+
+  def do_POST(self):
+    body = self.rfile.read(int(self.headers["Content-Length"])) if self.server.listens else b""
+    self.server.seen.append((self.path, dict(self.headers), body))
+    answers = self.server.answers
+    answer = answers.pop(0) if len(answers) > 1 else answers[0]
+    if isinstance(answer, float):
+      self.server.over.wait(answer)
+      return
+    status, content, *headers = answer
+    if callable(content):
+      content = content(body)
+    self.send_response(status)
+    for name, value in dict(*headers).items():
+      self.send_header(name, value)
+    self.end_headers()
+    self.wfile.write(content)
+
+  def log_message(self, *args):
+    pass
+
+
+def scripted(stack, *answers, listens=True, announcement=None):
+  """A server that `stack` ends, with its `url` and what it has `seen`: (path, headers, body)."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Script)
+  server.answers, server.seen, server.over = list(answers), [], threading.Event()
+  server.listens, server.announcement = listens, announcement
+  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+  stack.callback(server.server_close)
+  stack.callback(server.shutdown)
+  stack.callback(server.over.set)
+  server.url = f"http://127.0.0.1:{server.server_address[1]}"
+  return server
+
+
+def right(body):
+  return json.dumps({"scores": value(wire.unpack(body)).tolist()}).encode()

@@ -97,7 +97,7 @@ def test_registered_names(monkeypatch):
   ("name", "options", "words"),
   [
     ("iconworld_strikt", {}, "did you mean 'iconworld_strict'?"),
-    ("zzzz", {}, "brightness, geneval, http, iconworld_geneval"),
+    ("zzzz", {}, "http, iconworld_geneval, iconworld_points"),
     ("jpeg_size", {"qualty": 5}, "qualty"),
     ("http", {"url": "http://a"}, "reward"),
     (f"{__name__}:Scaled", {}, "scale"),

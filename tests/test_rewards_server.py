@@ -82,7 +82,9 @@ def test_what_there_is_to_get(serving):
   status, answer = ask(server, "GET", "/v1/rewards")
   assert status == 401
   token = {"Authorization": "Bearer t0ken"}
-  assert ask(server, "GET", "/v1/rewards", **token) == (200, {"rewards": ["a", "b"]})
+  assert ask(server, "GET", "/v1/rewards", **token) == (200, {
+    "rewards": ["a", "b"], "encodings": ["raw", "png", "jpeg"], "settings": {}
+  })
   assert ask(server, "GET", "/v2/rewards", **token)[0] == 404
 
 
@@ -274,15 +276,17 @@ def test_names_and_options_of_the_command():
   assert made["small"](samples)[0] < made["jpeg_size"](samples)[0] / 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_a_signal_stops_it(number):
+@pytest.mark.parametrize(("number", "warm"), [(signal.SIGTERM, ["--warm"]), (signal.SIGINT, [])])
+def test_the_command_serves_until_a_signal_stops_it(number, warm):
   process = subprocess.Popen(
     [sys.executable, "-m", "unigrpo_jax.rewards.serve", "--rewards", "brightness", "--port", "0",
-     "--host", "0.0.0.0", "--token_env", "T"],
+     "--host", "0.0.0.0", "--token_env", "T", *warm],
     cwd=ROOT, env=os.environ | {"T": "t0ken"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     text=True,
   )
   try:
+    if warm:
+      assert process.stdout.readline().startswith("loading on http://0.0.0.0:")
     line = process.stdout.readline()
     assert line.startswith("serving brightness on http://0.0.0.0:")
     url = f"http://127.0.0.1:{line.strip().rpartition(':')[2]}"

@@ -78,7 +78,9 @@ class Scores:
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
 # Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
 # called from another thread, makes calls return soon; `fingerprint`, text that other scores would
-# change: a run that continues with another is refused.
+# change: a run that continues with another is refused; `settings`, JSON of what changes a score;
+# `joint`, what rewards have in common of which `score_together(rewards, samples)` of any gives the
+# `Scores` of all.
 Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
@@ -173,7 +175,7 @@ def _make(name: str, options: Mapping[str, Any]) -> Reward:
   if not made_first:
     # With the function's attributes, such as `concurrent`.
     return functools.update_wrapper(functools.partial(target, **options), target)
-  with _made(f"reward={name!r} cannot be made"):
+  with made(f"reward={name!r} cannot be made"):
     reward = target(**options)
   if not callable(reward):
     raise errors.InputError(
@@ -195,7 +197,7 @@ def _imported(name: str) -> Callable[..., Any]:
   if not module or not attribute or module.startswith("."):
     raise errors.InputError(f"reward={name!r} must be module:function or module:Class")
   try:
-    with _made(f"reward={name!r} cannot be imported", ModuleNotFoundError):
+    with made(f"reward={name!r} cannot be imported", ModuleNotFoundError):
       target = found = importlib.import_module(module)
   except ModuleNotFoundError as error:
     what = _missing(module, error)
@@ -231,7 +233,7 @@ def _place(module: Any) -> str:
 
 
 @contextlib.contextmanager
-def _made(failed: str, *expected: type[Exception]) -> Iterator[None]:
+def made(failed: str, *expected: type[Exception]) -> Iterator[None]:
   """Whatever a reward's own code raises within, a SystemExit too, becomes an `InputError` that
   begins with `failed` and ends in the file and line, after the traceback; not what is `expected`,
   nor the user's Ctrl-C.
@@ -301,6 +303,14 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
       raise ValueError(f"a reward's details must be [{count}], one a sample; got [{len(details)}]")
     details = details if any(details) else None
   return Scores(values, reason, result.temporary, details)
+
+
+def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
+  """`evaluate` of a reward, or of several with one `joint`, which are asked together."""
+  if len(rewards) == 1 or not samples:
+    return [evaluate(reward, samples) for reward in rewards]
+  given = rewards[0].score_together(rewards, samples)
+  return [evaluate(lambda _, part=part: part, samples) for part in given]
 
 
 def _array(values) -> np.ndarray:

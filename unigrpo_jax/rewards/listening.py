@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent import futures
 import hmac
 import http.server
 import ipaddress
@@ -16,9 +17,11 @@ import time
 from typing import Any
 
 from unigrpo_jax import errors
+from unigrpo_jax.rewards import threads
 
 HEALTH = "/healthz"
-MAX_BODIES = 4  # Bodies in memory at once; further requests wait.
+LOADING = "loading"  # What it says, with status 503, until the server is ready.
+MAX_BODIES = 16  # Bodies in memory at once; further requests wait.
 IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
 LINGER = 5.0  # Seconds to read on from a client whose body is refused, so that it gets the answer.
 
@@ -41,6 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
     self.token, self.max_bytes = token, max_bytes
     self.bodies = threading.BoundedSemaphore(MAX_BODIES)
+    self.is_loading = False
     if token is None and not _loopback(host):
       raise errors.InputError(
         f"--host={host} can be reached from other machines: give --token_env, or --host=127.0.0.1"
@@ -64,14 +68,27 @@ class Server(http.server.ThreadingHTTPServer):
     if not isinstance(sys.exception(), OSError):
       super().handle_error(request, client_address)
 
-  def run(self, what: str) -> None:
-    """Serves until SIGTERM or SIGINT; `what` is printed with the address."""
+  def run(self, what: str, load: Callable[[], None] | None = None) -> None:
+    """Serves until SIGTERM or SIGINT; `what` is printed with the address.
+
+    Requests are answered with `LOADING` until `load` has returned; what it raises ends the server.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda *_: stop.set())
+    self.is_loading = load is not None
     threading.Thread(target=self.serve_forever, name="server", daemon=True).start()
-    print(f"serving {what} on {self.address}", flush=True)
-    stop.wait()
+    if load is not None:
+      print(f"loading on {self.address}", flush=True)
+      loading = threads.start(load, name="loading")
+      while not stop.is_set() and futures.wait([loading], 0.1).not_done:
+        pass
+      if not stop.is_set():
+        loading.result()
+        self.is_loading = False
+    if not stop.is_set():
+      print(f"serving {what} on {self.address}", flush=True)
+      stop.wait()
     self.shutdown()
     self.server_close()
     print("stopped", flush=True)
@@ -103,8 +120,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return {"error": message}
 
   def do_GET(self) -> None:
-    if self.path == HEALTH:
+    if self.path == HEALTH and not self.server.is_loading:
       self._answer(200, {"status": "ok"})
+    elif self.path == HEALTH:
+      self._answer(503, {"status": LOADING})
     else:
       self._reply(self.get, 0)
 
@@ -144,7 +163,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     except Refusal as refusal:
       status, line = refusal.status, " ".join(str(refusal).split())[:500]
       answer = self.error(status, line)
-      self.log_message("%d %s", status, line)
+      if self.server.is_loading:
+        answer = answer | {"status": LOADING}
+      else:
+        self.log_message("%d %s", status, line)
     self._answer(status, answer)
     if status != 200:
       self._linger()
@@ -154,6 +176,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     given = self.headers.get("Authorization", "").encode("latin-1", "replace")
     if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
       raise Refusal(401, "the bearer token is missing or wrong")
+    if self.server.is_loading:
+      raise Refusal(503, "it is still loading")
 
   def _answer(self, status: int, answer: dict[str, Any]) -> None:
     body = json.dumps(answer).encode()

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import threading
 import time
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +42,9 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The scores of samples, which threads compute, one part a reward."""
+  """The scores of samples, which threads compute: by reward, the call that has its scores."""
 
-  parts: Mapping[str, futures.Future[base.Scores]]
+  parts: Mapping[str, futures.Future[Mapping[str, base.Scores]]]
 
   def done(self) -> bool:
     return not self.awaited()
@@ -60,11 +61,11 @@ class Pending:
     """Waits for {name: [N] float32}, as `Scorer.score`; TimeoutError after `timeout` seconds, and
     CancelledError if the scorer was closed before all rewards began.
     """
-    return {name: part.result(timeout).values for name, part in self.parts.items()}
+    return {name: scores.values for name, scores in self.scores(timeout).items()}
 
-  def scores(self) -> dict[str, base.Scores]:
+  def scores(self, timeout: float | None = None) -> dict[str, base.Scores]:
     """As `result`, with reasons and details."""
-    return {name: part.result() for name, part in self.parts.items()}
+    return {name: part.result(timeout)[name] for name, part in self.parts.items()}
 
 
 class Scorer:
@@ -107,6 +108,10 @@ class Scorer:
     errors.require("threads", threads, low=1)
     errors.require("max_failed_fraction", max_failed_fraction, low=0, high=1)
     self._rewards, self._weights = dict(rewards), dict(weights)
+    joint: dict[Any, list[str]] = {}
+    for name, reward in rewards.items():
+      joint.setdefault(getattr(reward, "joint", None) or name, []).append(name)
+    self._together = [tuple(names) for names in joint.values()]  # one call each
     self._max_failed_fraction = max_failed_fraction
     self._pool = threads_lib.Pool(threads, "reward")
     self._reward_locks = {name: base.reward_lock(reward) for name, reward in rewards.items()}
@@ -122,27 +127,33 @@ class Scorer:
     return {f"reward_options.{name}": text for name, text in found.items() if text}
 
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
-    """Scores samples in the threads, each reward by itself; `Pending.result` waits for them."""
+    """Scores samples in the threads; `Pending.result` waits for them."""
     samples = tuple(samples)
-    return Pending({name: self._pool.submit(self._run, name, samples) for name in self._rewards})
+    calls = {names: self._pool.submit(self._run, names, samples) for names in self._together}
+    by_name = {name: call for names, call in calls.items() for name in names}
+    return Pending({name: by_name[name] for name in self._rewards})
 
   def score(self, samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
     """{name: [N] float32, as the reward gave it; NaN where it could not}."""
     return self.submit(samples).result()
 
-  def _run(self, name: str, samples: Sequence[base.Sample]) -> base.Scores:
+  def _run(
+    self, names: tuple[str, ...], samples: Sequence[base.Sample]
+  ) -> dict[str, base.Scores]:
     trace = None
     try:
-      with self._reward_locks[name]:
-        scores = base.evaluate(self._rewards[name], samples)
+      with self._reward_locks[names[0]]:
+        given = base.evaluate_together([self._rewards[name] for name in names], samples)
     except BaseException as error:  # A thread's SystemExit or KeyboardInterrupt is the reward's.
       trace, missing = error, np.full(len(samples), np.nan, np.float32)
       scores = base.Scores(missing, errors.describe(error), base.is_temporary(error))
-    if scores.reason is not None:
-      count = int(np.isnan(scores.values).sum())
-      failure = Failure(count, scores.temporary, " ".join(scores.reason.split()))
-      self._add_failure(name, failure, trace)
-    return scores
+      given = [scores] * len(names)
+    for name, scores in zip(names, given):
+      if scores.reason is not None:
+        count = int(np.isnan(scores.values).sum())
+        failure = Failure(count, scores.temporary, " ".join(scores.reason.split()))
+        self._add_failure(name, failure, trace)
+    return dict(zip(names, given))
 
   def _add_failure(self, name: str, failure: Failure, trace: BaseException | None) -> None:
     count, reason = failure.count, failure.reason

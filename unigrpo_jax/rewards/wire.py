@@ -1,72 +1,173 @@
 """The reward protocol's bodies: samples as npz, scores as JSON. Nothing is ever unpickled.
 
   POST {url}/v1/rewards/{name}   samples -> {"scores": [number or null, ...]}, null for no score
-  GET  {url}/v1/rewards          -> {"rewards": [name, ...]}
-  GET  {url}/healthz             -> {"status": "ok"}, without a token
+  POST {url}/v1/rewards          samples and names -> {"scores": {name: [...]}, "errors": {...}}
+  GET  {url}/v1/rewards          -> {"rewards": [name, ...], "encodings": [...], "settings": {...}}
+  GET  {url}/healthz             -> {"status": "ok"}, without a token; 503 {"status": "loading"}
 
-The body of a POST is what `np.savez(file, images=..., samples=...)` writes, uncompressed: `images`
-[N, H, W, 3] uint8, and `samples` [bytes] uint8, the UTF-8 of a JSON list of N objects {"prompt":
-text, "text": text or null, "metadata": object}. With a token, requests have the header
-"Authorization: Bearer TOKEN". Any other status than 200 comes with {"error": one line}.
+The body of a POST is what `np.savez(file, ...)` writes, uncompressed, of
+
+  images    [N, H, W, 3] uint8; or, of any sizes,
+  encoded   [bytes] uint8, N PNG or JPEG files one after another, and lengths, [N] int64
+  samples   [bytes] uint8, the UTF-8 of a JSON list of N objects {"prompt": text, "text": text or
+            null, "metadata": object}, or of {"names": [name, ...], "samples": that list}
+
+An answer has "details" beside "scores" where there are some: an object or null for each sample, of
+64 KiB at most. Those longer than `ANSWER` are sent only where the request has the header
+"Reward-Details: 1". "errors" has a line for each name without scores. "encodings" are those that a
+server takes, "settings" what changes the scores of each of its rewards; a server without
+"encodings" knows raw images and one name. With a token, requests have the header "Authorization:
+Bearer TOKEN". Any other status than 200 comes with {"error": line}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import io
 import json
 import math
+from typing import Any
 import zipfile
 
 import numpy as np
+import PIL.Image
 
 from unigrpo_jax.rewards import base
 
 PREFIX = "/v1/rewards"
+DETAILS = "Reward-Details"
+ENCODINGS = ("raw", "png", "jpeg")
+MAX_PIXELS = 1 << 24  # of an encoded image, 4096 x 4096
+# Bytes of an answer without details, and so many a score.
+ANSWER, ANSWER_A_SCORE = 65_536, 64
 
 
-def pack(samples: Sequence[base.Sample]) -> bytes:
-  """The body of a request: N >= 1 samples whose images all have one shape.
+def pack(
+  samples: Sequence[base.Sample], encoding: str = "raw", names: Sequence[str] | None = None
+) -> bytes:
+  """The body of a request: N >= 1 samples, and the names of several rewards where they are given.
+
+  `encoding` is one of `ENCODINGS`; raw images must all have one shape.
 
   Raises:
     ValueError, TypeError: an image is not [H, W, 3] uint8, shapes differ, or metadata is not JSON.
   """
-  images = np.stack([sample.image for sample in samples])
-  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-    raise ValueError(f"images are {list(images.shape)} {images.dtype}, not [N, H, W, 3] uint8")
-  records = [{"prompt": s.prompt, "text": s.text, "metadata": dict(s.metadata)} for s in samples]
+  records: Any = [
+    {"prompt": s.prompt, "text": s.text, "metadata": dict(s.metadata)} for s in samples
+  ]
+  if names is not None:
+    records = {"names": list(names), "samples": records}
   # ASCII escapes, so that half a surrogate pair out of a sampled text survives.
   text = json.dumps(records, allow_nan=False).encode("ascii")
+  for sample in samples:
+    image = sample.image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      raise ValueError(f"an image is {list(image.shape)} {image.dtype}, not [H, W, 3] uint8")
+  if encoding == "raw":
+    images = {"images": np.stack([sample.image for sample in samples])}
+  else:
+    files = [encode(sample.image, encoding) for sample in samples]
+    images = {
+      "encoded": np.frombuffer(b"".join(files), np.uint8),
+      "lengths": np.array([len(file) for file in files], np.int64),
+    }
   file = io.BytesIO()
-  np.savez(file, images=images, samples=np.frombuffer(text, np.uint8))
+  np.savez(file, **images, samples=np.frombuffer(text, np.uint8))
   return file.getvalue()
 
 
-def unpack(body: bytes) -> list[base.Sample]:
-  """The samples of a request's body, which may be any bytes.
+def encode(image: np.ndarray, encoding: str) -> bytes:
+  """An image, [H, W, 3] uint8, as a file: png, or jpeg of quality 95."""
+  file = io.BytesIO()
+  options = {"compress_level": 1} if encoding == "png" else {"quality": 95}
+  PIL.Image.fromarray(image).save(file, encoding, **options)
+  return file.getvalue()
 
-  Memory stays near the size of the body: compressed members and sizes beyond it are refused.
+
+def decode(file: bytes) -> np.ndarray:
+  """The image of a PNG or JPEG file of any bytes: [H, W, 3] uint8.
+
+  Raises:
+    ValueError: it is none, or has more than `MAX_PIXELS`, which is known before it is decoded.
+  """
+  try:
+    image = PIL.Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
+    if math.prod(image.size) <= MAX_PIXELS:
+      return np.asarray(image.convert("RGB"))
+    claim = "{} x {} pixels".format(*image.size)
+  except PIL.Image.DecompressionBombError as error:  # Its own limit is higher.
+    claim = str(error)
+  except Exception as error:  # Pillow raises half a dozen kinds for strange bytes.
+    raise ValueError(f"an image is no PNG or JPEG: {' '.join(str(error).split())}") from None
+  raise ValueError(f"an image of at most {MAX_PIXELS} pixels is taken; this one says {claim}")
+
+
+def unpack(body: bytes, max_bytes: float = math.inf) -> list[base.Sample]:
+  """The samples of a request's body for one reward, which may be any bytes.
+
+  Compressed members and sizes beyond the body are refused, and encoded images that are more than
+  `max_bytes` together: memory stays near the larger of both.
 
   Raises:
     ValueError: the body is not what `pack` makes; one line says why.
   """
+  return _samples(*_read(body, max_bytes))
+
+
+def unpack_named(body: bytes, max_bytes: float = math.inf) -> tuple[list[base.Sample], list[str]]:
+  """As `unpack`, of a request for several rewards, with their names."""
+  images, records = _read(body, max_bytes)
+  if not isinstance(records, dict) or set(records) != {"names", "samples"}:
+    raise ValueError("a request for several rewards must have the keys names, samples")
+  names = records["names"]
+  if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+    raise ValueError("names must be a list of names of rewards")
+  return _samples(images, records["samples"]), names
+
+
+def _read(body: bytes, max_bytes: float) -> tuple[Sequence[np.ndarray], Any]:
+  """The images of a body, and the JSON of its samples."""
   try:
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
-      images = _read_array(archive, "images", 4, len(body))
-      records = json.loads(_read_array(archive, "samples", 1, len(body)).tobytes())
+      if "encoded.npy" in archive.namelist():
+        images = _read_encoded(archive, len(body), max_bytes)
+      else:
+        images = _read_array(archive, "images", 4, len(body))
+        if images.shape[-1] != 3 or 0 in images.shape:
+          raise ValueError(f"images are {list(images.shape)}, not [N, H, W, 3]")
+      return images, json.loads(_read_array(archive, "samples", 1, len(body)).tobytes())
   except ValueError:
     raise
   except Exception as error:  # zipfile and json raise half a dozen kinds for strange bytes.
     raise ValueError(f"not a readable npz: {' '.join(str(error).split())}") from None
-  if images.shape[-1] != 3 or 0 in images.shape:
-    raise ValueError(f"images are {list(images.shape)}, not [N, H, W, 3]")
+
+
+def _samples(images: Sequence[np.ndarray], records: Any) -> list[base.Sample]:
   if not isinstance(records, list) or len(records) != len(images):
     raise ValueError(f"samples must be a JSON list of {len(images)} objects, one an image")
   return [_sample(record, image) for record, image in zip(records, images)]
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> np.ndarray:
-  """An uncompressed uint8 array of at most `limit` bytes, without trust in its npy header."""
+def _read_encoded(
+  archive: zipfile.ZipFile, limit: int, max_bytes: float
+) -> list[np.ndarray]:
+  data = _read_array(archive, "encoded", 1, limit).tobytes()
+  lengths = _read_array(archive, "lengths", 1, limit, np.int64).tolist()
+  if not lengths or min(lengths) < 1 or sum(lengths) != len(data):
+    raise ValueError(f"lengths must be positive, with the sum {len(data)} of the encoded bytes")
+  images, first, total = [], 0, 0
+  for length in lengths:
+    images.append(decode(data[first : first + length]))
+    first, total = first + length, total + images[-1].nbytes
+    if total > max_bytes:
+      raise ValueError(f"the images are more than the {max_bytes} bytes allowed; send fewer")
+  return images
+
+
+def _read_array(
+  archive: zipfile.ZipFile, name: str, rank: int, limit: int, kind=np.uint8
+) -> np.ndarray:
+  """An uncompressed array of at most `limit` bytes, without trust in its npy header."""
   try:
     info = archive.getinfo(f"{name}.npy")
   except KeyError:
@@ -79,12 +180,14 @@ def _read_array(archive: zipfile.ZipFile, name: str, rank: int, limit: int) -> n
       raise ValueError(f"the array {name} has npy version {version}, not 1.0 or 2.0")
     read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
     shape, fortran, dtype = read_header(file)
-    if dtype != np.uint8 or len(shape) != rank or fortran:
-      raise ValueError(f"the array {name} is {list(shape)} {dtype}; it must be uint8, rank {rank}")
+    if dtype != kind or len(shape) != rank or fortran:
+      raise ValueError(
+        f"the array {name} is {list(shape)} {dtype}; it must be {np.dtype(kind)}, rank {rank}"
+      )
     data = file.read()
-  if min(shape) < 0 or math.prod(shape) != len(data):
+  if min(shape) < 0 or math.prod(shape) * np.dtype(kind).itemsize != len(data):
     raise ValueError(f"the array {name} says {list(shape)} and has {len(data)} bytes")
-  return np.frombuffer(data, np.uint8).reshape(shape)
+  return np.frombuffer(data, kind).reshape(shape)
 
 
 def _sample(record, image: np.ndarray) -> base.Sample:
@@ -95,3 +198,83 @@ def _sample(record, image: np.ndarray) -> base.Sample:
   if not isinstance(record["metadata"], dict):
     raise ValueError("metadata must be an object, {} for none")
   return base.Sample(image=image, **record)
+
+
+def answer(
+  scores: Mapping[str, base.Scores | str], names: Sequence[str] | None, with_details: bool
+) -> dict[str, Any]:
+  """The answer to a request.
+
+  Args:
+    scores: by name, or a line that says why there are none.
+    names: of a request for several; None for one.
+    with_details: whatever their length.
+  """
+  columns, details, failed = {}, {}, {}
+  for name, part in scores.items():
+    if isinstance(part, str):
+      failed[name] = part
+      continue
+    columns[name] = [None if math.isnan(value) else value for value in part.values.tolist()]
+    if part.details is not None or with_details:
+      found = [part.detail(i) or None for i in range(len(part.values))]
+      if any(found):
+        details[name] = found
+  if names is None:
+    (columns,), details = columns.values(), next(iter(details.values()), None)
+  made = {"scores": columns, "details": details, "errors": failed}
+  if not with_details and len(json.dumps(made)) > ANSWER:
+    del made["details"]
+  return {key: value for key, value in made.items() if value or key == "scores"}
+
+
+def answer_limit(count: int) -> int:
+  """Bytes of an answer about so many samples and a reward, at most."""
+  return ANSWER + (ANSWER_A_SCORE + base.MAX_DETAIL + 2) * count
+
+
+def read_answer(body: bytes, count: int, names: Sequence[str] | None) -> list[base.Scores]:
+  """The scores of an answer about `count` samples: of one reward, or of each of `names`.
+
+  Raises:
+    ValueError: it is none.
+  """
+  found = read_object(body)
+  scores, details, failed = (found.get(key) for key in ("scores", "details", "errors"))
+  if names is None:
+    return [_scores(scores, details, count)]
+  scores, details, failed = (
+    part if isinstance(part, dict) else {} for part in (scores, details, failed)
+  )
+  return [
+    base.Scores(np.full(count, np.nan), str(failed[name])[:500]) if name in failed
+    else _scores(scores.get(name), details.get(name), count)
+    for name in names
+  ]
+
+
+def _scores(scores, details, count: int) -> base.Scores:
+  try:
+    if isinstance(scores, list) and len(scores) == count:
+      if all(score is None or type(score) in (int, float) for score in scores):
+        values = np.array([math.nan if score is None else float(score) for score in scores])
+        if not isinstance(details, list) or len(details) != count:
+          details = [None] * count
+        details = [detail if isinstance(detail, dict) else None for detail in details]
+        reasons = (
+          str(detail["reason"])[:500] for detail, value in zip(details, values)
+          if math.isnan(value) and detail and detail.get("reason")
+        )
+        return base.Scores(values, next(reasons, None), details=details)
+  except OverflowError:
+    pass
+  raise ValueError(f'the answer is not {{"scores": [{count} numbers or null]}}')
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+  """A JSON object; {} where it is none."""
+  try:
+    found = json.loads(body)
+  except (ValueError, RecursionError):
+    found = None
+  return found if isinstance(found, dict) else {}
