@@ -65,7 +65,7 @@ class Server(http.server.ThreadingHTTPServer):
 
   def handle_error(self, request, client_address) -> None:
     """Reports errors other than a client that has gone."""
-    if not isinstance(sys.exception(), OSError):
+    if not isinstance(sys.exc_info()[1], OSError):
       super().handle_error(request, client_address)
 
   def run(self, what: str, load: Callable[[], None] | None = None) -> None:
