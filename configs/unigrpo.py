@@ -7,7 +7,8 @@
 Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and IconWorld), `lora`,
 `cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
 and `no_regulariser` (its second); `fpo`, `awm` and `nft` (the drawing alone, without reasoning, by
-objectives that noise the finished image again) and `unifpo` (UniGRPO with FPO for the drawing).
+objectives that noise the finished image again) and `unifpo` (UniGRPO with FPO for the drawing);
+and of tasks, prompts with their reward, `ocr` (text in pictures).
 """
 
 from ml_collections import ConfigDict
@@ -290,7 +291,19 @@ def draw_alone(config: ConfigDict) -> None:
   config.eval.modes = tuple(sorted(config.eval.modes, key=lambda mode: "plain" not in mode))
 
 
+def ocr(config: ConfigDict) -> None:
+  """Text in pictures: prompts that quote words, and the share of them that tesseract reads."""
+  config.prompts.source = config.eval.source = "words"
+  config.eval.prompts = 200
+  # The two others are only logged: what reward hacking would move first.
+  config.rewards = ConfigDict(dict(ocr=1.0, ocr_exact=0.0, ocr_extra_characters=0.0))
+  config.reward_options = ConfigDict({
+    f"ocr_{measure}": {"kind": "ocr", "measure": measure}
+    for measure in ("exact", "extra_characters")
+  })
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
-  "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo,
+  "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr,
 }

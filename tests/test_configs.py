@@ -177,7 +177,7 @@ def test_what_older_configs_lack_has_its_default(reader, name):
 @pytest.mark.parametrize("name", [UNIGRPO, TEXT, FLOW])
 def test_all_combinations_of_variants_can_run(name):
   module = _load(name)
-  variants = [v for v in _load(UNIGRPO).VARIANTS if v not in FORWARD]
+  variants = [v for v in _load(UNIGRPO).VARIANTS if v not in (*FORWARD, *TASKS)]
   variants += ["no_think"] if name == FLOW else []
   for count in range(len(variants) + 1):
     for chosen in itertools.combinations(variants, count):
@@ -193,6 +193,26 @@ def test_all_combinations_of_variants_can_run(name):
         assert config.rollout.think == ("no_think" not in order)
   with pytest.raises(ValueError, match="'tyni' is none of tiny"):
     module.get_config("tyni")
+
+
+TASKS = {"ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}}  # their rewards
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("others", [(), ("tiny",), ("lora", "cfg"), ("tiny", "awm")])
+def test_variants_of_tasks(task, others):
+  """Prompts, evaluation and rewards are the task's, all else is that of the other variants."""
+  module = _load(UNIGRPO)
+  config = module.get_config(",".join((*others, task)))
+  spec = _read(config)
+  assert spec.rewards.weights == TASKS[task]
+  assert set(spec.rewards.options) <= set(TASKS[task])
+  assert spec.prompts.source == config.eval.source != "iconworld"
+  rest = lambda config: {
+    key: value for key, value in _flat(config)
+    if not key.startswith(("rewards.", "reward_options.", "prompts.source", "eval."))
+  }
+  assert rest(config) == rest(module.get_config(",".join(others)))
 
 
 FORWARD = {"fpo": "fpo", "awm": "awm", "nft": "nft", "unifpo": "fpo"}  # their objectives

@@ -42,6 +42,7 @@ NOT_RUN = {
   "needs the released checkpoint, 27 GiB, or another that users have":
     r"BAGEL-7B-MoT|SFT_FOLDER|--source=bagel",
   "needs a Google Cloud project": r"^gcloud",
+  "needs a file of a benchmark; tests/test_importers.py has made-up ones": r"--import",
   "takes hours":
     r"\.build |\.compare |\.reward_model |runs/built|--scaling|--shape=all|tests\.iconworld_table",
   "needs an accelerator": r"--device-check",
