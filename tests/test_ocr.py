@@ -241,7 +241,7 @@ def test_rapidocr_gets_bgr_in_an_engine_of_each_thread(monkeypatch):
   thread.join()
   assert made == 2 * [{
     "intra_op_num_threads": 1, "inter_op_num_threads": 1, "det_limit_side_len": 192,
-    "det_limit_type": "max"}]
+    "det_limit_type": "min"}]
   assert engine.settings["version"] == "1.4.4" and engine.settings["detection_side"] == 192
   module.RapidOCR.__call__ = lambda self, image: (None, None)
   assert engine.read(image) == ""
