@@ -21,6 +21,7 @@ from tests.parity import ocr as recorded
 from unigrpo_jax import rewards
 from unigrpo_jax.data import prompts
 from unigrpo_jax.rewards import ocr
+from unigrpo_jax.rewards.judge import answers, forms
 
 WHITE = np.full((300, 300, 3), 255, np.uint8)
 
@@ -179,6 +180,20 @@ def test_settings_have_what_changes_a_score(read):
 ])
 def test_bad_options_are_refused(options, words):
   assert words in refusals.refusal(rewards.make, "ocr", **options)
+
+
+def test_a_judge_can_transcribe():
+  form = forms.make(forms.Options(form="transcribe"))
+  [question] = form.questions(sample())
+  assert "all text" in question.text and not question.logprobs
+  read = lambda text, **more: question.read(answers.Reply(text, **more))
+  score, facts = form.score(sample(), [read("<think>a sign</think> HELLO  world!")])
+  assert score == 1 and facts["extra_characters"] == 1 and facts["recognised"] == "HELLO  world!"
+  assert form.score(sample(), [read("[No text].")])[0] == 0
+  for text, more in (("", {}), ("Hello", {"cut": True})):
+    with pytest.raises(answers.Unreadable):
+      read(text, **more)
+  assert "no text between" in refusals.refusal(form.questions, sample("a sign"))
 
 
 # Engines.

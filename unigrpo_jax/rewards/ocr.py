@@ -163,6 +163,15 @@ def _distance(a: str, b: str) -> int:
   return row[-1]
 
 
+def compare(target: str, recognised: str, *, normalise: bool = False) -> dict[str, Any]:
+  """What the reward says of a text that was read: its measures, and the two texts."""
+  wanted, read = (canonical(text, normalise=normalise) for text in (target, recognised))
+  return {
+    "recognised": recognised, "target": target, "reward": score(wanted, read),
+    "exact": float(wanted == read), "extra_characters": max(len(read) - len(wanted), 0),
+  }
+
+
 def target_of(prompt: str, metadata: Mapping[str, Any], quotes: str = '"') -> str:
   """The text that a picture should show: metadata's "text", else the first quoted one.
 
@@ -261,11 +270,7 @@ class Ocr:
       return {"reason": "the reward was closed before it read this picture"}
     except Exception as error:  # Whatever a library raises.
       return {"reason": f"{self._engine.settings['engine']}: {errors.describe(error)}"[:300]}
-    wanted, read = (canonical(text, normalise=self._normalise) for text in (target, recognised))
-    return {
-      "recognised": recognised, "target": target, "reward": score(wanted, read),
-      "exact": float(wanted == read), "extra_characters": max(len(read) - len(wanted), 0),
-    }
+    return compare(target, recognised, normalise=self._normalise)
 
 
 def _read(engine: Engine, image: np.ndarray) -> str:

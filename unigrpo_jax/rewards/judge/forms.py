@@ -4,6 +4,7 @@
   points_soft      the same by the probability of the expected answer (GenEval2's soft-TIFA)
   points_together  all points in one question, answered in JSON
   p_yes            P(yes) / (P(yes) + P(no)) of one question about the prompt
+  transcribe       the text in the picture, scored as the reward `ocr` scores what it reads
   unified_reward_1, unified_reward_2, wise_verified, wise_legacy    see `answers.SCALES`
   custom           a number that the user's regular expression finds in the answer
 """
@@ -19,12 +20,14 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import exam_points
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import base, ocr
 from unigrpo_jax.rewards.judge import answers, templates
 
 AGGREGATES = ("mean", "gmean", "all")
 WISE = ("wise_verified", "wise_legacy")
-FORMS = ("points", "points_soft", "points_together", "p_yes", *answers.SCALES, "custom")
+FORMS = (
+  "points", "points_soft", "points_together", "p_yes", "transcribe", *answers.SCALES, "custom")
+NO_TEXT = "[no text]"  # What `transcribe` is to answer about a picture without any.
 _BY_WORD = {"yes_no": "yes or no", "count": "a number", "one_word": "one word"}
 
 
@@ -98,6 +101,8 @@ def make(options: Options) -> Form:
     return _Points(options)
   if options.form == "points_together":
     return _Together(options)
+  if options.form == "transcribe":
+    return _Transcription(options)
   return _Yes(options) if options.form == "p_yes" else _Numbers(options)
 
 
@@ -252,6 +257,35 @@ class _Yes(Form):
 
   def score(self, sample, read):
     return read[0], {"p_yes": read[0]}
+
+
+class _Transcription(Form):
+
+  def __init__(self, options: Options):
+    super().__init__(options)
+    self._template = self._open(options.template or "transcribe")
+
+  def questions(self, sample):
+    self._target(sample)
+    return [Question(self._template.fill(_values(sample)), self._read, self._tokens(256))]
+
+  def score(self, sample, read):
+    facts = ocr.compare(self._target(sample), read[0])
+    return facts["reward"], facts
+
+  @staticmethod
+  def _target(sample: base.Sample) -> str:
+    try:
+      return ocr.target_of(sample.prompt, sample.metadata)
+    except ValueError as error:
+      raise errors.InputError(str(error)) from None
+
+  @staticmethod
+  def _read(reply: answers.Reply) -> str:
+    if reply.cut:
+      raise answers.Unreadable("the transcription used up max_tokens")
+    said = answers.text(reply)
+    return "" if said.strip(" .*\"").lower() == NO_TEXT else said
 
 
 class _Numbers(Form):
