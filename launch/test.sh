@@ -6,7 +6,7 @@ REQUIREMENTS="requirements-dev.txt"
 # shellcheck source=launch/venv.sh
 source "$(dirname "$0")/venv.sh"
 echo "== ruff check"
-.venv/bin/ruff check unigrpo_jax tests
+.venv/bin/ruff check unigrpo_jax tests configs zoo
 # Compiling allocates and frees much memory: in huge pages that costs fewer page faults. Only glibc
 # reads this.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# Sourced by the scripts beside it: goes to the repository's root, makes .venv and installs into it.
+# Sourced by the scripts beside it: goes to the repository's root, makes .venv, or the folder VENV, and
+# installs into it: requirements.txt, or the file REQUIREMENTS.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least 3.11" >&2
   exit 2
 fi
-if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+venv=${VENV:-.venv}
+if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ]; then
   version='import sys; print("%d.%d" % sys.version_info[:2])'
-  has=$(.venv/bin/python -c "$version") wanted=$("$python" -c "$version")
+  has=$("$venv/bin/python" -c "$version") wanted=$("$python" -c "$version")
   if [ "$has" != "$wanted" ]; then
-    echo "error: .venv has Python $has, PYTHON=$PYTHON is $wanted; remove .venv or unset PYTHON" >&2
+    echo "error: $venv has Python $has, PYTHON=$PYTHON is $wanted; remove $venv or unset PYTHON" >&2
     exit 2
   fi
 fi
 requirements=${REQUIREMENTS:-requirements.txt}
-stamp=.venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c 1-16)
+stamp=$venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c 1-16)
 if [ ! -f "$stamp" ]; then
-  echo "== installing $requirements into .venv"
-  "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  echo "== installing $requirements into $venv"
+  "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
   touch "$stamp"
 fi

@@ -51,6 +51,12 @@ DRY = {
     ["sbatch", "--nodes=2", "--ntasks-per-node=4", "--requeue", "--partition=q",
      "srun bash launch/host.sh run --backend=gpu", "--workdir=bucket/runs/a"],
   ),
+  "rewards pickscore": (
+    ["--port=9000", "--", "--warm"],
+    ["VENV=.venv-pickscore REQUIREMENTS=zoo/requirements-pickscore.txt source launch/venv.sh",
+     "--rewards pickscore=zoo.pickscore:PickScore --port=9000 --warm"],
+  ),
+  "rewards clip --selftest": ([], ["+ .venv-clip/bin/python -m zoo.selftest"]),
   "host install": ([], ["REQUIREMENTS=requirements-tpu.txt source launch/venv.sh"]),
   "host run": (
     ["--bucket=b", *TRAIN],
@@ -79,6 +85,10 @@ BAD = {
   "slurm": "--config is missing",
   "slurm --nodes=0 -- --config=c --workdir=w": "--nodes=0",
   "slurm run": "'run' is no flag",
+  "rewards": "give the NAME",
+  "rewards blip": "NAME=blip is no reward",
+  "rewards clip --port=x": "--port=x is no number",
+  "rewards hpsv2 --selftest": "--selftest is of",
   "host run": "--config is missing",
   "host install --backend=cpu": "--backend=cpu",
 }
@@ -155,7 +165,7 @@ def test_bad_arguments_are_one_line(command, no_tools):
   assert line.startswith("error: ") and BAD[command] in line
 
 
-@pytest.mark.parametrize("script", ["tpu_vm", "queued_resource", "slurm", "host"])
+@pytest.mark.parametrize("script", ["tpu_vm", "queued_resource", "slurm", "host", "rewards"])
 def test_help_names_every_flag(script):
   told = _bash(script, "--help").stdout
   flags = re.search(r'^flags="(.*)"', (LAUNCH / f"{script}.sh").read_text(), re.MULTILINE)
