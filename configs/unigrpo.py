@@ -303,7 +303,17 @@ def ocr(config: ConfigDict) -> None:
   })
 
 
+def geneval(config: ConfigDict) -> None:
+  """GenEval: its kind of prompts, and the strict verdict of a server on this machine."""
+  config.prompts.source, config.eval.source = "geneval_train", "geneval"
+  config.eval.prompts = 553
+  config.rewards = ConfigDict(dict(geneval=1.0))
+  config.reward_options = ConfigDict(
+    dict(geneval=dict(kind="http", url="http://127.0.0.1:8901", reward="geneval")))
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
   "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr,
+  "geneval": geneval,
 }

@@ -195,7 +195,9 @@ def test_all_combinations_of_variants_can_run(name):
     module.get_config("tyni")
 
 
-TASKS = {"ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}}  # their rewards
+TASKS = {  # their rewards
+  "ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}, "geneval": {"geneval": 1.0},
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -207,7 +209,7 @@ def test_variants_of_tasks(task, others):
   spec = _read(config)
   assert spec.rewards.weights == TASKS[task]
   assert set(spec.rewards.options) <= set(TASKS[task])
-  assert spec.prompts.source == config.eval.source != "iconworld"
+  assert "iconworld" not in (spec.prompts.source, config.eval.source)
   rest = lambda config: {
     key: value for key, value in _flat(config)
     if not key.startswith(("rewards.", "reward_options.", "prompts.source", "eval."))
