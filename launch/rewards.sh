@@ -33,6 +33,7 @@ if [[ -n $selftest ]]; then
   [[ $name =~ ^(pickscore|clip|aesthetic)$ ]] || die "--selftest is of pickscore, clip and aesthetic"
   command=(-m zoo.selftest)
 fi
+[[ $name == geneval ]] && export OLDEST=3.10 PYTHON=${PYTHON:-python3.10}  # as mmdet 2.x
 export VENV=.venv-$name REQUIREMENTS=zoo/requirements-$name.txt
 if [[ -n $dry_run ]]; then
   echo "+ VENV=$VENV REQUIREMENTS=$REQUIREMENTS source launch/venv.sh"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sourced by the scripts beside it: goes to the repository's root, makes .venv, or the folder VENV, and
-# installs into it: requirements.txt, or the file REQUIREMENTS.
+# installs into it: requirements.txt, or the file REQUIREMENTS, with a Python of 3.11 or OLDEST.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least 3.11" >&2
+oldest=${OLDEST:-3.11}
+if ! "$python" -c "import sys; sys.exit(sys.version_info < (${oldest/./, }))"; then
+  echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least $oldest" >&2
   exit 2
 fi
 venv=${VENV:-.venv}

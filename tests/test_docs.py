@@ -45,7 +45,7 @@ NOT_RUN = {
   "needs a file of a benchmark; tests/test_importers.py has made-up ones": r"--import",
   "takes hours":
     r"\.build |\.compare |\.reward_model |runs/built|--scaling|--shape=all|tests\.iconworld_table",
-  "needs an accelerator": r"--device-check|zoo\.geneval",
+  "needs an accelerator": r"--device-check|rewards\.sh geneval",
   "downloads a package; tests/test_nanodet.py has a stand-in": r"rewards\.fetch",
   "needs what that downloads, or a server of it": r"--rewards geneval|unigrpo\.py:\S*geneval",
   "needs the TPU compiler, and minutes; tests/test_plan.py runs the planner": r"\.plan |^pip ",

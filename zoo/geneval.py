@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import hashlib
-import importlib
 import pathlib
 from typing import Any
 
@@ -26,6 +25,7 @@ import PIL.Image
 from unigrpo_jax import errors
 from unigrpo_jax.geneval import classes, rules
 from unigrpo_jax.rewards import colors, geneval
+from zoo import base
 
 CONFIG = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py"  # as mmdet 2.28 ships it
 HASH = "743b7d99"  # beginning of the checkpoint's sha256, and end of its official file name
@@ -81,7 +81,9 @@ class MMDetection:
     Raises:
       InputError: a package or file is missing, or the weights are not those of the network.
     """
-    torch, mmdet, apis = _modules("requirements-geneval.txt", "torch", "mmdet", "mmdet.apis")
+    torch, mmdet, apis = (
+      base.load_module(name, "geneval") for name in ("torch", "mmdet", "mmdet.apis")
+    )
     if not mmdet.__version__.startswith("2."):
       raise errors.InputError(f"mmdet {mmdet.__version__}: 2.28.2 reads this checkpoint, 3.x none")
     _exact_products(torch)
@@ -96,7 +98,8 @@ class MMDetection:
       raise errors.InputError(
         f"weights={weights!r} cannot be read without running code in it: {errors.describe(error)}"
       ) from None
-    _check_weights(*self._model.load_state_dict(state, strict=False))
+    # One weight that is missing makes every score worthless; mmdet only warns.
+    base.refuse_other_weights(weights, *self._model.load_state_dict(state, strict=False))
     self._infer = apis.inference_detector
     self.name = f"Mask2Former Swin-S {HASH}, mmdet {mmdet.__version__}"
     check(self)
@@ -140,8 +143,8 @@ class Transformers:
     Raises:
       InputError: a package or file is missing, or the weights are not those of the network.
     """
-    torch, transformers = _modules(
-      "requirements-geneval-transformers.txt", "torch", "transformers"
+    torch, transformers = (
+      base.load_module(name, "geneval-transformers") for name in ("torch", "transformers")
     )
     _exact_products(torch)
     options = {"revision": revision, "local_files_only": True}
@@ -157,7 +160,7 @@ class Transformers:
       raise errors.InputError(
         f"weights={weights!r}: {errors.first_line(error)}; hf download {HUB} fetches it (276 MB)"
       ) from None
-    _check_weights(info["missing_keys"], info["unexpected_keys"])
+    base.refuse_other_weights(weights, list(info["missing_keys"]), list(info["unexpected_keys"]))
     if info.get("mismatched_keys"):
       raise errors.InputError(f"weights of another shape: {sorted(info['mismatched_keys'])[:3]}")
     labels = self._model.config.id2label
@@ -203,7 +206,7 @@ class ClipColors:
     Raises:
       InputError: a package or the file is missing, or it has not this network's weights.
     """
-    torch, open_clip = _modules("requirements-geneval.txt", "torch", "open_clip")
+    torch, open_clip = (base.load_module(name, "geneval") for name in ("torch", "open_clip"))
     _exact_products(torch)
     path = _file(weights, "hf download timm/vit_large_patch14_clip_224.openai (1.7 GB)")
     try:
@@ -267,27 +270,10 @@ def _normal(features):
   return features / features.norm(dim=-1, keepdim=True)
 
 
-def _modules(requirements: str, *names: str) -> list[Any]:
-  """Imports packages; InputError names the file of requirements where one is missing."""
-  try:
-    return [importlib.import_module(name) for name in names]
-  except ImportError as error:
-    raise errors.InputError(
-      f"{errors.first_line(error)}: pip install -r zoo/{requirements} in an environment of its own"
-    ) from None
-
-
 def _exact_products(torch: Any) -> None:
   """TF32 changes a detector's scores."""
   torch.backends.cuda.matmul.allow_tf32 = False
   torch.backends.cudnn.allow_tf32 = False
-
-
-def _check_weights(missing: Sequence[str], unexpected: Sequence[str]) -> None:
-  """One weight that is missing makes every score worthless, and is only warned about elsewhere."""
-  for what, names in (("misses", missing), ("has, unexpectedly,", unexpected)):
-    if names := sorted(names):
-      raise errors.InputError(f"the checkpoint {what} {len(names)} weights, as {names[0]}")
 
 
 def _file(path: str, what: str) -> pathlib.Path:
