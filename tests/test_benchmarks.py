@@ -8,7 +8,16 @@ import pytest
 
 from tests.refusals import refusal
 from unigrpo_jax import rewards
-from unigrpo_jax.benchmarks import evaluation, geneval, intervals, statistics, ta
+from unigrpo_jax.benchmarks import (
+  evaluation,
+  geneval,
+  intervals,
+  measured,
+  official,
+  results,
+  statistics,
+  ta,
+)
 from unigrpo_jax.iconworld import prompts, renderer, scenes
 
 NAN = math.nan
@@ -62,7 +71,8 @@ def test_the_overall_score_is_the_mean_of_the_categories():
   made = geneval.summary(correct, tags, prompts)
   assert [part.mean for part in made.tasks.values()] == [0.75, 0.0]
   assert (made.overall.mean, made.images, made.prompts) == (0.375, 6 / 9, 2 / 3)
-  assert "| 0.7500 ± 0.4900 |" in made.table()
+  assert "| counting | 0.7500 | " in made.table()
+  assert made.lines["counting"].any_right == 2 and made.lines["counting"].all_right == 1
 
 
 def test_results_of_the_official_script_are_read(tmp_path):
@@ -74,21 +84,69 @@ def test_results_of_the_official_script_are_read(tmp_path):
       [("colors", True), ("colors", False), ("position", True), ("position", True)])
   ]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  made = geneval.read_results(path)
+  found = results.Results(official.read_results(path), {})
+  assert [(row.number, row.k) for row in found.rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+  made = measured.by_mode(found)["official"]["geneval"]
   assert (made.overall.mean, made.images, made.prompts) == (0.75, 0.75, 1.0)
   path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"prompt": "p", "tag": "x"}) + "\n")
-  assert "results.jsonl, line 2: needs a text tag" in refusal(geneval.read_results, path)
+  assert "results.jsonl, line 2: needs a text tag" in refusal(official.read_results, path)
   path.write_text("")
-  assert "holds no judged image" in refusal(geneval.read_results, path)
+  assert "holds no judged image" in refusal(official.read_results, path)
 
 
 def test_images_lie_where_the_official_script_looks(tmp_path):
   metadata = {"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a cow"}
-  geneval.write_prompt(tmp_path, 7, metadata)
-  geneval.write_image(tmp_path, 7, 3, np.zeros((8, 8, 3), np.uint8))
+  official.begin(tmp_path, [metadata] * 8, 4)
+  official.write_image(tmp_path, 7, 3, np.zeros((8, 8, 3), np.uint8))
   assert json.loads((tmp_path / "00007" / "metadata.jsonl").read_text()) == metadata
-  assert (tmp_path / "00007" / "samples" / "00003.png").is_file()
-  assert "has no 'include'" in refusal(geneval.write_prompt, tmp_path, 8, {"tag": "colors"})
+  assert (tmp_path / "00007" / "samples" / "0003.png").is_file()
+  assert "has no 'include'" in refusal(official.begin, tmp_path, [{"tag": "colors"}], 1)
+  official.begin(tmp_path, [metadata] * 8, 4)  # Again, as after a kill.
+  other = "is of other prompts or pictures; give another folder"
+  for metadatas, samples in (
+    ([metadata] * 8, 3), ([metadata] * 7, 4), ([{**metadata, "n": 1}] * 8, 4),
+  ):
+    assert other in refusal(official.begin, tmp_path, metadatas, samples)
+
+
+def test_intervals_stay_in_their_range():
+  """Of 0 of 10 prompts, and of tags whose symmetric interval would begin below 0."""
+  made = geneval.summary([0] * 40, ["colors"] * 40, [i // 4 for i in range(40)])
+  line = made.lines[geneval.OVERALL]
+  assert line.low == 0 and 0 < line.high < 0.25 and line.prompts == 10  # Not 40.
+  rare = geneval.summary([1] + [0] * 39, ["colors"] * 20 + ["position"] * 20, range(40))
+  assert all(0 <= line.low <= line.mean <= line.high <= 1 for line in rare.lines.values())
+  assert intervals.mean_of(list(rare.tasks.values())).half > rare.overall.mean
+  # Independent parts: half widths of .1 and .2 give sqrt(.05) / 2.
+  low, high = intervals.of_mean([(0.5, 0.4, 0.6), (0.5, 0.3, 0.7)])
+  assert (low, high) == pytest.approx((0.5 - 0.05**0.5 / 2, 0.5 + 0.05**0.5 / 2))
+  assert math.isnan(intervals.of_mean([(0.5, NAN, NAN)])[0])
+  assert math.isnan(intervals.of_mean([])[0])
+
+
+def test_failures_are_counted_and_left_out():
+  tags = ["colors", "colors", "position", "position"]
+  made = geneval.summary([1, NAN, NAN, 0], tags, [0, 0, 1, 2])
+  assert [made.lines[tag].failures for tag in ("colors", "position", geneval.MEAN)] == [1, 1, 2]
+  assert made.lines["position"].prompts == 1 and made.overall.mean == 0.5
+  assert "| overall (mean of tags) | 0.5000 |" in made.table()
+  empty = geneval.summary([NAN], ["colors"], [0])
+  assert empty.lines["colors"].failures == 1 and math.isnan(empty.overall.mean)
+  soft = geneval.summary([0.5, 1.0], ["colors"] * 2, [0, 0])
+  assert soft.lines["colors"].any_right is None and math.isnan(soft.prompts)
+
+
+def test_the_best_of_n_is_over_all_choices():
+  # Of 0, 0, 1, 1: a pair without a 1 is one of six.
+  assert [geneval.best_of([1, 0, 1, 0], n) for n in (1, 2, 4)] == [0.5, 5 / 6, 1]
+  assert geneval.best_of([0.2, 0.6, 0.4], 2) == pytest.approx((0.4 + 0.6 + 0.6) / 3)
+  # Four images of one prompt, one of another tag's: the best of two is unknown.
+  made = geneval.summary([1, 1, 0, 0, 0], ["counting"] * 4 + ["position"], [0] * 4 + [1])
+  assert made.best_of[1] == 0.25 and math.isnan(made.best_of[2])
+  tags = ["counting"] * 4 + ["position"] * 2
+  made = geneval.summary([1, 1, 0, 0, 0, 0], tags, [0] * 4 + [1] * 2)
+  assert made.best_of[2] == pytest.approx(5 / 12)
+  assert geneval.best_of_table("r", {"plain": geneval.summary([1], ["a"], [0])}) == ""
 
 
 def _judged(metadata, scene, ask=None):

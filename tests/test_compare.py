@@ -252,7 +252,7 @@ def test_curves_have_what_the_runs_logged(tmp_path):
 # --- The command.
 
 ARGUMENTS = ["--methods", "TextGRPO", "--seeds", "5", "--config.steps=3", f"--prompts={PROMPTS}",
-             f"--ta_prompts={PROMPTS}", "--images=2", "--reward_model=", "--config.eval.every=3"]
+             f"--ta_prompts={PROMPTS}", "--samples=2", "--reward_model=", "--config.eval.every=3"]
 
 
 def _finished(tmp_path):

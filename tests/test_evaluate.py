@@ -9,7 +9,7 @@ import pytest
 
 from tests.refusals import refusal
 from unigrpo_jax import errors, evaluate, rewards
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import evaluation, results
 from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
 from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import pipeline
@@ -101,8 +101,12 @@ QUICK = ["--num_timesteps=2", "--max_tokens=8", "--batch_size=2"]
 
 def test_a_prompt_file_is_drawn_without_rewards(golden, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(progress, "SECONDS", 0.0)
-  path = tmp_path / "mine.txt"
-  path.write_text("a red kite\ntwo birds\nthree\n")
+  path = tmp_path / "mine.jsonl"
+  # The first asks for what IconWorld has, in GenEval's format: of another set all the same.
+  kite = {"tag": "colors", "include": [{"class": "kite", "count": 1, "color": "red"}]}
+  path.write_text("".join(json.dumps(line) + "\n" for line in (
+    kite | {"prompt": "a red kite"}, {"prompt": "two birds"}, {"prompt": "three"},
+  )))
   evaluate.main([
     f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}", "--prompts=2",
     "--modes", "plain", "--keep=1", "--size", "32", "48", *QUICK,
@@ -137,10 +141,63 @@ def test_rewards_of_the_users_own(golden, tmp_path, capsys):
   assert "| brightness |" in out and "not scored" not in out
 
 
+@pytest.mark.parametrize("torn", ["", '[{"mode": "pl'])
+def test_a_killed_evaluation_continues_as_if_it_had_not_been(golden, tmp_path, monkeypatch, torn):
+  """Bit for bit: batches that are on disk are not drawn again."""
+  path = tmp_path / "mine.jsonl"
+  demand = {"tag": "colors", "include": [{"class": "cow", "count": 1}]}
+  path.write_text("".join(json.dumps(demand | {"prompt": p}) + "\n" for p in ("a", "two", "x y")))
+
+  def arguments(name, *more):
+    return [
+      f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / name}", "--samples=2",
+      "--modes", "plain", "--size", "32", "32", *QUICK, "--keep=all", "--rewards=brightness",
+      f"--keep_official={tmp_path / name}_official", *more,
+    ]
+
+  evaluate.main(arguments("whole"))
+  add, ran = results.Unfinished.add, []
+
+  def add_one(self, rows):
+    if ran:
+      raise KeyboardInterrupt
+    ran.append(rows)
+    add(self, rows)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(results.Unfinished, "add", add_one)
+    evaluate.main(arguments("killed"))
+  kept = tmp_path / "killed" / "unfinished.jsonl"
+  with kept.open("a") as file:
+    file.write(torn)
+  (tmp_path / "killed_official/00001/samples/.0000.png.0123abcd").touch()
+  message = refusal(evaluate.main, arguments("killed", "--seed=1"))
+  assert "holds an unfinished evaluation of seed=0, not 1" in message
+  message = refusal(evaluate.main, arguments("killed", "--checkpoint=tiny"))
+  assert "not" in message and kept.read_text().count("\n") == 2
+  drawn, run = [], pipeline.Pipeline.run
+  monkeypatch.setattr(
+    pipeline.Pipeline, "run", lambda self, batch: drawn.append(batch.real) or run(self, batch)
+  )
+  evaluate.main(arguments("killed"))
+  assert drawn == [2, 2]
+  for name in ("", "_official"):
+    files = {
+      str(path.relative_to(tmp_path / f"whole{name}")): path
+      for path in (tmp_path / f"whole{name}").rglob("*") if path.is_file()
+    }
+    others = [path for path in (tmp_path / f"killed{name}").rglob("*") if path.is_file()]
+    assert len(files) == len(others)
+    for file, path in files.items():
+      same = path.read_bytes().replace(b"whole", b"killed")
+      assert file == "contact.png" or same == (tmp_path / f"killed{name}" / file).read_bytes(), file
+
+
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
   evaluate.main([
     f"--checkpoint={golden}", f"--out={tmp_path}", "--prompts=2", "--modes", "plain", "answer",
-    "--keep=0", "--size", "32", "32", "--images=2", f"--geneval={tmp_path / 'official'}", *QUICK,
+    "--keep=0", "--size", "32", "32", "--samples=2",
+    f"--keep_official={tmp_path / 'official'}", *QUICK,
   ])
   rows = json.loads((tmp_path / "results.json").read_text())["rows"]
   assert [row["mode"] for row in rows] == ["plain"] * 4 + ["answer"] * 2
@@ -148,8 +205,8 @@ def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):
   assert set(rows[4]["rewards"]) == {"answer"}
   measured = json.loads((tmp_path / "benchmarks.json").read_text())["plain"]
   assert set(measured) == {"geneval", "strict", "ta"} and measured["ta"]["verifier"]["images"] == 4
-  assert sorted(p.name for p in (tmp_path / "official/plain/00001").rglob("*")) == [
-    "00000.png", "00001.png", "metadata.jsonl", "samples"]
+  assert sorted(p.name for p in (tmp_path / "official/00001").rglob("*")) == [
+    "0000.png", "0001.png", "metadata.jsonl", "samples"]
   assert "| plain |" in capsys.readouterr().out and not (tmp_path / "contact.png").exists()
 
 
@@ -168,7 +225,8 @@ def test_results_of_genevals_own_script_are_summarised(tmp_path, capsys):
   row = {"prompt": "p", "tag": "colors", "metadata": "{}"}
   path.write_text("".join(json.dumps(row | {"correct": c}) + "\n" for c in (True, False)))
   evaluate.main([f"--geneval_results={path}", f"--out={tmp_path / 'out'}"])
-  assert "50.00% of the images and 100.00% of the prompts" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "Total images: 2, total prompts: 1, % correct images: 50.00%, % correct prompts: " in said
   record = json.loads((tmp_path / "out/benchmarks.json").read_text())
   assert record["official"]["geneval"]["overall"]["mean"] == 0.5
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests import refusals
+from unigrpo_jax.benchmarks import measured, results, validation
 from unigrpo_jax.data import prompts as prompt_sets
 from unigrpo_jax.geneval import classes, prompts
 
@@ -68,3 +69,30 @@ def test_prompts_that_a_rewriter_wrote_are_recognised():
   assert prompts.is_rewritten(longer) and prompts.is_rewritten(longer[:9])
   assert not prompts.is_rewritten(own) and not prompts.is_rewritten(longer[1:])
   assert not prompts.is_rewritten([]) and not prompts.is_rewritten([("a kite", {})])
+
+
+def test_tags_are_held_out_of_training():
+  opened = prompt_sets.open_set("geneval", "test")
+  kept = opened.without_tags(("position", "counting"))
+  assert len(kept) == 553 - 180 and opened.without_tags(()) is opened
+  assert {prompt.metadata["tag"] for prompt in kept} == {
+    "single_object", "two_object", "colors", "color_attr"}
+  assert kept.fingerprint() != opened.fingerprint()
+  assert "held_out_tags: a tag='colour' is none of" in refusals.refusal(
+    opened.without_tags, ("colour",))
+  assert "are all tags" in refusals.refusal(opened.without_tags, prompts.TAGS)
+
+
+def test_an_evaluation_within_a_run_logs_each_tag():
+  rows = [
+    results.Row("think + guidance", tag, "p", None, {"geneval": value, "reward": value}, None, i)
+    for i, (tag, value) in enumerate([("colors", 1.0), ("colors", 0.0), ("position", 1.0)])
+  ]
+  made = validation.Validation._by_tag(None, results.Results(rows, {}))
+  assert made == {
+    f"eval/think+guidance/{name}/{tag}": value for name in ("geneval", "reward")
+    for tag, value in (("colors", 0.5), ("position", 1.0), ("overall", 0.75))
+  }
+  examples = prompt_sets.open_set("geneval", "validation")
+  assert measured.is_geneval(examples)
+  assert not measured.is_geneval(prompt_sets.open_set("words", "test"))

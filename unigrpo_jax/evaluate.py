@@ -33,17 +33,18 @@ EPILOG = """modes:
 The defaults of sampling are the released model's; a checkpoint states others under "generation" in
 its bagel_config.json.
 
-rewards without --rewards, of prompts whose metadata asks for IconWorld's classes:
+rewards without --rewards, of --prompts_from=iconworld alone:
   strict, soft    IconWorld's verifier of the picture, 0 or 1 and in [0, 1]
   geneval         GenEval's verdict, 0 or 1, which forgives objects that were not asked for
   points          share of the prompt's exam points that the picture meets
   reasoning       whether the plan that the reasoning ends in is correct
-Other prompts are then drawn, not scored.
+Other prompts are then drawn, not scored. A reward's settings (its detector, its thresholds ...) are
+above its table and in results.json.
 
 benchmarks:
-  GenEval         the mean of its six categories, of IconWorld's prompts. Of others, --geneval
-                  writes the pictures as its own detector script wants them, and
-                  --geneval_results summarises what that wrote
+  GenEval         the mean of its six tags, by any reward of prompts with its tags, as its own
+                  summary has it. --keep_official writes the pictures as its detector script wants
+                  them, and --geneval_results summarises what that wrote
   TA              the mean over pictures of the share of exam points that are met: of IconWorld's
                   prompts by its verifier; of JSON lines {"prompt": ..., "points": ["...", ...]} by
                   the model of --points_judge
@@ -52,8 +53,9 @@ examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=runs/tiny --modes think think+guidance --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/eval
-  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --images=4 --modes think+guidance \\
-    --prompts_from=evaluation_metadata.jsonl --geneval=images --out=runs/eval
+  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=geneval --samples=4 \\
+    --modes think+guidance --keep=all --keep_official=runs/official --out=runs/eval
+  python -m unigrpo_jax.evaluate --images=runs/eval --rewards=brightness --out=runs/again
   python -m unigrpo_jax.evaluate --geneval_results=results.jsonl --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.jsonl \\
     --rewards red=my_rewards:redness taste=http://127.0.0.1:8901 --out=runs/eval
@@ -76,17 +78,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "(default: %(default)s)")
   add("--split", default="test", help="of the prompts (default: %(default)s)")
   add("--prompts", type=int, help="how many, from the first (default: 600 of iconworld, else all)")
-  add("--images", type=int, default=1, help="of each prompt (default: %(default)s)")
+  add("--samples", type=int, help="images of each prompt (default: 1); image K of prompt I, both "
+      "from 0, has the seed --seed + I + K * 2**20")
   add("--modes", nargs="+", metavar="MODE",
       help="see below (default: all of iconworld, else plain and think, without and with guidance)")
-  add("--keep", type=int, default=24,
-      help="prompts whose pictures are saved (default: %(default)s)")
+  add("--keep", type=number_or_all, default=24, metavar="COUNT",
+      help="prompts whose pictures are saved, or all (default: %(default)s)")
   add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
       help="pixels (default: the largest the checkpoint is configured for)")
   add("--points_judge", metavar="FOLDER",
       help="folder with reward.json, whose model answers exam points")
-  add("--geneval", type=files.local_path, metavar="FOLDER",
-      help="write all pictures for GenEval's own script: FOLDER/MODE/00000/samples/00000.png")
+  add("--keep_official", type=files.local_path, metavar="FOLDER",
+      help="write all pictures for GenEval's own script too: FOLDER/00000/samples/0000.png, of "
+      "several modes FOLDER/MODE/00000/...")
+  add("--images", type=files.local_path, metavar="FOLDER",
+      help="draw nothing; score the pictures of another evaluation's --out, or of a folder as "
+      "--keep_official writes, by --rewards")
   add("--geneval_results", type=files.local_path, metavar="FILE",
       help="draw nothing; summarise the results.jsonl of GenEval's own script")
   sampling_flags.add(parser, steps="--num_timesteps", batch_size=100)
@@ -95,13 +102,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   sampling_flags.check(args, "--num_timesteps")
   errors.require("--prompts", args.prompts, low=1)
-  errors.require("--keep", args.keep, low=0)
-  errors.require("--images", args.images, low=1, high=1000)
+  if args.keep != "all":
+    errors.require("--keep", args.keep, low=0)
+  errors.require("--samples", args.samples, low=1, high=1000)
+  if args.images is not None and args.geneval_results is not None:
+    raise errors.InputError("--images and --geneval_results: give one of them")
   return args
+
+
+def number_or_all(text: str) -> int | str:
+  return text if text == "all" else int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
+
+  if args.images is not None or args.geneval_results is not None:
+    from unigrpo_jax.tools import rescore
+
+    rescore.run(args)
+    return
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.tools import evaluate

@@ -12,32 +12,32 @@ often it is run, so that two results differ by their weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 import contextlib
 import dataclasses
 import json
-import math
-import pathlib
-import re
 from typing import Any
 
 import numpy as np
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import contact_sheet, intervals
-from unigrpo_jax.data import atomic, files
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.episodes import requests as requests_lib
-from unigrpo_jax.runtime import hosts, panels
+from unigrpo_jax.runtime import hosts
 
-_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5}(_\d+)?\.png")
-MOST_IMAGES = 1000  # of a prompt: with more, a seed would exceed 32 bits
+MOST_PROMPTS = 2**20  # With more, two pictures would have one seed,
+MOST_IMAGES = 1000  # and with more of a prompt, one would exceed 32 bits.
+
+Row, Results, Observe = results_lib.Row, results_lib.Results, results_lib.Observe
 
 Score = Callable[[Sequence[rewards.Sample]], Mapping[str, np.ndarray | rewards.Scores]]
 Progress = Callable[[str, int, int], None]
 
 
 def image_seed(seed: int, prompt: int, k: int) -> int:
-  """The seed of image `k` of prompt number `prompt`: of its noise and of its text."""
+  """The seed of image `k` of prompt number `prompt`, of its noise and of its text; no other picture
+  of fewer than `MOST_PROMPTS` prompts has it.
+  """
   return seed + prompt + (k << 20)
 
 
@@ -79,134 +79,6 @@ class Mode:
     return kind + (" + guidance" if self.guided else "")
 
 
-def file_name(mode: str) -> str:
-  """The name of a mode, as one of files and folders."""
-  return mode.replace(" + ", "_")
-
-
-@dataclasses.dataclass
-class Row:
-  """One image: a prompt under a mode.
-
-  Attributes:
-    mode: its name.
-    category: the tables have a column for each.
-    prompt: of the picture.
-    text: the reasoning, or None.
-    rewards: by name; without those that could not score it.
-    image: file of the picture, relative to the saved folder; None where it is not saved.
-    number: of the prompt, from 0; None where each row is another prompt.
-    k: which of the prompt's images this is.
-    details: {name of a reward: its `rewards.Scores.detail`}, of those that have some.
-  """
-
-  mode: str
-  category: str
-  prompt: str
-  text: str | None
-  rewards: dict[str, float]
-  image: str | None
-  number: int | None = None
-  k: int = 0
-  details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-
-# What sees the rows of a batch with what they are made of; all hosts see all of them.
-Observe = Callable[[Sequence[Row], Sequence[rewards.Sample]], None]
-
-
-class Results:
-  """The rows of an evaluation, mode by mode, and the pictures to save.
-
-  Attributes:
-    rows: see `Row`.
-    images: {`Row.image`: [H, W, 3] uint8}.
-  """
-
-  def __init__(self, rows: Sequence[Row], images: dict[str, np.ndarray]):
-    self.rows, self.images = list(rows), dict(images)
-
-  @property
-  def modes(self) -> list[str]:
-    return list(dict.fromkeys(row.mode for row in self.rows))
-
-  @property
-  def rewards(self) -> list[str]:
-    return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
-
-  def mean(self, mode: Mode | str, reward: str) -> float:
-    """Mean over the prompts of a mode that have the reward; NaN where there are none."""
-    return self.interval(mode, reward)[0]
-
-  def interval(self, mode: Mode | str, reward: str) -> tuple[float, float, float]:
-    """(mean, low, high) over the prompts of a mode that have the reward; see `intervals.interval`.
-    """
-    return intervals.interval(self._scores(mode, reward))
-
-  def _scores(self, mode: Mode | str, reward: str, category: str | None = None) -> list[float]:
-    """Of each prompt, the mean over its images."""
-    name = mode.name if isinstance(mode, Mode) else mode
-    scored = [
-      (row.rewards[reward], place if row.number is None else (row.number,))
-      for place, row in enumerate(self.rows)
-      if row.mode == name and reward in row.rewards and category in (None, row.category)
-    ]
-    return list(intervals.prompt_means(*zip(*scored)).values()) if scored else []
-
-  def panels(self, count: int) -> list[panels.Panel]:
-    """The pictures of the first `count` prompts that have some, for a log."""
-    prompts = contact_sheet.by_prompt(self.rows, self.images)[:count]
-    return [contact_sheet.panel(rows, self.images) for rows in prompts]
-
-  def table(self, reward: str) -> str:
-    """Markdown: a line a mode, means by category, and over all with the interval."""
-    rows = [row for row in self.rows if reward in row.rewards]
-    categories = list(dict.fromkeys(row.category for row in rows))
-    categories = [] if len(categories) < 2 else categories
-    lines = [[reward, *categories, "all", "95 %", "prompts"], ["---"] * (4 + len(categories))]
-    for mode in dict.fromkeys(row.mode for row in rows):
-      cells = [self._scores(mode, reward, category) for category in categories]
-      mean, low, high = self.interval(mode, reward)
-      lines.append([
-        mode, *[f"{np.mean(scores):z.2f}" if scores else "" for scores in cells], f"{mean:z.3f}",
-        "" if math.isnan(low) else f"{low:z.3f} to {high:z.3f}",
-        str(len(self._scores(mode, reward))),
-      ])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-  def save(self, folder: pathlib.Path | str, title: str) -> None:
-    """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
-
-    Raises:
-      InputError: the folder cannot be written to; Storage where trying again may help.
-    """
-    import PIL.Image
-
-    folder = files.path(folder)
-    record = {
-      "title": title, "modes": self.modes, "rows": [dataclasses.asdict(row) for row in self.rows]
-    }
-    text = "\n".join([f"# {title}\n", *map(self.table, self.rewards)])
-    pictures = {folder / name: PIL.Image.fromarray(image) for name, image in self.images.items()}
-    if pictures:
-      pictures[folder / "contact.png"] = contact_sheet.draw(title, self.rows, self.images)
-    with errors.storage(folder):
-      others = []
-      if (folder / "results.json").exists():  # And so the pictures of another evaluation.
-        others = [path for path in folder.glob("images/*.png") if _PICTURE.fullmatch(path.name)]
-        others.append(folder / "contact.png")
-      for path, picture in pictures.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, lambda aside, picture=picture: picture.save(aside, format="PNG"))
-      folder.mkdir(parents=True, exist_ok=True)
-      atomic.write_text(folder / "results.md", text)
-      atomic.write_text(
-        folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-      )
-      for path in set(others) - pictures.keys():
-        path.unlink(missing_ok=True)
-
-
 class Evaluation:
   """Prompts prepared once; see the module's docstring."""
 
@@ -243,6 +115,7 @@ class Evaluation:
     errors.require("batch_size", batch_size, low=1)
     errors.require("num_saved_images", num_saved_images, low=0)
     errors.require("images", images, low=1, high=MOST_IMAGES)
+    errors.require("prompts", len(examples), high=MOST_PROMPTS)
     self._images, self._count = images, images * len(examples)  # of a prompt, of a mode
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
     self._seed, self._size, self._num_saved_images = seed, size, num_saved_images
@@ -275,8 +148,14 @@ class Evaluation:
       example.prompt, seed=image_seed(self._seed, number, k), size=self._size, reasoning=reasoning
     )
 
+  @property
+  def batch_size(self) -> int:
+    """Rows run together."""
+    return self._batch_size
+
   def run(
-    self, params: Any = None, progress: Progress | None = None, observe: Observe | None = None
+    self, params: Any = None, progress: Progress | None = None, observe: Observe | None = None, *,
+    images: MutableMapping[str, np.ndarray] | None = None, done: Sequence[Row] = (),
   ) -> Results:
     """Draws and scores every prompt under every mode; all hosts call it together.
 
@@ -288,14 +167,20 @@ class Evaluation:
       progress: called after each batch with the mode's name, and how many rows of how many of all
         modes are done.
       observe: called with each batch, of which nothing but the rows and saved pictures is kept.
+      images: gets the pictures to save, by the names that their rows have; None: a dictionary.
+      done: rows of an earlier run's first batches, which are taken as they are.
 
     Raises:
       InputError: a log-probability, a latent or a reward is not finite.
     """
-    rows, images = [], {}
+    rows, images = list(done), {} if images is None else images
+    end = 0  # of the batches so far
     with self._other_params(params):
       for mode, parts in self._batches.items():
         for first, batch in enumerate(parts):
+          end += min(self._batch_size, self._count - first * self._batch_size)
+          if end <= len(done):
+            continue
           results = self._pipeline.run(batch)
           made, samples = self._score_batch(mode, first * self._batch_size, results, images)
           rows += made
@@ -306,35 +191,29 @@ class Evaluation:
     return Results(rows, images)
 
   def _score_batch(
-    self, mode: Mode, first: int, results, images: dict[str, np.ndarray]
+    self, mode: Mode, first: int, results, images: MutableMapping[str, np.ndarray]
   ) -> tuple[list[Row], list[rewards.Sample]]:
     """The rows of one batch's results, and their samples; adds to the images to save."""
     places = [divmod(first + i, self._images) for i in range(len(results))][: self._count - first]
-    examples = [self._examples[number] for number, _ in places]
-    rows = []
-    samples = [
-      rewards.Sample(
-        example.prompt, result.image, example.reasoning if mode.given else result.text,
-        example.metadata,
-      )
-      for example, result in zip(examples, results)
-    ]
-    local = hosts.share(len(samples))
-    scores, details = _gather(local, self._score([samples[row] for row in local]), len(samples))
-    for place, ((number, k), example, sample) in enumerate(zip(places, examples, samples)):
-      values = {name: float(column[place]) for name, column in scores.items()}
-      for name, value in values.items():
-        if math.isinf(value):
-          raise errors.InputError(f"reward {name} of {example.prompt!r} is {value}")
+    rows, samples = [], []
+    for (number, k), result in zip(places, results):
+      example = self._examples[number]
+      text = example.reasoning if mode.given else result.text
+      samples.append(rewards.Sample(example.prompt, result.image, text, example.metadata))
       file = None
       if number < self._num_saved_images:
-        file = f"images/{file_name(mode.name)}_{number:05d}{f'_{k}' if k else ''}.png"
-        images[file] = sample.image
+        file = f"images/{results_lib.file_name(mode.name)}_{number:05d}{f'_{k}' if k else ''}.png"
       rows.append(Row(
-        mode.name, str(example.metadata.get("tag", "all")), example.prompt, sample.text,
-        {name: value for name, value in values.items() if not math.isnan(value)}, file, number, k,
-        details[place],
+        mode.name, str(example.metadata.get("tag", "all")), example.prompt, text, {}, file, number,
+        k, metadata=example.metadata,
       ))
+    local = hosts.share(len(samples))
+    scores, details = _gather(local, self._score([samples[row] for row in local]), len(samples))
+    rows = results_lib.scored(rows, scores, details)
+    with hosts.raise_on_all_hosts():
+      for row, sample in zip(rows, samples):
+        if row.image is not None:
+          images[row.image] = sample.image
     return rows, samples
 
   @contextlib.contextmanager

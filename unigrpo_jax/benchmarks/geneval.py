@@ -1,25 +1,45 @@
-"""GenEval: its summary of judged images, and the folders that its own detector script reads.
+"""GenEval's summary of judged images, and its table.
 
-Source: Ghosh et al. (arXiv 2310.11513), djghosh13/geneval: `generation/diffusers_generate.py`,
-`evaluation/evaluate_images.py` and `evaluation/summary_scores.py`.
+Source: Ghosh et al. (arXiv 2310.11513), djghosh13/geneval: `evaluation/summary_scores.py`. The
+intervals, and the best of N images, are not of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 import dataclasses
-import json
-import pathlib
-from typing import Any
+import math
 
 import numpy as np
-import PIL.Image
 
-from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import intervals
-from unigrpo_jax.data import atomic, lines
+from unigrpo_jax.geneval import prompts as geneval_prompts
 
-CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+CATEGORIES = geneval_prompts.TAGS
+OVERALL, MEAN = "overall (mean of tags)", "mean of images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A line of the table: a tag's images, or all.
+
+  Attributes:
+    mean, low, high: of the scores, with the 95 % interval over prompts; NaN where there is none.
+    prompts: with a judged image.
+    any_right, all_right: prompts of which an image, or every judged one, scores 1; None where
+      scores are not 0 or 1.
+    images: judged.
+    failures: images without a score.
+  """
+
+  mean: float
+  low: float
+  high: float
+  prompts: int
+  any_right: int | None
+  all_right: int | None
+  images: int
+  failures: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,85 +51,126 @@ class Summary:
     overall: the mean of the categories, not of the images.
     images: share of all images that are correct.
     prompts: share of prompts with a correct image.
+    lines: of the table, by tag, `OVERALL` and `MEAN`.
+    best_of: {n: mean of the categories where the best of n images of a prompt counts}.
   """
 
   tasks: dict[Hashable, intervals.Estimate]
   overall: intervals.Estimate
   images: float
   prompts: float
+  lines: dict[Hashable, Line]
+  best_of: dict[int, float]
 
   def table(self) -> str:
-    """Markdown: categories, overall, and 95 % half widths over prompts."""
-    cells = [f"{part.mean:.4f} ± {part.half:.4f}" for part in (*self.tasks.values(), self.overall)]
-    names = [*map(str, self.tasks), "overall"]
-    rows = [names, ["---"] * len(names), cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    """Markdown: a line a tag, then both means; and GenEval's own figures by their names."""
+    head = ["tag", "score", "95 %", "prompts", "any right", "all right", "images", "failures"]
+    cells = [head, ["---"] * len(head)]
+    for name, line in self.lines.items():
+      cells.append([
+        str(name), _cell(line.mean),
+        "" if math.isnan(line.low) else f"{line.low:z.3f} to {line.high:z.3f}", *(
+          "" if count is None else str(count) for count in
+          (line.prompts, line.any_right, line.all_right, line.images, line.failures)
+        ),
+      ])
+    total = self.lines[MEAN]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + (
+      f"\n\nTotal images: {total.images}, total prompts: {total.prompts}, % correct images: "
+      f"{self.images:.2%}, % correct prompts: {self.prompts:.2%}, Overall: "
+      f"{self.overall.mean:.5f}\n"
+    )
 
 
 def summary(
   correct: Sequence[float], tags: Sequence[Hashable], prompts: Sequence[Hashable]
 ) -> Summary:
-  """The summary of N images, each [N]: verdicts 0 or 1 (NaN: left out), categories, prompts."""
+  """The summary of N images, each [N]: scores (NaN: a failure, left out), categories, prompts."""
   correct = np.asarray(correct, float)
   tags, prompts = list(tags), list(prompts)
-  judged = [i for i in range(len(correct)) if not np.isnan(correct[i])]
-  tasks = {}
-  for tag in dict.fromkeys(tags[i] for i in judged):
-    rows = [i for i in judged if tags[i] == tag]
-    tasks[tag] = intervals.clustered(correct[rows], [prompts[i] for i in rows])
-  met: dict[Hashable, bool] = {}
-  for i in judged:
-    met[prompts[i]] = met.get(prompts[i], False) or bool(correct[i])
-  return Summary(
-    tasks, intervals.mean_of(list(tasks.values())),
-    float(correct[judged].mean()) if judged else np.nan,
-    sum(met.values()) / len(met) if met else np.nan,
+  found = dict.fromkeys(tags)
+  order = [tag for tag in CATEGORIES if tag in found] + [t for t in found if t not in CATEGORIES]
+  rows = {tag: [i for i, of in enumerate(tags) if of == tag] for tag in order}
+  lines = {tag: _line(correct[of], [prompts[i] for i in of]) for tag, of in rows.items()}
+  judged = {tag: lines[tag] for tag in order if lines[tag].images}
+  tasks = {tag: intervals.clustered(correct[rows[tag]], [prompts[i] for i in rows[tag]])
+           for tag in judged}
+  total = _line(correct, prompts)
+  overall = intervals.mean_of(list(tasks.values()))
+  low, high = intervals.of_mean([(line.mean, line.low, line.high) for line in judged.values()])
+  lines[OVERALL] = dataclasses.replace(total, mean=overall.mean, low=low, high=high)
+  lines[MEAN] = total
+  share = math.nan
+  if total.prompts and total.any_right is not None:
+    share = total.any_right / total.prompts
+  by_tag = {tag: _by_prompt(correct[rows[tag]], [prompts[i] for i in rows[tag]]) for tag in judged}
+  return Summary(tasks, overall, total.mean, share, lines, _best_of(by_tag))
+
+
+def _by_prompt(scores: np.ndarray, prompts: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+  """{prompt: the scores of its judged images}."""
+  made: dict[Hashable, list[float]] = {}
+  for score, prompt in zip(scores, prompts, strict=True):
+    if not np.isnan(score):
+      made.setdefault(prompt, []).append(float(score))
+  return made
+
+
+def _line(scores: np.ndarray, prompts: Sequence[Hashable]) -> Line:
+  by_prompt = _by_prompt(scores, prompts)
+  judged = scores[~np.isnan(scores)]
+  mean = float(judged.mean()) if judged.size else math.nan
+  _, low, high = intervals.interval([float(np.mean(of)) for of in by_prompt.values()])
+  counts: list[int | None] = [None, None]
+  if set(judged.tolist()) <= {0.0, 1.0}:
+    counts = [sum(map(how, by_prompt.values())) for how in (any, all)]
+  # With failures, a mean over images is not that over prompts.
+  return Line(
+    mean, float(np.fmin(mean, low)) if low == low else math.nan,
+    float(np.fmax(mean, high)) if high == high else math.nan,
+    len(by_prompt), *counts, judged.size, scores.size - judged.size,
   )
 
 
-def write_prompt(folder: pathlib.Path, number: int, metadata: dict[str, Any]) -> None:
-  """Begins the folder of a prompt: FOLDER/00000/metadata.jsonl and samples/.
+def _best_of(by_tag: dict[Hashable, dict[Hashable, list[float]]]) -> dict[int, float]:
+  """The mean over tags of the mean over prompts of the best of n images, for n = 1, 2, 4 ...
 
-  Raises:
-    InputError: the metadata has no tag, include or prompt; Storage where it cannot be written.
+  See `best_of`; a prompt with fewer than n judged images is left out, and a tag of such
+  makes the mean NaN.
   """
-  for key in ("tag", "include", "prompt"):
-    if key not in metadata:
-      raise errors.InputError(
-        f"prompt {number + 1}: its metadata has no {key!r}, so GenEval's script cannot judge it; "
-        "draw the prompts of its evaluation_metadata.jsonl"
-      )
-  with errors.storage(folder):
-    (folder / f"{number:05d}" / "samples").mkdir(parents=True, exist_ok=True)
-    atomic.write_text(folder / f"{number:05d}" / "metadata.jsonl", json.dumps(metadata))
+  most = max((len(of) for prompts in by_tag.values() for of in prompts.values()), default=0)
+  numbers = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | ({most} - {0}))
+  made = {}
+  for n in numbers:
+    tags = [
+      [best_of(of, n) for of in prompts.values() if len(of) >= n] for prompts in by_tag.values()
+    ]
+    made[n] = float(np.mean([np.mean(values) if values else math.nan for values in tags]))
+  return made
 
 
-def write_image(folder: pathlib.Path, number: int, k: int, image: np.ndarray) -> None:
-  """Writes image `k`, [H, W, 3] uint8, of a prompt: FOLDER/00000/samples/00000.png."""
-  picture = PIL.Image.fromarray(image)
-  with errors.storage(folder):
-    atomic.write(
-      folder / f"{number:05d}" / "samples" / f"{k:05d}.png",
-      lambda aside: picture.save(aside, format="PNG"),
-    )
-
-
-def read_results(path: pathlib.Path) -> Summary:
-  """The summary of a results.jsonl of GenEval's `evaluate_images.py`.
-
-  Raises:
-    InputError: a line is no object with a prompt, a tag and a correct; says which.
+def best_of(scores: Sequence[float], n: int) -> float:
+  """The mean, over all choices of `n` of K >= n scores, of the highest:
+  sum_i s_(i) C(i - 1, n - 1) / C(K, n), s_(i) ascending.
   """
-  expected = "give the results.jsonl that GenEval's evaluate_images.py wrote"
-  correct, tags, prompts = [], [], []
-  for where, text in lines.read(path):
-    row = lines.parse_object(text, where, expected)
-    if type(row.get("correct")) not in (bool, int, float) or not isinstance(row.get("tag"), str):
-      raise errors.InputError(f"{where}: needs a text tag, and correct true or false; {expected}")
-    correct.append(float(row["correct"]))
-    tags.append(row["tag"])
-    # GenEval groups by the whole metadata.
-    prompts.append(json.dumps(row.get("metadata", row["prompt"]), sort_keys=True))
-  if not correct:
-    raise errors.InputError(f"{path}: holds no judged image")
-  return summary(correct, tags, prompts)
+  ascending = sorted(scores)
+  return math.fsum(
+    score * math.comb(i, n - 1) for i, score in enumerate(ascending)
+  ) / math.comb(len(ascending), n)
+
+
+def _cell(value: float) -> str:
+  return "" if math.isnan(value) else f"{value:z.4f}"
+
+
+def best_of_table(reward: str, by_mode: dict[str, Summary]) -> str:
+  """Markdown: a line a mode, the best of n images of each prompt by the reward itself; "" where
+  there is one image of each.
+  """
+  numbers = sorted({n for made in by_mode.values() for n in made.best_of})
+  if len(numbers) < 2:
+    return ""
+  lines = [[f"{reward}, best of N", *map(str, numbers)], ["---"] * (1 + len(numbers))]
+  for mode, made in by_mode.items():
+    lines.append([mode, *(_cell(made.best_of.get(n, math.nan)) for n in numbers)])
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

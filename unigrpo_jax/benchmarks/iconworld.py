@@ -9,22 +9,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import evaluation
 from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
+from unigrpo_jax.rewards import iconworld as iconworld_rewards
 from unigrpo_jax.runtime import hosts
 
-REWARDS = ("strict", "soft", "geneval", "points", "reasoning")
-
-
-def score(samples: Sequence[rewards.Sample]) -> dict[str, np.ndarray]:
-  """The rewards `REWARDS` of IconWorld, [samples] float32 each.
-
-  NaN where a prompt's metadata does not ask for something of IconWorld; see `rewards.iconworld`.
-  """
-  return {name: rewards.make(f"iconworld_{name}")(samples) for name in REWARDS}
+REWARDS, score = iconworld_rewards.REWARDS, iconworld_rewards.score
 
 
 def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):

@@ -100,6 +100,23 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
   )
 
 
+def of_mean(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+  """The 95 % interval (low, high) of the mean of C independent (mean, low, high):
+
+    mean -+ sqrt(sum of d_c^2) / C, d_c from a mean to its own end of that side
+
+  It is no wider than the mean of the ends, and so in [0, 1] where they are. Source: Zou and Donner
+  2008, "Construction of confidence limits about effect measures". NaN where a part has none.
+  """
+  means, lows, highs = np.array(parts, float).reshape(-1, 3).T
+  if not len(means):
+    return math.nan, math.nan
+  mean = math.fsum(means) / len(means)
+  below, above = (math.sqrt(math.fsum((ends - means) ** 2)) / len(means) for ends in (lows, highs))
+  # Rounding may pass the ends that the sum cannot.
+  return max(mean - below, lows.min()), min(mean + above, highs.max())
+
+
 def paired(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Estimate:
   """The mean of a - b over the prompts that both `prompt_means` have, drawn from the same noise."""
   both = [prompt for prompt in a if prompt in b]

@@ -8,25 +8,28 @@ import json
 import math
 from typing import Any
 
-from unigrpo_jax.benchmarks import evaluation, geneval, intervals, ta
+from unigrpo_jax.benchmarks import geneval, intervals, results, ta
 
 # IconWorld's rewards have this before their names, where a command line names them.
 PREFIX = "iconworld_"
 
 
 def by_mode(
-  results: evaluation.Results, *observers: evaluation.Observe
+  found: results.Results, *observers: results.Observe, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-  """{mode: {"geneval", "strict": `geneval.Summary`, "ta": `ta.Exam.summaries`}}, as far as given.
+  """{mode: {reward: `geneval.Summary`, "ta": `ta.Exam.summaries`}}, as far as given.
 
-  `observers` are those of the evaluation, of which a `ta.Exam` is asked.
+  Args:
+    found: of an evaluation.
+    observers: those of the evaluation, of which a `ta.Exam` is asked.
+    names: of the rewards that GenEval's summary is made of; None: IconWorld's, where given.
   """
   made: dict[str, dict[str, Any]] = {}
-  for mode in results.modes:
-    rows = [row for row in results.rows if row.mode == mode]
+  for mode in found.modes:
+    rows = [row for row in found.rows if row.mode == mode]
     of_mode: dict[str, Any] = {}
-    for name in ("geneval", "strict"):
-      if any(reward(row, name) is not None for row in rows):
+    for name in ("geneval", "strict") if names is None else names:
+      if names or any(reward(row, name) is not None for row in rows):
         of_mode[name] = summary(rows, name)
     for observer in observers:
       if isinstance(observer, ta.Exam) and (summaries := observer.summaries(mode)):
@@ -36,18 +39,25 @@ def by_mode(
   return made
 
 
-def reward(row: evaluation.Row, name: str) -> float | None:
+def is_geneval(prompts: Sequence[Any]) -> bool:
+  """Whether prompts have GenEval's tags."""
+  return all(
+    one.metadata.get("tag") in geneval.CATEGORIES and "include" in one.metadata for one in prompts
+  )
+
+
+def reward(row: results.Row, name: str) -> float | None:
   """A reward of a row, with or without the prefix; None where it has none."""
   return row.rewards.get(name, row.rewards.get(PREFIX + name))
 
 
-def summary(rows: Sequence[evaluation.Row], name: str) -> geneval.Summary:
+def summary(rows: Sequence[results.Row], name: str) -> geneval.Summary:
   """GenEval's summary of one reward of the rows; a row without it is left out."""
   values = [reward(row, name) for row in rows]
   return geneval.summary(
     [math.nan if value is None else value for value in values],
     [row.category for row in rows],
-    [row.prompt if row.number is None else row.number for row in rows],
+    [row.key for row in rows],
   )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import evaluation, intervals
+from unigrpo_jax.benchmarks import intervals, results
 from unigrpo_jax.iconworld import points
 from unigrpo_jax.rewards import iconworld
 
@@ -29,7 +29,7 @@ class Answers:
   """What the judges answered about an image.
 
   Attributes:
-    mode, number, k: of the image; see `evaluation.Row`.
+    mode, number, k: of the image; see `results.Row`.
     points: K statements.
     verifier, judge: 1.0 or 0.0 of each, NaN where a call failed; None where that judge was not
       asked.
@@ -140,7 +140,8 @@ def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Exam:
-  """Answers about all images of an evaluation, whose `run` it observes.
+  """Answers about all images of an evaluation, whose `run` it observes; kept as details "exam" of
+  their rows.
 
   Attributes:
     answers: so far.
@@ -151,7 +152,7 @@ class Exam:
     self._ask = ask
     self.answers: list[Answers] = []
 
-  def __call__(self, rows: Sequence[evaluation.Row], samples: Sequence[rewards.Sample]) -> None:
+  def __call__(self, rows: Sequence[results.Row], samples: Sequence[rewards.Sample]) -> None:
     asked = [points_of(sample.prompt, sample.metadata) for sample in samples]
     judged: list[tuple[float, ...] | None] = [None] * len(samples)
     if self._ask is not None:
@@ -164,6 +165,22 @@ class Exam:
       if "points" not in sample.metadata:
         verifier = tuple(points.met(iconworld.detect(sample), sample.metadata))
       self.answers.append(Answers(row.mode, row.number, row.k, of, verifier, judge))
+      row.details["exam"] = {"points": list(of)} | {
+        name: [None if math.isnan(answer) else answer for answer in answers]
+        for name, answers in (("verifier", verifier), ("judge", judge)) if answers is not None
+      }
+
+  def restore(self, rows: Sequence[results.Row]) -> None:
+    """Takes the answers from the details of rows that were observed before."""
+    for row in rows:
+      kept = row.details["exam"]
+      verifier, judge = (
+        kept.get(name) and tuple(math.nan if a is None else a for a in kept[name])
+        for name in ("verifier", "judge")
+      )
+      self.answers.append(
+        Answers(row.mode, row.number, row.k, tuple(kept["points"]), verifier, judge)
+      )
 
   def summaries(self, mode: str) -> dict[str, Any]:
     """{"verifier", "judge": `Summary`, "agreement"}: those that there are, of a mode's images."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import rewards
-from unigrpo_jax.benchmarks import evaluation, scoring
+from unigrpo_jax.benchmarks import evaluation, measured, scoring
 from unigrpo_jax.data import progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
@@ -73,6 +73,7 @@ class Validation:
     self._modes = [evaluation.Mode.parse(mode) for mode in spec.modes]
     prompt_set = prompts_lib.open_set(spec.source, spec.split)
     examples = [prompt_set[i] for i in range(min(spec.prompts, len(prompt_set)))]
+    self._of_geneval = spec.source != prompts_lib.ICONWORLD and measured.is_geneval(examples)
     self._pictures = len(self._modes) * len(examples) * spec.images
     drawing = pipeline.Pipeline(sampler.network)
     drawing.params = {"vae": sampler.sampler.vae_params}
@@ -99,7 +100,8 @@ class Validation:
       wait: for the rewards; may raise to stop.
 
     Returns:
-      {`metric`/REWARD: mean}, and on the first host panels of the first pictures.
+      {`metric`/REWARD: mean}, of GenEval's prompts {`metric`/REWARD/TAG: mean} too, and on the
+      first host panels of the first pictures.
 
     Raises:
       InputError: too many pictures have no reward, or the folder cannot be written to.
@@ -117,15 +119,26 @@ class Validation:
     with hosts.raise_on_all_hosts():
       if hosts.first():
         results.save(self._folder / f"{step:06d}", f"after {step} steps")
-    means = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)
+    said = ", ".join(f"{mode.name} {results.mean(mode, 'reward'):.3f}" for mode in self._modes)
     prompts = len({row.number for row in results.rows})
-    hosts.print_first(f"evaluated {prompts} prompts at step {step}: reward {means}")
+    hosts.print_first(f"evaluated {prompts} prompts at step {step}: reward {said}")
     shown = enumerate(results.panels(PANELS)) if hosts.first() else ()
-    return {f"samples/eval/{number}": panel for number, panel in shown} | {
+    means = {
       f"{metric(mode.name)}/{name}": results.mean(mode, name)
       for mode in self._modes for name in results.rewards
-      if np.isfinite(results.mean(mode, name))
+    } | (self._by_tag(results) if self._of_geneval else {})
+    return {f"samples/eval/{number}": panel for number, panel in shown} | {
+      name: mean for name, mean in means.items() if np.isfinite(mean)
     }
+
+  def _by_tag(self, results: evaluation.Results) -> dict[str, float]:
+    """{`metric`/REWARD/TAG: mean of the tag's images}, and /overall, the mean of the tags."""
+    made = {}
+    for mode, of_mode in measured.by_mode(results, names=results.rewards).items():
+      for name, summary in of_mode.items():
+        parts = summary.tasks | {"overall": summary.overall}
+        made |= {f"{metric(mode)}/{name}/{tag}": part.mean for tag, part in parts.items()}
+    return made
 
 
 def metric(mode: str) -> str:

@@ -94,6 +94,15 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
       partial.unlink()
 
 
+def remove_unfinished(folder: pathlib.Path) -> None:
+  """Removes the files in a folder that `write` had not finished when its process was killed."""
+  if files.is_object(folder) or not folder.is_dir():
+    return
+  for path in folder.iterdir():
+    if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+      path.unlink(missing_ok=True)
+
+
 def replace(staged: pathlib.Path, target: pathlib.Path) -> None:
   """Renames `staged` to `target`; an existing folder is removed only after that."""
   if not target.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -83,6 +83,23 @@ class PromptSet:
 
   def __iter__(self) -> Iterator[Prompt]:
     return (self[i] for i in range(len(self)))
+
+  def without_tags(self, tags: Collection[str]) -> PromptSet:
+    """The prompts whose metadata has another "tag", in their order; raises InputError where there
+    are none, or none of a tag.
+    """
+    if not tags:
+      return self
+    records = [(prompt.prompt, prompt.metadata) for prompt in self]
+    present = dict.fromkeys(str(metadata.get("tag")) for _, metadata in records)
+    for tag in tags:
+      errors.choose("config.prompts.held_out_tags: a tag", tag, present)
+    kept = [record for record in records if record[1].get("tag") not in tags]
+    if not kept:
+      raise errors.InputError(
+        f"config.prompts.held_out_tags={tuple(tags)} are all tags of the prompts; leave one out"
+      )
+    return PromptSet(kept)
 
   def fingerprint(self) -> str:
     """16 hexadecimal digits that other prompts, metadata, or another order would change."""

@@ -78,8 +78,8 @@ class Scores:
 # N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
 # Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
 # called from another thread, makes calls return soon; `fingerprint`, text that other scores would
-# change: a run that continues with another is refused; `settings`, JSON of what changes a score;
-# `joint`, what rewards have in common of which `score_together(rewards, samples)` of any gives the
+# change: a run that continues with another is refused; `settings`, {name: JSON}, what changes a
+# score; `joint`, what rewards have in common of which `score_together(rewards, samples)` of any gives the
 # `Scores` of all.
 Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
@@ -371,6 +371,11 @@ class TimeLimited:
     self.concurrent = getattr(reward, "concurrent", False)
     self.fingerprint = getattr(reward, "fingerprint", None)
     self._overdue: futures.Future | None = None
+
+  @property
+  def settings(self) -> Mapping[str, Any] | None:
+    """Of the reward, which may ask a server for them."""
+    return getattr(self._reward, "settings", None)
 
   def __call__(self, samples: Sequence[Sample]) -> Scores:
     end = time.monotonic() + self._seconds

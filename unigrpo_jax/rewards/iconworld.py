@@ -17,6 +17,8 @@ from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import plans, points, riddles, scenes, scoring, verifier
 from unigrpo_jax.rewards import base
 
+REWARDS = ("strict", "soft", "geneval", "points", "reasoning")
+
 
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
@@ -60,6 +62,14 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
       return np.nan
     return float(plans.is_correct(sample.text, sample.metadata))
   return _scores(samples, score)
+
+
+def score(samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
+  """The rewards `REWARDS` of IconWorld, [samples] float32 each.
+
+  NaN where a prompt's metadata does not ask for something of IconWorld.
+  """
+  return {name: base.make(f"iconworld_{name}")(samples) for name in REWARDS}
 
 
 # The rewards of an image share what is detected in it, whichever is called first.

@@ -126,6 +126,11 @@ class Scorer:
     found = {name: getattr(reward, "fingerprint", None) for name, reward in self._rewards.items()}
     return {f"reward_options.{name}": text for name, text in found.items() if text}
 
+  def settings(self) -> dict[str, dict[str, Any]]:
+    """{name: its `settings`} of the rewards that have some; see `base.Reward`."""
+    found = {name: getattr(reward, "settings", None) for name, reward in self._rewards.items()}
+    return {name: dict(settings) for name, settings in found.items() if settings}
+
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
     """Scores samples in the threads; `Pending.result` waits for them."""
     samples = tuple(samples)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from typing import Any
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import evaluation, geneval, iconworld, measured, scoring, ta
-from unigrpo_jax.data import atomic, progress
+from unigrpo_jax.benchmarks import evaluation, iconworld, measured, official, scoring, ta
+from unigrpo_jax.benchmarks import results as results_lib
+from unigrpo_jax.data import progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.iconworld import prompts as iconworld_prompts
-from unigrpo_jax.rewards import arguments
 from unigrpo_jax.runtime import hosts
-from unigrpo_jax.tools import points_judge, sampling_flags
+from unigrpo_jax.tools import rescore, sampling_flags
 
 DRAWING_MODES = ("plain", "plain+guidance", "think", "think+guidance")
 ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
@@ -24,43 +27,17 @@ ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
 
 def run(args: argparse.Namespace) -> None:
   """Connects the hosts, and evaluates on all of them."""
-  if args.geneval_results is not None:
-    summarise_geneval(args)
-    return
   hosts.from_flags(args)
 
   def evaluate_alone() -> None:
     with hosts.raise_on_all_hosts():
       if hosts.first():
-        check_out(args.out)
+        rescore.check_out(args.out)
     with hosts.hold(args.out, "--out"):
       evaluate(args)
 
-  hosts.run(evaluate_alone, lambda: "nothing was written")
-
-
-def summarise_geneval(args: argparse.Namespace) -> None:
-  """Prints and writes what GenEval's own script found in pictures."""
-  made = geneval.read_results(args.geneval_results)
-  check_out(args.out)
-  text = (
-    f"{made.table()}\n{made.images:.2%} of the images and {made.prompts:.2%} of the prompts are "
-    "correct; ± is half a 95 % interval over prompts\n"
-  )
-  with errors.storage(args.out):
-    args.out.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(args.out / "geneval.md", text)
-    write_benchmarks(args.out, {"official": {"geneval": made}})
-  print(f"{text}wrote {args.out}")
-
-
-def write_benchmarks(out: pathlib.Path, by_mode: Mapping[str, Any]) -> None:
-  """Writes benchmarks.json; removes an older one where there is nothing to say."""
-  with errors.storage(out):
-    if by_mode:
-      atomic.write_text(out / "benchmarks.json", measured.to_json(by_mode))
-    else:
-      (out / "benchmarks.json").unlink(missing_ok=True)
+  advice = f"the same command continues from the pictures in {args.out}"
+  hosts.run(evaluate_alone, lambda: advice)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -71,43 +48,79 @@ def evaluate(args: argparse.Namespace) -> None:
   if args.rewards and not modes:
     raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
   hosts.compare(vars(args) | {"process": None})
+  of_iconworld = args.prompts_from == prompts_lib.ICONWORLD
   with hosts.raise_on_all_hosts():
     examples = read_examples(args)
-    scorer = make_scorer(args)
+    scorer = rescore.make_scorer(args)
     pipeline = pipeline_lib.Pipeline.open(args.checkpoint, adapter=args.adapter)
   hosts.compare({"prompts": [[example.prompt, example.metadata] for example in examples]})
   settings = sampling_flags.settings(args, pipeline.config.generation)
+  samples = args.samples or 1
+  keep = len(examples) if args.keep == "all" else args.keep
+  checkpoint = args.checkpoint + (f" with {args.adapter}" if args.adapter else "")
+  about: dict[str, Any] = {
+    "of": f"{checkpoint} on {args.prompts_from}, {args.split}{rescore.rewriter(examples)}",
+    "checkpoint": checkpoint, "prompts_from": args.prompts_from, "split": args.split,
+    "prompts": len(examples), "samples": samples, "drawn": [mode.name for mode in modes],
+    "size": args.size, "seed": args.seed, "keep": keep, "rewards": args.rewards,
+    "keep_official": args.keep_official and str(args.keep_official),
+    "sampling": dataclasses.asdict(settings),
+  }
   drawing = None
   if modes:
-    score = iconworld.score if scorer is None else functools.partial(scoring.score, scorer)
+    score = lambda samples: {}
+    if scorer is not None:
+      score = functools.partial(scoring.score, scorer)
+    elif of_iconworld:
+      score = iconworld.score
     drawing = evaluation.Evaluation(
       pipeline, examples, score, settings=settings, modes=modes, batch_size=args.batch_size,
-      seed=args.seed, num_saved_images=args.keep, size=args.size and tuple(args.size),
-      images=args.images,
+      seed=args.seed, num_saved_images=keep, size=args.size and tuple(args.size), images=samples,
     )
-  observers = make_observers(args, examples, modes)
-  checkpoint = args.checkpoint + (f" with {args.adapter}" if args.adapter else "")
+    about["batch_size"] = drawing.batch_size
+  with hosts.raise_on_all_hosts():
+    observers = rescore.make_exam(args, examples, of_iconworld)
   hosts.print_first(
     f"{checkpoint}: {len(examples)} prompts of {args.prompts_from}, {', '.join(names)}"
   )
-  pipeline.load()
-  results = evaluation.Results([], {})
+  found = results_lib.Results([], {})
+  kept: Unfinished | None = None
   if drawing is not None:
-    results = draw(drawing, len(modes) * len(examples) * args.images, observers)
+    total = len(modes) * len(examples) * samples
+    kept = Unfinished(args, about, pipeline, examples, scorer)
+    if len(kept.rows) < total or tasks:
+      pipeline.load()
+    found = draw(drawing, total, kept, observers)
+  else:
+    pipeline.load()
   for name, task in tasks.items():
     hosts.print_first(f"{name}: {len(examples)} pictures")
-    results.rows += task(
+    found.rows += task(
       pipeline, examples, settings=settings, batch_size=args.batch_size, seed=args.seed
     )
+  reasons = {} if scorer is None else {
+    name: [text for text in hosts.gather_texts(failures.last) if text]
+    for name, failures in scorer.failures.items()
+  }
+  reward_settings: dict[str, dict[str, Any]] = {}
   if scorer is not None:
+    if hosts.first():
+      reward_settings = scorer.settings()
     scorer.close()
   with hosts.raise_on_all_hosts():
     if hosts.first():
-      results.save(args.out, f"{checkpoint} on {args.prompts_from}, {args.split}")
-      write_benchmarks(args.out, measured.by_mode(results, *observers))
-  print_unscored(results, scorer, tasks)
-  hosts.print_first("\n" + "\n".join(map(results.table, results.rewards)))
-  hosts.print_first(f"wrote {args.out}")
+      drawn = [row for row in found.rows if row.mode not in tasks]
+      if scorer is not None:
+        rescore.print_failures(reasons, drawn)
+      elif not of_iconworld:
+        print(f"note: {len(drawn)} of {len(drawn)} pictures were not scored; --rewards scores them")
+      rescore.finish(
+        args.out, found, about=about, observers=observers, of=about["of"],
+        settings=reward_settings, names=list(reasons),
+        of_geneval=not of_iconworld and measured.is_geneval(examples),
+      )
+      if kept is not None:
+        kept.end()
 
 
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
@@ -119,14 +132,6 @@ def mode_names(args: argparse.Namespace) -> Sequence[str]:
     if name in names:
       raise errors.InputError(f"--modes {name} needs --prompts_from={prompts_lib.ICONWORLD}")
   return names
-
-
-def check_out(folder: pathlib.Path) -> None:
-  """Refuses a folder that cannot be written to, before anything is drawn."""
-  if folder.exists() and not folder.is_dir():
-    raise errors.InputError(f"--out={folder} is a file; give a folder")
-  with errors.at(f"--out={folder}"):
-    atomic.probe(folder / "results.json")
 
 
 def read_examples(args: argparse.Namespace) -> Sequence[Any]:
@@ -142,54 +147,84 @@ def read_examples(args: argparse.Namespace) -> Sequence[Any]:
   return examples[: args.prompts]
 
 
-def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
-  """The rewards of `--rewards`; None without."""
-  if args.rewards is None:
-    if args.reward_options != "{}":
-      raise errors.InputError("--reward_options needs --rewards")
-    return None
-  made = arguments.make(args.rewards, args.reward_options)
-  return rewards.Scorer(made, dict.fromkeys(made, 1.0))
+class Unfinished:
+  """What is kept of the pictures while they are drawn; the first host writes, for all.
+
+  Attributes:
+    rows: of pictures that an earlier program of the same command has drawn.
+    images: see `Evaluation.run`.
+  """
+
+  def __init__(
+    self, args: argparse.Namespace, about: dict[str, Any], pipeline: pipeline_lib.Pipeline,
+    examples: Sequence[Any], scorer: rewards.Scorer | None,
+  ):
+    """Reads what is there, and prepares the folders.
+
+    Raises:
+      InputError: --out or --keep_official has pictures of others; see `results.Unfinished` and
+        `official.begin`.
+    """
+    self._file: results_lib.Unfinished | None = None
+    self._official: pathlib.Path | None = args.keep_official
+    self._modes = len(about["drawn"])
+    rows: list[dict[str, Any]] = []
+    with hosts.raise_on_all_hosts():
+      if hosts.first():
+        # By digests: options may hold a password.
+        self._file = results_lib.Unfinished(args.out, about | {
+          "weights": pipeline.network.folder.fingerprint(),
+          "prompts": _digest([[example.prompt, example.metadata] for example in examples]),
+          "reward_options": _digest([
+            args.reward_options, {} if scorer is None else scorer.fingerprints()
+          ]),
+        })
+        rows = [dataclasses.asdict(row) for row in self._file.rows]
+        for mode in about["drawn"] if self._official is not None else ():
+          official.begin(
+            official.folder_of(self._official, mode, self._modes),
+            [example.metadata for example in examples], about["samples"],
+          )
+        self._file.begin()
+    self.rows = [results_lib.Row(**row) for row in hosts.broadcast(rows)]
+    names = [row.image for row in self.rows if row.image is not None]
+    self.images = results_lib.Pictures(args.out if hosts.first() else None, names)
+    if self.rows:
+      hosts.print_first(f"{args.out} has {len(self.rows)} of the pictures already")
+
+  def __call__(
+    self, rows: Sequence[results_lib.Row], samples: Sequence[rewards.Sample]
+  ) -> None:
+    """Keeps a batch whose pictures in `images` are there; the last of the observers."""
+    with hosts.raise_on_all_hosts():
+      if self._file is None:
+        return
+      for row, sample in zip(rows, samples) if self._official is not None else ():
+        folder = official.folder_of(self._official, row.mode, self._modes)
+        official.write_image(folder, row.number, row.k, sample.image)
+      self._file.add(rows)
+
+  def end(self) -> None:
+    """After the results were saved."""
+    if self._file is not None:
+      self._file.end()
 
 
-def make_observers(
-  args: argparse.Namespace, examples: Sequence[Any], modes: Sequence[evaluation.Mode]
-) -> list[evaluation.Observe]:
-  """What sees all pictures: the exam where prompts have points, GenEval's folders where wanted."""
-  made: list[evaluation.Observe] = []
-  with hosts.raise_on_all_hosts():
-    has_points = any("points" in example.metadata for example in examples)
-    ask = None if args.points_judge is None else points_judge.open_ask(args.points_judge)
-    if ask is not None or has_points or args.prompts_from == prompts_lib.ICONWORLD:
-      if has_points and ask is None:
-        raise errors.InputError(
-          f"{args.prompts_from} has exam points; give the folder of a model to answer them as "
-          "--points_judge"
-        )
-      for example in examples:
-        ta.points_of(example.prompt, example.metadata)
-      made.append(ta.Exam(ask))
-    if args.geneval is not None:
-      for mode in modes if hosts.first() else ():
-        for number, example in enumerate(examples):
-          folder = args.geneval / evaluation.file_name(mode.name)
-          geneval.write_prompt(folder, number, example.metadata)
-      made.append(functools.partial(_write_for_geneval, args.geneval))
-  return made
-
-
-def _write_for_geneval(folder: pathlib.Path, rows, samples) -> None:
-  with hosts.raise_on_all_hosts():
-    for row, sample in zip(rows, samples) if hosts.first() else ():
-      geneval.write_image(folder / evaluation.file_name(row.mode), row.number, row.k, sample.image)
+def _digest(value: Any) -> str:
+  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def draw(
-  drawing: evaluation.Evaluation, total: int, observers: Sequence[evaluation.Observe]
+  drawing: evaluation.Evaluation, total: int, kept: Unfinished,
+  observers: Sequence[results_lib.Observe],
 ) -> evaluation.Results:
   """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
+  for observer in observers:
+    if isinstance(observer, ta.Exam):
+      observer.restore(kept.rows)
+
   def observe(rows, samples) -> None:
-    for observer in observers:
+    for observer in (*observers, kept):
       observer(rows, samples)
 
   with progress.bar(total, "drawing", unit="pictures", enabled=hosts.first()) as bar:
@@ -197,23 +232,6 @@ def draw(
       bar.set_description_str(mode, refresh=False)
       bar.update(done - bar.n)
 
-    return drawing.run(progress=report, observe=observe)
-
-
-def print_unscored(
-  results: evaluation.Results, scorer: rewards.Scorer | None, tasks: Collection[str]
-) -> None:
-  """Prints how many pictures have no reward, and why."""
-  if scorer is None:
-    if count := sum(not row.rewards for row in results.rows):
-      hosts.print_first(
-        f"note: {count} of {len(results.rows)} pictures were not scored: their prompts have no "
-        "metadata of IconWorld; --rewards names other rewards"
-      )
-    return
-  for name, failures in scorer.failures.items():
-    reasons = list(filter(None, hosts.gather_texts(failures.last)))
-    count = sum(name not in row.rewards for row in results.rows if row.mode not in tasks)
-    if count:
-      reason = reasons[0] if reasons else "unknown"
-      hosts.print_first(f"note: reward {name} did not score {count} pictures: {reason}")
+    return drawing.run(
+      progress=report, observe=observe, images=kept.images, done=kept.rows
+    )

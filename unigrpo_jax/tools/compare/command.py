@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
       "%(default)s)")
   add("--prompts", type=int, default=600, help="GenEval's, of the test split (default: 600)")
   add("--ta_prompts", type=int, default=150, help="TA's, the first of these (default: 150)")
-  add("--images", type=int, default=4, help="of each prompt (default: 4)")
+  add("--samples", type=int, default=4, help="of each prompt (default: 4)")
   add("--noise_seed", type=int, default=0, help="of all evaluations (default: 0)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   if args.methods is None:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   for name, values, bounds in (
     ("--seeds", args.seeds, errors.SEED), ("--noise_seed", [args.noise_seed], errors.SEED),
     ("--jobs", [args.jobs], dict(low=1)),
-    ("--images", [args.images], dict(low=1, high=evaluation.MOST_IMAGES)),
+    ("--samples", [args.samples], dict(low=1, high=evaluation.MOST_IMAGES)),
     ("--prompts", [args.prompts], dict(low=1)),
     ("--ta_prompts", [args.ta_prompts], dict(low=1, high=args.prompts)),
   ):
@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 def main(argv: Sequence[str] | None = None) -> None:
   args, overrides = parse_args(argv)
   benchmark = scores.Benchmark(
-    args.prompts, args.ta_prompts, args.images, args.noise_seed, args.reward_model
+    args.prompts, args.ta_prompts, args.samples, args.noise_seed, args.reward_model
   )
   made = comparison.Comparison(
     args.workdir, names=args.methods, seeds=args.seeds, variants=args.variants, start=args.start,

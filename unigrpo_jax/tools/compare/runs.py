@@ -149,7 +149,9 @@ def _moved(before: Mapping[str, Any], spec: rl.Spec, record: pathlib.Path) -> se
   pinned = config_lib.read_json(record).get("pinned", {}) if record.exists() else {}
   fingerprints: dict[str, Callable[[], str]] = {
     "init_from": lambda: fingerprint(spec.network.init_from),
-    "prompts": lambda: prompts_lib.open_set(spec.prompts.source, spec.prompts.split).fingerprint(),
+    "prompts": lambda: prompts_lib.open_set(
+      spec.prompts.source, spec.prompts.split
+    ).without_tags(spec.prompts.held_out_tags).fingerprint(),
   }
   return {
     name for name, made in fingerprints.items()

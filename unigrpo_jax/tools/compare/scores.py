@@ -55,7 +55,7 @@ class Benchmark:
       judged = [f"--points_judge={self.reward_model}"] if points else []
     return [
       sys.executable, "-m", "unigrpo_jax.evaluate", f"--checkpoint={checkpoint}", f"--out={out}",
-      f"--prompts={self.prompts}", f"--images={self.images}", f"--seed={self.seed}",
+      f"--prompts={self.prompts}", f"--samples={self.images}", f"--seed={self.seed}",
       "--modes", *modes, "--rewards", *names, f"--reward_options={json.dumps(options)}", *judged,
       *self.arguments,
     ]

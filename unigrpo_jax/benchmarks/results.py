@@ -1,0 +1,327 @@
+"""What an evaluation found: rows, pictures and tables, and how they are kept, also while it runs.
+
+Nothing here imports jax: pictures that exist are scored without a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import contact_sheet, intervals
+from unigrpo_jax.data import atomic, files
+from unigrpo_jax.data import images as images_lib
+from unigrpo_jax.runtime import panels
+
+FINISHED, UNFINISHED, SHEET = "results.json", "unfinished.jsonl", "contact.png"
+ON_SHEET = 24  # prompts whose pictures the contact sheet shows
+_PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5,}(_\d+)?\.png")
+
+
+def file_name(mode: str) -> str:
+  """The name of a mode, as one of files and folders."""
+  return mode.replace(" + ", "_")
+
+
+@dataclasses.dataclass
+class Row:
+  """One image: a prompt under a mode.
+
+  Attributes:
+    mode: its name.
+    category: the tables have a column for each.
+    prompt: of the picture.
+    text: the reasoning, or None.
+    rewards: by name; without those that could not score it.
+    image: file of the picture, relative to the saved folder; None where it is not saved.
+    number: of the prompt, from 0; None where each row is another prompt.
+    k: which of the prompt's images this is.
+    details: {name of a reward: its `rewards.Scores.detail`}, of those that have some.
+    metadata: of the prompt.
+  """
+
+  mode: str
+  category: str
+  prompt: str
+  text: str | None
+  rewards: dict[str, float]
+  image: str | None
+  number: int | None = None
+  k: int = 0
+  details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def key(self) -> Hashable:
+    """The same for images of one prompt, which are not independent, also where a set repeats it."""
+    if self.number is None:
+      return id(self)
+    return self.prompt, json.dumps(self.metadata, sort_keys=True)
+
+
+# What sees the rows of a batch with what they are made of; all hosts see all of them.
+Observe = Callable[[Sequence[Row], Sequence[rewards.Sample]], None]
+
+
+def scored(rows: Sequence[Row], scores: Mapping[str, np.ndarray], details) -> list[Row]:
+  """The rows with their scores, {name: [rows] float}, of which a NaN is none, and details.
+
+  Raises:
+    InputError: a score is infinite.
+  """
+  made = []
+  for place, row in enumerate(rows):
+    values = {name: float(column[place]) for name, column in scores.items()}
+    for name, value in values.items():
+      if math.isinf(value):
+        raise errors.InputError(f"reward {name} of {row.prompt!r} is {value}")
+    values = {name: value for name, value in values.items() if not math.isnan(value)}
+    made.append(dataclasses.replace(row, rewards=values, details=details[place]))
+  return made
+
+
+class Pictures(MutableMapping):
+  """[H, W, 3] uint8 pictures by the names of their PNG files in a folder, written when they are set
+  and read when they are looked up.
+  """
+
+  def __init__(self, folder: pathlib.Path | None, names: Sequence[str] = ()):
+    """`folder`: None keeps no picture, as hosts do that do not write; `names`: that are there."""
+    self.folder, self._names = folder, dict.fromkeys(names)
+
+  def __setitem__(self, name: str, image: np.ndarray) -> None:
+    self._names[name] = None
+    if self.folder is not None:
+      write_picture(self.folder / name, image)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._names:
+      raise KeyError(name)
+    return read_picture(self.folder / name)
+
+  def __delitem__(self, name: str) -> None:
+    del self._names[name]
+
+  def __contains__(self, name) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+def write_picture(path: pathlib.Path, image: np.ndarray) -> None:
+  """Writes a picture, [H, W, 3] uint8, as a PNG file, and the folders that it needs."""
+  picture = PIL.Image.fromarray(image)
+  with errors.storage(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, lambda aside: picture.save(aside, format="PNG"))
+
+
+def read_picture(path: pathlib.Path) -> np.ndarray:
+  """The picture of a file, [H, W, 3] uint8; raises InputError where it cannot be read."""
+  return np.array(images_lib.load_rgb(path))
+
+
+class Results:
+  """The rows of an evaluation, mode by mode, and the pictures to save.
+
+  Attributes:
+    rows: see `Row`.
+    images: {`Row.image`: [H, W, 3] uint8}.
+  """
+
+  def __init__(self, rows: Sequence[Row], images: Mapping[str, np.ndarray]):
+    self.rows, self.images = list(rows), images
+
+  @property
+  def modes(self) -> list[str]:
+    return list(dict.fromkeys(row.mode for row in self.rows))
+
+  @property
+  def rewards(self) -> list[str]:
+    return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
+
+  def mean(self, mode: Any, reward: str) -> float:
+    """Mean over the prompts of a mode that have the reward; NaN where there are none."""
+    return self.interval(mode, reward)[0]
+
+  def interval(self, mode: Any, reward: str) -> tuple[float, float, float]:
+    """(mean, low, high) over the prompts of a mode that have the reward; see `intervals.interval`.
+
+    `mode` is a name, or has one, as `evaluation.Mode`.
+    """
+    return intervals.interval(self._scores(mode, reward))
+
+  def _scores(self, mode: Any, reward: str, category: str | None = None) -> list[float]:
+    """Of each prompt, the mean over its images."""
+    name = getattr(mode, "name", mode)
+    found = [
+      (row.rewards[reward], row.key) for row in self.rows
+      if row.mode == name and reward in row.rewards and category in (None, row.category)
+    ]
+    return list(intervals.prompt_means(*zip(*found)).values()) if found else []
+
+  def panels(self, count: int) -> list[panels.Panel]:
+    """The pictures of the first `count` prompts that have some, for a log."""
+    prompts = contact_sheet.by_prompt(self.rows, self.images)[:count]
+    return [contact_sheet.panel(rows, self.images) for rows in prompts]
+
+  def table(self, reward: str) -> str:
+    """Markdown: a line a mode, means by category, and over all with the interval."""
+    rows = [row for row in self.rows if reward in row.rewards]
+    categories = list(dict.fromkeys(row.category for row in rows))
+    categories = [] if len(categories) < 2 else categories
+    lines = [[reward, *categories, "all", "95 %", "prompts"], ["---"] * (4 + len(categories))]
+    for mode in dict.fromkeys(row.mode for row in rows):
+      cells = [self._scores(mode, reward, category) for category in categories]
+      mean, low, high = self.interval(mode, reward)
+      lines.append([
+        mode, *[f"{np.mean(scores):z.2f}" if scores else "" for scores in cells], f"{mean:z.3f}",
+        "" if math.isnan(low) else f"{low:z.3f} to {high:z.3f}",
+        str(len(self._scores(mode, reward))),
+      ])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+  def save(
+    self, folder: pathlib.Path | str, title: str, *, about: Mapping[str, Any] | None = None,
+    tables: Sequence[str] | None = None,
+  ) -> None:
+    """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
+
+    Args:
+      folder: made where it is missing.
+      title: of results.md and of the sheet.
+      about: further members of results.json.
+      tables: Markdown; None: `table` of each reward.
+
+    Raises:
+      InputError: the folder cannot be written to; Storage where trying again may help.
+    """
+    folder = files.path(folder)
+    record = {"title": title, "modes": self.modes, **(about or {})}
+    record["rows"] = [dataclasses.asdict(row) for row in self.rows]
+    tables = list(map(self.table, self.rewards)) if tables is None else tables
+    shown = [row for row in self.rows if not row.k and (row.number or 0) < ON_SHEET]
+    with errors.storage(folder):
+      older = older_pictures(folder)
+      if not (isinstance(self.images, Pictures) and self.images.folder == folder):
+        Pictures(folder).update(self.images)
+      kept = {folder / name for name in self.images}
+      if any(row.image in self.images for row in shown):
+        sheet = contact_sheet.draw(title, shown, self.images)
+        atomic.write(folder / SHEET, lambda aside: sheet.save(aside, format="PNG"))
+        kept.add(folder / SHEET)
+      folder.mkdir(parents=True, exist_ok=True)
+      atomic.write_text(folder / "results.md", "\n".join([f"# {title}\n", *tables]))
+      atomic.write_text(
+        folder / FINISHED, json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+      )
+      for path in older - kept:
+        path.unlink(missing_ok=True)
+
+
+def older_pictures(folder: pathlib.Path) -> set[pathlib.Path]:
+  """The pictures of an evaluation that was saved in a folder."""
+  if not (folder / FINISHED).exists():
+    return set()
+  pictures = {path for path in folder.glob("images/*.png") if _PICTURE.fullmatch(path.name)}
+  return pictures | {folder / SHEET}
+
+
+class Unfinished:
+  """The rows of an evaluation that is under way, in FOLDER/unfinished.jsonl.
+
+  The first line says what it is of; each other has the rows of a batch, whose pictures are on disk
+  by then. So a program that was killed finds all batches but the one that it was at.
+  """
+
+  def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
+    """Reads what an earlier program of the same evaluation left.
+
+    Raises:
+      InputError: that is of another evaluation, which would be lost.
+    """
+    self._folder, self._path = folder, folder / UNFINISHED
+    self._about = json.loads(json.dumps(about))
+    self.rows: list[Row] = []
+    before, batches = _read_unfinished(self._path)
+    if not batches:
+      return
+    for key in self._about | before:
+      if before.get(key) != self._about.get(key):
+        raise errors.InputError(
+          f"--out={folder} holds an unfinished evaluation of {key}="
+          f"{errors.shown(before.get(key))}, not {errors.shown(self._about.get(key))}: end it with "
+          f"the flags that it began with, give another --out, or delete {self._path}"
+        )
+    self._batches = batches
+    self.rows = [Row(**row) for batch in batches for row in batch]
+
+  def begin(self) -> None:
+    """Writes what there is; a line that was cut off by a kill ends here."""
+    with errors.storage(self._folder):
+      self._folder.mkdir(parents=True, exist_ok=True)
+      atomic.remove_unfinished(self._folder / "images")
+      batches = self._batches if self.rows else []
+      lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in (self._about, *batches)]
+      atomic.write_text(self._path, "".join(lines))
+
+  def add(self, rows: Sequence[Row]) -> None:
+    """Keeps the rows of a batch; the first takes the place of an older evaluation's results."""
+    with errors.storage(self._folder):
+      for name in (FINISHED, "results.md", "benchmarks.json"):
+        (self._folder / name).unlink(missing_ok=True)
+      text = json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
+      files.append_text(self._path, text + "\n")
+
+  def end(self) -> None:
+    """After the results were saved."""
+    with errors.storage(self._folder):
+      self._path.unlink(missing_ok=True)
+
+
+def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+  """What an evaluation was of, and its batches; ({}, []) where there are none."""
+  if not path.exists():
+    return {}, []
+  with errors.storage(path, "read"):
+    text = path.read_text(encoding="utf-8", errors="replace")
+  whole = text.split("\n")[:-1]  # What follows the last end of a line was cut off by a kill.
+  try:
+    about, *batches = [json.loads(line) for line in whole] or [{}]
+  except ValueError:
+    raise errors.InputError(f"{path}: damaged; delete it to begin the evaluation anew") from None
+  return about, batches
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
+  """What an evaluation was of (members of results.json), and its rows; of an unfinished one as far
+  as it came; None where the folder holds none.
+
+  Raises:
+    InputError: its file is damaged.
+  """
+  path = folder / FINISHED
+  if not path.exists():
+    about, batches = _read_unfinished(folder / UNFINISHED)
+    return (about, [Row(**row) for batch in batches for row in batch]) if batches else None
+  try:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record, [Row(**row) for row in record.pop("rows")]
+  except (ValueError, KeyError, TypeError) as error:
+    raise errors.InputError(
+      f"{path}: not the results of an evaluation ({errors.first_line(error)})"
+    ) from None

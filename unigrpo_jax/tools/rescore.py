@@ -1,0 +1,247 @@
+"""What `unigrpo_jax.evaluate` does without jax: scores of pictures that exist, tables, files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from unigrpo_jax import errors, rewards
+from unigrpo_jax.benchmarks import geneval, measured, official, ta
+from unigrpo_jax.benchmarks import results as results_lib
+from unigrpo_jax.data import atomic, files, locks, progress
+from unigrpo_jax.data import prompts as prompts_lib
+from unigrpo_jax.geneval import prompts as geneval_prompts
+from unigrpo_jax.rewards import arguments
+from unigrpo_jax.rewards import iconworld as iconworld_rewards
+
+# What says how pictures are drawn, and so nothing about those that exist.
+_OF_DRAWING = ("adapter", "samples", "modes", "size", "keep_official")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Scores the pictures of --images, or summarises --geneval_results."""
+  check_out(args.out)
+  with locks.hold(locks.inside(args.out), f"--out={args.out}"):
+    if args.geneval_results is not None:
+      rows = official.read_results(args.geneval_results)
+      finish(
+        args.out, results_lib.Results(rows, {}), of=f"GenEval's own script, {args.geneval_results}",
+        about={}, settings={}, names=["geneval"], of_geneval=True,
+      )
+    else:
+      score_pictures(args)
+
+
+def score_pictures(args: argparse.Namespace) -> None:
+  """Scores the pictures of --images and writes their results into --out."""
+  for name in _OF_DRAWING:
+    if getattr(args, name) is not None:
+      raise errors.InputError(f"--{name} is of drawing; --images={args.images} draws nothing")
+  about, rows = read_pictures(args.images, args.prompts)
+  if args.out.absolute() == args.images.absolute():
+    raise errors.InputError(
+      f"--out={args.out} has the results of --images already; give another folder"
+    )
+  of_iconworld = about.get("prompts_from") == prompts_lib.ICONWORLD
+  scorer = make_scorer(args)
+  if scorer is None and not of_iconworld:
+    raise errors.InputError(
+      f"--images={args.images} needs --rewards, such as geneval; see docs/rewards.md"
+    )
+  observers = make_exam(args, rows, of_iconworld)
+  made: list[results_lib.Row] = []
+  with progress.bar(len(rows), "scoring", unit="pictures") as bar:
+    for start in range(0, len(rows), args.batch_size):
+      batch = rows[start : start + args.batch_size]
+      samples = [
+        rewards.Sample(
+          row.prompt, results_lib.read_picture(args.images / row.image), row.text, row.metadata
+        ) for row in batch
+      ]
+      if scorer is None:
+        scores = iconworld_rewards.score(samples)
+        details: list[dict[str, Any]] = [{} for _ in batch]
+      else:
+        given = scorer.submit(samples).scores()
+        scores = {name: part.values for name, part in given.items()}
+        details = [
+          {name: detail for name, part in given.items() if (detail := part.detail(i))}
+          for i in range(len(batch))
+        ]
+      batch = results_lib.scored(batch, scores, details)
+      for observer in observers:
+        observer(batch, samples)
+      made += batch
+      bar.update(len(batch))
+  place = str(args.images.resolve())
+  if not files.is_object(args.out):
+    place = os.path.relpath(place, args.out.resolve())
+  made = [dataclasses.replace(row, image=os.path.join(place, row.image)) for row in made]
+  pictures = results_lib.Pictures(args.out, [row.image for row in made])
+  reasons: dict[str, list[str]] = {}
+  settings: dict[str, dict[str, Any]] = {}
+  if scorer is not None:
+    settings = scorer.settings()
+    scorer.close()
+    reasons = {name: [of.last] if of.last else [] for name, of in scorer.failures.items()}
+    print_failures(reasons, made)
+  finish(
+    args.out, results_lib.Results(made, pictures),
+    of=f"{about.get('of', 'pictures')}, scored again of {args.images}",
+    about=about | {"images_from": str(args.images), "rewards": args.rewards},
+    settings=settings, observers=observers,
+    names=list(reasons), of_geneval=not of_iconworld and measured.is_geneval(made),
+  )
+
+
+def read_pictures(
+  folder: pathlib.Path, prompts: int | None
+) -> tuple[dict[str, Any], list[results_lib.Row]]:
+  """What an evaluation was of ({} of pictures that none made), and the rows of its first `prompts`
+  that have a picture.
+
+  Raises:
+    InputError: there are none.
+  """
+  if not folder.is_dir():
+    raise errors.InputError(f"--images={folder}: no such folder")
+  about, rows = results_lib.read(folder) or ({}, official.read(folder))
+  rows = [row for row in rows if row.image is not None]
+  if prompts is not None:
+    rows = [row for row in rows if (row.number or 0) < prompts]
+  if not rows:
+    raise errors.InputError(
+      f"--images={folder}: its results have no pictures; evaluate with --keep=all keeps them"
+    )
+  return about, rows
+
+
+def check_out(folder: pathlib.Path) -> None:
+  """Refuses a folder that cannot be written to, before anything is drawn."""
+  if folder.exists() and not folder.is_dir():
+    raise errors.InputError(f"--out={folder} is a file; give a folder")
+  with errors.at(f"--out={folder}"):
+    atomic.probe(folder / results_lib.FINISHED)
+
+
+def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
+  """The rewards of `--rewards`; None without."""
+  if args.rewards is None:
+    if args.reward_options != "{}":
+      raise errors.InputError("--reward_options needs --rewards")
+    return None
+  made = arguments.make(args.rewards, args.reward_options)
+  return rewards.Scorer(made, dict.fromkeys(made, 1.0))
+
+
+def make_exam(
+  args: argparse.Namespace, prompts: Sequence[Any], of_iconworld: bool
+) -> list[results_lib.Observe]:
+  """What answers exam points, where prompts (of `prompt` and `metadata`) have some.
+
+  Raises:
+    InputError: they have, and no judge; or some have none.
+  """
+  has_points = any("points" in one.metadata for one in prompts)
+  ask = None
+  if args.points_judge is not None:
+    from unigrpo_jax.tools import points_judge  # Imports jax.
+
+    ask = points_judge.open_ask(args.points_judge)
+  if ask is None and has_points and args.rewards is None:
+    raise errors.InputError(
+      f"{args.prompts_from} has exam points; give the folder of a model to answer them as "
+      "--points_judge"
+    )
+  if ask is None and (has_points or not of_iconworld):
+    return []
+  for one in prompts:
+    ta.points_of(one.prompt, one.metadata)
+  return [ta.Exam(ask)]
+
+
+def rewriter(prompts: Sequence[Any]) -> str:
+  """What a title says of GenEval's prompts in other words; "" of others."""
+  different = {json.dumps(one.metadata): (one.prompt, one.metadata) for one in prompts}
+  rewritten = geneval_prompts.is_rewritten(different.values())
+  return "; prompts by a rewriter, not GenEval's own" if rewritten else ""
+
+
+def print_failures(
+  reasons: Mapping[str, Sequence[str]], rows: Sequence[results_lib.Row]
+) -> None:
+  """Prints how many pictures have no score by the rewards, and why: the first reason of each."""
+  for name, texts in reasons.items():
+    if count := sum(name not in row.rewards for row in rows):
+      print(f"note: reward {name} did not score {count} pictures: {[*texts, 'unknown'][0]}")
+
+
+def finish(
+  out: pathlib.Path, found: results_lib.Results, *, of: str, about: Mapping[str, Any],
+  settings: Mapping[str, Mapping[str, Any]], names: Sequence[str], of_geneval: bool,
+  observers: Sequence[results_lib.Observe] = (),
+) -> None:
+  """Writes and prints the results.
+
+  Args:
+    out: their folder.
+    found: of an evaluation.
+    of: the title, less what the rewards' settings add.
+    about: further members of results.json.
+    settings: {reward: what changes its scores}.
+    names: of the rewards that were asked for.
+    of_geneval: the prompts are GenEval's: tables have its form.
+    observers: see `measured.by_mode`.
+  """
+  names = list(dict.fromkeys([*names, *found.rewards]))
+  by_mode = measured.by_mode(found, *observers, names=names if of_geneval else None)
+  tables = []
+  for name in names:
+    head = f"{name}: {describe(settings[name])}\n\n" if settings.get(name) else ""
+    if of_geneval:
+      of_mode = {mode: made[name] for mode, made in by_mode.items()}
+      tables += [f"## {name}, {mode}\n\n{head}{made.table()}" for mode, made in of_mode.items()]
+    elif name in found.rewards:
+      tables.append(head + found.table(name))
+      of_mode = {mode: _all(found, mode, name) for mode in found.modes}
+    else:
+      continue
+    tables += filter(None, [geneval.best_of_table(name, of_mode)])
+  said = [f"{name}: {describe(of_reward)}" for name, of_reward in settings.items()]
+  found.save(
+    out, "; ".join([of, *said]), tables=tables,
+    about={**about, "of": of, "settings": dict(settings)},
+  )
+  write_benchmarks(out, by_mode)
+  print("\n" + "\n".join(tables))
+  print(f"wrote {out}")
+
+
+def _all(found: results_lib.Results, mode: str, name: str) -> geneval.Summary:
+  """The summary of a mode's rows that have a reward, all of one category."""
+  rows = [row for row in found.rows if row.mode == mode and name in row.rewards]
+  return geneval.summary(
+    [row.rewards[name] for row in rows], [""] * len(rows), [row.key for row in rows]
+  )
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+  """A reward's settings in a line."""
+  return ", ".join(
+    f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+    for key, value in settings.items()
+  )
+
+
+def write_benchmarks(out: pathlib.Path, by_mode: Mapping[str, Any]) -> None:
+  """Writes benchmarks.json; removes an older one where there is nothing to say."""
+  with errors.storage(out):
+    if by_mode:
+      atomic.write_text(out / "benchmarks.json", measured.to_json(by_mode))
+    else:
+      (out / "benchmarks.json").unlink(missing_ok=True)
