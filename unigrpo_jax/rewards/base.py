@@ -79,8 +79,8 @@ class Scores:
 # Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
 # called from another thread, makes calls return soon; `fingerprint`, text that other scores would
 # change: a run that continues with another is refused; `settings`, {name: JSON}, what changes a
-# score; `joint`, what rewards have in common of which `score_together(rewards, samples)` of any gives the
-# `Scores` of all.
+# score; `joint`, what rewards have in common of which `score_together(rewards, samples)` of any
+# gives the `Scores` of all.
 Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
