@@ -29,7 +29,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.prompts = ConfigDict()
   config.prompts.source = "iconworld"  # 10,000 of its prompts; or a file or set, unigrpo_jax.data
   config.prompts.split = "train"  # of the prompt set
-  config.prompts.held_out_tags = ()  # such as ("counting",): prompts that training leaves out
+  config.prompts.held_out_tags = ""  # "counting,position": prompts that training leaves out
   config.prompts_per_step = 32  # of all hosts together
   config.group_size = 24  # trajectories a prompt
 

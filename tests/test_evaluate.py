@@ -141,8 +141,7 @@ def test_rewards_of_the_users_own(golden, tmp_path, capsys):
   assert "| brightness |" in out and "not scored" not in out
 
 
-@pytest.mark.parametrize("torn", ["", '[{"mode": "pl'])
-def test_a_killed_evaluation_continues_as_if_it_had_not_been(golden, tmp_path, monkeypatch, torn):
+def test_a_killed_evaluation_continues_as_if_it_had_not_been(golden, tmp_path, monkeypatch):
   """Bit for bit: batches that are on disk are not drawn again."""
   path = tmp_path / "mine.jsonl"
   demand = {"tag": "colors", "include": [{"class": "cow", "count": 1}]}
@@ -169,18 +168,17 @@ def test_a_killed_evaluation_continues_as_if_it_had_not_been(golden, tmp_path, m
     evaluate.main(arguments("killed"))
   kept = tmp_path / "killed" / "unfinished.jsonl"
   with kept.open("a") as file:
-    file.write(torn)
+    file.write('[{"mode": "pl')
   (tmp_path / "killed_official/00001/samples/.0000.png.0123abcd").touch()
   message = refusal(evaluate.main, arguments("killed", "--seed=1"))
   assert "holds an unfinished evaluation of seed=0, not 1" in message
-  message = refusal(evaluate.main, arguments("killed", "--checkpoint=tiny"))
-  assert "not" in message and kept.read_text().count("\n") == 2
+  assert kept.read_text().count("\n") == 2
   drawn, run = [], pipeline.Pipeline.run
   monkeypatch.setattr(
     pipeline.Pipeline, "run", lambda self, batch: drawn.append(batch.real) or run(self, batch)
   )
   evaluate.main(arguments("killed"))
-  assert drawn == [2, 2]
+  assert drawn == [4]  # The second of two batches, filled up: so many the devices share evenly.
   for name in ("", "_official"):
     files = {
       str(path.relative_to(tmp_path / f"whole{name}")): path

@@ -97,7 +97,7 @@ class PromptSet:
     kept = [record for record in records if record[1].get("tag") not in tags]
     if not kept:
       raise errors.InputError(
-        f"config.prompts.held_out_tags={tuple(tags)} are all tags of the prompts; leave one out"
+        f"config.prompts.held_out_tags={','.join(tags)} are all tags of the prompts; leave one out"
       )
     return PromptSet(kept)
 

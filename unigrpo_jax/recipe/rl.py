@@ -45,7 +45,7 @@ DEFAULTS = {
   "flow.anchor_weight": 0.0, "flow.anchor_decay": 0.3, "flow.anchor_rise": 0.001,
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1,
-  "prompts.held_out_tags": (),
+  "prompts.held_out_tags": "",
   "refl.reward_model": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
   "refl.sft_config": "", "refl.gradient_steps": 1, "refl.direct_align": False,
@@ -54,7 +54,7 @@ _COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
 _TIMES = checks.Several(checks.Number(), 2)
 KEYS: checks.Keys = {
   "prompts.source": checks.Text(), "prompts.split": checks.Text(), "prompts_per_step": _COUNT,
-  "prompts.held_out_tags": checks.Several(checks.Text()),
+  "prompts.held_out_tags": checks.Text(),
   "group_size": _COUNT, "rewards": checks.Table(checks.Number()),
   "reward_options": checks.Table(checks.Table(checks.Json())), "reward.threads": _COUNT,
   "reward.normalise": checks.Flag(), "reward.max_failed_fraction": checks.Number(low=0, high=1),
@@ -317,7 +317,7 @@ def read(config: ConfigDict) -> Spec:
     ),
     optimizer=sections.optimizer(c, c.steps * c.epochs * c.minibatches),
     prompts=PromptsSpec(
-      c.prompts.source, c.prompts.split, c.prompts_per_step, tuple(c.prompts.held_out_tags)
+      c.prompts.source, c.prompts.split, c.prompts_per_step, tuple(filter(None, c.prompts.held_out_tags.split(",")))
     ),
     rewards=sections.fill(
       RewardsSpec, c.reward, weights=c.rewards.to_dict(), options=c.reward_options.to_dict()
