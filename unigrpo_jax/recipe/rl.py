@@ -317,7 +317,8 @@ def read(config: ConfigDict) -> Spec:
     ),
     optimizer=sections.optimizer(c, c.steps * c.epochs * c.minibatches),
     prompts=PromptsSpec(
-      c.prompts.source, c.prompts.split, c.prompts_per_step, tuple(filter(None, c.prompts.held_out_tags.split(",")))
+      c.prompts.source, c.prompts.split, c.prompts_per_step,
+      tuple(filter(None, c.prompts.held_out_tags.split(","))),
     ),
     rewards=sections.fill(
       RewardsSpec, c.reward, weights=c.rewards.to_dict(), options=c.reward_options.to_dict()
