@@ -33,7 +33,7 @@ ORDER = (
 )
 ENTRY_POINTS = {
   "train", "generate", "evaluate", "convert", "export", "build", "report", "compare", "bench",
-  "plan", "reward_model",
+  "plan", "reward_model", "serve",
 }
 LIBRARIES = {
   "terminal": set(),
@@ -144,5 +144,5 @@ def test_there_are_few_rooms_and_arrows(capsys):
     print(f"\n{len(rooms)} rooms, {len(arrows)} arrows")
     for room in sorted(rooms):
       print(f"  {room:12} -> {' '.join(sorted(b for a, b in arrows if a == room))}")
-  assert len(rooms) <= 30
+  assert len(rooms) <= 31
   assert len(arrows) <= 130

@@ -80,6 +80,17 @@ def test_logp_is_the_log_softmax_at_the_sampling_temperature(temperature):
   np.testing.assert_allclose(logp, want, rtol=1e-6)
 
 
+def test_the_likeliest_tokens_of_each_place_are_recorded():
+  rollout, _ = _sample([[1, 2, END] + [5] * 9, [END] + [5] * 11], 4, top=2)
+  plain, _ = _sample([[1, 2, END] + [5] * 9, [END] + [5] * 11], 4)
+  assert rollout.ids.tolist() == plain.ids.tolist() and plain.top_ids is None
+  assert rollout.top_ids.shape == rollout.top_logp.shape == (2, 4, 2)
+  assert rollout.top_ids[0, :3].tolist() == [[1, 0], [2, 0], [END, 0]]
+  assert rollout.top_ids[1, 0].tolist() == [END, 0]
+  expected = np.array([50.0, 0.0]) - np.log(np.exp(50.0) + 9)
+  np.testing.assert_allclose(rollout.top_logp[0, 0], expected, atol=1e-5)
+
+
 def test_greedy_takes_the_lowest_id_among_ties():
   ids, logp = text.sample_tokens(jnp.array([[0.0, 2.0, 2.0]]), _keys([0]), 0.0)
   assert ids.tolist() == [1]

@@ -94,6 +94,10 @@ class TextRollout:
   logp: chex.Array  # at the sampling temperature, [B, T] float32; 0 beyond the end
   mask: chex.Array  # True where a token was sampled, [B, T] bool
   finished: chex.Array  # True where the row ended by its terminator, [B] bool; False: cut at T
+  # Where they are asked for: the K likeliest ids before each sampled token, and their
+  # log-probabilities at temperature 1, [B, T, K] int32 and float32; without meaning beyond the end.
+  top_ids: chex.Array | None = None
+  top_logp: chex.Array | None = None
 
 
 @struct.dataclass

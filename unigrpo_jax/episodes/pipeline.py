@@ -34,6 +34,8 @@ class Result:
   ids: tuple[int, ...]  # its sampled ids, the terminator included
   finished: bool  # False when the text was cut at `max_tokens`
   image: np.ndarray | None  # [H, W, 3] uint8
+  # Of each id, where `Settings.top` asks for them: the likeliest (id, log-probability) pairs.
+  top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Pipeline:
@@ -136,9 +138,13 @@ class Pipeline:
     if rows.text is None:
       return Result(text=None, ids=(), finished=True, image=image)
     ids, mask = rows.text.ids[row], rows.text.mask[row]
+    top: tuple[Any, ...] = ()
+    if rows.text.top_ids is not None:
+      pairs = zip(rows.text.top_ids[row][mask].tolist(), rows.text.top_logp[row][mask].tolist())
+      top = tuple(tuple(zip(*pair)) for pair in pairs)
     return Result(
       text=rows.texts[row], ids=tuple(int(i) for i in ids[mask]),
-      finished=bool(rows.text.finished[row]), image=image,
+      finished=bool(rows.text.finished[row]), image=image, top=top,
     )
 
   @contextlib.contextmanager

@@ -87,7 +87,7 @@ def fork(model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: i
 
 @functools.partial(
   jax.jit, static_argnums=0, donate_argnames=("context",),
-  static_argnames=("start_id", "end_id", "max_tokens", "temperature", "on_step"),
+  static_argnames=("start_id", "end_id", "max_tokens", "temperature", "top", "on_step"),
 )
 def decode_text(
   model: bagel_lib.Bagel, params, context: types.Context, keys, active, **options

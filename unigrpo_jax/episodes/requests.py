@@ -54,6 +54,7 @@ class Settings:
     guidance: classifier-free guidance.
     temperature: of sampled text; 0 is greedy.
     max_tokens: most tokens of reasoning or answer.
+    top: how many of the likeliest tokens are recorded beside each sampled one.
   """
 
   think: bool = False
@@ -63,6 +64,7 @@ class Settings:
   guidance: flow.Guidance = flow.Guidance()
   temperature: float = 0.3
   max_tokens: int = 1000
+  top: int = 0
 
   def __post_init__(self):
     errors.require("num_timesteps", self.num_timesteps, low=2)

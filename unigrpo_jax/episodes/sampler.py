@@ -126,7 +126,7 @@ class Sampler:
       ),
       decode_text=bind(
         programs.decode_text, self.model, start_id=tokenizer.im_start, end_id=tokenizer.im_end,
-        max_tokens=s.max_tokens, temperature=s.temperature,
+        max_tokens=s.max_tokens, temperature=s.temperature, top=s.top,
         on_step=_step_reporter(progress, "decode", s.max_tokens),
       ),
       denoise=bind(

@@ -33,8 +33,10 @@ MUTABLE_KEYS = {
   "remat", "pictures_every",
 }
 # Of served rewards: where they are and how they are asked, not what is asked.
+SERVED = ("http", "judge", "unirl", "flow_factory")
 ENDPOINT_KEYS = (
-  "url", "timeout", "retries", "backoff", "outage", "batch_size", "token", "token_env"
+  "url", "timeout", "retries", "backoff", "outage", "batch_size", "token", "token_env", "key_env",
+  "workers", "deadline", "probe",
 )
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
@@ -384,7 +386,7 @@ def _call_keys(config: ConfigDict) -> set[str]:
   """Options of rewards that say how they are called, not what they score."""
   return {
     f"reward_options.{name}.{key}" for name, options in config.reward_options.items()
-    for key in ("time_limit", *(ENDPOINT_KEYS if options.get("kind", name) == "http" else ()))
+    for key in ("time_limit", *(ENDPOINT_KEYS if options.get("kind", name) in SERVED else ()))
   }
 
 

@@ -1,7 +1,7 @@
 """Rewards of finished samples, on the host: what scores an image, and threads that run it."""
 
 # These register their rewards.
-from unigrpo_jax.rewards import geneval, http, iconworld, ocr, protocols  # noqa: F401
+from unigrpo_jax.rewards import geneval, http, iconworld, judge, ocr, protocols  # noqa: F401
 from unigrpo_jax.rewards.base import Reward, Sample, Scores, evaluate, make, names, register
 from unigrpo_jax.rewards.scorer import RESERVED, Failure, Scorer
 

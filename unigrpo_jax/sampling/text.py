@@ -40,7 +40,7 @@ def sample_tokens(logits, keys, temperature: float):
 
 def sample(
   step_fn: StepFn, context: Any, *,
-  keys, start_id: int, end_id: int, max_tokens: int, temperature: float, active=None,
+  keys, start_id: int, end_id: int, max_tokens: int, temperature: float, active=None, top: int = 0,
   on_step: Callable[[chex.Array], None] | None = None,
 ) -> tuple[types.TextRollout, Any]:
   """Samples until every row has ended, and leaves each row's text closed in its context.
@@ -56,6 +56,7 @@ def sample(
     keys: [B] typed PRNG keys; token i of a row uses its key folded with i.
     max_tokens: most tokens sampled a row, the terminator included.
     active: rows that take part, [B] bool; None: all of them.
+    top: how many of the likeliest tokens are recorded beside each sampled one; 0: none.
     on_step: called on the host with the number of tokens sampled so far.
 
   Returns:
@@ -67,6 +68,9 @@ def sample(
   blank = types.TextRollout(
     ids=table(jnp.int32), logp=table(jnp.float32), mask=table(bool), finished=jnp.zeros(rows, bool)
   )
+  if top:
+    likeliest = lambda dtype: jnp.zeros((rows, max_tokens, top), dtype)
+    blank = blank.replace(top_ids=likeliest(jnp.int32), top_logp=likeliest(jnp.float32))
 
   def feed_and_sample(state):
     context, feed, active, step, out = state
@@ -77,9 +81,19 @@ def sample(
     sampled = active & ~ended & (step < max_tokens)
     at = jnp.minimum(step, max_tokens - 1)
     put = lambda table, new: table.at[:, at].set(jnp.where(sampled, new, table[:, at]))
-    out = types.TextRollout(
+    finished = out.finished | (sampled & (ids == end_id))
+    if top:
+      values, likeliest = jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), top)
+      # A step that samples nothing any more would write over the last one's.
+      at_top = lambda table, new: table.at[:, at].set(
+        jnp.where(sampled[:, None], new, table[:, at])
+      )
+      out = out.replace(
+        top_ids=at_top(out.top_ids, likeliest), top_logp=at_top(out.top_logp, values)
+      )
+    out = out.replace(
       ids=put(out.ids, ids), logp=put(out.logp, logp), mask=put(out.mask, sampled),
-      finished=out.finished | (sampled & (ids == end_id)),
+      finished=finished,
     )
     if on_step is not None:
       jax.debug.callback(on_step, step)

@@ -56,7 +56,7 @@ class Options:
 
   Attributes:
     form: one of `FORMS`.
-    template: a name or a file; "" for the form's own.
+    template: a name or a file; "" for the form's own; of `points` it serves all kinds of answers.
     metric: the axis of a form that has several; "" for their (weighted) mean.
     aggregate: of the credits of points: one of `AGGREGATES`.
     use_needs: whether a point whose need is not met counts as not met.
@@ -188,13 +188,9 @@ class _Points(_Exam):
   def __init__(self, options: Options):
     super().__init__(options)
     self.soft = options.form == "points_soft"
-    first = "one_word" if self.soft else "yes_no"
-    names = dict.fromkeys(_BY_WORD, "one_word") if self.soft else {name: name for name in _BY_WORD}
-    names["yes_no"] = options.template or first
-    if self.soft and options.template:
-      names = dict.fromkeys(_BY_WORD, options.template)
-    opened = {name: self._open(name, "question") for name in dict.fromkeys(names.values())}
-    self._by_kind = {kind: opened[name] for kind, name in names.items()}
+    one = options.template or ("one_word" if self.soft else "")
+    opened = {name: self._open(name, "question") for name in ([one] if one else _BY_WORD)}
+    self._by_kind = {kind: opened[one or kind] for kind in _BY_WORD}
 
   def questions(self, sample):
     return [self._question(sample, point) for point in _exam(sample)]

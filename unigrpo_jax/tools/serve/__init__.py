@@ -1,0 +1,1 @@
+"""A BAGEL that answers requests of the OpenAI protocol."""
