@@ -167,6 +167,14 @@ def test_a_run_ended_again_and_again_continues(network, tmp_path, seed):
   assert {2, STEPS} <= set(_kept(tmp_path))
 
 
+def test_what_a_stop_before_the_first_step_saves_is_not_kept_for_good(network, tmp_path):
+  spec = _spec(keep_every=2, checkpoint_every=2)
+  _run_until_end(network, tmp_path, spec, stop_at=3)
+  assert _kept(tmp_path) == [0]
+  _train(network, tmp_path, spec)
+  assert _kept(tmp_path) == [2, 4, STEPS]
+
+
 def test_a_made_up_evaluation_counts_for_the_best(network, tmp_path):
   """The stop within it saves the state; where it is the best the checkpoint stays."""
   stopped = _run_until_end(network, tmp_path, _spec(), stop_at=7)

@@ -145,7 +145,7 @@ class TrainCheckpoints:
 
     Args:
       keep: how many of the latest stay; None for all.
-      every: the steps that are multiples of it stay as well; 0 for none.
+      every: the steps that are multiples of it stay as well, but for step 0; 0 for none.
       score: of a step or None, asked at every save, the same on all hosts. The best one stays.
       clean: removes what a killed save left behind; not where another process may be saving.
     """
@@ -156,7 +156,7 @@ class TrainCheckpoints:
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
     if every:
-      kept.append(policies.EveryNSteps(every))
+      kept.append(_Multiples(every))
     if score is not None:
       kept.append(_Best(score))
     self._kept = policies.AnyPreservationPolicy(kept)
@@ -363,6 +363,16 @@ class _ReadableNames:
         self.unreadable[found.step] = first_line(error)
       else:
         yield found
+
+
+class _Multiples:
+  """Orbax's policy of what stays: steps that are multiples; not 0, which a stop may have saved."""
+
+  def __init__(self, every: int):
+    self._every = every
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    return [info.step > 0 and info.step % self._every == 0 for info in checkpoints]
 
 
 class _Best:
