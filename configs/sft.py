@@ -156,11 +156,11 @@ def reward_model(config: ConfigDict) -> None:
 
 def tiny_reward_model(config: ConfigDict) -> None:
   """A reward model of IconWorld: all of the embedded BAGEL that reads pictures and words."""
-  config.steps = 2000
+  config.steps = 4000
   config.sequences_per_step = config.microbatch = 96
   config.noise_draws = 1
   config.limits.update(dict(tokens=56, labels=4, images=96, clean=1, latents=1))
   for group in ("gen", "latent"):
     config.learning_rate[group] = 0.0
   for group in ("und", "text", "vit"):
-    config.learning_rate[group] = 1e-3
+    config.learning_rate[group] = 3e-4
