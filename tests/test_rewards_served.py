@@ -75,20 +75,6 @@ def test_as_many_requests_are_in_flight_as_there_are_workers(scripted):
   assert len(server.seen) == 48 and max(most) == 8
 
 
-@pytest.mark.slow
-def test_the_time_of_768_samples_with_one_worker_and_with_eight(scripted):
-  def late(body):
-    time.sleep(0.05)
-    return shared.right(body)
-
-  seconds = {}
-  for workers in (1, 8):
-    start = time.monotonic()
-    shared.client(scripted((200, late)).url, workers=workers)(shared.numbered(256) * 3)
-    seconds[workers] = time.monotonic() - start
-  print(seconds)
-
-
 def test_chunks_that_have_not_begun_are_not_tried_without_a_server(scripted):
   server = scripted(AWAY)
   scores = shared.client(server.url, retries=0, batch_size=1, workers=2)(shared.numbered(50))
