@@ -8,7 +8,8 @@ Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and I
 `cfg` (classifier-free guidance in rollout and training, the paper's first ablation), `latent_kl`
 and `no_regulariser` (its second); `fpo`, `awm` and `nft` (the drawing alone, without reasoning, by
 objectives that noise the finished image again) and `unifpo` (UniGRPO with FPO for the drawing);
-and of tasks, prompts with their reward, `ocr` (text in pictures).
+and of tasks, prompts with their reward, `ocr` (text in pictures), `geneval` (objects, counts,
+colours and places, by a served detector) and `judge` (P(yes) of a served vision-language model).
 """
 
 from ml_collections import ConfigDict
@@ -43,6 +44,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.reward.threads = 4  # samples are scored while the devices go on
   config.reward.normalise = False  # each reward within its group, before they are summed
   config.reward.max_failed_fraction = 0.5  # of an iteration's samples; more stop the run
+  config.reward.watch_images = True  # log their statistics; warn where a rising reward changes them
   config.advantage = ConfigDict()
   config.advantage.std = "group"  # divide by that of the "group", of the "batch", or "none"
   config.advantage.ddof = 0  # 1: squares over n - 1
@@ -313,8 +315,17 @@ def geneval(config: ConfigDict) -> None:
     dict(geneval=dict(kind="http", url="http://127.0.0.1:8901", reward="geneval")))
 
 
+def judge(config: ConfigDict) -> None:
+  """A served vision-language model's P(yes) that the picture shows the prompt; docs/judge.md."""
+  config.prompts.source, config.eval.source = "geneval_train", "geneval"
+  config.eval.prompts = 553
+  config.rewards = ConfigDict(dict(judge=1.0))
+  config.reward_options = ConfigDict(
+    dict(judge=dict(url="http://127.0.0.1:8000/v1", form="p_yes")))
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
-  "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr,
-  "geneval": geneval,
+  "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr, "geneval": geneval,
+  "judge": judge,
 }

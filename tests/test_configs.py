@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors, rewards
+from unigrpo_jax.data import prompts
 from unigrpo_jax.recipe import checks, parts, rl, sft
 from unigrpo_jax.runtime import sharding, state
 
@@ -197,6 +198,7 @@ def test_all_combinations_of_variants_can_run(name):
 
 TASKS = {  # their rewards
   "ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}, "geneval": {"geneval": 1.0},
+  "judge": {"judge": 1.0},
 }
 
 
@@ -209,7 +211,8 @@ def test_variants_of_tasks(task, others):
   spec = _read(config)
   assert spec.rewards.weights == TASKS[task]
   assert set(spec.rewards.options) <= set(TASKS[task])
-  assert "iconworld" not in (spec.prompts.source, config.eval.source)
+  for section, split in ((config.prompts, "train"), (config.eval, config.eval.split)):
+    assert section.source != "iconworld" and prompts.GENERATED[section.source].counts[split]
   rest = lambda config: {
     key: value for key, value in _flat(config)
     if not key.startswith(("rewards.", "reward_options.", "prompts.source", "eval."))

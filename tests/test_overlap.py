@@ -94,6 +94,30 @@ def test_the_first_groups_are_shown_with_their_rewards():
   assert second.sheet.ndim == 3 and "| #10 | reward 18, a 9 | thought 9 |" in second.markdown()
 
 
+def test_statistics_and_a_reward_of_weight_0_are_only_logged():
+  """Its failures too: neither a total nor the check knows of them."""
+  first, second = (lambda samples: [0.25] * len(samples)), (lambda samples: [np.nan, *[0.5] * 3])
+  scorer = rewards.Scorer({"first": first, "second": second}, {"first": 2.0, "second": 0.0},
+                          max_failed_fraction=0.0)
+  made = scoring.Scoring(scorer, group_size=2, normalise=False, watch_images=True)
+  images = [np.full((4, 4, 3), value, np.uint8) for value in (0, 255, 9, 9)]
+  read = sampler.HostRows(np.arange(4), None, None, images)
+  given = [types_lib.SimpleNamespace(prompt="a", metadata={})] * 2
+  chunk = made.submit(given, sampler.Episode(None, None, None, read=lambda: read), 0)
+  scores = made.gather([chunk], 2)
+  made.close()
+  np.testing.assert_array_equal(scores.total, [0.5] * 4)
+  metrics = scores.metrics(np.ones(4, bool), 0)
+  assert all(0 <= metrics.pop(f"reward_seconds/{name}") < 60 for name in ("first", "second"))
+  assert metrics == {
+    "reward/first": 0.25, "reward/second": 0.5, "reward/mean": 0.5, "reward/std": 0.0,
+    "reward_std/first": 0.0, "reward_std/second": 0.0, "reward_failed/first": 0.0,
+    "reward_failed/second": 0.25,
+    "images/saturation": 0.0, "images/sharpness": pytest.approx(0, abs=1e-6),
+    "images/clipped": 0.5, "images/diversity": 0.5,
+  }
+
+
 def _hanging():
   """(what scores, a chunk that it waits for, what lets the reward go on)."""
   go = threading.Event()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors, finetune, types
-from unigrpo_jax.benchmarks import scoring, validation
+from unigrpo_jax.benchmarks import monitor, scoring, validation
 from unigrpo_jax.data import files
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import rollout as rollout_lib
@@ -60,7 +60,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
 
   # --- What samples, what scores, what evaluates.
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)
-  rewards = scoring.Scoring(reward_fns, spec.rollout.group_size, spec.rewards.normalise)
+  rewards = scoring.Scoring(
+    reward_fns, spec.rollout.group_size, spec.rewards.normalise, spec.rewards.watch_images
+  )
   with hosts.raise_on_all_hosts():
     evaluation = validation.Validation(
       spec.evaluation, rollout, reward_fns, workdir / "evaluations"
@@ -97,6 +99,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   examples = finetune.examples_beside(
     parts.supervised(spec), network, range(run.step, spec.run.steps)
   )
+  watch = monitor.Watch(workdir / "metrics.jsonl")
   # --- The loop. An error or a signal within it saves the state that the run continues from.
   with contextlib.closing(rewards), examples as next_examples, run:
     run.evaluate(evaluation, train_state)  # before the first step, or what a stop left out
@@ -130,6 +133,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       del experience, pending
       if spec.pictures_every and step % spec.pictures_every == 0:
         metrics |= scores.panels()  # for TensorBoard and W&B
+      metrics |= watch(metrics)  # warns where the images change while the reward rises
       run.commit(train_state, metrics | update_metrics)  # a row of the log
       run.evaluate(evaluation, train_state)  # where it is due; a row of its own
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import rewards
-from unigrpo_jax.benchmarks import contact_sheet, evaluation
+from unigrpo_jax.benchmarks import contact_sheet, evaluation, monitor
 from unigrpo_jax.episodes import sampler
 from unigrpo_jax.rewards import threads
 from unigrpo_jax.runtime import hosts, panels, stopping
@@ -32,6 +32,7 @@ class Pending:
   lengths: np.ndarray | None
   finished: np.ndarray | None
   shown: Mapping[int, rewards.Sample]  # those of `rows` that a panel shows
+  images: futures.Future[Mapping[str, np.ndarray]] | None  # see `monitor.of_images`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Scores:
     weighted: the weighted sum, not normalised, [B] float32.
     group: which prompt each trajectory is of, [B].
     text: {"lengths", "finished"}: of the sampled text, [B] float32; {} without.
+    images: {name: [B] float32}, see `monitor.of_images`; {} where nothing watches them.
     shown: {trajectory: sample} of the first groups, as far as this host has them.
+    seconds: {name: that its calls took}, one after another, on this host.
   """
 
   by_reward: Mapping[str, np.ndarray]
@@ -52,7 +55,9 @@ class Scores:
   weighted: np.ndarray
   group: np.ndarray
   text: Mapping[str, np.ndarray]
+  images: Mapping[str, np.ndarray]
   shown: Mapping[int, rewards.Sample]
+  seconds: Mapping[str, float]
 
   def panels(self) -> dict[str, panels.Panel]:
     """The first groups for a log: pictures side by side, with reasonings and rewards."""
@@ -70,12 +75,21 @@ class Scores:
     }
 
   def metrics(self, valid: np.ndarray, ddof: int) -> dict[str, float]:
-    """Means of each reward; mean and standard deviation of the sum where `valid`, [B] bool."""
+    """Means of each reward and of the images' statistics; mean and standard deviation of the sum
+    where `valid`, [B] bool. Besides, of each reward, its standard deviation, the share of
+    trajectories without a score, and the seconds of its calls.
+    """
     counting = self.weighted[valid]
+    columns = {f"reward/{name}": values for name, values in self.by_reward.items()}
+    columns |= {monitor.PREFIX + name: values for name, values in self.images.items()}
     metrics = {
-      f"reward/{name}": np.nanmean(values) for name, values in self.by_reward.items()
-      if np.isfinite(values).any()
+      name: np.nanmean(values) for name, values in columns.items() if np.isfinite(values).any()
     }
+    for name, values in self.by_reward.items():
+      if np.isfinite(values).any():
+        metrics[f"reward_std/{name}"] = np.nanstd(values)
+      metrics[f"reward_failed/{name}"] = np.isnan(values).mean()
+      metrics[f"reward_seconds/{name}"] = self.seconds.get(name, 0.0)
     metrics |= {
       "reward/mean": counting.mean(), "reward/std": counting.std(ddof=min(ddof, counting.size - 1))
     }
@@ -93,10 +107,15 @@ class Scoring:
   One thread waits for images and words, and hands them to those of the rewards.
   """
 
-  def __init__(self, scorer: rewards.Scorer, group_size: int, normalise: bool):
-    """`normalise`: each reward within its group before they are summed."""
+  def __init__(
+    self, scorer: rewards.Scorer, group_size: int, normalise: bool, watch_images: bool = False
+  ):
+    """`normalise`: each reward within its group before they are summed. `watch_images`: with the
+    statistics of `monitor.of_images`, in a thread of their own.
+    """
     self._scorer, self._group_size, self._normalise = scorer, group_size, normalise
     self._reader = threads.Pool(1, "episodes")
+    self._statistics = threads.Pool(1, "statistics") if watch_images else None
 
   def submit(
     self, prompts: Sequence[Any], episode: sampler.Episode, first: int
@@ -119,7 +138,10 @@ class Scoring:
       prompt = prompts[row // self._group_size]
       text = None if read.texts is None else read.texts[place]
       samples.append(rewards.Sample(prompt.prompt, image, text, prompt.metadata))
-    text = read.text
+    text, images = read.text, None
+    if self._statistics is not None:
+      groups = (read.rows // self._group_size).tolist()
+      images = self._statistics.submit(monitor.of_images, read.images, groups)
     shown = {
       row: sample for row, sample in zip((first + read.rows).tolist(), samples)
       if row < PANELS * self._group_size and row % self._group_size < COLUMNS
@@ -127,7 +149,7 @@ class Scoring:
     return Pending(
       first + read.rows, self._scorer.submit(samples),
       None if text is None else np.float32(text.mask.sum(axis=1)),
-      None if text is None else np.float32(text.finished), shown,
+      None if text is None else np.float32(text.finished), shown, images,
     )
 
   def gather(
@@ -144,6 +166,7 @@ class Scoring:
     with hosts.raise_on_all_hosts():
       pending = [chunk.result() for chunk in chunks]
       scores = [part.scores.result() for part in pending]
+      images = [part.images.result() for part in pending if part.images is not None]
     rows = np.concatenate([part.rows for part in pending])
     total = prompts * self._group_size
     merged = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
@@ -154,17 +177,24 @@ class Scoring:
         name: np.concatenate([getattr(part, name) for part in pending])
         for name in ("lengths", "finished")
       }, total)
+    if images:
+      images = hosts.gather_rows(rows, {
+        name: np.concatenate([part[name] for part in images]) for name in images[0]
+      }, total)
     group = np.repeat(np.arange(prompts), self._group_size)
     result = Scores(
       by_reward, self._scorer.total(by_reward, group, self._normalise),
-      self._scorer.total(by_reward), group, text,
+      self._scorer.total(by_reward), group, text, images or {},
       {row: sample for part in pending for row, sample in part.shown.items()},
+      {name: sum(part.scores.seconds.get(name, 0.0) for part in pending) for name in by_reward},
     )
     check(self._scorer, result.total, group)
     return result
 
   def close(self) -> None:
     self._reader.close()
+    if self._statistics is not None:
+      self._statistics.close()
     self._scorer.close()
     self._reader.join(READ_SECONDS)  # A thread in the middle of a fetch may crash a program's end.
 
@@ -190,19 +220,25 @@ def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool
   end = time.monotonic() + seconds
   if futures.wait(chunks, seconds).not_done:
     return False
-  return all(scores.wait(end - time.monotonic()) for scores in _scores(chunks))
+  return all(_wait(part, end - time.monotonic()) for part in _read(chunks))
+
+
+def _wait(part: Pending, seconds: float) -> bool:
+  images = [] if part.images is None else [part.images]
+  return part.scores.wait(seconds) and not futures.wait(images, seconds).not_done
 
 
 def _awaited(chunks: Sequence[futures.Future[Pending]]) -> str:
   """What `_finished` waits for; "" for nothing."""
   if not all(chunk.done() for chunk in chunks):
     return "images"
-  return _names([name for scores in _scores(chunks) for name in scores.awaited()])
+  names = _names([name for part in _read(chunks) for name in part.scores.awaited()])
+  return names or "statistics of images"
 
 
-def _scores(chunks: Sequence[futures.Future[Pending]]) -> list[Any]:
-  """Of the chunks, which are done, those whose reading did not fail; see `Pending.scores`."""
-  return [chunk.result().scores for chunk in chunks if chunk.exception() is None]
+def _read(chunks: Sequence[futures.Future[Pending]]) -> list[Pending]:
+  """Of the chunks, which are done, those whose reading did not fail."""
+  return [chunk.result() for chunk in chunks if chunk.exception() is None]
 
 
 def _names(awaited: Sequence[str]) -> str:

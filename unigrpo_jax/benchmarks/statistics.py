@@ -53,6 +53,28 @@ def of_image(image: np.ndarray) -> dict[str, float]:
   }
 
 
+def quick(image: np.ndarray) -> dict[str, float]:
+  """Three statistics of an image, [H, W, 3] uint8, in some 30 ms for 1024 x 1024.
+
+  saturation: mean of (max - min) / max over channels; 0 for black.
+  sharpness: standard deviation of the luminance's Laplacian, the luminance in [0, 1].
+  clipped: share of pixels with a channel at 0 or 255.
+  """
+  red, green, blue = (np.ascontiguousarray(image[..., channel]) for channel in range(3))
+  high = np.maximum(np.maximum(red, green), blue)
+  low = np.minimum(np.minimum(red, green), blue)
+  luminance = sum(
+    np.float32(weight / 255) * channel for weight, channel in zip(LUMINANCE, (red, green, blue))
+  )
+  middle = luminance[1:-1, 1:-1]
+  around = luminance[:-2, 1:-1] + luminance[2:, 1:-1] + luminance[1:-1, :-2] + luminance[1:-1, 2:]
+  return {
+    "saturation": float(((high - low) / np.maximum(high, 1).astype(np.float32)).mean()),
+    "sharpness": float((around - 4 * middle).std()) if middle.size else 0.0,
+    "clipped": float(((high == 255) | (low == 0)).mean()),
+  }
+
+
 def diversity(latents: np.ndarray, prompts: Sequence[Hashable]) -> float:
   """Mean distance of two images of a prompt, then over prompts; NaN where none has two.
 

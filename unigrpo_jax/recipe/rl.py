@@ -11,7 +11,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.algorithms import base, forward, grpo, refl, update
-from unigrpo_jax.benchmarks import evaluation, validation
+from unigrpo_jax.benchmarks import evaluation, monitor, validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.losses import advantages, forward_process
@@ -28,12 +28,12 @@ GRADIENT_OBJECTIVES = {"refl": refl.ReFL}  # of a differentiable reward
 # What a resumed run may change, besides `resumption.MUTABLE_KEYS`: the last ones change memory and
 # speed alone.
 MUTABLE_KEYS = {
-  "eval", "drift", "reward.threads", "reward.max_failed_fraction",
+  "eval", "drift", "reward.threads", "reward.max_failed_fraction", "reward.watch_images",
   "rollout.prompts_at_once", "rollout.layout", "rollout.tensor", "text.chunk", "microbatch",
   "remat", "pictures_every",
 }
-# Of served rewards: where they are and how they are asked, not what is asked.
 SERVED = ("http", "judge", "unirl", "flow_factory")
+# Of these rewards: where they are and how they are asked, not what is asked.
 ENDPOINT_KEYS = (
   "url", "timeout", "retries", "backoff", "outage", "batch_size", "token", "token_env", "key_env",
   "workers", "deadline", "probe",
@@ -48,6 +48,7 @@ DEFAULTS = {
   "rollout.moving_stride": 0, "rollout.moving_dwell": "constant", "rollout.layout": "update",
   "rollout.tensor": 0, "lora.adapter": "", "pictures_every": 10, "eval.images": 1,
   "prompts.held_out_tags": "",
+  "reward.watch_images": False,
   "refl.reward_model": "",
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
   "refl.sft_config": "", "refl.gradient_steps": 1, "refl.direct_align": False,
@@ -59,7 +60,8 @@ KEYS: checks.Keys = {
   "prompts.held_out_tags": checks.Text(),
   "group_size": _COUNT, "rewards": checks.Table(checks.Number()),
   "reward_options": checks.Table(checks.Table(checks.Json())), "reward.threads": _COUNT,
-  "reward.normalise": checks.Flag(), "reward.max_failed_fraction": checks.Number(low=0, high=1),
+  "reward.normalise": checks.Flag(), "reward.watch_images": checks.Flag(),
+  "reward.max_failed_fraction": checks.Number(low=0, high=1),
   "advantage.std": checks.OneOf(advantages.STDS), "advantage.ddof": checks.Integer(low=0),
   "advantage.eps": _SCALE, "advantage.clip": _SCALE,
   "rollout.think": checks.Flag(), "rollout.prompts_at_once": _COUNT,
@@ -134,6 +136,7 @@ class RewardsSpec:
   threads: int
   normalise: bool
   max_failed_fraction: float
+  watch_images: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +318,8 @@ def read(config: ConfigDict) -> Spec:
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
       shown=("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
              "drift/text"),
-      alarms=("groups/dropped",), rate=("trajectories", c.prompts_per_step * c.group_size),
+      alarms=("groups/dropped", monitor.OUTSIDE),
+      rate=("trajectories", c.prompts_per_step * c.group_size),
     ),
     optimizer=sections.optimizer(c, c.steps * c.epochs * c.minibatches),
     prompts=PromptsSpec(

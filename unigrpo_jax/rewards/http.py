@@ -28,9 +28,9 @@ class Http(served.Served):
   """A reward of `rewards.serve`; rewards of one server and options share their requests.
 
   Attributes:
-    encoding: of images on the way: raw; png, of the same pixels, smaller and some 0.2 s of a core
-      for 1024 x 1024; or jpeg of quality 95, whose pixels, and so scores, are others. A server that
-      does not announce it gets raw.
+    encoding: of images on the way: raw; png, the same pixels in fewer bytes and more time; or jpeg
+      of quality 95, whose pixels, and so scores, are others. A server that does not announce it
+      gets raw.
   """
 
   encoding: str = "raw"

@@ -45,6 +45,7 @@ class Pending:
   """The scores of samples, which threads compute: by reward, the call that has its scores."""
 
   parts: Mapping[str, futures.Future[Mapping[str, base.Scores]]]
+  seconds: Mapping[str, float]  # that the calls which are done took, by reward
 
   def done(self) -> bool:
     return not self.awaited()
@@ -134,21 +135,28 @@ class Scorer:
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
     """Scores samples in the threads; `Pending.result` waits for them."""
     samples = tuple(samples)
-    calls = {names: self._pool.submit(self._run, names, samples) for names in self._together}
+    seconds: dict[str, float] = {}
+    calls = {
+      names: self._pool.submit(self._run, names, samples, seconds) for names in self._together
+    }
     by_name = {name: call for names, call in calls.items() for name in names}
-    return Pending({name: by_name[name] for name in self._rewards})
+    return Pending({name: by_name[name] for name in self._rewards}, seconds)
 
   def score(self, samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
     """{name: [N] float32, as the reward gave it; NaN where it could not}."""
     return self.submit(samples).result()
 
   def _run(
-    self, names: tuple[str, ...], samples: Sequence[base.Sample]
+    self, names: tuple[str, ...], samples: Sequence[base.Sample], seconds: dict[str, float]
   ) -> dict[str, base.Scores]:
     trace = None
     try:
       with self._reward_locks[names[0]]:
-        given = base.evaluate_together([self._rewards[name] for name in names], samples)
+        start = time.monotonic()
+        try:
+          given = base.evaluate_together([self._rewards[name] for name in names], samples)
+        finally:
+          seconds.update(dict.fromkeys(names, time.monotonic() - start))
     except BaseException as error:  # A thread's SystemExit or KeyboardInterrupt is the reward's.
       trace, missing = error, np.full(len(samples), np.nan, np.float32)
       scores = base.Scores(missing, errors.describe(error), base.is_temporary(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+import json
 import traceback
 from typing import Any
 import urllib.parse
@@ -54,12 +55,10 @@ class Handler(listening.Handler):
       raise listening.Refusal(
         404, f"no {self.path}; there are {wire.PREFIX} and {listening.HEALTH}"
       )
-    settings = {
-      name: getattr(reward, "settings", None) for name, reward in self.server.rewards.items()
-    }
+    found = {name: getattr(r, "settings", None) for name, r in self.server.rewards.items()}
+    settings = json.dumps({name: dict(one) for name, one in found.items() if one}, default=str)
     return {
-      "rewards": sorted(settings), "encodings": wire.ENCODINGS,
-      "settings": {name: dict(found) for name, found in settings.items() if found},
+      "rewards": sorted(found), "encodings": wire.ENCODINGS, "settings": json.loads(settings)
     }
 
   def post(self) -> dict[str, Any]:
