@@ -232,10 +232,30 @@ def test_a_judge_is_asked_one_point_a_time():
   assert str(answers) == "{'a cat': 1.0, 'it sits': nan, 'it is red': 0.0}"
 
 
+def test_a_judge_of_points_with_answers_and_needs():
+  ask = lambda images, statements: np.array([0.1, 0.9, 0.2])
+  given = [{"question": "a cat?"}, {"question": "it sits?", "needs": [1]},
+           {"question": "a dog?", "answer": "no"}]
+  answers = _judged({"points": given}, None, ask)
+  assert answers == {"a cat?": 0.0, "it sits?": 0.0, "a dog?": 1.0}
+
+
+def test_ta_of_a_reward_that_is_asked_about_points():
+  row = lambda number, k, rewards, details: results.Row(
+    "plain", "all", f"p{number}", None, rewards, None, number, k, details=details
+  )
+  credits = {"ta": {"credits": [1.0, 0.0]}}
+  rows = [row(0, 0, {"ta": 0.5}, credits), row(0, 1, {"ta": 1.0}, credits),
+          row(1, 0, {"ta": 0.0}, credits), row(1, 1, {}, {"ta": {"reason": "no answer"}})]
+  made = measured.by_mode(results.Results(rows, {}))["plain"]["ta"]["ta"]
+  assert (made.ta.mean, made.images, made.dropped) == (pytest.approx(0.5), 3, 1)
+
+
 @pytest.mark.parametrize(("metadata", "message"), [
-  ({"points": []}, "points=[] must be a list of at least one text"),
+  ({"points": []}, "points=[] must be a list of at least one question"),
   ({"points": "a cat"}, "points='a cat' must be a list"),
-  ({"points": ["a", 1]}, "must be a list of at least one text"),
+  ({"points": ["a", 1]}, "points, point 2: 1 must be a question"),
+  ({"points": [{"question": "how many?", "answer": "two"}]}, "use --rewards ta=judge"),
   ({}, "has no exam points"),
   ({"include": [{"class": "zebra", "count": 1}]}, "has no exam points"),
 ])

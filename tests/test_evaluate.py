@@ -215,7 +215,7 @@ def test_exam_points_need_a_judge(golden, tmp_path):
     f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
     "--modes", "plain", "--size", "32", "32", *QUICK,
   ])
-  assert "has exam points; give the folder of a model to answer them as --points_judge" in message
+  assert "has exam points; say who answers them: --rewards ta=judge, or the folder of a" in message
 
 
 def test_results_of_genevals_own_script_are_summarised(tmp_path, capsys):

@@ -98,5 +98,7 @@ def test_an_evaluation(files, url, tmp_path):
   )
   rows = json.loads((tmp_path / "results.json").read_text())["rows"]
   assert len(rows) == 12
-  for row in rows:
-    assert 0 <= row["rewards"]["ta"] <= 1
+  scores = [row["rewards"]["ta"] for row in rows]
+  made = json.loads((tmp_path / "benchmarks.json").read_text())["plain"]["ta"]["ta"]
+  assert made["images"] == 12 and made["ta"]["mean"] == pytest.approx(np.mean(scores))
+  assert (tmp_path / "ta_answers.jsonl").stat().st_size > 0

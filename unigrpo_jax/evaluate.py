@@ -47,7 +47,8 @@ benchmarks:
                   them, and --geneval_results summarises what that wrote
   TA              the mean over pictures of the share of exam points that are met: of IconWorld's
                   prompts by its verifier; of JSON lines {"prompt": ..., "points": ["...", ...]} by
-                  the model of --points_judge
+                  --rewards ta=judge, a model on a server (docs/judge.md), or by the model of
+                  --points_judge
 
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval

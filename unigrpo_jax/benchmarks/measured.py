@@ -17,7 +17,8 @@ PREFIX = "iconworld_"
 def by_mode(
   found: results.Results, *observers: results.Observe, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-  """{mode: {reward: `geneval.Summary`, "ta": `ta.Exam.summaries`}}, as far as given.
+  """{mode: {reward: `geneval.Summary`, "ta": `ta.Exam.summaries` and {reward: `ta.Summary`}}}, as
+  far as given.
 
   Args:
     found: of an evaluation.
@@ -34,6 +35,9 @@ def by_mode(
     for observer in observers:
       if isinstance(observer, ta.Exam) and (summaries := observer.summaries(mode)):
         of_mode["ta"] = summaries
+    for name in dict.fromkeys(name for row in rows for name in row.details):
+      if (summary_of := ta.of_reward(rows, name)) is not None:
+        of_mode["ta"] = of_mode.get("ta", {}) | {name: summary_of}
     if of_mode:
       made[mode] = of_mode
   return made

@@ -2,8 +2,9 @@
 
 TA is the mean over images of the mean over an image's points, so that a prompt with two points
 counts as much as one with nine (UniGRPO, arXiv 2603.23500, whose prompts and judge are not public).
-Prompts come from JSON lines {"prompt": ..., "points": [...]}, or are IconWorld's, whose points
-follow from their metadata. Judge 1 is IconWorld's verifier, judge 2 a model asked point by point.
+Prompts come from JSON lines {"prompt": ..., "points": [...]} (`data.exam_points`), or are
+IconWorld's, whose points follow from their metadata. Judge 1 is IconWorld's verifier, judge 2 a
+learned reward asked point by point. What the reward `judge` scores is TA already, see `of_reward`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import intervals, results
+from unigrpo_jax.data import exam_points
 from unigrpo_jax.iconworld import points
 from unigrpo_jax.rewards import iconworld
 
@@ -85,6 +87,13 @@ def summary(answers: Sequence[Sequence[float]], prompts: Sequence[Hashable]) -> 
   return Summary(intervals.clustered(values, prompts), len(values) - dropped, dropped)
 
 
+def of_reward(rows: Sequence[results.Row], name: str) -> Summary | None:
+  """TA of the rows by a reward that is asked about exam points; None where it is not."""
+  if not any("credits" in row.details.get(name, {}) for row in rows):
+    return None
+  return summary([[row.rewards.get(name, math.nan)] for row in rows], [row.key for row in rows])
+
+
 def agreement(
   first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], prompts: Sequence[Hashable]
 ) -> Agreement:
@@ -115,28 +124,27 @@ def _kappa(tables: np.ndarray) -> float:
   return (float(np.trace(table)) - chance) / (1 - chance) if chance < 1 else math.nan
 
 
-def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[exam_points.Point, ...]:
   """The exam points of a prompt: those of its line, else IconWorld's.
 
   Raises:
-    InputError: it has none, or they are not texts.
+    InputError: it has none, or one whose answer is neither yes nor no.
   """
-  if "points" in metadata:
-    given = metadata["points"]
-    if (
-      not isinstance(given, list | tuple) or not given
-      or not all(isinstance(point, str) and point.strip() for point in given)
-    ):
-      raise errors.InputError(
-        f"prompt {prompt!r}: points={errors.shown(given)} must be a list of at least one text"
-      )
-    return tuple(given)
+  with errors.at(f"prompt {prompt!r}"):
+    if given := exam_points.read(metadata):
+      for point in given:
+        if point.answer.lower() not in ("yes", "no"):
+          raise errors.InputError(
+            f"{errors.shown(point.question)} has the answer {point.answer!r}, and --points_judge "
+            "says yes or no; use --rewards ta=judge"
+          )
+      return given
   if not iconworld.applies(metadata):
     raise errors.InputError(
       f"prompt {prompt!r} has no exam points; give JSON lines {{\"prompt\": ..., \"points\": "
       "[...]}} or prompts of IconWorld"
     )
-  return tuple(points.statements(metadata))
+  return tuple(map(exam_points.Point, points.statements(metadata)))
 
 
 class Exam:
@@ -158,11 +166,11 @@ class Exam:
     if self._ask is not None:
       judged = _split(self._ask(
         [sample.image for sample, of in zip(samples, asked) for _ in of],
-        [point for of in asked for point in of],
+        [point.question for of in asked for point in of],
       ), asked)
     for row, sample, of, judge in zip(rows, samples, asked, judged, strict=True):
-      verifier = None
-      if "points" not in sample.metadata:
+      verifier, of = None, tuple(point.question for point in of)
+      if not exam_points.read(sample.metadata):
         verifier = tuple(points.met(iconworld.detect(sample), sample.metadata))
       self.answers.append(Answers(row.mode, row.number, row.k, of, verifier, judge))
       row.details["exam"] = {"points": list(of)} | {
@@ -199,9 +207,15 @@ class Exam:
 
 
 def _split(
-  probabilities: np.ndarray, asked: Sequence[Sequence[str]]
+  probabilities: np.ndarray, asked: Sequence[Sequence[exam_points.Point]]
 ) -> list[tuple[float, ...] | None]:
-  """The answers of each image: the likelier of yes and no."""
-  answers = np.where(np.isnan(probabilities), np.nan, np.asarray(probabilities) > 0.5)
+  """Whether each image meets each of its points, by the likelier of yes and no."""
+  said = np.where(np.isnan(probabilities), np.nan, np.asarray(probabilities) > 0.5)
   ends = np.cumsum([len(of) for of in asked])
-  return [tuple(part.tolist()) for part in np.split(answers, ends[:-1])]
+  made: list[tuple[float, ...] | None] = []
+  for of, part in zip(asked, np.split(said, ends[:-1])):
+    met = [
+      yes if point.answer.lower() == "yes" else 1 - yes for point, yes in zip(of, part.tolist())
+    ]
+    made.append(tuple(exam_points.apply_needs(of, met)))
+  return made

@@ -13,7 +13,7 @@ from typing import Any
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import geneval, measured, official, ta
 from unigrpo_jax.benchmarks import results as results_lib
-from unigrpo_jax.data import atomic, files, locks, progress
+from unigrpo_jax.data import atomic, exam_points, files, locks, progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.geneval import prompts as geneval_prompts
 from unigrpo_jax.rewards import arguments
@@ -136,6 +136,10 @@ def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
       raise errors.InputError("--reward_options needs --rewards")
     return None
   made = arguments.make(args.rewards, args.reward_options)
+  for name, reward in made.items():
+    # Where the same command goes on after a kill, only what is missing is asked.
+    if hasattr(reward, "cache_in") and not files.is_object(args.out):
+      reward.cache_in(args.out / f"{name}_answers.jsonl")
   return rewards.Scorer(made, dict.fromkeys(made, 1.0))
 
 
@@ -147,7 +151,7 @@ def make_exam(
   Raises:
     InputError: they have, and no judge; or some have none.
   """
-  has_points = any("points" in one.metadata for one in prompts)
+  has_points = any(exam_points.read(one.metadata) for one in prompts)
   ask = None
   if args.points_judge is not None:
     from unigrpo_jax.tools import points_judge  # Imports jax.
@@ -155,8 +159,8 @@ def make_exam(
     ask = points_judge.open_ask(args.points_judge)
   if ask is None and has_points and args.rewards is None:
     raise errors.InputError(
-      f"{args.prompts_from} has exam points; give the folder of a model to answer them as "
-      "--points_judge"
+      f"{args.prompts_from} has exam points; say who answers them: --rewards ta=judge, or the "
+      "folder of a learned reward as --points_judge"
     )
   if ask is None and (has_points or not of_iconworld):
     return []
