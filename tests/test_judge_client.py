@@ -195,6 +195,12 @@ def test_refusals_are_final_and_never_show_the_key(served, status, caplog):
   assert KEY not in f"{scores} {judge.failures} {judge.settings} {caplog.text}"
 
 
+def test_a_key_where_a_message_is_cut_is_not_shown(served):
+  long = lambda asked: (400, {"error": "x" * 295 + asked.headers["Authorization"][7:]}, {})
+  scores = served(long)[1]([sample(points=["a?"])])
+  assert KEY[:4] not in scores.reason and scores.reason.endswith("x" * 295 + "***")
+
+
 def test_a_refusal_that_all_would_get_ends_the_call(served):
   server, judge = served(lambda asked: (401, {"error": "who are you?"}, {}), workers=1)
   scores = judge([sample(), sample()])

@@ -174,7 +174,9 @@ class Server:
       else:
         connection.close()
     if response.status != 200:
-      raise _failure(response, bytes(answer))
+      # Before it is cut, which might leave a part of the token.
+      secret = headers.get("Authorization", "").removeprefix("Bearer ").encode()
+      raise _failure(response, bytes(answer.replace(secret, b"***") if secret else answer))
     if len(answer) > limit:
       raise Failed(f"the answer is longer than {limit} bytes", 200)
     return bytes(answer)
