@@ -94,7 +94,9 @@ def test_an_evaluation_is_scored_again(tmp_path, capsys):
   assert row["rewards"] == {} and row["details"] == {"geneval": {"reason": "blue"}}
   assert row["text"] == "<think>so" and row["mode"] == "think + guidance"
   assert "| single_object |  |  | 0 | 0 | 0 | 0 | 1 |" in text
-  assert "reward geneval did not score 1 pictures: blue" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "reward geneval did not score 1 pictures: blue" in said
+  assert "1 of 2 pictures were not kept" in said
   assert text.startswith("# a model, scored again of ")
   # Without --rewards only IconWorld's have some.
   message = refusal(evaluate.main, [f"--images={tmp_path / 'eval'}", f"--out={tmp_path / 'o'}"])
@@ -129,6 +131,8 @@ def test_other_folders_are_refused(tmp_path):
     evaluate.main, [f"--images={tmp_path / folder}", f"--out={tmp_path / out}",
                     "--rewards=brightness"])
   assert "no such folder" in call("nowhere")
+  arguments = ["--images=4", f"--out={tmp_path / 'out'}", "--rewards=brightness"]
+  assert "--samples is how many images" in refusal(evaluate.main, arguments)
   (tmp_path / "empty").mkdir()
   assert "neither results of unigrpo_jax.evaluate nor" in call("empty")
   draw(tmp_path / "pictures", 2, 1)

@@ -19,8 +19,9 @@ image's alone, and writes into --out:
   results.md      means of each reward by mode and category, with 95 % intervals over prompts
   results.json    every image's prompt, reasoning, rewards and their details
   benchmarks.json GenEval and TA by mode, of prompts that have them (see below)
-  contact.png     the first --keep prompts: pictures side by side by mode, reasonings, rewards
-  images/         those pictures"""
+  images/         the pictures of the first --keep prompts, written while it runs
+  contact.png     the first 24 of these prompts: pictures side by side by mode, reasonings, rewards
+While it runs, unfinished.jsonl has the rows so far: after a kill, the same command continues."""
 
 EPILOG = """modes:
   plain           draws the prompt
@@ -75,7 +76,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
   add("--out", type=files.path, required=True, help="folder for the results")
   add("--prompts_from", default="iconworld",
-      help="a generated set, a .txt or .jsonl file, or a set that unigrpo_jax.data built "
+      help="iconworld, geneval or another generated set, or a file or folder that "
+      "unigrpo_jax.data reads "
       "(default: %(default)s)")
   add("--split", default="test", help="of the prompts (default: %(default)s)")
   add("--prompts", type=int, help="how many, from the first (default: 600 of iconworld, else all)")

@@ -109,11 +109,14 @@ def read_pictures(
     InputError: there are none.
   """
   if not folder.is_dir():
-    raise errors.InputError(f"--images={folder}: no such folder")
+    hint = "; --samples is how many images a prompt has" if str(folder).isdecimal() else ""
+    raise errors.InputError(f"--images={folder}: no such folder{hint}")
   about, rows = results_lib.read(folder) or ({}, official.read(folder))
-  rows = [row for row in rows if row.image is not None]
   if prompts is not None:
     rows = [row for row in rows if (row.number or 0) < prompts]
+  total, rows = len(rows), [row for row in rows if row.image is not None]
+  if len(rows) < total:
+    print(f"note: {total - len(rows)} of {total} pictures were not kept, as --keep=all would have")
   if not rows:
     raise errors.InputError(
       f"--images={folder}: its results have no pictures; evaluate with --keep=all keeps them"
