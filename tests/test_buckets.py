@@ -197,6 +197,11 @@ def test_prompts_and_pictures_are_read(bucket, tmp_path):
   assert prompts.open_set(str(bucket / "mine"), "train")[0].prompt == "a kite"
   with pytest.raises(errors.InputError, match="no such prompt set"):
     prompts.open_set(str(bucket / "other"), "train")
+  (bucket / "splits" / "test.csv").write_text('caption\n"a kite, red"\n')
+  (bucket / "splits" / "data" / "train-0.parquet").write_bytes(b"PAR1")
+  assert prompts.open_set(str(bucket / "splits"), "test")[0].prompt == "a kite, red"
+  with pytest.raises(errors.InputError, match="train-0.parquet: (not a readable|.* need pyarrow)"):
+    prompts.open_set(str(bucket / "splits"), "train")
   PIL.Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
   (bucket / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
   assert images.load_rgb(bucket / "a.png").getpixel((2, 1)) == (255, 0, 0)
