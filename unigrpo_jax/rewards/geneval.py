@@ -84,7 +84,8 @@ class GenEval:
       values[i], faults = judge(self._rule)
       boxes: dict[str, list[list[float]]] = {}
       for item in objects:
-        boxes.setdefault(item.kind, []).append([*item.box, item.score])
+        row = [*(round(side, 2) for side in item.box), round(item.score, 5)]
+        boxes.setdefault(item.kind, []).append(row)
       details[i] = {
         "correct": bool(judge("official")[0]), "reason": "; ".join(faults), "boxes": boxes
       }
