@@ -9,7 +9,8 @@ Variants, after the colon and joined by commas: `tiny` (the embedded BAGEL and I
 and `no_regulariser` (its second); `fpo`, `awm` and `nft` (the drawing alone, without reasoning, by
 objectives that noise the finished image again) and `unifpo` (UniGRPO with FPO for the drawing);
 and of tasks, prompts with their reward, `ocr` (text in pictures), `geneval` (objects, counts,
-colours and places, by a served detector) and `judge` (P(yes) of a served vision-language model).
+colours and places, by a served detector), `judge` (P(yes) of a served vision-language model) and
+`pickscore` (preference).
 """
 
 from ml_collections import ConfigDict
@@ -324,8 +325,16 @@ def judge(config: ConfigDict) -> None:
     dict(judge=dict(url="http://127.0.0.1:8000/v1", form="p_yes")))
 
 
+def pickscore(config: ConfigDict) -> None:
+  """What people prefer, by PickScore, about 0.7 to 0.95; prompts and weights: docs/pickscore.md."""
+  config.prompts.source = config.eval.source = "pickscore_sfw"
+  config.eval.split = "test"
+  config.rewards = ConfigDict(dict(pickscore=1.0))
+  config.reward_options = ConfigDict({"pickscore": {"folder": "PickScore_v1"}})
+
+
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
   "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr, "geneval": geneval,
-  "judge": judge,
+  "judge": judge, "pickscore": pickscore,
 }

@@ -19,6 +19,7 @@ from unigrpo_jax.geneval import classes
 from unigrpo_jax.reward_models.clip import colors, convert, host, preprocess
 from unigrpo_jax.reward_models.clip import config as config_lib
 from unigrpo_jax.rewards import colors as geneval_colors
+from unigrpo_jax.tools.plan import planner
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "rewards"
 LEGACY, NEW = GOLDEN / "tiny_clip_legacy", GOLDEN / "tiny_clip_h"
@@ -305,6 +306,28 @@ def test_a_colour_is_the_nearest_mean_of_its_templates():
   assert len(asked) == 30  # once a class
   assert asked[:4] == ["a photo of a red bus", "a photo of a red-colored bus",
                        "a photo of a red object", "a photo of a orange bus"]
+
+
+def test_a_plan_counts_the_rewards_on_its_own_chips(monkeypatch):
+  taken = lambda reward, options, device, devices: 100 + options.get("batch_size", 16) / devices
+  monkeypatch.setattr(host, "device_bytes", taken)
+  device = lambda host: types.SimpleNamespace(process_index=host)
+  spec = types.SimpleNamespace(
+    weights={"ocr": 1.0, "pickscore": 1.0, "far": 0.0, "l14": 0.0},
+    options={"far": {"kind": "http"}, "l14": {"kind": "clip", "batch_size": 8}},
+  )
+  assert planner.reward_bytes(spec, [device(h) for h in (3, 3, 3, 3, 4)]) == 104 + 102
+
+
+@pytest.mark.slow
+def test_the_bytes_of_a_reward_are_its_parameters_and_its_programs():
+  options = {"folder": str(LEGACY), "dtype": "float32"}
+  params = sum(leaf.nbytes for leaf in jax.tree.leaves(load(LEGACY)))
+  few, many = (
+    host.device_bytes("pickscore", options | {"batch_size": size}, jax.devices()[0], 2)
+    for size in (2, 64)
+  )
+  assert params < few < many
 
 
 @pytest.mark.slow

@@ -199,6 +199,7 @@ def test_all_combinations_of_variants_can_run(name):
 TASKS = {  # their rewards
   "ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}, "geneval": {"geneval": 1.0},
   "judge": {"judge": 1.0},
+  "pickscore": {"pickscore": 1.0},
 }
 
 

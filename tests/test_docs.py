@@ -50,7 +50,8 @@ NOT_RUN = {
   "downloads a package; tests/test_nanodet.py has a stand-in": r"rewards\.fetch",
   "needs what that downloads, or a server of it": r"--rewards geneval|unigrpo\.py:\S*geneval",
   "needs the TPU compiler, and minutes; tests/test_plan.py runs the planner": r"\.plan |^pip ",
-  "installs and runs this; tests/test_launch.py runs it with stand-ins": r"launch/(local|test)\.sh",
+  "installs and runs this; tests/test_launch.py runs it with stand-ins":
+    r"launch/(local|test|rewards)\.sh",
 }
 # Less of the same, so that the slow test takes minutes: words in a command -> added to it.
 LESS = {

@@ -7,7 +7,7 @@ of the batch. Every call has the same shapes, and they are compiled before the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -42,6 +42,10 @@ PICKSCORE = Release("yuvalkirstain/PickScore_v1", "3.9 GB", "MIT", config_lib.HU
 LARGE = Release("openai/clip-vit-large-patch14", "1.7 GB", "MIT", config_lib.LARGE)
 
 
+RELEASES = {"pickscore": PICKSCORE, "clip": LARGE, "aesthetic": LARGE}  # by reward
+BATCH, DTYPE = 16, "bfloat16"  # by default: pictures at once, and what matrices are kept in
+
+
 def find_folder(folder: str, release: Release) -> pathlib.Path:
   """The local folder with the files of a CLIP.
 
@@ -58,6 +62,34 @@ def find_folder(folder: str, release: Release) -> pathlib.Path:
     f"folder={lacks if folder else repr('')}; give that of a CLIP: {release.hub} on the Hugging "
     f"Face hub ({release.size}, {release.licence}): hf download {release.hub} {names} --local-dir "
     f"{path}"
+  )
+
+
+def device_bytes(reward: str, options: Mapping[str, Any], device: Any, devices: int) -> int:
+  """What a reward takes of a device: its parameters, and what its program needs while it runs.
+
+  Args:
+    reward: one of RELEASES.
+    options: of it; where its folder is not there, the sizes are those of the release.
+    device: which is compiled for, and need not be there.
+    devices: of a host, over which a batch is split.
+  """
+  path = files.path(options.get("folder") or "FOLDER")
+  known = (path / config_lib.FILE).is_file()
+  config = config_lib.read(path) if known else RELEASES[reward].config
+  rows, side = -(-options.get("batch_size", BATCH) // devices), config.vision.image_size
+  shapes = (
+    convert.abstract_params(config, jnp.dtype(options.get("dtype", DTYPE))),
+    jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32),
+    jax.ShapeDtypeStruct((rows, config.text.max_positions), jnp.int32),
+  )
+  mesh = sharding.make_mesh(devices=[device])
+  score = lambda params, *rows: network.CLIP(config).apply({"params": params}, *rows)
+  with sharding.activate(mesh):
+    program = jax.jit(score, in_shardings=sharding.replicated(mesh)).lower(*shapes).compile()
+  memory = program.memory_analysis()
+  return (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   )
 
 
@@ -204,7 +236,7 @@ class PickScore(_Pairs):
   """
 
   def __init__(
-    self, *, folder: str = "", batch_size: int = 16, dtype: str = "bfloat16", raw: bool = False
+    self, *, folder: str = "", batch_size: int = BATCH, dtype: str = DTYPE, raw: bool = False
   ):
     """Loads the folder of a PickScore; `batch_size` pictures at once, of all this host's devices.
 
@@ -225,7 +257,7 @@ class ClipScore(_Pairs):
   """
 
   def __init__(
-    self, *, folder: str = "", batch_size: int = 16, dtype: str = "bfloat16", cosine: bool = False
+    self, *, folder: str = "", batch_size: int = BATCH, dtype: str = DTYPE, cosine: bool = False
   ):
     """Loads the folder of a CLIP; `batch_size` pictures at once, of all this host's devices.
 
@@ -246,7 +278,7 @@ class Aesthetic(ClipReward):
   """
 
   def __init__(
-    self, *, folder: str = "", head: str = "", batch_size: int = 16, dtype: str = "bfloat16"
+    self, *, folder: str = "", head: str = "", batch_size: int = BATCH, dtype: str = DTYPE
   ):
     """Loads the folder of a CLIP, and the `head`, by default `aesthetic.safetensors` in it.
 

@@ -12,7 +12,8 @@ SPARE = 0.1  # part of a chip's memory that a plan which fits leaves free
 # Splash attention, a head of T queries, S keys and size H: FLOPs as multiples of T S H. The
 # backward kernels compute the scores again.
 _SPLASH = {"splash_mha_fwd": 4, "splash_mha_dkv": 8, "splash_mha_dq": 6}
-_STATE = ("parameters", "optimizer", "moving average", "reference", "anchor", "reward_model")
+_STATE = ("parameters", "optimizer", "moving average", "reference", "anchor", "reward_model",
+          "rewards")
 _BESIDE = {
   "layout": (), "read": ("sampler", "recorded"), "precompute": ("recorded",),
   "update": ("recorded", "precomputed"),

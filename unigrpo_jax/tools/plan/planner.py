@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import math
 import pathlib
@@ -19,6 +19,7 @@ from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.recipe import parts, rl
 from unigrpo_jax.reward_models import learned
+from unigrpo_jax.reward_models.clip import host
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.tools import flops
 from unigrpo_jax.tools.plan import plans
@@ -99,6 +100,7 @@ class Planner:
         ("reference", s.reference), ("anchor", s.anchor), ("reward_model", self.algorithm.fixed),
       )
     }
+    self._held["rewards"] = reward_bytes(self.spec.rewards, list(self.mesh.devices.flat))
     with sharding.activate(self.rollout.network.mesh):
       chunk = self._compile_rollout()
     with sharding.activate(self.mesh):
@@ -253,6 +255,16 @@ class Planner:
       "precompute": replays * (text.forward + image.forward),
       "update": spec.update.epochs * epoch,
     }
+
+
+def reward_bytes(spec: rl.RewardsSpec, devices: Sequence[Any]) -> int:
+  """What the rewards that run on a training's own devices take of each of them."""
+  own = sum(device.process_index == devices[0].process_index for device in devices)
+  options = {name: spec.options.get(name, {}) for name in spec.weights}
+  return sum(
+    host.device_bytes(kind, given, devices[0], own) for name, given in options.items()
+    if (kind := given.get("kind", name)) in host.RELEASES
+  )
 
 
 def bytes_on_chip(tree: Any) -> int:

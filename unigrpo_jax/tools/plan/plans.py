@@ -45,7 +45,8 @@ class Plan:
   """The programs of a run on a topology.
 
   `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-  reference, anchor, reward_model (with the autoencoder, where a loss reads both); and those of the
+  reference, anchor, reward_model (with the autoencoder, where a loss reads both), rewards
+  (those that score on the same chips, with what a call needs); and those of the
   rollout: sampler (its copy of the parameters), cache, recorded; and precomputed, of the update.
   """
 
