@@ -64,7 +64,12 @@ def evaluate(args: argparse.Namespace) -> None:
     "prompts": len(examples), "samples": samples, "drawn": [mode.name for mode in modes],
     "size": args.size, "seed": args.seed, "keep": keep, "rewards": args.rewards,
     "keep_official": args.keep_official and str(args.keep_official),
-    "sampling": dataclasses.asdict(settings),
+    # What flags decide, by their names.
+    **{name: getattr(settings, name) for name in (
+      "num_timesteps", "shift", "temperature", "max_tokens",
+    )},
+    "cfg_text_scale": settings.guidance.text_scale, "cfg_interval": settings.guidance.interval,
+    "cfg_renorm": settings.guidance.renorm,
   }
   drawing = None
   if modes:
