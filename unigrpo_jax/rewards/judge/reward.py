@@ -36,8 +36,8 @@ class Judge:
   retries and outages are those of `connection.Client`.
 
   Attributes:
-    settings: what changes a score.
-    fingerprint: the same as text.
+    settings: what changes a score, without options of the form that are as by default.
+    fingerprint: all of it as text.
     failures: how many questions had no answer so far, by reason.
   """
 
@@ -103,11 +103,15 @@ class Judge:
     except exchange.Failed as error:
       temporary = isinstance(error, exchange.Temporary)
       raise (errors.Unavailable if temporary else errors.InputError)(str(error)) from None
-    self.settings = dataclasses.asdict(options) | {
-      "model": model, "image": image, "max_side": max_side, "seed": seed,
+    asked = {
+      "model": model, "form": options.form,
       "template": {pathlib.Path(t.name).name: t.digest for t in self._form.templates},
+      "image": image, "max_side": max_side, "seed": seed,
     } | {name: getattr(self._chat, name) for name in _OF_CHAT}
-    self.fingerprint = json.dumps(self.settings, sort_keys=True)
+    given = dataclasses.asdict(options)
+    defaults = dataclasses.asdict(forms.Options(template=options.template))
+    self.settings = {key: given[key] for key in given if given[key] != defaults[key]} | asked
+    self.fingerprint = json.dumps(given | asked, sort_keys=True)
     self._pool = threads.Pool(workers, "judge")
 
   def cache_in(self, path: pathlib.Path) -> None:
