@@ -134,6 +134,7 @@ def test_failures_are_counted_and_left_out():
   assert empty.lines["colors"].failures == 1 and math.isnan(empty.overall.mean)
   soft = geneval.summary([0.5, 1.0], ["colors"] * 2, [0, 0])
   assert soft.lines["colors"].any_right is None and math.isnan(soft.prompts)
+  assert "% correct" not in soft.table() and "% correct images: 50.00%" in made.table()
 
 
 def test_the_best_of_n_is_over_all_choices():
