@@ -108,7 +108,7 @@ def test_statistics_and_a_reward_of_weight_0_are_only_logged():
   made.close()
   np.testing.assert_array_equal(scores.total, [0.5] * 4)
   metrics = scores.metrics(np.ones(4, bool), 0)
-  assert all(0 <= metrics.pop(f"reward_seconds/{name}") < 60 for name in ("first", "second"))
+  assert all(0 <= metrics.pop(f"seconds/reward/{name}") < 60 for name in ("first", "second"))
   assert metrics == {
     "reward/first": 0.25, "reward/second": 0.5, "reward/mean": 0.5, "reward/std": 0.0,
     "reward_std/first": 0.0, "reward_std/second": 0.0, "reward_failed/first": 0.0,

@@ -89,7 +89,7 @@ class Scores:
       if np.isfinite(values).any():
         metrics[f"reward_std/{name}"] = np.nanstd(values)
       metrics[f"reward_failed/{name}"] = np.isnan(values).mean()
-      metrics[f"reward_seconds/{name}"] = self.seconds.get(name, 0.0)
+      metrics[f"seconds/reward/{name}"] = self.seconds.get(name, 0.0)
     metrics |= {
       "reward/mean": counting.mean(), "reward/std": counting.std(ddof=min(ddof, counting.size - 1))
     }

@@ -134,8 +134,11 @@ def health(run: workdir.Run, unit: str) -> dict[str, tuple[str, list[tuple]]]:
 def timings(run: workdir.Run, unit: str) -> dict[str, Any] | None:
   """Seconds by phase: a stacked chart, and rows (phase, median, share of all time)."""
   # Compiling happens within the other phases, and evaluations are between the iterations.
-  apart = ("seconds/total", "seconds/compile", "seconds/evaluate")
-  keys = [key for key in run.keys if key.startswith("seconds/") and key not in apart]
+  apart = ("total", "compile", "evaluate")
+  # seconds/reward/NAME are parts of phases.
+  keys = [
+    key for key in run.keys if re.fullmatch("seconds/[^/]+", key) and key.split("/")[1] not in apart
+  ]
   rows = [row for row in run.rows if not row.keys().isdisjoint(keys)]
   first_is_left_out = len(rows) > 2
   rows = rows[first_is_left_out:]
