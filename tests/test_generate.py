@@ -188,7 +188,7 @@ def test_prompts_must_be_utf8(golden, tmp_path, capsys):
   path.write_bytes(b"fine\n\xff\xfe\n")
   assert "line 2" in _refused(capsys, f"--checkpoint={golden}", f"--prompts_file={path}")
   path = path.with_suffix(".jsonl")
-  path.write_text('{"prompt": "fine"}\n{"text": "a kite"}\n')
+  path.write_text('{"prompt": "fine"}\n{"words": "a kite"}\n')
   assert "line 2: no key" in _refused(capsys, f"--checkpoint={golden}", f"--prompts_file={path}")
 
 

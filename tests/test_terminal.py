@@ -86,10 +86,10 @@ def test_bad_input_has_its_status_without_a_reader(tmp_path):
 def test_streams_made_safe_twice_outlive_the_one_they_replace():
   code = """
 import os, sys
-from unigrpo_jax import terminal
+from unigrpo_jax import errors
 sys.stdout = open(os.devnull, "w")
 for _ in range(2):
-  terminal.make_streams_safe()
+  errors.make_streams_safe()
   print("dropped", flush=True)
 print("printed", file=sys.stderr)
 """

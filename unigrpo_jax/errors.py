@@ -1,4 +1,4 @@
-"""The error that a user can cause, its kinds, and how an entry point reports it."""
+"""The error that a user can cause, its kinds, how an entry point reports it, and safe printing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Iterator
 import contextlib
 import difflib
 import errno
+import io
 import math
 import numbers
 import os
+import select
 import sys
 import traceback
 from typing import Any
-
-from unigrpo_jax import terminal
 
 
 class InputError(Exception):
@@ -204,7 +204,7 @@ class ArgumentParser(argparse.ArgumentParser):
   def parse_known_args(self, args=None, namespace=None):
     for argument in sys.argv[1:] if args is None else args:
       try:
-        terminal.text(argument)
+        text(argument)
       except ValueError:
         raise InputError(
           f"{argument!r} is not UTF-8, which no library would read; rename it"
@@ -216,9 +216,9 @@ def report(main: Callable[[], Any]) -> Any:
   """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and
   its exit status.
 
-  Printing raises nothing within, see `terminal`. Returns what it returns.
+  Printing raises nothing within, see `make_streams_safe`. Returns what it returns.
   """
-  terminal.make_streams_safe()
+  make_streams_safe()
   try:
     with storage(did="used"):
       return main()
@@ -229,3 +229,63 @@ def report(main: Callable[[], Any]) -> Any:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+def make_streams_safe() -> None:
+  """From now on printing raises nothing, whatever the terminal's encoding and its reader do.
+
+  What the encoding cannot represent is printed as an escape, such as \\u4e2d. Where the reader has
+  gone (`| head`), the disk is full or the stream is closed, what is printed is dropped. Streams
+  that are no file descriptors, those of a notebook, stay as they are.
+  """
+  for name in ("stdout", "stderr"):
+    stream = getattr(sys, name)
+    if stream is None:  # closed by the shell: `>&-`
+      null = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+      setattr(sys, name, null)
+      continue
+    if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Descriptor):
+      continue
+    try:
+      descriptor = _Descriptor(stream)
+    except (AttributeError, OSError, ValueError):
+      continue
+    with contextlib.suppress(OSError):
+      stream.flush()
+    setattr(sys, name, io.TextIOWrapper(
+      io.BufferedWriter(descriptor), encoding=stream.encoding, errors="backslashreplace",
+      line_buffering=True,
+    ))
+
+
+class _Descriptor(io.FileIO):
+  """A stream's file descriptor, whose writes do not fail: after the first that does, it is the
+  null device.
+
+  The descriptor itself is replaced, so it holds for native code and for older stream objects too.
+  """
+
+  def __init__(self, stream):
+    super().__init__(stream.fileno(), "wb", closefd=False)
+    self._stream = stream  # Which would close the descriptor when nothing refers to it.
+
+  def write(self, data) -> int:
+    try:
+      while (written := super().write(data)) is None:  # non-blocking, and full
+        select.select([], [self], [])
+      return written
+    except OSError as error:
+      with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), self.fileno())
+      if error.errno != errno.EPIPE and self.fileno() != 2:
+        print(f"note: nothing more is printed ({error.strerror})", file=sys.stderr)
+      return memoryview(data).nbytes
+
+
+def text(argument: str) -> str:
+  """A command line argument that is text, not a path: UTF-8 where the locale could not read it.
+
+  Raises:
+    ValueError: it is not UTF-8.
+  """
+  return argument.encode("utf-8", "surrogateescape").decode("utf-8")

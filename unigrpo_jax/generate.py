@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 import sys
 
-from unigrpo_jax import errors, terminal
+from unigrpo_jax import errors
 from unigrpo_jax.data import files
 from unigrpo_jax.runtime import host_flags
 from unigrpo_jax.tools import sampling_flags
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "of the Hugging Face hub such as ByteDance-Seed/BAGEL-7B-MoT, which is downloaded once, or "
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
   add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
-  add("--prompt", type=terminal.text, help="what to draw, change or answer")
+  add("--prompt", type=errors.text, help="what to draw, change or answer")
   add("--prompts_file", type=files.path, help=".txt with one prompt a line, or .jsonl with "
       'one {"prompt": ...} a line; UTF-8, blank lines are skipped')
   add("--image", type=files.path, help="image to edit, or to talk about with --understand")
