@@ -43,6 +43,12 @@ def golden() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def golden_rewards() -> pathlib.Path:
+  """Folder of the recorded reference outputs of rewards."""
+  return pathlib.Path(__file__).parent / "golden_rewards"
+
+
+@pytest.fixture(scope="session")
 def config(golden) -> config_lib.BagelConfig:
   return config_lib.read_config(golden)
 

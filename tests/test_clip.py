@@ -21,7 +21,7 @@ from unigrpo_jax.reward_models.clip import config as config_lib
 from unigrpo_jax.rewards import colors as geneval_colors
 from unigrpo_jax.tools.plan import planner
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "rewards"
+GOLDEN = pathlib.Path(__file__).parent / "golden_rewards"
 LEGACY, NEW = GOLDEN / "tiny_clip_legacy", GOLDEN / "tiny_clip_h"
 
 

@@ -23,14 +23,14 @@ def test_words():
   assert classes.plural("bus") == "buses" and classes.plural("knife") == "knifes"
 
 
-def test_every_recorded_verdict_is_reproduced(golden):
+def test_every_recorded_verdict_is_reproduced(golden_rewards):
   report = cases.Report("rules")
-  geneval_rules.verdicts(golden / "rewards" / "geneval" / "rules.jsonl", report)
+  geneval_rules.verdicts(golden_rewards / "geneval" / "rules.jsonl", report)
   assert len(report.lines) == 4 and all(line.result == cases.PASS for line in report.lines)
 
 
-def test_soft_is_negative_only_without_clip(golden):
-  rows = map(json.loads, (golden / "rewards" / "geneval" / "rules.jsonl").read_text().splitlines())
+def test_soft_is_negative_only_without_clip(golden_rewards):
+  rows = map(json.loads, (golden_rewards / "geneval" / "rules.jsonl").read_text().splitlines())
   free = [row["soft_unirl"] for row in rows]
   assert sum(score < 0 for score in free) == 24
   three = [found("cup")] * 3

@@ -12,7 +12,7 @@ from unigrpo_jax import rewards
 from unigrpo_jax.data import exam_points
 from unigrpo_jax.rewards.judge import answers, forms, templates
 
-GOLDEN = pathlib.Path(__file__).parent / "golden/rewards/judge"
+GOLDEN = pathlib.Path(__file__).parent / "golden_rewards/judge"
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 

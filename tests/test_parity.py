@@ -32,16 +32,18 @@ def test_every_recorded_output_is_reproduced(golden, monkeypatch, capsys):
   assert {line.split("/")[0] for line in output.splitlines()[:-1]} == files
 
 
-def test_recorded_rewards_are_reproduced(golden, monkeypatch, capsys):
-  status, output = run(monkeypatch, capsys, golden / "rewards")
+def test_recorded_rewards_are_reproduced(golden_rewards, monkeypatch, capsys):
+  status, output = run(monkeypatch, capsys, golden_rewards)
   lines = output.splitlines()[:-1]
   assert status == 0 and not [line for line in lines if cases.FAIL in line], output
   # What needs a file that is fetched may be missing; a recording without a case may not.
   assert "no case reads" not in output
 
 
-def test_a_folder_of_folders_lists_what_no_case_reads(golden, tmp_path, monkeypatch, capsys):
-  rules = golden / "rewards" / "geneval" / "rules.jsonl"
+def test_a_folder_of_folders_lists_what_no_case_reads(
+  golden_rewards, tmp_path, monkeypatch, capsys
+):
+  rules = golden_rewards / "geneval" / "rules.jsonl"
   (tmp_path / "new").mkdir()
   (tmp_path / "new" / "more_rules.jsonl").write_text(rules.read_text().replace("true", "false"))
   (tmp_path / "new" / "other.json").write_text("{}")

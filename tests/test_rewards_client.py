@@ -298,7 +298,7 @@ def test_an_answer_that_breaks_off_may_be_whole_the_next_time(scripted, monkeypa
 
 
 def test_failures_leave_no_sockets_open(scripted):
-  reward = shared.client(scripted((200, b"[" * 100_000), FAILED, 0.0).url, retries=3)
+  reward = shared.client(scripted((200, b"[" * 100_000), FAILED, 0.0).url, retries=3, outage=0)
   gc.disable()
   try:
     before = len(list(pathlib.Path("/proc/self/fd").iterdir()))

@@ -2,7 +2,7 @@
 
   python -m zoo.selftest [FOLDER ...]
 
-A FOLDER holds a CLIP, `recorded.npz` and `recorded.json`, as those of tests/golden/rewards do,
+A FOLDER holds a CLIP, `recorded.npz` and `recorded.json`, as those of tests/golden_rewards do,
 which are the default. Prints a line a check, and ends with status 1 where one fails.
 """
 
