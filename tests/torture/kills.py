@@ -70,9 +70,10 @@ class Round:
         (f"--source={converted}", f"--target={back}", "--export", "--overwrite"),
       ),
       "evaluate": small.Job("unigrpo_jax.evaluate", (
-        f"--checkpoint={out}", f"--out={evaluated}", "--prompts=2", "--modes", "think",
+        # As named in the results, which are the same in all rounds.
+        "--checkpoint=out", f"--out={evaluated}", "--prompts=2", "--modes", "think",
         "--batch_size=2", "--num_timesteps=4", "--max_tokens=6", "--keep=1",
-      )),
+      ), folder=str(self.place)),
     }
 
   def result(self) -> dict[str, str]:

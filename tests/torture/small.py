@@ -48,10 +48,11 @@ PHASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The module of a command, and its arguments."""
+  """The module of a command, its arguments, and the folder it runs in."""
 
   command: str
   arguments: tuple[str, ...]
+  folder: str = "."
 
 
 def training(workdir, init_from, out, steps: int, **changes) -> Job:
@@ -128,6 +129,7 @@ def _run(job: Job, log: str, pipe) -> None:
   with open(log, "a", encoding="utf-8") as file:
     for number in (1, 2):
       os.dup2(file.fileno(), number)
+  os.chdir(job.folder)
   for phase, module, name in PHASES:
     owner = importlib.import_module(module)
     *classes, method = name.split(".")
