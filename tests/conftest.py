@@ -1,5 +1,7 @@
 """Eight fake CPU devices for every test, and the recorded tiny BAGEL."""
 
+import contextlib
+import functools
 import gc
 from importlib import metadata
 import json
@@ -30,6 +32,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import reward_requests  # noqa: E402
 from tests import shallow as shallow_model  # noqa: E402
 from unigrpo_jax.models import bagel  # noqa: E402
 from unigrpo_jax.models import config as config_lib  # noqa: E402
@@ -46,6 +49,20 @@ def golden() -> pathlib.Path:
 def golden_rewards() -> pathlib.Path:
   """Folder of the recorded reference outputs of rewards."""
   return pathlib.Path(__file__).parent / "golden_rewards"
+
+
+@pytest.fixture
+def scripted():
+  """Starts servers with scripted answers; see `reward_requests.scripted`."""
+  with contextlib.ExitStack() as stack:
+    yield functools.partial(reward_requests.scripted, stack)
+
+
+@pytest.fixture
+def serving():
+  """Starts servers of rewards; see `reward_requests.serving`."""
+  with contextlib.ExitStack() as stack:
+    yield functools.partial(reward_requests.serving, stack)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from unigrpo_jax import rewards
-from unigrpo_jax.rewards import wire
+from unigrpo_jax.rewards import serve, wire
 
 NAN = np.nan
 
@@ -147,6 +147,15 @@ def scripted(stack, *answers, listens=True, announcement=None):
   stack.callback(server.shutdown)
   stack.callback(server.over.set)
   server.url = f"http://127.0.0.1:{server.server_address[1]}"
+  return server
+
+
+def serving(stack, given, **options):
+  """A server of rewards {name: reward} that `stack` ends."""
+  server = serve.Server(given, **options)
+  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+  stack.callback(server.server_close)
+  stack.callback(server.shutdown)
   return server
 
 

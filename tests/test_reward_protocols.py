@@ -1,8 +1,6 @@
 """Rewards of UniRL's and Flow-Factory's servers, against scripted answers."""
 
 import base64
-import contextlib
-import functools
 import io
 import json
 
@@ -13,12 +11,6 @@ import pytest
 from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import rewards
-
-
-@pytest.fixture
-def scripted():
-  with contextlib.ExitStack() as stack:
-    yield functools.partial(shared.scripted, stack)
 
 
 def answer(*results, errors=None):

@@ -1,7 +1,5 @@
 """The client of the reward protocol, against servers with scripted answers."""
 
-import contextlib
-import functools
 import gc
 import json
 import pathlib
@@ -16,13 +14,6 @@ from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.rewards import connection, wire
-
-
-@pytest.fixture
-def scripted():
-  with contextlib.ExitStack() as stack:
-    yield functools.partial(shared.scripted, stack)
-
 
 RIGHT = (200, shared.right)
 FAILED = (500, b'{"error": "out of memory"}')

@@ -1,8 +1,6 @@
 """Served rewards: requests in flight, kept connections, several servers and names, encodings,
 details, servers that load, and clients and servers of different age."""
 
-import contextlib
-import functools
 import http.server
 import io
 import json
@@ -22,26 +20,6 @@ from unigrpo_jax.rewards import connection, exchange, listening, serve, wire
 
 RIGHT = (200, shared.right)
 AWAY = (503, b"")
-
-
-@pytest.fixture
-def scripted():
-  with contextlib.ExitStack() as stack:
-    yield functools.partial(shared.scripted, stack)
-
-
-@pytest.fixture
-def serving():
-  with contextlib.ExitStack() as stack:
-
-    def start(given, **options):
-      server = serve.Server(given, **options)
-      threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-      stack.callback(server.server_close)
-      stack.callback(server.shutdown)
-      return server
-
-    yield start
 
 
 def pictures(count, side=8):

@@ -1,6 +1,5 @@
 """The reward server: in a thread against bare requests and clients, and as a command."""
 
-import contextlib
 import http.client
 import json
 import os
@@ -22,20 +21,6 @@ from unigrpo_jax.iconworld import prompts, renderer
 from unigrpo_jax.rewards import arguments, base, serve, wire
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture
-def serving():
-  with contextlib.ExitStack() as stack:
-
-    def start(given, **options):
-      server = serve.Server(given, **options)
-      threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-      stack.callback(server.server_close)
-      stack.callback(server.shutdown)
-      return server
-
-    yield start
 
 
 def ask(server, method, path, body=None, **headers):

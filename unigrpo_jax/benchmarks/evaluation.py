@@ -237,10 +237,7 @@ def _gather(
     name: part if isinstance(part, rewards.Scores) else rewards.Scores(np.asarray(part))
     for name, part in scores.items()
   }
-  found = {
-    row: {name: detail for name, part in given.items() if (detail := part.detail(i))}
-    for i, row in enumerate(rows)
-  }
+  found = {row: results_lib.details_of(given, i) for i, row in enumerate(rows)}
   details: list[dict[str, dict[str, Any]]] = [{} for _ in range(total)]
   for text in hosts.gather_texts(json.dumps({row: one for row, one in found.items() if one})):
     for row, one in json.loads(text).items():

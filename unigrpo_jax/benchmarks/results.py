@@ -73,6 +73,11 @@ class Row:
 Observe = Callable[[Sequence[Row], Sequence[rewards.Sample]], None]
 
 
+def details_of(scores: Mapping[str, rewards.Scores], row: int) -> dict[str, dict[str, Any]]:
+  """{name: `rewards.Scores.detail`} of one of the samples, of the rewards that have some."""
+  return {name: detail for name, part in scores.items() if (detail := part.detail(row))}
+
+
 def scored(rows: Sequence[Row], scores: Mapping[str, np.ndarray], details) -> list[Row]:
   """The rows with their scores, {name: [rows] float}, of which a NaN is none, and details.
 

@@ -69,10 +69,7 @@ def score_pictures(args: argparse.Namespace) -> None:
       else:
         given = scorer.submit(samples).scores()
         scores = {name: part.values for name, part in given.items()}
-        details = [
-          {name: detail for name, part in given.items() if (detail := part.detail(i))}
-          for i in range(len(batch))
-        ]
+        details = [results_lib.details_of(given, i) for i in range(len(batch))]
       batch = results_lib.scored(batch, scores, details)
       for observer in observers:
         observer(batch, samples)
