@@ -79,8 +79,9 @@ def test_a_client_takes_damaged_answers_for_none(count):
         received = b""
         while not received.endswith(end):
           received += connection.recv(1 << 16)
-        connection.sendall(mutations.mutate(rng, whole))
+        # First, since the client need not wait for the whole answer, nor keep the connection.
         answers.append(1)
+        connection.sendall(mutations.mutate(rng, whole))
 
   threading.Thread(target=answer_each, daemon=True).start()
   url = f"http://127.0.0.1:{listener.getsockname()[1]}"
