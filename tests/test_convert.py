@@ -132,12 +132,20 @@ def test_round_trip_of_every_file(golden, tmp_path, capsys, pieces):
 
 def test_round_trip_of_the_embedded_checkpoint(tmp_path):
   """It is an official folder like any other."""
-  conversion.convert(folders.TINY_FOLDER, tmp_path / "c")
+  convert.main(["--source=tiny", f"--target={tmp_path / 'c'}"])
   conversion.export(tmp_path / "c", tmp_path / "o")
   assert_equal(tmp_path / "o", folders.TINY_FOLDER)
   assert sum(file.stat().st_size for file in folders.TINY_FOLDER.iterdir()) <= 12e6
   params = folders.open_folder(tmp_path / "c").load_params()
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 8e6
+
+
+def test_what_a_folder_lacks_is_taken_from_the_embedded_checkpoint(tmp_path):
+  (tmp_path / "tuned").mkdir()
+  shutil.copy(folders.TINY_FOLDER / "ema.safetensors", tmp_path / "tuned")
+  target = tmp_path / "c"
+  convert.main([f"--source={tmp_path / 'tuned'}", "--missing_from=tiny", f"--target={target}"])
+  assert folders.open_folder(target).fingerprint() == folders.open_folder("tiny").fingerprint()
 
 
 def test_round_trip_of_mixed_dtypes_and_an_unusual_header(official, tmp_path, pieces):

@@ -31,7 +31,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     "--source", required=True,
     help="folder to read: official (with ema.safetensors and ae.safetensors), or converted with "
-    "--export; or a name of the Hugging Face hub, which is downloaded once, to HF_HOME",
+    "--export; or a name of the Hugging Face hub, which is downloaded once, to HF_HOME; or "
+    '"tiny", the embedded one',
   )
   parser.add_argument("--target", required=True, type=files.path, help="folder to make")
   parser.add_argument(
@@ -58,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
   if args.export and args.missing_from:
     raise errors.InputError("--missing_from is not for --export; leave it out")
-  source = hub.find(args.source)
-  missing_from = hub.find(args.missing_from) if args.missing_from else None
+  source, missing_from = (
+    name if name in (None, "tiny") else hub.find(name) for name in (args.source, args.missing_from)
+  )
 
   # After the arguments are known to be good: importing jax takes seconds.
   from unigrpo_jax.runtime import conversion

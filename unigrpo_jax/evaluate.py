@@ -99,11 +99,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "--keep_official writes, by --rewards")
   add("--geneval_results", type=files.local_path, metavar="FILE",
       help="draw nothing; summarise the results.jsonl of GenEval's own script")
-  sampling_flags.add(parser, steps="--num_timesteps", batch_size=100)
+  sampling_flags.add(parser, batch_size=100)
   arguments.add(parser, required=False, default=" (default: IconWorld's, see below)")
   host_flags.add_arguments(parser)
   args = parser.parse_args(argv)
-  sampling_flags.check(args, "--num_timesteps")
+  sampling_flags.check(args)
   errors.require("--prompts", args.prompts, low=1)
   if args.keep != "all":
     errors.require("--keep", args.keep, low=0)

@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "small pictures (default: %(default)s)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
-  sampling_flags.add(parser, steps="--steps", batch_size=None)
+  sampling_flags.add(parser, batch_size=None)
   add("--cfg_image_scale", type=float, help="guidance by the image; 1 turns it off (default: 1, "
       "editing 2)")
   add("--cfg_renorm_min", type=float, default=0.0, help="least renorm factor; 1 turns it off "
@@ -84,7 +84,7 @@ def _check_args(args: argparse.Namespace) -> None:
     raise errors.InputError(
       "--height and --width cannot be given with --image: an edit keeps its image's (resized) size"
     )
-  sampling_flags.check(args, "--steps")
+  sampling_flags.check(args)
   errors.require("--height", args.height, low=1)
   errors.require("--width", args.width, low=1)
   errors.require("--upscale", args.upscale, low=1, high=64)

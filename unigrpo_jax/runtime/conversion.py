@@ -47,8 +47,8 @@ class OfficialFile(NamedTuple):
 
 
 def convert(
-  source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False,
-  missing_from: pathlib.Path | None = None,
+  source: pathlib.Path | str, target: pathlib.Path, *, overwrite: bool = False,
+  missing_from: pathlib.Path | str | None = None,
 ) -> None:
   """Official folder -> converted folder; what it lacks is that of the official `missing_from`.
 
@@ -89,7 +89,7 @@ def convert(
 
 
 def _open(
-  path: pathlib.Path, kind: str, missing_from: pathlib.Path | None = None
+  path: pathlib.Path | str, kind: str, missing_from: pathlib.Path | str | None = None
 ) -> folders.ModelFolder:
   folder = folders.open_folder(path, missing_from)
   if folder.kind != kind:
@@ -173,7 +173,7 @@ def _read_manifest(folder: folders.ModelFolder) -> dict[str, OfficialFile]:
   return files
 
 
-def export(source: pathlib.Path, target: pathlib.Path, *, overwrite: bool = False) -> None:
+def export(source: pathlib.Path | str, target: pathlib.Path, *, overwrite: bool = False) -> None:
   """Converted folder -> official folder: the same tensors in their dtypes, and the same files.
 
   Raises:
@@ -231,7 +231,8 @@ def _official_rows(
 
 
 def check(
-  source: pathlib.Path, target: pathlib.Path, missing_from: pathlib.Path | None = None
+  source: pathlib.Path | str, target: pathlib.Path,
+  missing_from: pathlib.Path | str | None = None,
 ) -> bool:
   """Prints how an official and a converted folder differ; returns whether they agree exactly."""
   official, converted = _open(source, "official", missing_from), _open(target, "converted")

@@ -14,10 +14,10 @@ BOUNDS = {
 }
 
 
-def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) -> None:
-  """Adds the flags: `steps` names that of the time grid's points; a batch_size of None is all."""
+def add(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
+  """Adds the flags; a batch_size of None is all."""
   add = parser.add_argument
-  add(steps, dest="num_timesteps", type=int, help="points of the time grid (default: 50); one "
+  add("--num_timesteps", "--steps", type=int, help="points of the time grid (default: 50); one "
       "velocity evaluation less")
   add("--shift", type=float, help="timestep shift (default: 3)")
   add("--cfg_text_scale", type=float, help="guidance by the prompt; 1 turns all guidance off "
@@ -34,9 +34,9 @@ def add(parser: argparse.ArgumentParser, *, steps: str, batch_size: int | None) 
       help=f"rows run together (default: {batch_size or 'all'})")
 
 
-def check(args: argparse.Namespace, steps: str) -> None:
-  """Refuses impossible values; `steps` as in `add`."""
-  errors.require(steps, args.num_timesteps, low=2, high=100_000)
+def check(args: argparse.Namespace) -> None:
+  """Refuses impossible values."""
+  errors.require("--num_timesteps", args.num_timesteps, low=2, high=100_000)
   for name, bounds in BOUNDS.items():
     errors.require(f"--{name}", getattr(args, name), **bounds)
   if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
