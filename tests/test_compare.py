@@ -203,6 +203,25 @@ def test_the_tables_by_hand(tmp_path):
   assert "- UniGRPO:" not in text and "2 of 2" not in text
 
 
+def test_the_page_has_the_learned_rewards_agreement_and_what_regularisers_cost(tmp_path):
+  names = ["UniGRPO", "UniGRPO without regulariser"]
+  made = _comparison(tmp_path, names=names, seeds=[0])
+  sft = tmp_path / "evaluations" / f"sft_{PROMPTS}x2_0"
+  _write_evaluation(sft, ALL_MODES, lambda p, k: 1)
+  of = {"accuracy": [0.75, 0.7, 0.8], "kappa": [0.5, 0.4, 0.6], "answers": 40}
+  (sft / "benchmarks.json").write_text(json.dumps({"plain": {"ta": {"agreement": of}}}))
+  for name, strict in zip(names, (0.5, 0.25)):
+    training = made.training(name, 0)
+    _write_run(training, {0: 0.1, 4: 0.6})
+    log = training.folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row | {f"eval/{training.mode}/iconworld_strict": strict} for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  text = made.write()
+  assert "| plain | 0.750 (0.700 to 0.800) | 0.500 (0.400 to 0.600) | 40 |" in text
+  assert "that training with each of them reached: velocity MSE 0.500, none 0.250." in text
+
+
 def test_rows_below_the_rule(tmp_path):
   made = _comparison(tmp_path, names=["UniGRPO", "UniGRPO, latent KL"], seeds=[0])
   _finish(made, tmp_path, "UniGRPO", 0, {4: 0.6}, lambda p, k: 1)

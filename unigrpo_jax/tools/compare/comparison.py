@@ -278,6 +278,7 @@ class Comparison:
       } if self._sweep else {},
       "rows": [self._row(row) for row in self._rows],
       "agreement": scores.agreement(self._evaluation("sft")),
+      "at_equal_reward": figures.at_equal_reward(curves.record(self._trainings())),
       "failed": self.failed,
     }
 

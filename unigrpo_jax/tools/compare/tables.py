@@ -27,6 +27,10 @@ def text(record: Mapping[str, Any]) -> str:
         parts += [f"## Table 2: {title}", "", table2(record, key), ""]
   if record.get("sweep"):
     parts += ["## Learning rates", "", _sweep(record["sweep"]), ""]
+  if record.get("agreement"):
+    parts += ["## Exam points", "", _agreement(record["agreement"]), ""]
+  if record.get("at_equal_reward"):
+    parts += ["## Regularisers", "", _regularisers(record["at_equal_reward"]), ""]
   parts += [_notes(record)]
   return "\n".join(parts).rstrip() + "\n"
 
@@ -81,7 +85,11 @@ def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> s
       label, name, row["trained_from"] or DASH, YES[row["trained_thinking"]],
       YES[row["evaluated_thinking"]], *cells(row, row["scores"].get(key)),
     ])
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return _lines(lines)
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> str:
+  return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def estimate(part: Mapping[str, Any] | None, sign: bool = False) -> str:
@@ -125,7 +133,27 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
   return (
     "Learned reward on the validation prompts after the last iteration of one seed, by the factor "
     "of the learning rates; the highest was chosen, and nothing else was looked at.\n\n"
-    + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    + _lines(lines)
+  )
+
+
+def _agreement(by_mode: Mapping[str, Mapping[str, Any]]) -> str:
+  lines = [["SFT, evaluated", "same answer", "Cohen's kappa", "answers"], ["---"] * 4]
+  for mode, of in by_mode.items():
+    shares = (f"{of[name][0]:.3f} ({of[name][1]:.3f} to {of[name][2]:.3f})"
+              for name in ("accuracy", "kappa"))
+    lines.append([mode, *shares, str(of["answers"])])
+  return (
+    "TA is the verifier's verdict on each exam point. How often the learned reward, asked about "
+    "the point alone, gives the same (intervals over prompts):\n\n" + _lines(lines)
+  )
+
+
+def _regularisers(strict: Mapping[str, float]) -> str:
+  scores = ", ".join(f"{name} {value:.3f}" for name, value in strict.items())
+  return (
+    "The verifier's strict score on validation, at the highest learned reward that training with "
+    f"each of them reached: {scores}."
   )
 
 
