@@ -295,8 +295,14 @@ def draw_alone(config: ConfigDict) -> None:
   config.eval.modes = tuple(sorted(config.eval.modes, key=lambda mode: "plain" not in mode))
 
 
+def make_room(config: ConfigDict, tokens: int) -> None:
+  """For prompts that are longer than IconWorld's, for which `tiny` has room."""
+  config.rollout.prompt_tokens = max(config.rollout.prompt_tokens, tokens)
+
+
 def ocr(config: ConfigDict) -> None:
   """Text in pictures: prompts that quote words, and the share of them that tesseract reads."""
+  make_room(config, 64)
   config.prompts.source = config.eval.source = "words"
   config.eval.prompts = 200
   # The two others are only logged: what reward hacking would move first.
@@ -309,6 +315,7 @@ def ocr(config: ConfigDict) -> None:
 
 def geneval(config: ConfigDict) -> None:
   """GenEval: its kind of prompts, and the strict verdict of a server on this machine."""
+  make_room(config, 64)
   config.prompts.source, config.eval.source = "geneval_train", "geneval"
   config.eval.prompts = 553
   config.rewards = ConfigDict(dict(geneval=1.0))
@@ -318,6 +325,7 @@ def geneval(config: ConfigDict) -> None:
 
 def judge(config: ConfigDict) -> None:
   """A served vision-language model's P(yes) that the picture shows the prompt; docs/judge.md."""
+  make_room(config, 64)
   config.prompts.source, config.eval.source = "geneval_train", "geneval"
   config.eval.prompts = 553
   config.rewards = ConfigDict(dict(judge=1.0))
@@ -327,6 +335,7 @@ def judge(config: ConfigDict) -> None:
 
 def pickscore(config: ConfigDict) -> None:
   """What people prefer, by PickScore, about 0.7 to 0.95; prompts and weights: docs/pickscore.md."""
+  make_room(config, 256)
   config.prompts.source = config.eval.source = "pickscore_sfw"
   config.eval.split = "test"
   config.rewards = ConfigDict(dict(pickscore=1.0))

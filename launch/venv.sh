@@ -4,6 +4,10 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 oldest=${OLDEST:-3.11}
+if ! "$python" -c "" 2>/dev/null; then
+  echo "error: $python does not run; set PYTHON to a Python of at least $oldest" >&2
+  exit 2
+fi
 if ! "$python" -c "import sys; sys.exit(sys.version_info < (${oldest/./, }))"; then
   echo "error: $("$python" --version) is too old; set PYTHON to a Python of at least $oldest" >&2
   exit 2

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.data import prompts
+from unigrpo_jax.data import prompts, tokenizer
 from unigrpo_jax.recipe import checks, parts, rl, sft
-from unigrpo_jax.runtime import sharding, state
+from unigrpo_jax.runtime import folders, sharding, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNIGRPO, TEXT, FLOW, SFT = "unigrpo", "text_grpo", "flow_grpo", "sft"
@@ -216,10 +216,12 @@ def test_variants_of_tasks(task, others):
     assert section.source != "iconworld"
     if section.source != "pickscore_sfw":  # a folder that users have
       assert prompts.GENERATED[section.source].counts[split]
-  rest = lambda config: {
-    key: value for key, value in _flat(config)
-    if not key.startswith(("rewards.", "reward_options.", "prompts.source", "eval."))
-  }
+      if "tiny" in others:
+        tiny = tokenizer.load(folders.TINY_FOLDER)
+        made = prompts.GENERATED[section.source].make(split, 5000 if split == "train" else 200)
+        assert max(len(tiny.encode(prompt)) for prompt, _ in made) + 2 <= spec.rollout.prompt_tokens
+  own = "rewards.", "reward_options.", "prompts.source", "eval.", "rollout.prompt_tokens"
+  rest = lambda config: {k: v for k, v in _flat(config) if not k.startswith(own)}
   assert rest(config) == rest(module.get_config(",".join(others)))
 
 

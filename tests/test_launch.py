@@ -118,6 +118,12 @@ def test_shellcheck_has_nothing_to_say():
   assert found.returncode == 0, found.stdout
 
 
+def test_a_python_that_does_not_run_is_named():
+  refused = _bash("rewards", "geneval", PYTHON="python9.9")
+  assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+  assert "python9.9 does not run; set PYTHON to a Python of at least 3.10" in refused.stderr
+
+
 def test_cuda_13_is_chosen_by_its_requirements():
   for given, used in (("", "requirements-gpu.txt"), ("requirements-cuda13.txt",) * 2):
     done = _bash("host", "install", "--backend=gpu", "--dry-run", REQUIREMENTS=given)

@@ -136,7 +136,7 @@ def test_a_slow_server_is_a_time_out(scripted):
   scores = reward(shared.numbered(4))
   np.testing.assert_array_equal(scores.values, [shared.NAN] * 4)
   assert 0.2 <= time.monotonic() - start < 2
-  assert "no answer within 0.1 s" in scores.reason
+  assert "no answer within timeout=0.1 s" in scores.reason
   assert len(server.seen) == 2, "the chunks after one that found no server are not tried"
 
 

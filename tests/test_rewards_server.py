@@ -211,6 +211,29 @@ def test_requests_come_together_and_a_reward_is_called_one_at_a_time(serving):
   assert max(most) == 1 and len(most) == 8
 
 
+def test_what_a_client_no_longer_waits_for_is_not_scored(serving, capfd):
+  begun, go, scored = threading.Event(), threading.Event(), []
+
+  def slow(samples):
+    begun.set()
+    go.wait(10)
+    scored.append([sample.prompt for sample in samples])
+    return shared.value(samples)
+
+  server, samples = serving({"r": slow}), shared.numbered(3)
+  patient = rewards.Scorer({"r": shared.client(server.address)}, {"r": 1.0})
+  pending = patient.submit(samples[:1])
+  assert begun.wait(10)
+  gone = shared.client(server.address, timeout=0.2, retries=0, outage=0)(samples[1:2])
+  assert "no answer within timeout=0.2 s" in gone.reason
+  later = patient.submit(samples[2:])
+  go.set()
+  assert pending.result(10)["r"] == [0] and later.result(10)["r"] == [2]
+  patient.close()
+  assert [samples[1].prompt] not in scored and len(scored) == 2
+  assert "did not wait for its turn" in capfd.readouterr().err
+
+
 def test_others_need_a_token():
   for host in ("0.0.0.0", "::", "", "10.0.0.1", "example.com"):
     assert "--token_env" in refusal(serve.Server, {"r": shared.value}, host=host)

@@ -203,6 +203,16 @@ def test_imagereward_says_that_a_prompt_is_cut(caplog):
   assert "first 35 tokens" in record.message and "has 36" in record.message
 
 
+def test_the_selftest_has_its_recordings(tmp_path, monkeypatch):
+  from zoo import selftest
+
+  assert len(list(selftest.GOLDEN.glob("tiny_clip_*/recorded.npz"))) == 2
+  monkeypatch.setattr(selftest, "GOLDEN", tmp_path)
+  monkeypatch.setattr("sys.argv", ["selftest"])
+  with pytest.raises(errors.InputError, match="holds no tiny_clip"):
+    selftest.main()
+
+
 def test_the_selftest_passes(capsys):
   """Where PyTorch is installed; the rest of this file stands in for it."""
   pytest.importorskip("torch")

@@ -116,7 +116,7 @@ class Server:
       except TimeoutError:
         if end is not None and time.monotonic() >= end:
           raise Unreachable("no answer in the time that was left") from None
-        raise Unreachable(f"no answer within {self._timeout:g} s") from None
+        raise Unreachable(f"no answer within timeout={self._timeout:g} s") from None
       except (OSError, http.client.HTTPException) as error:
         raise Unreachable(f"no answer ({errors.describe(error)})") from None
 

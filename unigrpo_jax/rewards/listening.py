@@ -155,6 +155,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
       raise Refusal(400, f"the body ended after {len(body)} of {length} bytes")
     return body
 
+  def has_gone(self) -> bool:
+    """Whether the client has closed its connection, and so waits for no answer; after `read`."""
+    self.connection.settimeout(0)
+    try:
+      return not self.connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+      return False
+    except OSError:
+      return True
+    finally:
+      self.connection.settimeout(self.timeout)
+
   def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
     self._unread = unread  # Bytes of the body that the client may still be sending.
     try:

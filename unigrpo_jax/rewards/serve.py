@@ -89,6 +89,8 @@ class Handler(listening.Handler):
       return f"no reward {name}; {self._there_are()}"
     try:
       with self.server.locks[name]:
+        if self.has_gone():  # It asks again; what nobody reads would only make it wait longer.
+          return "the client did not wait for its turn; give it a larger timeout"
         scores = base.evaluate(self.server.rewards[name], samples)
     except BaseException as error:  # SystemExit too: the server goes on, and answers.
       traceback.print_exc()

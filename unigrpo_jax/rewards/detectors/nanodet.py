@@ -8,13 +8,14 @@ some for others: fit for tests and as a second opinion, not for numbers that are
 from __future__ import annotations
 
 from collections.abc import Sequence
+import os
 import pathlib
 
 import numpy as np
 import PIL.Image
 
 from unigrpo_jax.geneval import classes, rules
-from unigrpo_jax.rewards import fetch
+from unigrpo_jax.rewards import fetch, threads
 from unigrpo_jax.rewards.detectors import tfjs
 
 SIZE = 416  # pixels
@@ -30,7 +31,6 @@ class NanoDet:
 
   name = "NanoDet-g 416"
   thresholds = (0.25, 0.35)
-  concurrent = True
 
   def __init__(self, *, weights: str | None = None):
     """Loads the model from the folder `weights`; by default from where `fetch` puts it.
@@ -41,9 +41,11 @@ class NanoDet:
     folder = fetch.NANODET.folder() if weights is None else pathlib.Path(weights)
     model, data = fetch.NANODET.check(folder)
     self._graph = tfjs.load(model, data)
+    self._pool = threads.Pool(os.cpu_count() or 1, "nanodet")
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[list[rules.Found]]:
-    return [self._detect(image) for image in images]
+    """As `detectors.Detector`: a core a picture, and so one call at a time."""
+    return [each.result() for each in [self._pool.submit(self._detect, i) for i in images]]
 
   def heads(self, image: np.ndarray) -> list[np.ndarray]:
     """Scores [cells, 80] of the three grids, then distances [cells, 4 * bins], of [H, W, 3] uint8.
