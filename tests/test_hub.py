@@ -90,7 +90,7 @@ def test_a_folder_of_that_name_wins(fake, golden, tmp_path):
 
 @pytest.mark.parametrize("path", ["tiny", "a/b/c", "/a/b", "./a", "../a", "a", "a/", "~/a"])
 def test_other_paths_are_no_names(fake, path):
-  assert hub.find(path) == pathlib.Path(path) and not fake.calls
+  assert hub.find(path) == pathlib.Path(path).expanduser() and not fake.calls
 
 
 def test_a_revision(fake):

@@ -11,7 +11,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, files
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import (
   checkpoints,
@@ -147,6 +147,19 @@ def test_an_error_of_the_file_system_is_one_line_and_says_whether_to_try_again(
 def test_an_argument_that_is_not_utf_8_is_refused():
   with pytest.raises(errors.InputError, match="is not UTF-8"):
     errors.ArgumentParser().parse_known_args(["--workdir=a\udcff"])
+
+
+def test_an_empty_path_is_not_the_current_folder_and_a_tilde_is_the_home(monkeypatch):
+  """`--workdir=$RUN` without RUN, and what a shell leaves as it is in `--workdir=~/run`."""
+  monkeypatch.setenv("HOME", "/home/someone")
+  parser = errors.ArgumentParser()
+  parser.add_argument("--workdir", type=files.path)
+  with pytest.raises(errors.InputError, match="^--workdir: the path is empty"):
+    parser.parse_args(["--workdir="])
+  assert parser.parse_args(["--workdir=~/run"]).workdir == pathlib.Path("/home/someone/run")
+  for name in ("a/~/b", "~b", "."):
+    assert files.path(name) == pathlib.Path(name)
+  assert files.local_path("~/a") == pathlib.Path("/home/someone/a")
 
 
 def test_an_error_that_is_no_file_s_stays_what_it_is():

@@ -211,6 +211,10 @@ class ArgumentParser(argparse.ArgumentParser):
         ) from None
     return super().parse_known_args(args, namespace)
 
+  def _get_value(self, action, arg_string):
+    with at("" if arg_string else "/".join(action.option_strings)):
+      return super()._get_value(action, arg_string)
+
 
 def report(main: Callable[[], Any]) -> Any:
   """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and

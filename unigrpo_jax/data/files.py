@@ -16,16 +16,20 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 
 def path(name: str | os.PathLike) -> pathlib.Path:
-  """The path of a name; of gs:// one with the same methods, see `buckets.ObjectPath`.
+  """The path of a name, of which "~/" is the user's home, as shells have it after a space, but not
+  in --flag=~/name; of gs:// one with the same methods, see `buckets.ObjectPath`.
 
   Raises:
-    InputError: it is of another object store, impossible, or gcsfs is not installed.
+    InputError: it is empty, of another object store, impossible, or gcsfs is not installed.
   """
   if not isinstance(name, str):
     return name
+  if not name:
+    raise errors.InputError("the path is empty; give one, or . for the current folder")
   scheme = _SCHEME.match(name)
   if scheme is None:
-    return pathlib.Path(name)
+    path = pathlib.Path(name)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
   if scheme[1] != "gs":
     raise errors.InputError(f"{name}: of object stores, gs:// is supported; give such a path")
   from unigrpo_jax.data import buckets  # Of what it imports, most need nothing.
@@ -37,7 +41,7 @@ def local_path(name: str) -> pathlib.Path:
   """The path of a name of a file system; raises InputError for gs:// and others."""
   if _SCHEME.match(name):
     raise errors.InputError(f"{name}: only files and folders of this machine can be given here")
-  return pathlib.Path(name)
+  return path(name)
 
 
 def is_object(path: pathlib.Path) -> bool:

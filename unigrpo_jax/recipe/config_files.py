@@ -49,6 +49,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
   try:
     rest = values(["", *arguments])
     config = values["config"].value
+  except flags.UnrecognizedFlagError as error:
+    raise errors.InputError(f"{error}; keys of the config are --config.KEY=VALUE") from None
   except flags.Error as error:
     raise errors.InputError(str(error).strip().splitlines()[-1].strip()) from None
   except (AttributeError, KeyError) as error:
@@ -91,6 +93,7 @@ def _run(path: pathlib.Path, variants: str) -> None:
     InputError: it does not exist, or raises; names the file and line.
   """
   try:
+    path.open("rb").close()  # Of a folder, another file would be run.
     runpy.run_path(str(path))["get_config"](*[variants] * bool(variants))
   except OSError as error:
     names = ", ".join(f"configs/{file.name}" for file in sorted(FOLDER.glob("*.py")))

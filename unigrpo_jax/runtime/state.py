@@ -100,9 +100,10 @@ def open_network(spec: NetworkSpec, devices=None) -> Network:
 
 def pinned(spec: NetworkSpec, network: Network) -> dict[str, Any]:
   """{key of the config: fingerprint} of the folders that a run begins with; see `Run`."""
-  found, adapter = {"init_from": network.folder.fingerprint()}, files.path(spec.adapter)
+  found = {"init_from": network.folder.fingerprint()}
+  adapter = files.path(spec.adapter) if spec.adapter else None
   # Only the first start needs it.
-  if spec.adapter and all((adapter / name).is_file() for name in adapters.FILES):
+  if adapter and all((adapter / name).is_file() for name in adapters.FILES):
     found["lora.adapter"] = [list(checksums.of(adapter / name)) for name in adapters.FILES]
   return found
 
