@@ -72,6 +72,9 @@ def user_rewards(tmp_path, monkeypatch):
   ("jpeg_size", {"quality": "high"}, "quality='high' must be a number"),
   (":Score", {}, "must be module:function"), ("user_rewards:", {}, "must be module:function"),
   (".sound:Score", {}, "must be module:function"), ("a..b:Score", {}, "there is no module 'a'"),
+  ("sound.py:Score", {}, "is a path; write sound:Score, with its folder in .*PYTHONPATH=. python"),
+  ("/a/b.c/sound.py:Score", {}, "write sound:Score, with its folder in .*PYTHONPATH=/a/b.c python"),
+  ("user_rewards/sound.py", {}, "is a path; write sound:function, with"),
   ("user_rewards.sound.Score", {}, "for one of your own write user_rewards.sound:Score"),
 ])
 def test_what_is_wrong_is_told_in_a_line(name, options, words):

@@ -12,6 +12,7 @@ from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import safetensors_files, weight_files, weights
 from unigrpo_jax.runtime import conversion, folders
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 VISION = ("vit_model.", "connector.", "vit_pos_embed.")
 
 
@@ -139,6 +140,7 @@ def test_what_may_be_meant_twice_is_refused(folder, released):
   (lambda f: _write(f / "adapter_model.safetensors", {
     "base_model.model.language_model.q.lora_A.weight": np.zeros((2, 2), np.float32)}),
    "these are LoRA adapters, not a model: give them"),
+  (lambda f: (f / "ema.safetensors").write_bytes(POINTER), "a Git LFS pointer, not the file"),
   (lambda f: (f / "model.safetensors").write_bytes(
     (len(h := b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}')).to_bytes(8, "little")
     + h + b"x"), "tensor a has the dtype F8_E4M3, as quantised checkpoints have; take one in bf"),
@@ -146,6 +148,16 @@ def test_what_may_be_meant_twice_is_refused(folder, released):
 def test_what_cannot_load_says_what_it_is(folder, make, words):
   make(folder)
   assert words in refusal(weights.OfficialReader, folder, folders.open_folder(folder).config)
+
+
+def test_what_is_no_model_folder_says_what_it_is(folder):
+  (folder / "llm_config.json").write_bytes(POINTER)
+  assert "llm_config.json: a Git LFS pointer" in refusal(folders.open_folder, folder)
+  adapters = folder.parent / "adapters"
+  adapters.mkdir()
+  (adapters / "adapter_config.json").write_text("{}")
+  assert "adapters: holds LoRA adapters; give the checkpoint" in refusal(
+    folders.open_folder, adapters)
 
 
 def test_a_fine_tune_for_drawing_says_how_to_merge_it(folder, released, tmp_path, golden):

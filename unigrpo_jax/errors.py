@@ -73,6 +73,13 @@ _TEMPORARY = {
 }
 _OTHER = "give another place, or change its permissions"
 
+# What a file begins with, and is, where a repository was cloned without its large files.
+LFS = b"version https://git-lfs.github.com/spec/"
+POINTER = (
+  "a Git LFS pointer, not the file itself; run git lfs pull where it was cloned, or download the "
+  "file"
+)
+
 # Bounds of a seed: with the number of a row added to it, it is still a seed of `jax.random.key`,
 # which would take the lowest 32 bits of another.
 SEED = {"low": 0, "high": 2**31 - 1}

@@ -21,7 +21,6 @@ from unigrpo_jax.data import files, lines
 
 Record = dict[str, Any]
 _EXPECTED = 'expected an object with a prompt, like {"prompt": "a red kite"}'
-_LFS = b"version https://git-lfs.github.com/spec/"
 _STUB = "; a Git LFS pointer or an incomplete download?"
 _LICENCE = re.compile(
   r"(the )?(mit|apache|bsd|isc|mozilla public|gnu [\w ]+|creative commons[\w .-]*) licen[cs]e\b.*"
@@ -45,14 +44,11 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
     )
   try:
     with path.open("rb") as file:
-      head = file.read(len(_LFS))
+      head = file.read(len(errors.LFS))
   except OSError as error:
     raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-  if head == _LFS:
-    raise errors.InputError(
-      f"{path}: a Git LFS pointer, not the file itself; run git lfs pull where it was cloned, or "
-      "download the file"
-    )
+  if head == errors.LFS:
+    raise errors.InputError(f"{path}: {errors.POINTER}")
   empty = True
   for item in READERS[path.suffix.lower()](path) if head else ():
     empty = False

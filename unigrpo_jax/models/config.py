@@ -236,7 +236,10 @@ def read_fields(cls: type, section: Section, *, defaults: Any = None, **others: 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object; raises InputError naming the file."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if text.startswith(errors.LFS.decode()):
+      raise errors.InputError(f"{path}: {errors.POINTER}")
+    value = json.loads(text)
   except FileNotFoundError:
     raise errors.InputError(f"{path}: file not found; a BAGEL folder must contain it") from None
   except (OSError, ValueError, RecursionError) as error:

@@ -84,7 +84,11 @@ class SafetensorsFile:
   def _read_header(self) -> None:
     size = self._file.seek(0, os.SEEK_END)
     self._file.seek(0)
-    length = int.from_bytes(self._file.read(8), "little")
+    head = self._file.read(len(errors.LFS))
+    if head == errors.LFS:
+      raise errors.InputError(errors.POINTER)
+    length = int.from_bytes(head[:8], "little")
+    self._file.seek(8)
     if size < 8 or length > _MAX_HEADER_BYTES:
       raise errors.InputError(
         "not a safetensors file (its first 8 bytes are not a header length); download it again"

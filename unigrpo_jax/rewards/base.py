@@ -152,6 +152,13 @@ def make_part(
 
 
 def _make(name: str, options: Mapping[str, Any]) -> Reward:
+  module, _, attribute = name.partition(":")
+  if "/" in module or module.endswith(".py"):
+    folder, _, file = module.rpartition("/")
+    raise errors.InputError(
+      f"reward={name!r} is a path; write {file.removesuffix('.py')}:{attribute or 'function'}, "
+      f"with its folder in PYTHONPATH: PYTHONPATH={folder or '.'} python -m ..."
+    )
   if ":" in name:
     target = _imported(name)
   else:

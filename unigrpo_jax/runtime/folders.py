@@ -180,6 +180,11 @@ def open_folder(
       f"{path}: is the workdir of a run; export its newest checkpoint with python -m "
       f"unigrpo_jax.export {path} OUT, and give that folder"
     )
+  if (path / adapters.FILES[0]).is_file():
+    raise errors.InputError(
+      f"{path}: holds LoRA adapters; give the checkpoint that they were trained on, and this "
+      "folder as --adapter, or in a config as config.lora.adapter"
+    )
   if found := weight_files.find(path, weights.FILES["bagel"]):
     raise errors.InputError(
       f"{path}: holds weights ({found[0].name}) but no {config_lib.LLM_FILE}: take the configs, "
