@@ -153,3 +153,18 @@ def test_a_gradient_keeps_the_inputs_of_blocks_alone(monkeypatch):
   monkeypatch.setattr(vae, "RematMidAttention", vae.MidAttention)
   np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(latents), rtol=1e-5, atol=1e-6)
   assert 3 * few < kept()
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_convolutions_own_gradients_are_exact(side):
+  with jax.enable_x64(True):
+    x, kernel, of = (
+      jax.random.normal(jax.random.key(i), shape, jnp.float64)
+      for i, shape in enumerate([(2, 5, 4, 3), (side, side, 3, 6), (2, 5, 4, 6)])
+    )
+    got, pull = jax.vjp(vae.convolve, x, kernel)
+    want, true_pull = jax.vjp(lambda x, kernel: jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), x, kernel)
+    np.testing.assert_array_equal(got, want)
+    for mine, true in zip(pull(of), true_pull(of), strict=True):
+      np.testing.assert_allclose(mine, true, rtol=1e-12, atol=1e-12)
