@@ -133,10 +133,16 @@ def _newest(folder, **options):
 
 
 def _damage(step, kind):
-  """Damages a checkpoint; `kind` is "empty", "unsealed", or "HOW FILE", with a part of its name."""
+  """Damages a checkpoint; `kind` is "empty", "a file", "a link to nowhere", "unsealed", or "HOW
+  FILE", with a part of its name.
+  """
   if kind == "empty":
     shutil.rmtree(step)
     step.mkdir()
+    return
+  if kind in ("a file", "a link to nowhere"):
+    shutil.rmtree(step)
+    step.touch() if kind == "a file" else step.symlink_to("nowhere")
     return
   if kind.startswith("unsealed"):
     (step / checksums.FILE).unlink()
@@ -164,7 +170,8 @@ def test_closing_removes_what_a_killed_process_had_yet_to_remove(three):
 
 
 DAMAGES = [
-  "empty", "gone _CHECKPOINT_METADATA", "cut _CHECKPOINT_METADATA", "flip _CHECKPOINT_METADATA",
+  "empty", "a file", "a link to nowhere", "gone _CHECKPOINT_METADATA",
+  "cut _CHECKPOINT_METADATA", "flip _CHECKPOINT_METADATA",
   "gone _METADATA", "flip state/_METADATA", "cut manifest.ocdbt", "cut process_0/d/",
   "flip process_0/d/", "gone process_0/d/", "cut checksums.json",
   "unsealed cut _CHECKPOINT_METADATA", "unsealed gone _CHECKPOINT_METADATA",

@@ -356,6 +356,9 @@ class _ReadableNames:
 
   def find_all(self, folder: Any) -> Iterator[Any]:
     self.unreadable.clear()
+    for path in folder.iterdir() if folder.exists() else ():
+      if path.name.isdecimal() and not path.is_dir():  # A file, or a link to nowhere.
+        self.unreadable[int(path.name)] = "it is no folder"
     for found in self._names.find_all(folder):
       try:
         _ = found.commit_timestamp  # It keeps what it reads.
