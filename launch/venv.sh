@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by the scripts beside it: goes to the repository's root, makes .venv, or the folder VENV, and
-# installs into it: requirements.txt, or the file REQUIREMENTS, with a Python of 3.11 or OLDEST.
+# installs into it: requirements.txt, or the file REQUIREMENTS, with a Python of 3.11 or OLDEST. What
+# NAME.txt needs in order to be built is in NAME-first.txt, where there is one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 oldest=${OLDEST:-3.11}
@@ -26,6 +27,12 @@ stamp=$venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -
 if [ ! -f "$stamp" ]; then
   echo "== installing $requirements into $venv"
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  first=${requirements%.txt}-first.txt
+  if [ -f "$first" ]; then
+    "${install[@]}" -r "$first"
+    install+=(--no-build-isolation)
+  fi
+  "${install[@]}" -r "$requirements"
   touch "$stamp"
 fi

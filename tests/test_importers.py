@@ -99,6 +99,7 @@ def test_oneig_has_json_in_json_and_prompts_without_questions(folder, tmp_path):
   assert "no such file" in refusals.refusal(list, importers.oneig(tmp_path / "OneIG-Bench.csv"))
   questions.parent.rmdir()
   assert "no folder Q_D" in refusals.refusal(list, importers.oneig(tmp_path / "OneIG-Bench.csv"))
+  assert "No such file" in refusals.refusal(list, importers.oneig(tmp_path / "missing.csv"))
 
 
 def test_geneval2(tmp_path):

@@ -124,6 +124,21 @@ def test_a_python_that_does_not_run_is_named():
   assert "python9.9 does not run; set PYTHON to a Python of at least 3.10" in refused.stderr
 
 
+def test_what_a_package_is_built_with_is_installed_before_it(tmp_path):
+  shutil.copytree(LAUNCH, tmp_path / "launch")
+  for name in ("requirements.txt", "of.txt", "of-first.txt"):
+    (tmp_path / name).touch()
+  python = tmp_path / "python"
+  python.write_text(
+    '#!/usr/bin/env bash\ncase "$*" in\n'
+    '"-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;\n'
+    '*" pip "*) echo "${@:6}" ;; esac\n'
+  )
+  python.chmod(0o755)
+  done = _bash("venv", cwd=tmp_path, PYTHON=str(python), REQUIREMENTS="of.txt")
+  assert done.stdout.splitlines()[1:] == ["-r of-first.txt", "--no-build-isolation -r of.txt"]
+
+
 def test_cuda_13_is_chosen_by_its_requirements():
   for given, used in (("", "requirements-gpu.txt"), ("requirements-cuda13.txt",) * 2):
     done = _bash("host", "install", "--backend=gpu", "--dry-run", REQUIREMENTS=given)

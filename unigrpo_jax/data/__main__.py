@@ -25,7 +25,7 @@ EPILOG = f"""prompt files (UTF-8):
 examples:
   python -m unigrpo_jax.data --build=mine.txt --name=mine
   python -m unigrpo_jax.data --build=a.jsonl --split=train --build=b.jsonl --split=test --name=both
-  python -m unigrpo_jax.data --build={prompts.ICONWORLD} --name=small_world --count=2000
+  python -m unigrpo_jax.data --build={prompts.ICONWORLD} --name=small_world --count=1000
   python -m unigrpo_jax.data --build=words --split=test --name=some_words
   python -m unigrpo_jax.data --import=dpg=dpg_bench.csv --out=dpg.jsonl
 

@@ -69,7 +69,7 @@ def oneig(path: pathlib.Path) -> Iterator[Record]:
   """
   folders = [path.parent / "Q_D", path.parent / "scripts" / "alignment" / "Q_D"]
   folder = next((folder for folder in folders if folder.is_dir()), None)
-  if folder is None:
+  if folder is None and path.exists():  # Else it is the file that is not there.
     raise errors.InputError(
       f"{path}: no folder Q_D with the questions beside it; copy scripts/alignment/Q_D of the "
       "repository there"
