@@ -21,14 +21,15 @@ TRAINING = [
   "--config.rollout.max_tokens=16", "--config.rollout.num_timesteps=5",
   "--config.rollout.window_size=1", "--config.rollout.window_range=(0,2)",
   "--config.checkpoint_every=1", "--config.eval.every=2", "--config.eval.prompts=2",
-  "--config.eval.batch_size=2", "--config.eval.num_timesteps=3", "--config.eval.modes=('think',)",
+  "--config.eval.batch_size=2", "--config.eval.num_timesteps=3",
 ]
+MODES = "--config.eval.modes=('think',)"  # A comparison sets them itself.
 SUPERVISED = [
   "--config.steps=2", "--config.sequences_per_step=2", "--config.microbatch=2",
   "--config.limits.images=2",
 ]
 COMMANDS = {
-  "train": ["--config=configs/unigrpo.py:tiny", "--workdir=run", *TRAINING],
+  "train": ["--config=configs/unigrpo.py:tiny", "--workdir=run", *TRAINING, MODES],
   "train of sft": ["--config=configs/sft.py:tiny", "--workdir=sft", *SUPERVISED],
   "compare": ["--workdir=compared", "--methods", "TextGRPO", "--seeds", "0", *TRAINING],
   "build": ["--workdir=stages", "--out=built", "--vae_steps=2", "--vae_rows=2", *SUPERVISED],
