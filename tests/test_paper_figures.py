@@ -103,10 +103,15 @@ def test_a_sheet_has_a_row_a_prompt_and_a_column_a_method(tmp_path, written):
   picture = tmp_path / "p.png"
   PIL.Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(picture)
   columns = {
-    "SFT, thinking": {"two kites": picture, "a $ sign": picture}, "UniGRPO": {"two kites": picture},
-    "nothing of it": {},
+    "SFT, thinking": {
+      "two kites": (picture, "two kites. so: kite red top left, kite blue bottom right"),
+      "a $ sign": (picture, "a $ sign costs $"),
+    },
+    "UniGRPO": {"two kites": (picture, "")}, "nothing of it": {},
   }
   chart = figures.sheet(columns, ["two kites", "a $ sign"])
+  first = chart.axes[0].texts[0].get_text()  # The reasoning.
+  assert first == "two kites. so: kite red top left,\nkite blue bottom right"
   assert len(chart.axes) == 4 and [len(panel.images) for panel in chart.axes] == [1, 1, 1, 0]
   assert written(chart).std() > 5
 

@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from unigrpo_jax.data import tokenizer
 from unigrpo_jax.runtime import panels
 
 SIDE, GAP, LINE, WORDS = 128, 12, 15, 64  # pixels, pixels, pixels, characters
@@ -68,8 +69,8 @@ def strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image
   left = textwrap.wrap(rows[0].prompt, WORDS)
   for text in dict.fromkeys(row.text for row in rows if row.text is not None):
     modes = ", ".join(row.mode for row in rows if row.text == text)
-    words = text.replace("<think>", "").replace("</think>", "")
-    left += ["", *textwrap.wrap(f"{modes}: {' '.join(words.split())}", WORDS)]
+    words = " ".join(tokenizer.without_tags(text).split())
+    left += ["", *textwrap.wrap(f"{modes}: {words}", WORDS)]
   beneath = [[row.mode, *(f"{k} {v:.2f}" for k, v in row.rewards.items())] for row in rows]
   tall = max(len(left) * LINE, SIDE + max(map(len, beneath)) * LINE) + 2 * GAP
   start = WORDS * 7 + 2 * GAP

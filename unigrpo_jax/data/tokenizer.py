@@ -41,6 +41,11 @@ SPECIAL_TOKENS = {
 }
 
 
+def without_tags(reasoning: str | None) -> str:
+  """A reasoning for people to read; "" for none."""
+  return (reasoning or "").replace("<think>", "").replace("</think>", "").strip()
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
   """A loaded tokenizer."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation, measured
-from unigrpo_jax.data import atomic, files
+from unigrpo_jax.data import atomic, files, tokenizer
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools.compare import (
@@ -235,8 +235,9 @@ class Comparison:
       for name, of in self._trainings().items()
     }
 
-  def _samples(self) -> dict[str, dict[str, pathlib.Path]]:
-    """{row of the tables: {prompt: picture}} of the first seed's last checkpoints, guided."""
+  def _samples(self) -> dict[str, dict[str, tuple[pathlib.Path, str]]]:
+    """{row of the tables: {prompt: (picture, reasoning)}} of the first seed's last checkpoints,
+    with guidance."""
     made = {}
     for row in self._rows:
       tag = row.trained.lower()
@@ -248,7 +249,8 @@ class Comparison:
       folder, mode = self._evaluation(tag), evaluation.Mode(row.thinks, guided=True).name
       name = f"{row.name}, {'thinking' if row.thinks else 'not thinking'}"
       made[name] = {
-        each.prompt: folder / each.image for each in scores.read(folder)
+        each.prompt: (folder / each.image, tokenizer.without_tags(each.text))
+        for each in scores.read(folder)
         if each.image and each.mode == mode and not each.k
       }
     return {name: of for name, of in made.items() if of}

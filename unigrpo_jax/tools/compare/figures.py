@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import pathlib
-import textwrap
 from typing import Any
 
 import matplotlib
@@ -187,38 +186,49 @@ def at_equal_reward(curves: Curves) -> dict[str, float]:
 
 @matplotlib.rc_context(fname=charts.STYLE)
 def sheet(
-  columns: Mapping[str, Mapping[str, pathlib.Path]], prompts: Sequence[str]
+  columns: Mapping[str, Mapping[str, tuple[pathlib.Path, str]]], prompts: Sequence[str]
 ) -> figure.Figure | None:
-  """Samples: a row a prompt, a column a method, from the same noise (figures 2 and 6 to 8).
+  """Samples with their thoughts: a row a prompt, a column a method (figures 2 and 6 to 8).
 
   Args:
-    columns: {method: {prompt: picture}}.
+    columns: {method: {prompt: (picture, its reasoning or "")}}, all from the same noise.
     prompts: rows.
   """
   columns = {name: of for name, of in columns.items() if any(prompt in of for prompt in prompts)}
   if not columns or not prompts:
     return None
-  titles = {name: textwrap.wrap(name, 18) for name in columns}
-  above = 0.1 + 0.13 * max(map(len, titles.values()))  # inches
+  titles = {name: charts.wrapped(name, 18) for name in columns}
+  thoughts = {
+    (name, prompt): charts.wrapped(of[prompt][1], 34, most=6)
+    for name, of in columns.items() for prompt in prompts if prompt in of
+  }
+  below = 0.08 * max(len(text.split("\n")) for text in thoughts.values())  # inches; of a row
+  above = 0.1 + 0.13 * max(len(title.split("\n")) for title in titles.values())
   chart = figure.Figure(
-    figsize=(2.2 + 1.25 * len(columns), 1.3 * len(prompts) + above), dpi=DPI, facecolor="white"
+    figsize=(2.2 + 1.25 * len(columns), (1.3 + below) * len(prompts) + above), dpi=DPI,
+    facecolor="white",
   )
   left = 2.1 / chart.get_figwidth()
   cells = chart.subplots(
     len(prompts), len(columns), squeeze=False,
-    gridspec_kw=dict(left=left, right=0.995, top=1 - above / chart.get_figheight(), bottom=0.01,
-                     wspace=0.06, hspace=0.06),
+    gridspec_kw=dict(left=left, right=0.995, top=1 - above / chart.get_figheight(),
+                     bottom=(0.05 + below) / chart.get_figheight(), wspace=0.06,
+                     hspace=(0.08 + below) / 1.2),
   )
   for row, prompt in enumerate(prompts):
     for (name, of), cell in zip(columns.items(), cells[row]):
       cell.set_axis_off()
       if prompt in of:
-        with PIL.Image.open(of[prompt]) as image:
+        with PIL.Image.open(of[prompt][0]) as image:
           cell.imshow(image.convert("RGB"), interpolation="nearest")
+        cell.annotate(
+          thoughts[name, prompt], (0, 0), (0, -2), xycoords="axes fraction",
+          textcoords="offset points", va="top", fontsize=4.6, color="#5d5c58",
+        )
       if row == 0:
-        cell.set_title("\n".join(titles[name]), fontsize=7.5, pad=3)
+        cell.set_title(titles[name], fontsize=7.5, pad=3)
     cells[row][0].annotate(
-      "\n".join(textwrap.wrap(prompt, 30)).replace("$", r"\$"), (0, 0.5), (-6, 0),
+      charts.wrapped(prompt, 30), (0, 0.5), (-6, 0),
       xycoords="axes fraction", textcoords="offset points", ha="right", va="center", fontsize=7.5,
     )
   return chart

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import io
 import math
 import pathlib
+import textwrap
 from typing import NamedTuple
 
 import matplotlib
@@ -116,6 +117,12 @@ def set_axes(axes: matplotlib.axes.Axes, x_label: str, x_range: tuple[float, flo
   axes.set_xlabel(x_label, loc="right")
   margin = 0.02 * (x_range[1] - x_range[0]) or 0.5
   axes.set_xlim(x_range[0] - margin, x_range[1] + margin)
+
+
+def wrapped(text: str, width: int, most: int | None = None) -> str:
+  """Text in lines of some characters' width, at most so many of them, for Matplotlib to write."""
+  lines = textwrap.wrap(text, width, max_lines=most, placeholder=" …")
+  return "\n".join(lines).replace("$", r"\$")  # A dollar sign would begin a formula.
 
 
 def _data_uri(chart: figure.Figure) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import pathlib
-import textwrap
 
 import matplotlib
 from matplotlib import figure
@@ -15,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors
-from unigrpo_jax.data import atomic
+from unigrpo_jax.data import atomic, tokenizer
 from unigrpo_jax.tools.report import charts, page, samples, workdir
 
 FORMATS = ("png", "svg", "pdf")
@@ -90,16 +89,13 @@ def _show(cell: matplotlib.axes.Axes, sample: workdir.Sample, title: str) -> Non
     with PIL.Image.open(io.BytesIO(sample.image.read_bytes())) as image:
       cell.imshow(image.convert("RGB"), interpolation="nearest")
   cell.set_title(title, loc="left", fontsize=7.5, pad=2)
-  text = (sample.text or "").replace("<think>", "").replace("</think>", "")
-  _write(cell, text, width=21, above=False)
+  _write(cell, tokenizer.without_tags(sample.text), width=21, above=False)
 
 
 def _write(cell: matplotlib.axes.Axes, text: str, *, width: int, above: bool) -> None:
   """Text of some characters' width, above the cell and its title, or below the cell."""
   cell.annotate(
-    # A dollar sign would begin a formula.
-    "\n".join(textwrap.wrap(text, width)).replace("$", r"\$"),
-    (0, 1 if above else 0), (0, 14 if above else -3), xycoords="axes fraction",
-    textcoords="offset points", va="bottom" if above else "top", fontsize=7.5,
-    weight="bold" if above else "normal",
+    charts.wrapped(text, width), (0, 1 if above else 0), (0, 14 if above else -3),
+    xycoords="axes fraction", textcoords="offset points", va="bottom" if above else "top",
+    fontsize=7.5, weight="bold" if above else "normal",
   )
