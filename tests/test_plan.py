@@ -261,6 +261,8 @@ def test_a_phase_that_does_not_fit_stops_no_page():
   ([f"--config={config_files.FOLDER / 'sft.py'}", "--topology=v6e:2x2"], "only unigrpo"),
   ([f"--config={UNIGRPO}:no", "--topology=v6e:2x2"], "is none of"),
   ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--config.no=1"], "--config has no key 'no'"),
+  ([f"--config={UNIGRPO}:ocr", "--topology=v6e:2x2", "--config.reward_options.ocr.psm=6"],
+   "'ocr'; new options come as a whole, --config.reward_options="),
   ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--config.steps=many"], "--config.steps=many"),
   ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--no=1"], "'no'"),
   ([f"--config={UNIGRPO}", "--topology=v6e:2x2", "--", "no"], "no"),

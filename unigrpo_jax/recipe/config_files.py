@@ -56,9 +56,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
   except (AttributeError, KeyError) as error:
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
-    raise errors.InputError(
-      f"--config has no key {'. '.join(str(error.args[0]).splitlines())}"
-    ) from None
+    words = f"--config has no key {'. '.join(str(error.args[0]).splitlines())}"
+    if any(argument.lstrip("-").startswith("config.reward_options.") for argument in overrides):
+      words += "; new options come as a whole, --config.reward_options=\"{'NAME': {'KEY': 1}}\""
+    raise errors.InputError(words) from None
   except (TypeError, ValueError) as error:
     raise errors.InputError(f"--config: {' '.join(str(error).split())}") from None
   if not isinstance(config, ConfigDict):
