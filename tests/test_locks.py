@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, locks
+from unigrpo_jax.runtime import hosts
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,12 @@ def test_every_command_that_fills_a_folder_holds_it(tmp_path, command, arguments
   main = importlib.import_module(f"unigrpo_jax.{command}").main
   with _hold(tmp_path), pytest.raises(errors.InputError, match=f"={tmp_path} is in use by "):
     main([argument.format(tmp_path) for argument in arguments])
+
+
+def test_a_run_stays_in_its_folder_where_the_current_one_changes(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  train = hosts.holds_workdir(lambda config, workdir, devices: workdir)
+  assert train({}, pathlib.Path("run")) == tmp_path / "run"
 
 
 def test_a_file_is_left_by_no_error(tmp_path):

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.raise_on_all_hosts():
       if hosts.first():
         run_lib.check_workdir(args.workdir)
-    compile_cache.use(args.workdir / "compiled")
+    compile_cache.use(args.workdir.absolute() / "compiled")
     algorithms[config.algorithm](config, args.workdir)
 
   hosts.run(run_on_all_hosts, lambda: run_lib.continue_from(args.workdir))

@@ -290,11 +290,12 @@ def hold(folder: pathlib.Path, flag: str) -> Iterator[None]:
 
 
 def holds_workdir(train: Callable[..., Any]) -> Callable[..., Any]:
-  """`train(config, workdir, devices=None)`, which holds its workdir until it returns or raises."""
+  """`train(config, workdir, devices=None)`, which holds its workdir until it returns or raises; it
+  stays that folder where a reward changes the current one."""
   @functools.wraps(train)
   def alone(config, workdir, devices=None):
     with hold(workdir, "--workdir"):
-      return train(config, workdir, devices)
+      return train(config, workdir.absolute(), devices)
 
   return alone
 
