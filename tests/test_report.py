@@ -292,17 +292,18 @@ def test_rows_of_the_same_step_are_one(tmp_path):
   """A log with a row for each evaluation shows what one with joint rows shows."""
   pages = []
   for name in ("apart", "joint"):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "run.json").write_text('{"run_id": "r"}')
+    folder = tmp_path / name / "run"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"run_id": "r"}')
     rows = [{"step": 0, "eval/think/reward": 0.25}]
     for step in range(1, 4):
       training = {"step": step, "reward/mean": 0.5, "seconds/a": 1.0}
       evaluation = {"step": step, "eval/think/reward": 0.5, "seconds/evaluate": 2.0}
       rows += [training, evaluation] if name == "apart" else [training | evaluation]
-    _log(tmp_path / name, rows)
-    pages.append(_text(tmp_path / name))
-  assert pages[0] == pages[1]
-  run = workdir.read(tmp_path / "apart")
+    _log(folder, rows)
+    pages.append(_text(folder))
+  assert pages[0] == pages[1] and "<h1>run, run r</h1>" in pages[0]
+  run = workdir.read(tmp_path / "apart" / "run")
   assert [row["step"] for row in run.rows] == [0, 1, 2, 3]
   assert run.rows[3] == {
     "step": 3, "reward/mean": 0.5, "seconds/a": 1.0, "eval/think/reward": 0.5,

@@ -30,7 +30,7 @@ class Sample:
 class Run:
   """Everything that the page shows."""
 
-  name: str  # of the run, else of its folder
+  name: str  # of its folder, and the run's own
   rows: list[dict[str, float]]  # of metrics, one per step
   config: dict[str, Any]  # empty where there is none
   info: dict[str, Any]  # versions, devices and the like; empty where there is none
@@ -93,7 +93,7 @@ def read(folder: pathlib.Path) -> Run:
   places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
   evaluations = {int(path.name): _samples(path, notes) for path in sorted(places)}
   return Run(
-    name=str(info.get("run_id") or folder.resolve().name),
+    name=folder.resolve().name + (f", run {info['run_id']}" if "run_id" in info else ""),
     rows=[steps[step] for step in sorted(steps)], config=config, info=info,
     evaluations={step: evaluations[step] for step in sorted(evaluations) if evaluations[step]},
     notes=notes,
