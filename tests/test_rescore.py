@@ -94,6 +94,7 @@ def test_an_evaluation_is_scored_again(tmp_path, capsys):
   assert row["rewards"] == {} and row["details"] == {"geneval": {"reason": "blue"}}
   assert row["text"] == "<think>so" and row["mode"] == "think + guidance"
   assert "| single_object |  |  | 0 | 0 | 0 | 0 | 1 |" in text
+  assert "Total images: 0, total prompts: 0, Overall: none was judged" in text
   said = capsys.readouterr().out
   assert "reward geneval did not score 1 pictures: blue" in said
   assert "1 of 2 pictures were not kept" in said

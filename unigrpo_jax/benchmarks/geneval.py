@@ -75,12 +75,12 @@ class Summary:
         ),
       ])
     total = self.lines[MEAN]
-    correct = ""
-    if total.any_right is not None:
+    correct, overall = "", f"{self.overall.mean:.5f}" if total.images else "none was judged"
+    if total.images and total.any_right is not None:
       correct = f"% correct images: {self.images:.2%}, % correct prompts: {self.prompts:.2%}, "
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) + (
       f"\n\nTotal images: {total.images}, total prompts: {total.prompts}, {correct}Overall: "
-      f"{self.overall.mean:.5f}\n"
+      f"{overall}\n"
     )
 
 
