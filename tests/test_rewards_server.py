@@ -1,5 +1,6 @@
 """The reward server: in a thread against bare requests and clients, and as a command."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -306,3 +307,11 @@ def test_the_command_serves_until_a_signal_stops_it(number, warm):
     process.kill()
     process.wait()
   assert (process.returncode, out, err) == (0, "stopped\n", "")
+
+
+def test_a_burst_of_connections_waits_to_be_taken():
+  server = serve.Server({"r": shared.value})  # It takes none before it serves.
+  with contextlib.ExitStack() as stack:
+    stack.callback(server.server_close)
+    for _ in range(100):
+      stack.enter_context(socket.create_connection(server.server_address[:2], timeout=5))

@@ -30,6 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
   """A server with a thread for each connection."""
 
   daemon_threads = True
+  request_queue_size = 1024  # Connections that wait to be taken; more would be reset.
 
   def __init__(
     self, handler: type[Handler], *, host: str = "127.0.0.1", port: int = 0,
