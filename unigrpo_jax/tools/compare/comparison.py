@@ -219,6 +219,7 @@ class Comparison:
     charts = {
       "figure3": figures.learning(logged), "figure4": figures.guidance(logged),
       "figure5": figures.regularisers(logged, self._statistics()),
+      "hacking": figures.learning(logged, methods.REFL_LONG),
     }
     columns = self._samples()
     prompts = list(dict.fromkeys(prompt for of in columns.values() for prompt in of))

@@ -57,6 +57,7 @@ class Row:
 REFL_THINK = "ReFL (w/ Thinking)"
 REFL_TEXT = f"{REFL_THINK} + TextGRPO"
 REFL_HALF = f"{REFL_THINK}, half the iterations"
+REFL_LONG = f"{REFL_THINK} without regulariser, three times the iterations"
 
 METHODS = {
   "ReFL": Method("refl", False),
@@ -78,6 +79,7 @@ EXTRAS = {
   "ReFL (w/ Thinking) + TextGRPO, half each": Method(
     "text_grpo", True, start=REFL_HALF, share=0.5
   ),
+  REFL_LONG: Method("refl", True, ("think", "no_regulariser"), share=3.0),
   "UniFPO, learning rates / 3": Method("unigrpo", True, ("unifpo",), rate=1 / 3),
   "UniFPO, learning rates / 10": Method("unigrpo", True, ("unifpo",), rate=1 / 10),
   "UniFPO with an anchor": Method(
