@@ -28,7 +28,6 @@ def test_a_prompt_is_one_value():
   values, prompts = [1, 0, 1, 1, 0, 0], ["a", "a", "b", "b", "c", "c"]
   made = intervals.clustered(values, prompts)
   assert made == pytest.approx((0.5, 0.5 / math.sqrt(3), 3))
-  assert made.half == pytest.approx(1.96 * 0.5 / math.sqrt(3))
   twice = intervals.clustered(values * 2, prompts * 2)
   assert twice == pytest.approx(made)
   # An image without a score is left out, and so is a prompt of such.
@@ -116,7 +115,7 @@ def test_intervals_stay_in_their_range():
   assert line.low == 0 and 0 < line.high < 0.25 and line.prompts == 10  # Not 40.
   rare = geneval.summary([1] + [0] * 39, ["colors"] * 20 + ["position"] * 20, range(40))
   assert all(0 <= line.low <= line.mean <= line.high <= 1 for line in rare.lines.values())
-  assert intervals.mean_of(list(rare.tasks.values())).half > rare.overall.mean
+  assert 1.96 * intervals.mean_of(list(rare.tasks.values())).se > rare.overall.mean
   # Independent parts: half widths of .1 and .2 give sqrt(.05) / 2.
   low, high = intervals.of_mean([(0.5, 0.4, 0.6), (0.5, 0.3, 0.7)])
   assert (low, high) == pytest.approx((0.5 - 0.05**0.5 / 2, 0.5 + 0.05**0.5 / 2))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
+from unigrpo_jax.geneval import classes
 from unigrpo_jax.iconworld import icons, renderer, riddles, scenes, tasks, verifier
 
 
@@ -62,9 +63,9 @@ def test_edits_of_one_thing(kind, instruction, after):
   instructed, edited = tasks.edit(rng, before, kind)
   first, last = edited.things[0], edited.things[-1]
   names = {
-    "color": first.color, "kind": first.kind, "a_kind": riddles.with_article(first.kind),
+    "color": first.color, "kind": first.kind, "a_kind": classes.with_article(first.kind),
     "new": f"{last.kind} {last.color}", "cell": last.cell,
-    "a_new": riddles.with_article(f"{last.color} {last.kind}"),
+    "a_new": classes.with_article(f"{last.color} {last.kind}"),
   }  # fmt: skip
   assert instructed == instruction.format(**names)
   assert edited == scenes.parse(after.format(**names)) != before

@@ -149,12 +149,12 @@ def test_gates_and_page(triples):
            "verbatim": right}
   measured = measuring.measure(triples, found, tau=1.0)
   assert all(holds for *_, holds in measuring.gates(measured)) and measured["group_auc"] == 1
-  assert "MISSED" not in measuring.page("reward_model", measured)
+  assert "MISSED" not in measuring.page(measured)
   found |= {"z": -right, "no_prompt": -right}
   measured = measuring.measure(triples, found, tau=1.0)
   missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
   assert missed == [*measuring.GATES, "AUC with the prompt hidden"]
-  assert measuring.page("reward_model", measured).count("MISSED") == 5
+  assert measuring.page(measured).count("MISSED") == 5
 
 
 def test_the_temperature_is_that_of_a_policys_pictures(triples):

@@ -72,8 +72,7 @@ def test_a_what_is_not_finite(value):
 
 
 def test_what_the_rule_needs_is_named():
-  other = "eval/think/judge"
-  assert f"has no {other}" in refusal(verdict.verdict, log([0.5]), reward=other)
+  assert f"has no {R};" in refusal(verdict.verdict, [{"step": 0}])
   rows = [{"step": 0, R: 0.5}]
   assert "has no eval/think/reward_se" in refusal(verdict.verdict, rows)
 

@@ -105,8 +105,11 @@ def last_steps(folder, rec):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _last_steps(a, gradient_steps):
+  first = direct.first_differentiated(len(a["schedule"]) - 1, gradient_steps)
+
   def image(params):
-    return direct.last_steps(velocity(a, params), a["x_init"], a["schedule"], gradient_steps)
+    x_t = flow.integrate(velocity(a, params), a["x_init"], a["schedule"][: first + 1])
+    return direct.finish(velocity(a, params), x_t, a["schedule"][first:])
 
   x_0 = image(network(a))
   rewards = score(a, picture(a, x_0))

@@ -105,21 +105,14 @@ def summary(
   share = math.nan
   if total.prompts and total.any_right is not None:
     share = total.any_right / total.prompts
-  by_tag = {tag: _by_prompt(correct[rows[tag]], [prompts[i] for i in rows[tag]]) for tag in judged}
+  by_tag = {
+    tag: intervals.by_prompt(correct[rows[tag]], [prompts[i] for i in rows[tag]]) for tag in judged
+  }
   return Summary(tasks, overall, total.mean, share, lines, _best_of(by_tag))
 
 
-def _by_prompt(scores: np.ndarray, prompts: Sequence[Hashable]) -> dict[Hashable, list[float]]:
-  """{prompt: the scores of its judged images}."""
-  made: dict[Hashable, list[float]] = {}
-  for score, prompt in zip(scores, prompts, strict=True):
-    if not np.isnan(score):
-      made.setdefault(prompt, []).append(float(score))
-  return made
-
-
 def _line(scores: np.ndarray, prompts: Sequence[Hashable]) -> Line:
-  by_prompt = _by_prompt(scores, prompts)
+  by_prompt = intervals.by_prompt(scores, prompts)
   judged = scores[~np.isnan(scores)]
   mean = float(judged.mean()) if judged.size else math.nan
   _, low, high = intervals.interval([float(np.mean(of)) for of in by_prompt.values()])

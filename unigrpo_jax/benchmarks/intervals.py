@@ -60,28 +60,29 @@ class Estimate(NamedTuple):
   se: float
   prompts: int
 
-  @property
-  def half(self) -> float:
-    """Half the width of the 95 % interval."""
-    return NORMAL * self.se
 
-
-def prompt_means(values: Sequence[float], prompts: Sequence[Hashable]) -> dict[Hashable, float]:
-  """{prompt: mean over its images, m_p}; an image whose value is NaN is left out.
+def by_prompt(values: Sequence[float], prompts: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+  """{prompt: values of its images}; an image whose value is NaN is left out.
 
   Args:
     values: of each image, [N].
     prompts: of each image, [N].
   """
-  by_prompt: dict[Hashable, list[float]] = {}
+  made: dict[Hashable, list[float]] = {}
   for value, prompt in zip(values, prompts, strict=True):
     if not math.isnan(value):
-      by_prompt.setdefault(prompt, []).append(float(value))
-  return {prompt: math.fsum(images) / len(images) for prompt, images in by_prompt.items()}
+      made.setdefault(prompt, []).append(float(value))
+  return made
+
+
+def prompt_means(values: Sequence[float], prompts: Sequence[Hashable]) -> dict[Hashable, float]:
+  """{prompt: mean over its images, m_p}; see `by_prompt`."""
+  images = by_prompt(values, prompts)
+  return {prompt: math.fsum(of) / len(of) for prompt, of in images.items()}
 
 
 def clustered(values: Sequence[float], prompts: Sequence[Hashable]) -> Estimate:
-  """The mean over all images, with SE = sd(m_p) / sqrt(P), ddof 1; arguments of `prompt_means`."""
+  """The mean over all images, with SE = sd(m_p) / sqrt(P), ddof 1; arguments of `by_prompt`."""
   finite = [float(value) for value in values if not math.isnan(value)]
   means = list(prompt_means(values, prompts).values())
   se = float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else math.nan
@@ -124,19 +125,19 @@ def paired(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Estimate
 
 
 def bootstrap(
-  statistic: Callable[[np.ndarray], float], rows: np.ndarray, *, draws: int = 10_000, seed: int = 0
+  statistic: Callable[[np.ndarray], float], rows: np.ndarray, *, draws: int = 10_000
 ) -> tuple[float, float, float]:
   """(value, low, high) of what is no mean: the central 95 % of `draws` resamples of the prompts.
 
   Args:
     statistic: of rows; a NaN of a resample is left out.
     rows: [P, ...], one a prompt.
-    draws, seed: of the resamples.
+    draws: of the resamples.
   """
   rows = np.asarray(rows)
   if not len(rows):
     return math.nan, math.nan, math.nan
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   made = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
   made = np.asarray(made)[np.isfinite(made)]
   ends = np.quantile(made, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if made.size else [math.nan] * 2

@@ -19,6 +19,8 @@ STAYS = 3  # evaluations that it stays below, or as many as are left
 ERRORS = 2  # standard errors below the start
 MOST_MSE = 1.0  # of flow/mse, the squared distance of velocities from the reference's
 MOST_TRUNCATED = 0.5  # of the reasonings
+# Metrics of the mode that the method is judged by.
+REWARD, STRICT = "eval/think/reward", "eval/think/iconworld_strict"
 _FINITE = ("loss/", "grad_norm/")  # what must be finite
 
 
@@ -31,8 +33,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(
-  rows: Sequence[Mapping[str, float]], *, reward: str = "eval/think/reward",
-  strict: str = "eval/think/iconworld_strict", rejected: int | None = None,
+  rows: Sequence[Mapping[str, float]], *, rejected: int | None = None
 ) -> Verdict:
   """Whether a run diverged: at its first evaluation where one of these holds.
 
@@ -46,33 +47,32 @@ def verdict(
   A run that merely gains nothing did not diverge.
 
   Args:
-    rows: of its log, in order, each with a "step"; an evaluation's has `reward`, the standard error
-      `reward`_se of its mean (the first one's is enough), and may have `strict`. See `read_rows`.
-    reward, strict: names of metrics, of the mode that the method is judged by.
+    rows: of its log, in order, each with a "step"; an evaluation's has REWARD, the standard error
+      REWARD_se of its mean (the first one's is enough), and may have STRICT. See `read_rows`.
     rejected: iteration whose update was not finite, with which the run ended.
 
   Raises:
     InputError: there is no evaluation to compare with, or it has no standard error.
   """
-  evaluations = [row for row in rows if reward in row]
+  evaluations = [row for row in rows if REWARD in row]
   if not evaluations:
-    raise errors.InputError(f"the log has no {reward}; give the metric of a mode that is evaluated")
+    raise errors.InputError(f"the log has no {REWARD}; give the metric of a mode that is evaluated")
   start = evaluations[0]
-  if not math.isfinite(start.get(f"{reward}_se", math.nan)):
-    raise errors.InputError(f"the first evaluation has no {reward}_se, which the rule needs")
+  if not math.isfinite(start.get(f"{REWARD}_se", math.nan)):
+    raise errors.InputError(f"the first evaluation has no {REWARD}_se, which the rule needs")
   broken = [
     row["step"] for row in rows
     if any(name.startswith(_FINITE) and not math.isfinite(row[name]) for name in row)
   ]
   broken += [] if rejected is None else [rejected]
-  fell = _fell([row[reward] for row in evaluations], ERRORS * start[f"{reward}_se"])
+  fell = _fell([row[REWARD] for row in evaluations], ERRORS * start[f"{REWARD}_se"])
   for number, row in enumerate(evaluations):
     step = row["step"]
     last = {k: v for other in rows if other["step"] <= step for k, v in other.items()}
     held = {
       "a": any(one <= step for one in broken),
       "b": number in fell,
-      "c": row.get(strict, math.inf) < start.get(strict, 0.0) / 2,
+      "c": row.get(STRICT, math.inf) < start.get(STRICT, 0.0) / 2,
       "d": last.get("flow/mse", 0.0) > MOST_MSE,
       "e": last.get("text/truncated", 0.0) > MOST_TRUNCATED,
     }

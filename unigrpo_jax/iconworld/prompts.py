@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.geneval import classes
 from unigrpo_jax.iconworld import riddles, scenes
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -105,13 +106,13 @@ class _Draft:
         head = f"{wanted.color} {head}"
     if many:
       return f"{number} {head}{tail}"
-    return f"the {head}{tail}" if "thing" in head else f"{riddles.with_article(head)}{tail}"
+    return f"the {head}{tail}" if "thing" in head else f"{classes.with_article(head)}{tail}"
 
   def unwanted(self, kind: str) -> str:
     """A noun phrase for something else than `kind`, named or described."""
     other = self.pick_other(scenes.KINDS, kind)
     if self.rng.random() < 0.5:
-      return riddles.with_article(other)
+      return classes.with_article(other)
     return f"the thing {self.pick(riddles.DESCRIPTIONS[other])}"
 
 
@@ -134,7 +135,7 @@ def _phrase_two(draft: _Draft, goal: Goal) -> tuple[str, str]:
     unwanted = draft.pick_other(scenes.KINDS, *(wanted.kind for wanted in goal.wanted))
     correction = f"{second} instead of the {unwanted}"
     draft.steps.append(Step("correction", "kind", correction, 1))
-    text = f"{first} and {riddles.with_article(unwanted)}, but {correction}"
+    text = f"{first} and {classes.with_article(unwanted)}, but {correction}"
     return text, text
   return f"{first} and {second}", " and ".join(sorted((first, second)))
 
@@ -254,7 +255,7 @@ def plain(metadata: Mapping[str, Any]) -> str:
     noun = f"{color} {noun}" if color else noun
     if "position" in entry:
       relation = entry["position"]
-    nouns.append(f"{riddles.NUMBERS[count]} {noun}" if count > 1 else riddles.with_article(noun))
+    nouns.append(f"{riddles.NUMBERS[count]} {noun}" if count > 1 else classes.with_article(noun))
   if relation is not None:
     name, target = relation
     return f"{nouns[-1]} {name} {nouns[target]}"
@@ -284,7 +285,7 @@ def reason(goal: Goal, steps: Sequence[Step], scene: scenes.Scene) -> str:
   """The reasoning that resolves `steps` as `goal` has it, sums up and ends in the plan."""
   sentences = [_resolve(goal, step) for step in steps]
   if goal.relation is not None:
-    target, subject = (riddles.with_article(wanted.kind) for wanted in goal.wanted)
+    target, subject = (classes.with_article(wanted.kind) for wanted in goal.wanted)
     sentences.append(f"{subject} {goal.relation} {target}")
   else:
     sentences.append(" and ".join(map(_sum_up, goal.wanted)))
@@ -299,7 +300,7 @@ def _resolve(goal: Goal, step: Step) -> str:
   if step.about == "kind" and wanted.count > 1 and "instead of" in step.phrase:
     return f"{step.phrase} are {riddles.PLURALS[wanted.kind]}"
   answer = {
-    "kind": riddles.with_article(wanted.kind), "count": riddles.NUMBERS[wanted.count],
+    "kind": classes.with_article(wanted.kind), "count": riddles.NUMBERS[wanted.count],
     "color": wanted.color, "relation": goal.relation,
   }[step.about]
   return f"{step.phrase} is {answer}"

@@ -44,11 +44,6 @@ CONVERSES = {
 OPENINGS = ("draw", "show", "paint", "a picture of", "a photo of")
 
 
-def with_article(noun: str) -> str:
-  """`noun` after "a" or "an"; right for the words of this world."""
-  return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
 def arithmetic(number: int) -> tuple[str, ...]:
   """Ways to say a number of 1 to 4 by a sum: "half of six", "three minus one", "twice two"."""
   ways = [f"half of {NUMBERS[2 * number]}"]

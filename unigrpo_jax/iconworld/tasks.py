@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.geneval import classes
 from unigrpo_jax.iconworld import riddles, scenes
 
 QUESTIONS = ("count", "color")
@@ -101,7 +102,7 @@ def edit(
       del things[thing.cell]
     case "replace":
       other = _pick(rng, absent)
-      instruction = f"replace the {thing.kind} with {riddles.with_article(other)}"
+      instruction = f"replace the {thing.kind} with {classes.with_article(other)}"
       things[thing.cell] = dataclasses.replace(thing, kind=other)
     case "swap":
       first, second = (single[i] for i in rng.permutation(len(single))[:2])
@@ -110,7 +111,7 @@ def edit(
       things[second.cell] = dataclasses.replace(first, cell=second.cell)
     case "add":
       new = scenes.Thing(_pick(rng, absent), _pick(rng, scenes.COLORS), _pick(rng, free))
-      instruction = f"add {riddles.with_article(f'{new.color} {new.kind}')} {new.cell}"
+      instruction = f"add {classes.with_article(f'{new.color} {new.kind}')} {new.cell}"
       things[new.cell] = new
     case "recolor all":
       used = {thing.color for thing in scene.things}

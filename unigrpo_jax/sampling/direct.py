@@ -54,19 +54,6 @@ def first_differentiated(num_steps: int, gradient_steps: int) -> int:
   return max(num_steps - gradient_steps, 0) if gradient_steps else 0
 
 
-def last_steps(
-  velocity_fn: flow.VelocityFn, noise: chex.Array, times: chex.Array, gradient_steps: int
-) -> chex.Array:
-  """The image of the flow, differentiable in its last steps alone: DRaFT-K.
-
-  Source: Clark et al. 2023. `velocity_fn`, `noise` and `times` are those of `flow.integrate`, whose
-  image this is; `gradient_steps` is K, see `first_differentiated`.
-  """
-  first = first_differentiated(len(times) - 1, gradient_steps)
-  x_t = flow.integrate(velocity_fn, noise, times[: first + 1]) if first else noise
-  return finish(velocity_fn, x_t, times[first:])
-
-
 def noised(x_0: chex.Array, noise: chex.Array, t: chex.Array) -> chex.Array:
   """A finished image with its own noise at time t: (1 - t) x_0 + t noise; shapes of `predict`."""
   t = t[..., None, None]

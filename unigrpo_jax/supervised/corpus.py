@@ -47,16 +47,13 @@ class Example:
 Corpus = Callable[[int, np.random.Generator], Example]
 
 
-def iconworld(
-  mixture: Mapping[str, float], *, wrong_plan_rate: float, split: str = "train"
-) -> Corpus:
+def iconworld(mixture: Mapping[str, float], *, wrong_plan_rate: float) -> Corpus:
   """Endless scenes of IconWorld, which depend on a row's generator alone.
 
   Args:
     mixture: relative frequency of each of TASKS.
     wrong_plan_rate: part of the reasonings that go wrong somewhere; the image then follows the
       wrong plan, so that drawing stays honest while reasoning has something to unlearn.
-    split: whose combinations to draw from.
 
   Raises:
     InputError: a task is unknown, a weight is negative, or none is positive, or the rate is no
@@ -77,7 +74,7 @@ def iconworld(
   def example_of(row_number: int, rng: np.random.Generator) -> Example:
     del row_number
     task = names[rng.choice(len(names), p=weights)]
-    example = prompts.sample(rng, split)
+    example = prompts.sample(rng, "train")
     if task == "answer":
       question, answer = tasks.question(rng, example.scene)
       return Example(question, answer, source=_picture(example.scene, rng))

@@ -68,13 +68,13 @@ def decode_bytes(work: workloads.Workload, itemsize: int) -> float:
   return itemsize * (sizes.expert + work.width * work.vocab + cache)
 
 
-def copy_rate(count: int, repeats: int = 5) -> float:
+def copy_rate(count: int) -> float:
   """Bytes per second that a copy of `count` float32 numbers reads and writes."""
   function, array = jax.jit(lambda a: a + 1), jnp.zeros(count, jnp.float32)
-  return 2 * array.nbytes / _median(lambda: function(array), repeats)
+  return 2 * array.nbytes / _median(lambda: function(array))
 
 
-def matmul_rate(side: int, dtype: str, repeats: int = 5) -> float:
+def matmul_rate(side: int, dtype: str) -> float:
   """FLOP per second of products of two [side, side] matrices, eight after each other."""
   precision = layers.matmul_precision(dtype)
   matrix = jnp.full((side, side), 1 / side, dtype)
@@ -83,12 +83,13 @@ def matmul_rate(side: int, dtype: str, repeats: int = 5) -> float:
   def function(a):
     return jax.lax.fori_loop(0, 8, lambda _, x: jnp.matmul(x, a, precision=precision), a)
 
-  return 8 * 2 * side**3 / _median(lambda: function(matrix), repeats)
+  return 8 * 2 * side**3 / _median(lambda: function(matrix))
 
 
-def _median(function: Callable[[], Any], repeats: int) -> float:
+def _median(function: Callable[[], Any]) -> float:
+  """Seconds, of five runs after the first."""
   taken = []
-  for _ in range(repeats + 1):
+  for _ in range(6):
     start = time.perf_counter()
     jax.block_until_ready(function())
     taken.append(time.perf_counter() - start)

@@ -44,17 +44,17 @@ def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
-def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | None:
+def learning(curves: Curves) -> figure.Figure | None:
   """Figure 3: the learned reward and the verifier's, in training and on validation.
 
   Training is the rollout's mean (SDE, no guidance), validation is drawn by the ODE without
   guidance. Thin: each seed's iterations; thick: the mean over seeds, of training its moving
   average; bands: from the lowest to the highest seed.
   """
-  seeds = list(curves.get(method, {}).values())
+  seeds = list(curves.get(methods.UNIGRPO, {}).values())
   if not seeds or not any(run["training"] for run in seeds):
     return None
-  chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
+  chart, (left, right) = _panels(2, f"{methods.UNIGRPO}: {len(seeds)} seed(s)")
   for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
   mode = _mode(seeds, guided=False)
@@ -62,7 +62,7 @@ def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | N
     _draw(right, [run["validation"].get(mode, {}).get(name, []) for run in seeds], label, line)
   left.set_title("training (rollouts)")
   right.set_title(f"validation ({mode})")
-  return _finish(chart, (left, right), "iteration")
+  return _finish(chart, (left, right))
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
@@ -95,7 +95,7 @@ def guidance(curves: Curves) -> figure.Figure | None:
   right.set_title("the same by cost")
   middle.set_xlabel("iteration", loc="right")
   right.set_xlabel("million velocity evaluations", loc="right")
-  return _finish(chart, (left,), "iteration")  # whose legend is that of all
+  return _finish(chart, (left,))  # whose legend is that of all
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
@@ -241,9 +241,9 @@ def _panels(count: int, title: str) -> tuple[figure.Figure, Sequence[matplotlib.
   return chart, chart.subplots(1, count)
 
 
-def _finish(chart: figure.Figure, panels, x_label: str) -> figure.Figure:
+def _finish(chart: figure.Figure, panels) -> figure.Figure:
   for panel in panels:
-    panel.set_xlabel(x_label, loc="right")
+    panel.set_xlabel("iteration", loc="right")
     if panel.get_legend_handles_labels()[0]:
       panel.legend(loc="best")
   return chart

@@ -220,7 +220,7 @@ class Stages:
         model, params, decoded, triples.prompt[rows].tolist()
       )
       measured["ascent"] = measuring.ascent(model, params, self._args.seed)
-    text = measuring.page("A reward model's answers", measured)
+    text = measuring.page(measured)
     atomic.write_text(self._workdir / "page.md", text)
     print(text)
     measuring.write_folder(self._trained, self._args.out, model, measured)

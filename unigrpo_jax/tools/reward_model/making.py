@@ -15,7 +15,7 @@ from unigrpo_jax.tools.reward_model import triples as triples_lib
 
 CHUNK, GROUP = 16, 12  # prompts that are drawn together, and pictures of each
 SPLITS = ("train", "validation", "test")
-POLICY, LATE, SCENES, ROUND_TRIPS = range(4)  # purposes of randomness
+POLICY, LATE, SCENES = range(3)  # purposes of randomness
 USES = 2.0  # How often a policy's picture may be used, on average: 4 triples have 2 pictures.
 ROUND_TRIP_BATCH = 64
 

@@ -163,9 +163,9 @@ def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
   return result
 
 
-def page(title: str, measured: Mapping[str, Any]) -> str:
+def page(measured: Mapping[str, Any]) -> str:
   """Markdown: the gates, and tables by source, by category and by both."""
-  lines = [f"# {title}\n", "| gate | value | bound | |", "| --- | --- | --- | --- |"]
+  lines = ["# A reward model's answers\n", "| gate | value | bound | |", "| --- " * 4 + "|"]
   for name, value, bound, holds in gates(measured):
     sign = "at most" if bound == MOST_ONE_SIDED else "at least"
     lines.append(f"| {name} | {value:.3f} | {sign} {bound:.2f} | {'ok' if holds else 'MISSED'} |")
