@@ -256,6 +256,16 @@ def test_a_row_that_diverged_has_dashes_and_says_why(tmp_path, monkeypatch):
   assert seen[:2] == [None, 7]
 
 
+def test_figures_are_drawn_of_what_is_recorded(tmp_path):
+  made = _comparison(tmp_path, names=["UniGRPO", methods.REFL_LONG], seeds=[0])
+  for name in ("UniGRPO", methods.REFL_LONG):
+    training = made.training(name, 0)
+    _write_run(training, {0: 0.4, training.steps: 0.6})
+  drawn = made.draw()
+  assert [path.name for path in drawn] == ["figure3.png", "hacking.png"]
+  assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
 def test_curves_have_what_the_runs_logged(tmp_path):
   made = _comparison(tmp_path)
   _write_run(made.training("UniGRPO", 1), {0: 0.4, 2: 0.5, 4: 0.6})

@@ -44,17 +44,17 @@ def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
-def learning(curves: Curves) -> figure.Figure | None:
+def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | None:
   """Figure 3: the learned reward and the verifier's, in training and on validation.
 
   Training is the rollout's mean (SDE, no guidance), validation is drawn by the ODE without
   guidance. Thin: each seed's iterations; thick: the mean over seeds, of training its moving
   average; bands: from the lowest to the highest seed.
   """
-  seeds = list(curves.get(methods.UNIGRPO, {}).values())
+  seeds = list(curves.get(method, {}).values())
   if not seeds or not any(run["training"] for run in seeds):
     return None
-  chart, (left, right) = _panels(2, f"{methods.UNIGRPO}: {len(seeds)} seed(s)")
+  chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
   for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
   mode = _mode(seeds, guided=False)
