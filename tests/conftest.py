@@ -84,6 +84,28 @@ def model(golden, config) -> bagel.Bagel:
 
 
 @pytest.fixture(scope="session")
+def small(model):
+  """`model` whose backward pass computes nothing again, which compiles sooner."""
+  return model.clone(remat="none")
+
+
+@pytest.fixture(scope="module")
+def experience(small, params):
+  """Four prompts, two trajectories each; see `joint.sample`."""
+  from tests import joint
+
+  return joint.sample(small, params["bagel"])
+
+
+@pytest.fixture(scope="module")
+def run(small, params):
+  """The update of such an experience; see `joint.runner`."""
+  from tests import joint
+
+  return joint.runner(small, params["bagel"])
+
+
+@pytest.fixture(scope="session")
 def shallow(tmp_path_factory) -> pathlib.Path:
   """Folder of the embedded BAGEL cut to two layers, which compile sooner than five."""
   if not folders.TINY_FOLDER.is_dir():

@@ -19,11 +19,6 @@ def reward(fixed, latents, question):
 
 
 @pytest.fixture(scope="module")
-def small(model):
-  return model.clone(remat="none")
-
-
-@pytest.fixture(scope="module")
 def experience(small, params):
   """Of one step each, with a question."""
   sampled = joint.sample(small, params["bagel"], joint.PLAIN)

@@ -15,11 +15,6 @@ DRIFT = 1e-6 / 1024**0.5  # Of means that are rounded to 2e-7, five standard dev
 
 
 @pytest.fixture(scope="module")
-def small(model):
-  return model.clone(remat="none")
-
-
-@pytest.fixture(scope="module")
 def experience(small, params):
   return joint.sample(small, params["bagel"], side=SIDE)
 

@@ -19,21 +19,6 @@ ATOL = 3e-6  # Of parameters that a step moves by up to 1e-2: float32 sums in an
 
 
 @pytest.fixture(scope="module")
-def small(model):
-  return model.clone(remat="none")
-
-
-@pytest.fixture(scope="module")
-def experience(small, params):
-  return joint.sample(small, params["bagel"])
-
-
-@pytest.fixture(scope="module")
-def run(small, params):
-  return joint.runner(small, params["bagel"])
-
-
-@pytest.fixture(scope="module")
 def one_step(run, experience):
   return run(experience)
 

@@ -20,21 +20,6 @@ from unigrpo_jax.sampling import times
 BOTH = dict(und=1e-2, gen=1e-2)
 
 
-@pytest.fixture(scope="module")
-def small(model):
-  return model.clone(remat="none")
-
-
-@pytest.fixture(scope="module")
-def experience(small, params):
-  return joint.sample(small, params["bagel"])
-
-
-@pytest.fixture(scope="module")
-def run(small, params):
-  return joint.runner(small, params["bagel"])
-
-
 def _of(kind=grpo.GRPO, **changes):
   """An algorithm whose trajectories are replayed with changes."""
   return joint.algorithm(kind, replay=joint.replay_config(**changes))
