@@ -106,7 +106,8 @@ def test_supervised_examples_beside(whole, shallow, reward_model, tmp_path):
   _train(config, tmp_path / "run")
   for row in rows_of(tmp_path / "run"):
     assert 0 < row["loss/sft"] < 2
-    np.testing.assert_allclose(row["loss/total"], row["loss/flow"] + row["loss/sft"], rtol=1e-5)
+    parts = sum(row[f"loss/{name}"] for name in ("flow", "regulariser", "sft"))
+    np.testing.assert_allclose(row["loss/total"], parts, rtol=1e-5)
   sft.write_text(sft.read_text().replace("noise_draws = 4, 2, 1", "noise_draws = 4, 2, 2"))
   with pytest.raises(errors.InputError, match="refl.sft_config"):
     _train(config, tmp_path / "run")
