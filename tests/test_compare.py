@@ -12,7 +12,7 @@ import pytest
 
 from tests.refusals import refusal
 from unigrpo_jax.benchmarks import verdict
-from unigrpo_jax.tools.compare import command, comparison, methods, processes, runs, scores
+from unigrpo_jax.tools.compare import command, comparison, figures, methods, processes, runs, scores
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = 12  # two a category
@@ -264,6 +264,15 @@ def test_figures_are_drawn_of_what_is_recorded(tmp_path):
   drawn = made.draw()
   assert [path.name for path in drawn] == ["figure3.png", "hacking.png"]
   assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_curves_of_seeds_that_are_still_trained_wait(tmp_path, monkeypatch):
+  made, seen = _comparison(tmp_path, names=["UniGRPO", "TextGRPO"]), []
+  monkeypatch.setattr(figures, "learning", lambda logged, *method: seen.append(logged))
+  for name, seed, last in (("UniGRPO", 0, 4), ("UniGRPO", 1, 2), ("TextGRPO", 1, 2)):
+    _write_run(made.training(name, seed), {0: 0.4, last: 0.6})
+  made.draw()
+  assert {name: list(of) for name, of in seen[0].items()} == {"UniGRPO": ["0"], "TextGRPO": ["1"]}
 
 
 def test_curves_have_what_the_runs_logged(tmp_path):

@@ -215,7 +215,11 @@ class Comparison:
 
   def draw(self) -> list[pathlib.Path]:
     """Draws the figures of what is recorded, and returns their files."""
-    logged, place = curves.record(self._trainings()), self._workdir / "figures"
+    # A mean over seeds ends where one of them does, so those that are still trained are left out.
+    shown = {
+      name: [run for run in of if run.is_done()] or of for name, of in self._trainings().items()
+    }
+    logged, place = curves.record(shown), self._workdir / "figures"
     charts = {
       "figure3": figures.learning(logged), "figure4": figures.guidance(logged),
       "figure5": figures.regularisers(logged, self._statistics()),
