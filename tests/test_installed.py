@@ -31,7 +31,10 @@ SUPERVISED = [
 COMMANDS = {
   "train": ["--config=configs/unigrpo.py:tiny", "--workdir=run", *TRAINING, MODES],
   "train of sft": ["--config=configs/sft.py:tiny", "--workdir=sft", *SUPERVISED],
-  "compare": ["--workdir=compared", "--methods", "TextGRPO", "--seeds", "0", *TRAINING],
+  "compare": [
+    "--workdir=compared", "--methods", "TextGRPO", "--seeds", "0", "--prompts=6", "--ta_prompts=6",
+    "--samples=1", *TRAINING,
+  ],
   "build": ["--workdir=stages", "--out=built", "--vae_steps=2", "--vae_rows=2", *SUPERVISED],
   "bench": ["--device-check", "--toy", "--layers=2", "--repeats=1", "--json=bench.json"],
   "generate": ["--prompt=a red kite", "--out=kite.png", "--num_timesteps=3"],
