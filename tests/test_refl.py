@@ -68,7 +68,8 @@ def test_the_last_step_predicts_the_finished_image():
   v = velocity(PARAMS)(X_T, T[:, None, None])
   x_0 = direct.predict(X_T, v, T)
   last = LATE == N - 1
-  np.testing.assert_array_equal(x_0[last], FINISHED[last])
+  # Two programs, which a compiler may round apart.
+  np.testing.assert_allclose(x_0[last], FINISHED[last], rtol=1e-6)
   assert np.abs(x_0 - FINISHED)[~last].max() > 1e-3
 
 
