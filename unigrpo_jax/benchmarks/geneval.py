@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from unigrpo_jax.benchmarks import intervals
+from unigrpo_jax.benchmarks import intervals, markdown
 from unigrpo_jax.geneval import prompts as geneval_prompts
 
 CATEGORIES = geneval_prompts.TAGS
@@ -65,7 +65,7 @@ class Summary:
   def table(self) -> str:
     """Markdown: a line a tag, then both means; and GenEval's own figures by their names."""
     head = ["tag", "score", "95 %", "prompts", "any right", "all right", "images", "failures"]
-    cells = [head, ["---"] * len(head)]
+    cells = []
     for name, line in self.lines.items():
       cells.append([
         str(name), _cell(line.mean),
@@ -78,7 +78,7 @@ class Summary:
     correct, overall = "", f"{self.overall.mean:.5f}" if total.images else "none was judged"
     if total.images and total.any_right is not None:
       correct = f"% correct images: {self.images:.2%}, % correct prompts: {self.prompts:.2%}, "
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + (
+    return markdown.table(head, cells) + (
       f"\n\nTotal images: {total.images}, total prompts: {total.prompts}, {correct}Overall: "
       f"{overall}\n"
     )
@@ -165,7 +165,8 @@ def best_of_table(reward: str, by_mode: dict[str, Summary]) -> str:
   numbers = sorted({n for made in by_mode.values() for n in made.best_of})
   if len(numbers) < 2:
     return ""
-  lines = [[f"{reward}, best of N", *map(str, numbers)], ["---"] * (1 + len(numbers))]
-  for mode, made in by_mode.items():
-    lines.append([mode, *(_cell(made.best_of.get(n, math.nan)) for n in numbers)])
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+  lines = [
+    [mode, *(_cell(made.best_of.get(n, math.nan)) for n in numbers)]
+    for mode, made in by_mode.items()
+  ]
+  return markdown.table([f"{reward}, best of N", *map(str, numbers)], lines) + "\n"

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.benchmarks import contact_sheet, intervals
+from unigrpo_jax.benchmarks import contact_sheet, intervals, markdown
 from unigrpo_jax.data import atomic, files
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.runtime import panels
@@ -189,7 +189,7 @@ class Results:
     rows = [row for row in self.rows if reward in row.rewards]
     categories = list(dict.fromkeys(row.category for row in rows))
     categories = [] if len(categories) < 2 else categories
-    lines = [[reward, *categories, "all", "95 %", "prompts"], ["---"] * (4 + len(categories))]
+    lines = []
     for mode in dict.fromkeys(row.mode for row in rows):
       cells = [self._scores(mode, reward, category) for category in categories]
       mean, low, high = self.interval(mode, reward)
@@ -198,7 +198,7 @@ class Results:
         "" if math.isnan(low) else f"{low:z.3f} to {high:z.3f}",
         str(len(self._scores(mode, reward))),
       ])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown.table([reward, *categories, "all", "95 %", "prompts"], lines) + "\n"
 
   def save(
     self, folder: pathlib.Path | str, title: str, *, about: Mapping[str, Any] | None = None,

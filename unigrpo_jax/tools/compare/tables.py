@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
-from unigrpo_jax.benchmarks import geneval, intervals
+from unigrpo_jax.benchmarks import geneval, intervals, markdown
 from unigrpo_jax.tools.compare import runs
 
 DASH = "–"
@@ -72,7 +72,7 @@ def table2(record: Mapping[str, Any], key: str) -> str:
 
 
 def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> str:
-  lines = [head, ["---"] * len(head)]
+  lines: list[list[str]] = []
   numbered, extra = 0, False
   for row in record["rows"]:
     if row["extra"] and not extra:  # The rule.
@@ -85,11 +85,7 @@ def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> s
       label, name, row["trained_from"] or DASH, YES[row["trained_thinking"]],
       YES[row["evaluated_thinking"]], *cells(row, row["scores"].get(key)),
     ])
-  return _lines(lines)
-
-
-def _lines(cells: Sequence[Sequence[str]]) -> str:
-  return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+  return markdown.table(head, lines)
 
 
 def estimate(part: Mapping[str, Any] | None, sign: bool = False) -> str:
@@ -123,8 +119,8 @@ def _how(record: Mapping[str, Any]) -> str:
 
 def _sweep(sweep: Mapping[str, Any]) -> str:
   factors = sorted({factor for of in sweep.values() for factor in of["rewards"]}, key=float)
-  lines = [["method", *(f"x {float(factor):.3g}" for factor in factors), "chosen"],
-           ["---"] * (len(factors) + 2)]
+  head = ["method", *(f"x {float(factor):.3g}" for factor in factors), "chosen"]
+  lines = []
   for method, of in sweep.items():
     shown = [of["rewards"].get(factor) for factor in factors]
     cells = [DASH if value is None else f"{value:.3f}" for value in shown]
@@ -133,19 +129,19 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
   return (
     "Learned reward on the validation prompts after the last iteration of one seed, by the factor "
     "of the learning rates; the highest was chosen, and nothing else was looked at.\n\n"
-    + _lines(lines)
+    + markdown.table(head, lines)
   )
 
 
 def _agreement(by_mode: Mapping[str, Mapping[str, Any]]) -> str:
-  lines = [["SFT, evaluated", "same answer", "Cohen's kappa", "answers"], ["---"] * 4]
+  head, lines = ["SFT, evaluated", "same answer", "Cohen's kappa", "answers"], []
   for mode, of in by_mode.items():
     shares = (f"{of[name][0]:.3f} ({of[name][1]:.3f} to {of[name][2]:.3f})"
               for name in ("accuracy", "kappa"))
     lines.append([mode, *shares, str(of["answers"])])
   return (
     "TA is the verifier's verdict on each exam point. How often the learned reward, asked about "
-    "the point alone, gives the same (intervals over prompts):\n\n" + _lines(lines)
+    "the point alone, gives the same (intervals over prompts):\n\n" + markdown.table(head, lines)
   )
 
 
