@@ -215,11 +215,7 @@ class Comparison:
 
   def draw(self) -> list[pathlib.Path]:
     """Draws the figures of what is recorded, and returns their files."""
-    # A mean over seeds ends where one of them does, so those that are still trained are left out.
-    shown = {
-      name: [run for run in of if run.is_done()] or of for name, of in self._trainings().items()
-    }
-    logged, place = curves.record(shown), self._workdir / "figures"
+    logged, place = self._comparable_curves(), self._workdir / "figures"
     charts = {
       "figure3": figures.learning(logged), "figure4": figures.guidance(logged),
       "figure5": figures.regularisers(logged, self._statistics()),
@@ -232,6 +228,13 @@ class Comparison:
       charts[f"figure{figure}"] = figures.sheet(columns, part)
     paths = {name: place / f"{name}.png" for name in charts}
     return [paths[name] for name, chart in charts.items() if figures.write(chart, paths[name])]
+
+  def _comparable_curves(self) -> dict[str, dict[str, Any]]:
+    """Of `curves.record`, without the seeds that are still trained where others of the method are
+    done: a mean over seeds ends where one of them does."""
+    return curves.record({
+      name: [run for run in of if run.is_done()] or of for name, of in self._trainings().items()
+    })
 
   def _statistics(self) -> dict[str, Any]:
     return {
@@ -285,7 +288,7 @@ class Comparison:
       } if self._sweep else {},
       "rows": [self._row(row) for row in self._rows],
       "agreement": scores.agreement(self._evaluation("sft")),
-      "at_equal_reward": figures.at_equal_reward(curves.record(self._trainings())),
+      "at_equal_reward": figures.at_equal_reward(self._comparable_curves()),
       "failed": self.failed,
     }
 
