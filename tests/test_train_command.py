@@ -108,6 +108,17 @@ def test_a_cache_that_cannot_be_written_to_costs_no_run(tmp_path, calls, capsys)
   assert f"compiled programs are not kept: {tmp_path}/file/cache: cannot" in capsys.readouterr().out
 
 
+def test_a_mistyped_key_is_one_line_of_the_process(tmp_path):
+  arguments = TINY, "--config.stpes=3"
+  done = subprocess.run(
+    [sys.executable, "-m", "unigrpo_jax.train", *arguments, f"--workdir={tmp_path / 'run'}"],
+    cwd=ROOT, capture_output=True, text=True, timeout=120,
+  )
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+  assert "'stpes'. Did you mean \"steps\"" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_help_is_soon_there():
   """It needs no device, and shows how to begin."""
   done = subprocess.run(

@@ -74,7 +74,8 @@ class Conv(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     if self.stride == 1:
       return convolve(x, kernel) + bias
-    # Zeros below and to the right alone, as the released encoder has them.
+    # Padded on the right and bottom only: symmetric padding would shift the latent grid by half a
+    # pixel a level and still look almost right.
     return _convolve(x, kernel, self.stride, ((0, 1), (0, 1))) + bias
 
 
@@ -132,8 +133,6 @@ class Encoder(nn.Module):
       for j in range(config.num_res_blocks):
         x = ResBlock(channels, name=f"down_{i}_block_{j}")(x)
       if i < len(config.ch_mult) - 1:
-        # Padded on the right and bottom only: symmetric padding would shift the latent grid by
-        # half a pixel a level and still look almost right.
         x = Conv(channels, stride=2, name=f"down_{i}_downsample")(x)
     x = ResBlock(channels, name="mid_block_1")(x)
     x = MidAttention(name="mid_attention")(x)
