@@ -1,1 +1,1 @@
-"""Algorithms: what each learns of an experience, and the one update that all of them share."""
+"""Algorithms: how each turns episodes into a loss, and the one update that all of them share."""

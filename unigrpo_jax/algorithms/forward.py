@@ -1,6 +1,6 @@
-"""Algorithms that noise the finished image again: DiffusionNFT, AWM and FPO.
+"""Algorithms that add fresh noise to the finished image: DiffusionNFT, AWM and FPO.
 
-They need no SDE: x_t = (1 - t) x_0 + t noise, with x_0 the image that was drawn.
+They need no SDE. They train at x_t = (1 - t) x_0 + t noise, where x_0 is the sampled image.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from unigrpo_jax.sampling import direct, times
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardProcess(base.Algorithm):
-  """What the three have in common."""
+  """Base of the three; a subclass defines `_matching_loss`.
 
-  draws: times.Times  # of each image, a noise each; drawn once a rollout, for all epochs
+  Times and noise are drawn once per rollout and kept for all epochs, so ratios compare the same
+  noised images.
+  """
+
+  draws: times.Times  # how the W times of each image are drawn; each has a noise of its own
 
   def experience(
     self, episodes: Sequence[sampler.Episode], prompts: Sequence[Any], key
@@ -35,7 +39,7 @@ class ForwardProcess(base.Algorithm):
     return noise_again(jax.random.fold_in(key, 2**32 - 1), experience, self.draws)
 
   def _recorded_flow(self, flow: types.FlowRollout):
-    return jnp.zeros_like(flow.x_t)  # a rollout knows no velocities of noised images
+    return jnp.zeros_like(flow.x_t)  # placeholder: the sampler never saw these noised images
 
   def _flow_values(self, velocity, flow: types.FlowRollout):
     return velocity
@@ -52,13 +56,14 @@ class ForwardProcess(base.Algorithm):
     }
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
-    """(loss, {name: a number of each time [B, W], or of each image [B, 1]}).
+    """The subclass's objective: (loss, {name: metric of each time [B, W] or image [B, 1]}).
 
     Args:
-      v, v_old: velocities at noised images, [B, W, I, C].
+      v, v_old: velocities at the noised images, [B, W, I, C].
       adv: advantages, [B].
       weights: of the times, [B, W].
-      matching: x_0, noise [B, W, I, C], t [B, W], mask [B, W, I].
+      matching: keyword arguments of the losses in `forward_process`: x_0 and noise [B, W, I, C],
+        t [B, W], mask [B, W, I].
     """
     raise NotImplementedError
 
@@ -67,8 +72,8 @@ class ForwardProcess(base.Algorithm):
 class NFT(ForwardProcess):
   """DiffusionNFT (Zheng et al. 2025); see `forward_process.nft_losses`."""
 
-  beta: float  # how far its mixtures reach
-  bound: float  # of the advantages
+  beta: float  # mixing coefficient of the implicit positive and negative policies
+  bound: float  # advantages are clipped to [-bound, bound], which become probabilities 0 to 1
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
     optimal = forward_process.optimality(adv, bound=self.bound)
@@ -86,7 +91,7 @@ class AWM(ForwardProcess):
   weighting: str  # of the matching error, one of `forward_process.AWM_WEIGHTINGS`
   ratio: str  # one of `forward_process.AWM_RATIOS`
   clip: float  # how far a ratio may differ from 1, both ways; infinity for none
-  bound: float | None  # of the advantages, which are divided by it; None: as they are
+  bound: float | None  # advantages are clipped to [-bound, bound] and divided by it; None: neither
 
   def _matching_loss(self, v, v_old, adv, weights, matching):
     return forward_process.awm_loss(
@@ -115,7 +120,10 @@ class FPO(ForwardProcess):
 
 @functools.partial(jax.jit, static_argnums=2)
 def noise_again(key, experience: types.Experience, draws: times.Times) -> types.Experience:
-  """Noises every finished image at the times that are drawn, x_t = (1 - t) x_0 + t noise."""
+  """Replaces the recorded steps by W noised versions of the image, x_t = (1 - t) x_0 + t noise.
+
+  Fields that only an SDE has (`mean`, `logp`, `t_next`) become 0.
+  """
   flow = experience.only.flow
   x_0 = flow.latents[:, None]
   t_key, noise_key = jax.random.split(key)

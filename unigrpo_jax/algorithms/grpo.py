@@ -21,10 +21,10 @@ class GRPO(base.Algorithm):
   ratio: str  # "norm" (RatioNorm, eq. 5) or "plain"
   clip: float  # how far a ratio may differ from 1, both ways
   grad_reweight: str  # "none" or "inv_dt"
-  # Of the SDE; see `sde.transition`.
-  kind: str
+  # The SDE that sampled, as arguments of `sde.transition`.
+  kind: str  # one of `sde.KINDS`
   noise_level: float
-  t_second: float
+  t_second: float  # the schedule's second time
 
   def _recorded_flow(self, flow: types.FlowRollout):
     return flow.mean
@@ -55,7 +55,7 @@ class GRPO(base.Algorithm):
     return loss, signals
 
   def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
-    """(log ratios [B, W], which steps count [B, W] bool; None: all, clipped)."""
+    """(log ratios [B, W], steps that count [B, W] bool; None: all count, with the clip)."""
     return self._log_ratio(step, mean_old, micro.only.flow, mask, self.ratio), None
 
   def _latent_kl(self, velocity, reference, flow: types.FlowRollout, mask):
@@ -66,12 +66,14 @@ class GRPO(base.Algorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPPO(GRPO):
-  """Flow-DPPO (2606.11025): a step counts as long as its divergence stays within a threshold."""
+  """Flow-DPPO (2606.11025): a mask by divergence takes the place of the clip."""
 
-  threshold: float  # divergence from which on a step that moves further away is dropped
+  # A step whose divergence from the old policy reaches this, and which its advantage would push
+  # further away, is dropped.
+  threshold: float
 
   def _surrogate(self, step: sde.Transition, mean_old, micro: types.Experience, mask):
-    # It bounds how far a step moves by itself: its ratio is the plain one.
+    # The mask already bounds how far a step moves, so the ratio is not normalised.
     log_ratio = self._log_ratio(step, mean_old, micro.only.flow, mask, "plain")
     far = flow_losses.divergence(step.mean, mean_old, step.std, mask)
     return log_ratio, flow_losses.dppo_mask(

@@ -3,8 +3,8 @@
   x_0 = sg(x_m) - t_m v(sg(x_m), t_m),    R = reward(decode(x_0), prompt)
   L = w <relu(margin - R)> + beta <|v - v_ref|^2>                       (ImageReward, 2304.05977)
 
-x_m is what the rollout recorded before its late step. Advantages are not read, so no groups are
-needed. DRaFT-K and direct alignment differ in how the image depends on the velocity; see
+x_m is the latent that the rollout recorded before one of its last steps. Advantages are not used,
+so no groups are needed. DRaFT-K and direct alignment differ in how x_0 depends on the velocity; see
 `sampling.direct`.
 """
 
@@ -28,21 +28,21 @@ from unigrpo_jax.sampling import direct
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReFL(base.Algorithm):
-  """The late step's loss; its reward is a function of latents.
+  """ReFL, DRaFT-K and direct alignment; the reward is a differentiable function of latents.
 
-  The parameters of `fixed` are those of the reward and of the autoencoder: an argument of the
-  update, never differentiated, and no part of the state.
+  `fixed` holds the parameters of the reward model and of the autoencoder. They are an argument of
+  the update, never differentiated and no part of the training state.
   """
 
   reward: Callable[..., jax.Array]  # (fixed, latents [n, I, C], questions of n) -> [n] float32
   ask: Callable[[Sequence[Any]], Any]  # B prompts -> their questions on the devices, B rows
-  parts: int  # that a microbatch's images are scored in, one after the other
-  ways: int  # of devices that a microbatch's rows are cut into
+  parts: int  # a microbatch's images are scored in so many parts, one after the other
+  ways: int  # a microbatch's rows are sharded over so many devices or groups of them
   weight: float  # w
   margin: float
-  # Of direct alignment: the schedule, one of whose steps each image takes. () for none.
+  # Direct alignment: the time grid from which each image draws one step; () for other methods.
   align_times: tuple[float, ...] = ()
-  per_batch: bool = False  # all images take the same one
+  per_batch: bool = False  # direct alignment: all images share the drawn step
   term_norms_every: int = 10
 
   def experience(
@@ -87,9 +87,15 @@ class ReFL(base.Algorithm):
 def noise_with_its_own(
   key, experience: types.Experience, times: tuple[float, ...], per_batch: bool
 ) -> types.Experience:
-  """Noises every image to the start of a random step of `times`, with what it was drawn from.
+  """Noises every image to the start of a random step of `times`, by the noise it was sampled from.
 
-  The recorded step is the first, so its latents are that noise.
+  The recorded step must be the first of the rollout: its `x_t` is that noise.
+
+  Args:
+    key: draws the step of each image, or with `per_batch` of all.
+    experience: of B trajectories with one recorded step each.
+    times: the time grid, from noise to image.
+    per_batch: all images take the same step.
   """
   flow, schedule = experience.only.flow, jnp.array(times, jnp.float32)
   rows = flow.t.shape[0]

@@ -1,10 +1,10 @@
-"""The update: what an iteration's experience changes in the state. Two jitted functions.
+"""The update: from an iteration's experience to the new training state, in two jitted functions.
 
-  precompute:                                 what needs no advantages, while rewards are computed
-    for each microbatch:                      the reference's replay, and that of old values
+  precompute:                                 what needs no advantages; runs during the rewards
+    for each microbatch:                      replay of the reference, and of old values
   update:
     for each epoch, for each minibatch:       one optimizer step
-      for each microbatch:                    replay -> loss -> gradient, which add up
+      for each microbatch:                    replay -> loss -> gradient; gradients add up
 """
 
 from __future__ import annotations
@@ -23,46 +23,52 @@ from unigrpo_jax.algorithms import base
 from unigrpo_jax.episodes import replay
 from unigrpo_jax.runtime import optim
 
-# With one minibatch, the first epoch's own values are those of the policy that sampled: every ratio
-# is exactly 1, at no cost, and they are kept for the epochs after it.
+# Where the old policy's values come from. "first_epoch": with one minibatch, the policy of the
+# first epoch is the one that sampled, so its own values are the old ones; every ratio is exactly 1,
+# at no cost, and later epochs use the kept values. "recomputed": a replay before the update.
+# "rollout": what the sampler recorded.
 OLD_VALUES = ("first_epoch", "recomputed", "rollout")
-# Norms of the gradients of the reward's term and of the regulariser's, which cost a further pass.
+# Gradient norms of the reward's loss term and of the regulariser's; they cost a further pass.
 TERM_NORMS = ("refl/grad_reward", "refl/grad_regulariser")
-NOT_MEASURED = -1.0  # what stands for them in other iterations
+NOT_MEASURED = -1.0  # their placeholder in iterations that do not measure them
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How an experience is gone through."""
+  """How an experience is split into optimizer steps and microbatches."""
 
-  epochs: int  # passes over it
-  minibatches: int  # optimizer steps a pass
-  microbatches: int  # that a minibatch is cut into; their gradients add up
+  epochs: int  # passes over the experience
+  minibatches: int  # optimizer steps per epoch
+  microbatches: int  # per minibatch; their gradients add up
   old_values: str  # one of OLD_VALUES
-  # That a group is cut into, at least; a prompt is read once for each of them. Divides
-  # `microbatches` and the group's size.
+  # A microbatch holds at most one group_parts-th of a group, and reads the group's prompt anew.
+  # Divides `microbatches` and the group's size.
   group_parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-  """A moving average of what the flow trains, which its velocities are held near (AWM).
+  """A moving average of what the flow trains; the policy's velocities are held near its own (AWM).
 
-  After a rollout's update it is d average + (1 - d) parameters, d as `optim.rising_decay` says of
-  the optimizer steps taken.
+  Once per iteration, after the update: average <- d average + (1 - d) parameters, where d is
+  `optim.rising_decay` of the optimizer steps taken.
   """
 
-  groups: frozenset[str]  # of parameters; the others are the policy's own
-  rise: float  # of d, an optimizer step
-  highest: float  # that d can be
+  groups: frozenset[str]  # parameter groups that are averaged; for the others the policy's are used
+  rise: float  # growth of d per optimizer step
+  highest: float  # upper bound of d
 
 
 def accumulate(loss_fn, trained_params, frozen, inputs) -> tuple[Any, Any]:
-  """The sum of gradients over microbatches: the one place where they add up.
+  """Gradients summed over microbatches, one after the other; the only accumulator of the package.
 
-  loss_fn is (trained parameters, frozen ones, *a microbatch's inputs) -> (loss, aux); see
-  `optim.split`. Inputs have a leading axis of microbatches. Returns (gradients of all parameters,
-  0 for frozen ones; aux stacked over microbatches).
+  Args:
+    loss_fn: (trained parameters, frozen parameters, *inputs of a microbatch) -> (loss, aux).
+    trained_params, frozen: the two parts of the parameters; see `optim.split`.
+    inputs: of all microbatches, on a leading axis.
+
+  Returns:
+    (gradients of all parameters, 0 for frozen ones; aux stacked over microbatches).
   """
   def add(grads, micro):
     new, aux = jax.grad(loss_fn, has_aux=True)(trained_params, frozen, *micro)
@@ -77,13 +83,17 @@ def apply_gradients(
   state: types.TrainState, grads, optimizer: optax.GradientTransformation, *,
   ema_decay: float | None, trained: Collection[str],
 ) -> tuple[types.TrainState, dict[str, jax.Array]]:
-  """The optimizer's step and the moving average's; returns the gradient norm of each group too."""
+  """One optimizer step and one step of the moving average.
+
+  Returns:
+    (the new state, {"grad_norm/GROUP": gradient norm before clipping} of the trained groups).
+  """
   with jax.named_scope("update"):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay is not None:
-      # Frozen parameters are their own average; in bfloat16 its rounding would add up.
+      # Frozen parameters are not averaged: in bfloat16 the rounding errors would add up.
       (average, frozen), (new, _) = (optim.split(tree, trained) for tree in (ema, params))
       ema = optim.join(optim.update_average(average, new, state.step, decay=ema_decay), frozen)
   norms = optim.group_norms(grads).items()
@@ -99,31 +109,35 @@ def make_update(
   drift_limits: Mapping[str, float] | None = None,
   beside: Callable[..., Any] | None = None,
 ):
-  """What goes before the update and the update, to be jitted; the update with its state donated.
+  """Makes the two functions of the module's docstring; jit them, `update` with its state donated.
 
   Args:
-    grid: of one image, [1, I].
-    trained: groups of parameters that are.
-    ema_decay: of the moving average; None for none.
-    reference_model: the network of the reference, or None where nothing needs it; its parameters
-      are `state.reference`, or where there are none the policy's own, which without adapters are
-      what training started from.
-    reference_context: the reference reads the trajectory itself; otherwise its velocities are over
-      the policy's context.
-    anchor: `state.anchor` is moved so, and `precompute` gives its velocities, over the policy's
-      context; None: there is none.
-    drift_limits: {metric: the most that the first step may show}, beyond which nothing moves.
-    beside: another loss of each optimizer step, of supervised examples: (trained parameters, frozen
-      ones, their part of the examples) -> (gradients of all, {term: loss}), which are added.
+    model: the policy's network.
+    optimizer: the optimizer of all parameters.
+    grid: latent grid of one image, [1, I].
+    algorithm: what is optimised.
+    schedule: how the experience is split.
+    trained: parameter groups that train.
+    ema_decay: decay of the parameters' moving average; None: there is none.
+    reference_model: network of the reference policy; None where nothing needs it. Its parameters
+      are `state.reference`, or, where that is None, the policy's own with their adapters left out.
+    reference_context: whether the reference reads the trajectory itself. Otherwise its velocities
+      are computed over the policy's context.
+    anchor: how `state.anchor` moves; `precompute` then also computes its velocities, over the
+      policy's context. None: there is none.
+    drift_limits: {metric: largest value at the first optimizer step}. Above it, the update is
+      rejected and the state does not change.
+    beside: a second, supervised loss added at each optimizer step: (trained parameters, frozen
+      parameters, the step's examples) -> (gradients of all parameters, {term: loss}).
 
   Returns:
-    precompute: (state, experience) -> fields of its round that stay what they are through the
-      update, {name: [B, ...] float32}: the reference's velocities and log-probabilities, the
-      anchor's velocities, and `old`.
-      It reads no advantages; {} where the update needs none of them.
-    update: (state, experience with these fields, parameters of frozen networks, examples of
-      `beside` with a leading axis of microbatches, which the minibatches share out) -> (state,
-      metrics); each metric is [optimizer steps] float32.
+    (precompute, update):
+      precompute: (state, experience) -> {field of `types.Round`: [B, ...] float32}: velocities and
+        log-probabilities of the reference, velocities of the anchor, and `old`, as far as the
+        update needs them. They do not change during the update and need no advantages.
+      update: (state, experience with these fields, parameters of frozen networks, examples of
+        `beside`) -> (state, {metric: [optimizer steps] float32}). Examples have a leading axis of
+        microbatches, which is divided over the minibatches.
   """
   total = schedule.minibatches * schedule.microbatches
 
@@ -197,8 +211,8 @@ def make_update(
         state, grads, optimizer, ema_decay=ema_decay, trained=trained
       )
       metrics |= norms
-      # Where a number is not finite, or the sampler was not this policy, the state stays as it was
-      # from here on: the run saves it and stops.
+      # From the first step with a number that is not finite, or with too much drift between sampler
+      # and trainer, the state no longer changes; the run then saves it and stops.
       update_ok &= jnp.array([
         jnp.isfinite(value) for name, value in metrics.items()
         if name.startswith(("loss/", "grad_norm/"))
@@ -226,16 +240,20 @@ def make_update(
 
 
 class Update:
-  """A run's update on its devices: jitted, its state donated, its metrics as floats."""
+  """The jitted update of a run: donates the state, returns metrics as floats, rejects bad updates.
+  """
 
   def __init__(
     self, precompute, update, *, row_sharding=None, out_shardings=None,
     drift_limits: Mapping[str, float], fixed: Any = None,
   ):
-    """Compiles nothing yet; the functions and `drift_limits` are those of `make_update`.
+    """Jits both functions; compiles nothing yet.
 
-    `row_sharding` is of what the first gives, `out_shardings` of the state and of the metrics;
-    `fixed` are the parameters of frozen networks, `Algorithm.fixed`.
+    Args:
+      precompute, update, drift_limits: see `make_update`.
+      row_sharding: sharding of what `precompute` returns.
+      out_shardings: shardings of (state, metrics).
+      fixed: parameters of frozen networks, `Algorithm.fixed`.
     """
     self.jitted_precompute = jax.jit(precompute, out_shardings=row_sharding)
     self.jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
@@ -244,10 +262,10 @@ class Update:
   def precompute(
     self, state: types.TrainState, experience: types.Experience
   ) -> types.Experience:
-    """The experience with what the update needs and advantages do not change; waits for nothing.
+    """Adds to the experience what the update needs besides advantages; returns without waiting.
 
-    The devices compute it while the caller waits for rewards. An error of theirs is raised by the
-    update that takes it, before that changes anything.
+    The devices compute it while the caller waits for rewards. If they fail, the error is raised by
+    the update that receives the experience, before it donates the state.
     """
     with jax.transfer_guard("disallow"):
       return experience.with_only(**self.jitted_precompute(state, experience))
@@ -255,21 +273,26 @@ class Update:
   def __call__(
     self, state: types.TrainState, experience: types.Experience, examples: Any = None
   ) -> tuple[types.TrainState, dict[str, float]]:
-    """Returns (state, one number of each metric); `state` is donated.
+    """Updates the state, which is donated.
 
     Args:
-      experience: as `precompute` gives it, with its advantages.
-      examples: of a supervised loss beside; see `make_update`.
+      state: the training state.
+      experience: as returned by `precompute`, with advantages.
+      examples: for the supervised loss `beside`; see `make_update`.
+
+    Returns:
+      (new state, {metric: value}); see `summarise`.
 
     Raises:
-      UpdateRejected: a number is not finite, or the trainer does not compute what the sampler did.
+      UpdateRejected: a number is not finite, or the trainer's values drifted from the sampler's.
+        It carries the unchanged state where no optimizer step was taken.
     """
-    jax.block_until_ready(experience)  # An error in it is not to cost the state, which is donated.
+    jax.block_until_ready(experience)  # An error in it must be raised before the state is donated.
     step = int(state.step)
     with jax.transfer_guard("disallow"):
       state, metrics = jax.block_until_ready(self.jitted(state, experience, self._fixed, examples))
     metrics = summarise(jax.device_get(metrics))
-    # Nothing moved where the first optimizer step was rejected; then it is the state before.
+    # Where the first optimizer step was rejected, this is the state from before the update.
     unmoved = state if int(state.step) == step else None
     if bad := sorted(name for name, value in metrics.items() if not np.isfinite(value)):
       raise errors.UpdateRejected(
@@ -287,10 +310,11 @@ class Update:
 
 
 def summarise(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-  """One number of each metric of the update: of its last optimizer step, where ratios are widest.
+  """Reduces each metric [optimizer steps] to one float for the log.
 
-  The drift is that of the first, when the trainer still is the policy that sampled. A number that
-  is not finite in any step comes before those that are.
+  That is the value of the last step, where ratios are widest; for "drift/" the value of the first,
+  when the policy still is the one that sampled. A value that is not finite, at any step, takes
+  precedence. `TERM_NORMS` that were not measured are left out.
   """
   def one(name, values):
     bad = values[~np.isfinite(values)]
@@ -304,9 +328,10 @@ def summarise(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Experience:
-  """[B, ...] -> [parts, B / parts, ...]: some prompts each, with a part of their trajectories.
+  """Cuts an experience into microbatches: [B, ...] -> [parts, B / parts, ...].
 
-  Strided: a part takes its share of every device's rows.
+  Each holds some of the prompts, with 1 / group_parts of each one's trajectories. The cut is
+  strided, so that each microbatch takes its share of every device's rows.
   """
   prompts, prompt_parts = experience.prompt.ids.shape[0], parts // group_parts
   few = prompts // prompt_parts
@@ -326,7 +351,7 @@ def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Exp
 
 
 def _joined(array: jax.Array, prompts: int, group_parts: int) -> jax.Array:
-  """[parts, B / parts, ...] -> [B, ...]: trajectories in the order that they had before `cut`."""
+  """The inverse of `cut` for one array: [parts, B / parts, ...] -> [B, ...]."""
   parts, rows = array.shape[:2]
   few = prompts * group_parts // parts
   array = array.reshape(parts // group_parts, group_parts, few, rows // few, *array.shape[2:])
@@ -337,7 +362,10 @@ def _reference(
   reference_model, model, state, micro: types.Experience, grid, algorithm: base.Algorithm,
   own_context: bool,
 ) -> dict[str, Any]:
-  """The reference's velocities and log-probabilities, where they are needed: fields of a round."""
+  """The reference's `velocity_ref` and `logp_ref` of a microbatch; None where not needed.
+
+  `own_context` is `reference_context` of `make_update`.
+  """
   config = algorithm.replay
   flow = config.flow and algorithm.regulariser != "none"
   params = state.params if state.reference is None else state.reference
@@ -358,7 +386,10 @@ def _velocities(
   model, velocity_model, params, velocity_params, micro: types.Experience, grid,
   algorithm: base.Algorithm,
 ):
-  """Velocities of other parameters over the policy's context, without guidance: [B, W, I, C]."""
+  """Velocities without guidance of `velocity_params`, over the context that `params` read.
+
+  Returns [B, W, I, C] float32.
+  """
   config = dataclasses.replace(
     algorithm.replay, text=False,
     guidance=dataclasses.replace(algorithm.replay.guidance, text_scale=1.0),
@@ -370,7 +401,7 @@ def _velocities(
 
 
 def _term_norms(loss_of, arguments, grads, flow_weight: float) -> dict[str, jax.Array]:
-  """TERM_NORMS: gradients of the terms add up to `grads`, so one of them is computed."""
+  """`TERM_NORMS`. The two terms' gradients add up to `grads`, so only one of them is computed."""
   def regulariser(*inputs):
     _, (terms, *_) = loss_of(*inputs)
     return flow_weight * terms["regulariser"], ()
@@ -383,7 +414,10 @@ def _term_norms(loss_of, arguments, grads, flow_weight: float) -> dict[str, jax.
 def _summaries(
   signals: Mapping[str, Any], micros: types.Experience, config: replay.ReplayConfig
 ) -> dict[str, Any]:
-  """Means, extremes and percentiles over the tokens and steps of a minibatch that count."""
+  """{metric: [] float32}: means, maxima and percentiles of signals over a minibatch.
+
+  Only tokens and steps of valid trajectories count.
+  """
   metrics = {}
   valid = micros.valid[..., None]
   if config.text:
@@ -403,13 +437,13 @@ def _summaries(
       log_ratio = signals.pop("flow/log_ratio")
       clipped, outside = (signals.pop(f"flow/{name}") for name in ("clipped", "outside"))
       steps = jnp.broadcast_to(valid, log_ratio.shape)
-      # Ratios differ from 1 by less than float32 can show: their logarithms are logged instead.
+      # These ratios differ from 1 by less than float32 resolves, so their logarithms are logged.
       metrics |= _ratio("flow", log_ratio, clipped, steps, name="log_ratio")
       metrics["flow/outside_fraction"] = _mean(outside.astype(jnp.float32), steps)
     for name, values in signals.items():
       if name.startswith(("flow/", "refl/")):
         metrics[name] = _mean(values, jnp.broadcast_to(valid, values.shape))
-    if "flow/matching" in signals:  # Nothing bounds the error of images that are pushed away.
+    if "flow/matching" in signals:  # Unbounded where the advantage is negative, so watched apart.
       negative = mask & (micros.adv < 0)[..., None]
       metrics["flow/matching_negative"] = _mean(signals["flow/matching"], negative)
     if "drift/flow" in signals:
@@ -428,7 +462,7 @@ def _ratio(kind: str, ratio, clipped, mask, name: str = "ratio") -> dict[str, An
 
 
 def _drift(name: str, drift, mask) -> dict[str, Any]:
-  """The largest difference of all, and mean and 99th percentile of those that count."""
+  """The maximum over all entries; mean and 99th percentile over those that count."""
   return {
     name: drift.max(), f"{name}_mean": _mean(drift, mask),
     f"{name}_p99": _percentile_99(drift, mask),
@@ -436,7 +470,7 @@ def _drift(name: str, drift, mask) -> dict[str, Any]:
 
 
 def _of_counted(reduce, values, mask):
-  """0 where nothing counts: a minibatch may have no valid group."""
+  """`reduce` of the values that count; 0 where none does: a minibatch may have no valid group."""
   return jnp.where(mask.any(), reduce(jnp.where(mask, values, jnp.nan)), 0.0)
 
 
