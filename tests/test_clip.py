@@ -316,7 +316,7 @@ def test_a_plan_counts_the_rewards_on_its_own_chips(monkeypatch):
     weights={"ocr": 1.0, "pickscore": 1.0, "far": 0.0, "l14": 0.0},
     options={"far": {"kind": "http"}, "l14": {"kind": "clip", "batch_size": 8}},
   )
-  assert planner.reward_bytes(spec, [device(h) for h in (3, 3, 3, 3, 4)]) == 104 + 102
+  assert planner.clip_bytes(spec, [device(h) for h in (3, 3, 3, 3, 4)]) == 104 + 102
 
 
 @pytest.mark.slow

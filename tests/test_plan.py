@@ -11,6 +11,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.recipe import config_files, rl
+from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import state
 from unigrpo_jax.tools.plan import (
   advice,
@@ -120,6 +121,20 @@ def test_shapes_fit_in_every_kind_of_run(file, overrides):
   assert (planned.held["reward_model"] > 0) == spec.by_gradient
   assert (planned.held["moving average"] > 0) == (spec.optimizer.ema_decay is not None)
   assert 0 < planned.held["anchor"] < planned.held["parameters"] or not spec.anchored
+
+
+def test_a_plan_counts_a_reward_model_on_its_own_chips():
+  """Without those that only draw."""
+  config = config_files.load(f"{UNIGRPO}:tiny", [
+    "--config.mesh.tensor=1", "--config.rewards={'reward_model': 1.0}",
+    "--config.reward_options={}",
+  ])
+  spec = rl.read(config)
+  network = state.open_network(spec.network, jax.devices())
+  held = planner.Planner(spec, network, only=()).run().held
+  params = learned.open_folder(learned.TINY)[1]
+  assert held["rewards"] > planner.bytes_on_chip(params)
+  assert "gen" not in params["norm"] and "llm2vae" not in params
 
 
 def test_record_by_hand():

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import contextlib
 import dataclasses
 import math
@@ -64,8 +64,12 @@ class Pipeline:
     """
     return cls(state.open_for_sampling(path, adapter=adapter, dtype=dtype, mesh=mesh))
 
-  def load(self, parts: Sequence[str] = ("bagel", "vae")) -> Pipeline:
-    """Loads the weights, each parameter straight into its shards; ("bagel",) suffices to answer.
+  def load(
+    self, parts: Sequence[str] = ("bagel", "vae"), without: Collection[str] = ()
+  ) -> Pipeline:
+    """Loads the weights, each parameter straight into its shards; see `ModelFolder.load_params`.
+
+    ("bagel",) without `bagel.DRAWING` suffices to answer.
 
     Raises:
       InputError: the weights are missing, broken, or do not agree with the config.
@@ -74,6 +78,7 @@ class Pipeline:
     self.params = network.folder.load_params(
       dtype={"bagel": network.model.dtype, "vae": jnp.float32},
       shardings=state.param_shardings(network.model, self.mesh, parts), parts=parts,
+      without=without,
     )
     return self
 

@@ -22,6 +22,9 @@ from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import layers, mot, siglip
 from unigrpo_jax.models import lowering as lowering_lib
 
+# Modules that only draw: who reads and writes text can do without their parameters.
+DRAWING = frozenset(("gen", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed"))
+
 
 class Bagel(nn.Module):
   """The network without its VAE."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -153,6 +153,14 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1, precision="highest"))
     merged["kernel"] = params["kernel"] + product(down, up) * (lora.alpha / lora.rank)
   return merged
+
+
+def without(params: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+  """A tree of parameters without what lies under any of `names`."""
+  return {
+    name: without(value, names) if isinstance(value, Mapping) else value
+    for name, value in params.items() if name not in names
+  }
 
 
 # What a layer keeps for its backward pass besides its input, by the name of the policy: the rest is

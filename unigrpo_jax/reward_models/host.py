@@ -18,6 +18,27 @@ from unigrpo_jax.runtime import sharding
 AT_ONCE, PIXELS = 48, 2**20  # pictures that are scored together, and their pixels
 
 
+def at_once(size: tuple[int, int]) -> int:
+  """How many pictures of a height and width are scored together."""
+  return max(min(AT_ONCE, PIXELS // (size[0] * size[1])), 1)
+
+
+def device_bytes(
+  model: learned.RewardModel, params: Any, size: tuple[int, int], question_tokens: int
+) -> int:
+  """What `LearnedReward` takes of its device: parameters, and what its program needs while it runs.
+
+  `params` are shapes, for a device that need not be there; `size` is that of the pictures.
+  """
+  rows = at_once(size)
+  questions = learned.Questions(
+    jax.ShapeDtypeStruct((rows, question_tokens), np.int32),
+    jax.ShapeDtypeStruct((rows,), np.int32),
+  )
+  pixels = jax.ShapeDtypeStruct((rows, *size, 3), np.float32)
+  return sharding.program_bytes(jax.jit(model.score).lower(params, pixels, questions).compile())
+
+
 class LearnedReward:
   """How likely "yes" is to "does the picture show the prompt?"; a `rewards.Reward`.
 
@@ -66,7 +87,7 @@ def score_all(
   """
   values = np.empty(len(images), np.float32)
   for places, size in requests.by_size([image.shape[:2] for image in images], PIXELS):
-    step = max(min(AT_ONCE, PIXELS // (size[0] * size[1])), 1)
+    step = at_once(size)
     for first in range(0, len(places), step):
       part = places[first : first + step]
       filled = [part[i % len(part)] for i in range(step)]  # one shape, so one program

@@ -298,9 +298,12 @@ def open_folder(
 
 
 def load_params(network: state.Network) -> Any:
-  """The parameters of a reward model's network, as `RewardModel.score` takes them."""
+  """The parameters of a reward model's network, as `RewardModel.score` takes them.
+
+  Without those that only draw, half of BAGEL-7B-MoT's.
+  """
   return network.folder.load_params(
-    dtype=network.model.dtype, parts=("bagel",),
+    dtype=network.model.dtype, parts=("bagel",), without=bagel.DRAWING,
     shardings=state.param_shardings(network.model, network.mesh, ("bagel",)),
   )["bagel"]
 

@@ -8,7 +8,8 @@ A converted folder holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -63,7 +64,8 @@ class ModelFolder:
     return reader if self.adapter is None else adapters.MergedReader(reader, self.adapter)
 
   def load_params(
-    self, dtype: Any = None, shardings: Any = None, parts: Sequence[str] = weights.PARTS
+    self, dtype: Any = None, shardings: Any = None, parts: Sequence[str] = weights.PARTS,
+    without: Collection[str] = (),
   ) -> dict[str, Any]:
     """Loads the parameter tree, each array straight into its own shards.
 
@@ -73,6 +75,7 @@ class ModelFolder:
       dtype: one for all, or {part: dtype}; None keeps the stored one.
       shardings: one for all, or a tree of them like the result; None is the first device.
       parts: top-level keys to load, of ("bagel", "vae").
+      without: names of modules whose parameters are left out, `bagel.DRAWING` say.
 
     Raises:
       InputError: the weights are missing, broken, of another config, or too large for the devices.
@@ -81,11 +84,13 @@ class ModelFolder:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     try:
-      with self.open_params(parts) as reader, progress.bar(
-        sum(math.prod(leaf.shape) * reader.dtype(leaf).itemsize for leaf in reader.leaves),
-        "loading", unit="B", enabled=jax.process_index() == 0,
-      ) as bar:
-        for leaf in reader.leaves:
+      with self.open_params(parts) as reader, contextlib.ExitStack() as stack:
+        leaves = [leaf for leaf in reader.leaves if not set(without).intersection(leaf.path)]
+        bar = stack.enter_context(progress.bar(
+          sum(math.prod(leaf.shape) * reader.dtype(leaf).itemsize for leaf in leaves),
+          "loading", unit="B", enabled=jax.process_index() == 0,
+        ))
+        for leaf in leaves:
           is_tree = not isinstance(shardings, jax.sharding.Sharding)
           arrays[leaf.path] = weights.load(
             reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,

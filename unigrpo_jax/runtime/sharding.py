@@ -93,6 +93,14 @@ def _host_by_host(devices: Sequence[Any]) -> list[Any]:
   return [device for host in sorted(own.values(), key=place) for device in host]
 
 
+def program_bytes(program: jax.stages.Compiled) -> int:
+  """What a compiled program needs of a device: arguments, results and temporaries."""
+  memory = program.memory_analysis()
+  return (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  )
+
+
 def device_memory(devices: Sequence[Any]) -> int | None:
   """Bytes of one of the devices; None where none is this host's, or it does not know, as a CPU."""
   own = [device for device in jax.local_devices() if device in devices]

@@ -284,7 +284,7 @@ def first_state(
     loaded = opened.params(model.lora, where.shardings.params)
   with sharding.activate(network.mesh):
     if not random_init:
-      plain = _without_adapters(where.shardings.params)
+      plain = layers.without(where.shardings.params, (layers.LORA_DOWN, layers.LORA_UP))
       loaded = _join(loaded, network.folder.load_params(
         dtype=jnp.float32, shardings={"bagel": plain}, parts=("bagel",)
       )["bagel"])
@@ -295,13 +295,6 @@ def first_state(
 
 def _open_adapter(path: pathlib.Path | str, config: config_lib.BagelConfig) -> adapters.Adapter:
   return adapters.Adapter(files.local_copy(hub.find(path)), config)
-
-
-def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    name: _without_adapters(value) if isinstance(value, Mapping) else value
-    for name, value in tree.items() if name not in (layers.LORA_DOWN, layers.LORA_UP)
-  }
 
 
 def _update(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,10 +87,7 @@ def device_bytes(reward: str, options: Mapping[str, Any], device: Any, devices: 
   score = lambda params, *rows: network.CLIP(config).apply({"params": params}, *rows)
   with sharding.activate(mesh):
     program = jax.jit(score, in_shardings=sharding.replicated(mesh)).lower(*shapes).compile()
-  memory = program.memory_analysis()
-  return (
-    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-  )
+  return sharding.program_bytes(program)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

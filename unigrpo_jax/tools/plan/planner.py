@@ -16,10 +16,10 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import prompts as prompt_sets
 from unigrpo_jax.episodes import programs, rollout, script
 from unigrpo_jax.episodes import sampler as sampler_lib
-from unigrpo_jax.models import bagel, vae
+from unigrpo_jax.models import bagel, layers, vae
 from unigrpo_jax.recipe import parts, rl
-from unigrpo_jax.reward_models import learned
-from unigrpo_jax.reward_models.clip import host
+from unigrpo_jax.reward_models import host, learned
+from unigrpo_jax.reward_models.clip import host as clip_host
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.tools import flops
 from unigrpo_jax.tools.plan import plans
@@ -78,11 +78,7 @@ class Planner:
     network, spec = self.network, self.spec
     if not spec.by_gradient:
       return parts.make_algorithm(spec, network, self.rollout)
-    reward_model = learned.RewardModel(
-      network.model.clone(lora=None), network.tokenizer, yes_id=0, no_id=1,
-      vit_max=network.config.vit_image.max_size,
-    )
-    params = _cast(_params(network, "bagel"), network.model.dtype)
+    reward_model, params = _reward_model(network)
     made = parts.make_algorithm(spec, network, self.rollout, (reward_model, params))
     length = spec.rollout.prompt_tokens + QUESTION_TOKENS
     ask = lambda prompts: learned.Questions(
@@ -100,7 +96,7 @@ class Planner:
         ("reference", s.reference), ("anchor", s.anchor), ("reward_model", self.algorithm.fixed),
       )
     }
-    self._held["rewards"] = reward_bytes(self.spec.rewards, list(self.mesh.devices.flat))
+    self._held["rewards"] = self._reward_bytes()
     with sharding.activate(self.rollout.network.mesh):
       chunk = self._compile_rollout()
     with sharding.activate(self.mesh):
@@ -109,6 +105,22 @@ class Planner:
       dict(self.mesh.shape), dict(self.rollout.network.mesh.shape), self._held, self._phases,
       self.spec.trajectories,
     )
+
+  def _reward_bytes(self) -> int:
+    """What the rewards that run on the training's own devices take of the one that has most."""
+    devices = list(self.mesh.devices.flat)
+    taken = clip_bytes(self.spec.rewards, devices)
+    if "reward_model" in kinds(self.spec.rewards).values():
+      self._progress("reward_model")
+      spec = dataclasses.replace(self.spec.network, lora=None, mesh=dict(data=1, fsdp=1, tensor=1))
+      folder, tokenizer = self.network.folder, self.network.tokenizer
+      network = state.build_network(spec, folder, tokenizer, devices[:1])
+      made, r = _reward_model(network), self.spec.rollout
+      with sharding.activate(network.mesh):
+        taken += host.device_bytes(
+          *made, (r.height, r.width), r.prompt_tokens + QUESTION_TOKENS
+        )
+    return taken
 
   def _compile_rollout(self) -> sampler_lib.Episode:
     """The programs of a chunk; returns the shapes of what they give.
@@ -257,14 +269,28 @@ class Planner:
     }
 
 
-def reward_bytes(spec: rl.RewardsSpec, devices: Sequence[Any]) -> int:
-  """What the rewards that run on a training's own devices take of each of them."""
+def kinds(spec: rl.RewardsSpec) -> dict[str, str]:
+  """{name of a reward: what it is an instance of}."""
+  return {name: spec.options.get(name, {}).get("kind", name) for name in spec.weights}
+
+
+def clip_bytes(spec: rl.RewardsSpec, devices: Sequence[Any]) -> int:
+  """What CLIPs that score on a training's own devices take of each of them."""
   own = sum(device.process_index == devices[0].process_index for device in devices)
-  options = {name: spec.options.get(name, {}) for name in spec.weights}
   return sum(
-    host.device_bytes(kind, given, devices[0], own) for name, given in options.items()
-    if (kind := given.get("kind", name)) in host.RELEASES
+    clip_host.device_bytes(kind, spec.options.get(name, {}), devices[0], own)
+    for name, kind in kinds(spec).items() if kind in clip_host.RELEASES
   )
+
+
+def _reward_model(network: state.Network) -> tuple[learned.RewardModel, Any]:
+  """A reward model with the sizes of a network, and the shapes of its parameters on its mesh."""
+  model = learned.RewardModel(
+    network.model.clone(lora=None), network.tokenizer, yes_id=0, no_id=1,
+    vit_max=network.config.vit_image.max_size,
+  )
+  params = layers.without(_params(network, "bagel"), bagel.DRAWING)
+  return model, _cast(params, network.model.dtype)
 
 
 def bytes_on_chip(tree: Any) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import pipeline as pipeline_lib
+from unigrpo_jax.models import bagel
 from unigrpo_jax.reward_models import learned
 from unigrpo_jax.rewards import connection, listening
 from unigrpo_jax.tools.serve import batches as batches_lib
@@ -72,5 +73,5 @@ def run(args: argparse.Namespace) -> None:
     port=args.port, token=connection.read_token(None, args.token_env),
     max_bytes=args.max_mb << 20,
   )
-  pipeline.load(("bagel",))
+  pipeline.load(("bagel",), without=bagel.DRAWING)
   server.run(name)
