@@ -28,21 +28,29 @@ from unigrpo_jax.runtime import sharding, state
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a request gave."""
+  """The result of one request."""
 
-  text: str | None  # reasoning or answer; None when none was asked for
-  ids: tuple[int, ...]  # its sampled ids, the terminator included
-  finished: bool  # False when the text was cut at `max_tokens`
-  image: np.ndarray | None  # [H, W, 3] uint8
-  # Of each id, where `Settings.top` asks for them: the likeliest (id, log-probability) pairs.
+  text: str | None  # reasoning or answer; None where no text was sampled
+  ids: tuple[int, ...]  # the sampled ids of the text, including its terminator
+  finished: bool  # False where the text was cut at `max_tokens`
+  image: np.ndarray | None  # [H, W, 3] uint8; None where nothing was drawn
+  # The `Settings.top` likeliest (id, log-probability) pairs at each id.
   top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Pipeline:
-  """See the module's docstring."""
+  """A checkpoint on its devices; see the module's docstring.
+
+  Attributes:
+    network: the network, its tokenizer and its mesh.
+    config: the network's sizes.
+    mesh: the devices.
+    params: {"bagel": ..., "vae": ...} after `load`; other weights may be put in their place.
+    seconds: {phase: wall time} of the last `run`.
+  """
 
   def __init__(self, network: state.Network):
-    """Use `open`."""
+    """Without weights. To open a checkpoint, use `open`."""
     self.network, self.config, self.mesh = network, network.config, network.mesh
     self.params: dict[str, Any] = {}
     self.seconds: dict[str, float] = {}
@@ -53,11 +61,13 @@ class Pipeline:
     cls, path: pathlib.Path | str, *, adapter: pathlib.Path | str | None = None, dtype=None,
     mesh=None,
   ) -> Pipeline:
-    """Opens an official or a converted folder; loads no weights yet.
+    """Opens a checkpoint; loads no weights yet.
 
-    `adapter` is a folder of LoRA adapters, which are added to its weights. `dtype` is the
-    network's (the VAE is float32 always), by default float32 on CPU and bfloat16 elsewhere; `mesh`
-    is by default all devices.
+    Args:
+      path: an official or a converted folder.
+      adapter: folder of LoRA adapters, which `load` adds to the weights.
+      dtype: of the network; None: float32 on CPU, bfloat16 elsewhere. The VAE is always float32.
+      mesh: None: all devices.
 
     Raises:
       InputError: it is no such folder, or its config or tokenizer cannot be used.
@@ -67,9 +77,11 @@ class Pipeline:
   def load(
     self, parts: Sequence[str] = ("bagel", "vae"), without: Collection[str] = ()
   ) -> Pipeline:
-    """Loads the weights, each parameter straight into its shards; see `ModelFolder.load_params`.
+    """Loads the weights, each parameter directly into its shards; returns self.
 
-    ("bagel",) without `bagel.DRAWING` suffices to answer.
+    Args:
+      parts: of the weights; ("bagel",) is enough for answers in words.
+      without: see `ModelFolder.load_params`; answers need nothing of `bagel.DRAWING`.
 
     Raises:
       InputError: the weights are missing, broken, or do not agree with the config.
@@ -83,14 +95,18 @@ class Pipeline:
     return self
 
   def batch_rows(self, batch_size: int, count: int) -> int:
-    """`batch_size`, at most `count`, rounded up to what the devices share evenly."""
+    """`batch_size`, but at most `count`, rounded up to a multiple of the devices."""
     ways = sharding.batch_multiple(self.mesh)
     return -(-min(batch_size, count) // ways) * ways
 
   def prepare(
     self, requests: Sequence[requests_lib.Request], settings: requests_lib.Settings, rows: int = 1
   ) -> requests_lib.Batch:
-    """Checks requests and makes a batch of a multiple of `rows`; see `requests.prepare`."""
+    """Checks requests and makes a batch of them, filled up to a multiple of `rows` rows.
+
+    Raises:
+      InputError: see `requests.prepare`.
+    """
     return requests_lib.prepare(
       self.config, self.network.tokenizer, requests, settings,
       multiple=math.lcm(rows, sharding.batch_multiple(self.mesh)),
@@ -99,10 +115,11 @@ class Pipeline:
   def run(
     self, batch: requests_lib.Batch, progress: sampler_lib.Progress | None = None
   ) -> list[Result]:
-    """Runs a batch, one result a request; several hosts call it together, and each has all results.
+    """Samples a batch; returns one result per request. All hosts call it, and all get all results.
 
-    `progress` is called with a phase, what is done of it, and its total; on several hosts never.
-    `seconds` then holds the time of each phase.
+    Args:
+      batch: see `prepare`.
+      progress: called after every token and denoising step; never on several hosts.
 
     Raises:
       InputError: a row's log-probabilities or latents are not finite.
@@ -123,7 +140,10 @@ class Pipeline:
     return [self._result(result, row) for row in range(batch.real)]
 
   def _randomness(self, batch: requests_lib.Batch) -> sampler_lib.Randomness:
-    """Of each row by its seed; the noise at its own length: padding must not change it."""
+    """The randomness of each row, from its seed alone.
+
+    Each row's noise is drawn at its own length, so that padding does not change it.
+    """
     keys = np.stack([
       jax.random.key_data(requests_lib.row_key(seed, "text")) for seed in batch.seeds
     ])

@@ -1,4 +1,4 @@
-"""The device programs that every use of BAGEL is made of, each one jitted function."""
+"""The device programs that every use of BAGEL consists of; each is one jitted function."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.sampling import flow, sde, text
 
-# Pixels that a device encodes or decodes at once; decoding them takes 3.5 GiB of temporaries.
+# Pixels that a device encodes or decodes at once. Decoding them needs 3.5 GiB for temporaries.
 VAE_PIXELS = 1024 * 1024
 
 
 @struct.dataclass
 class Inputs:
-  """The arrays of a script's given and seen segments, by name, B rows each.
+  """The arrays of a script's given and seen segments, by name, with B rows each.
 
-  The system prompt, which all rows share, may have a single row.
+  The system prompt, which all rows share, has a single row.
   """
 
   texts: dict[str, types.Text]
@@ -31,19 +31,26 @@ class Inputs:
 
 @struct.dataclass
 class Contexts:
-  """What the rows have read."""
+  """The key-value caches of B rows, with what classifier-free guidance needs."""
 
-  main: types.Context  # everything so far
-  before_prompt: types.Mark  # moments of `main`, for guidance
-  after_prompt: types.Mark
-  without_image: types.Context | None  # never saw an image; None where `main` has none
+  main: types.Context  # all segments that were read so far
+  before_prompt: types.Mark  # `main.as_of(before_prompt)` is the context without the prompt
+  after_prompt: types.Mark  # and this one the context up to the prompt, without a reasoning
+  # The texts up to the prompt, read without the image; None where no latents of an image were seen.
+  without_image: types.Context | None
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("script", "capacity"))
 def prefill(
   model: bagel_lib.Bagel, params, inputs: Inputs, *, script: script_lib.Script, capacity: int
 ) -> Contexts:
-  """Reads the shared segments; `capacity` slots leave room for what is sampled later."""
+  """Reads the script's shared segments into new caches.
+
+  Args:
+    inputs: arrays of the segments.
+    script: their order.
+    capacity: slots of the main cache; includes room for text that is sampled later without `fork`.
+  """
   run = functools.partial(model.apply, {"params": params})
   rows = inputs.texts[script_lib.PROMPT].ids.shape[0]
   empty = functools.partial(bagel_lib.empty_context, model.config, rows, dtype=model.dtype)
@@ -80,7 +87,10 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("copies", "capacity"))
 def fork(model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: int) -> Contexts:
-  """Continues every row `copies` times over the same past; see `bagel.fork`."""
+  """Continues every row as `copies` rows over its cache, which is not copied; see `bagel.fork`.
+
+  `capacity` is the number of new slots of each row.
+  """
   main = bagel_lib.fork(model.config, contexts.main, copies, capacity)
   return contexts.replace(main=main)
 
@@ -92,7 +102,7 @@ def fork(model: bagel_lib.Bagel, contexts: Contexts, *, copies: int, capacity: i
 def decode_text(
   model: bagel_lib.Bagel, params, context: types.Context, keys, active, **options
 ) -> tuple[types.TextRollout, types.Context]:
-  """Samples text after what was read; see `text.sample`."""
+  """Samples a text after `context`; returns it and the context with it. See `text.sample`."""
 
   def step(context, ids, active):
     context, hidden = model.apply(
@@ -112,15 +122,18 @@ def denoise(
   window=None, *, num_timesteps: int, shift: float, guidance: flow.Guidance,
   kind: str | None = None, noise_level: float = 0.0, on_step=None,
 ) -> types.FlowRollout:
-  """Denoises images, a multiple of the rows of `contexts`: by the ODE, or with a window of noise.
+  """Denoises B images, a multiple of the rows of `contexts`, which they share.
 
-  A window without a kind of noise is recorded of the ODE; see `flow.integrate_recording`.
+  Without `window` by the ODE; with `window` and `kind` by the SDE in the window's steps; with
+  `window` alone by the ODE, of which the window's steps are recorded.
 
   Args:
-    noise: [B, I, C] float32.
-    grid: of the images, B rows.
-    keys, window, kind, noise_level, on_step: see `sde.integrate`; window None is the ODE.
-    guidance: a text_scale of 1 is none.
+    contexts: what the images are conditioned on.
+    noise: the latents at t = 1, [B, I, C] float32.
+    grid: latent grids of the images, B rows.
+    keys, window, kind, noise_level, on_step: see `sde.integrate`.
+    num_timesteps, shift: of the time grid; see `flow.time_grid`.
+    guidance: classifier-free guidance; none where its text_scale is 1.
   """
   times = flow.time_grid(num_timesteps, shift)
   velocity = _velocity_fn(model, params, contexts, grid, guidance)
@@ -135,7 +148,7 @@ def denoise(
 
 
 def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.VelocityFn:
-  """The guided velocity of the rows' images."""
+  """(x, t) -> velocity with guidance, both [B, I, C]."""
 
   def velocity(context, x, t):
     t = jnp.full(x.shape[0], t)
@@ -152,7 +165,10 @@ def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.Velo
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_images(vae: vae_lib.VAE, params, pixels, noise):
-  """Pixels [M, H, W, 3] in [-1, 1], noise [M, h, w, z] -> sampled latents [M, h, w, z]."""
+  """Encodes images: pixels [M, H, W, 3] in [-1, 1] -> posterior samples [M, h, w, z] float32.
+
+  `noise`, [M, h, w, z], is the standard normal noise of the samples; 0 gives the posterior's mean.
+  """
   mean, logvar = vae.apply({"params": params}, pixels, method="encode")
   c = vae.config
   scale, shift = c.scale_factor, c.shift_factor
@@ -161,5 +177,5 @@ def encode_images(vae: vae_lib.VAE, params, pixels, noise):
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_images(vae: vae_lib.VAE, params, latents):
-  """Latents [M, h, w, z] -> pixels [M, H, W, 3] uint8."""
+  """Decodes images: latents [M, h, w, z] -> pixels [M, H, W, 3] uint8."""
   return vae_lib.to_uint8(vae.apply({"params": params}, latents, method="decode"))

@@ -1,8 +1,8 @@
 """Replaying an experience: one differentiable pass of a policy over its trajectories.
 
-It follows the script that the sampler followed; what a group shares is read once for its
-trajectories. The policy, the reference and recomputed old values all come from here, so they cannot
-differ.
+It follows the same script as the sampler, and reads what a group shares once. The policy, the
+reference and recomputed old values are all computed here, so they cannot differ in anything but
+their parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel as bagel_lib
 from unigrpo_jax.sampling import direct, flow
 
-# Which parameters the flow objective moves, besides the generation expert's.
+# Where gradients of the flow objective go; see `ReplayConfig.routing`.
 ROUTINGS = ("expert", "markers", "full")
 
 
@@ -30,32 +30,32 @@ ROUTINGS = ("expert", "markers", "full")
 class ReplayConfig:
   """How an experience is replayed; all of it static."""
 
-  script: script_lib.Script  # of the trajectories, of one round
-  system_ids: tuple[int, ...]  # of the system prompt; () where the script has none
+  script: script_lib.Script  # of a trajectory of one round
+  system_ids: tuple[int, ...]  # tokens of the system prompt; () where the script has none
   start_id: int  # the tokens around a reasoning
   end_id: int
-  temperature: float  # that the tokens were sampled at
-  chunk: int  # tokens of a reasoning whose logits exist at once
-  text: bool  # what is wanted
-  flow: bool
-  guidance: flow.Guidance  # of the velocities; a text_scale of 1 is none
-  # Where gradients of the flow go. "expert": the generation expert alone, the context is constant
-  # and so is what the understanding expert adds to the image's two markers; "markers": not to the
-  # context; "full": wherever the value came from.
+  temperature: float  # at which the tokens were sampled
+  chunk: int  # tokens of a reasoning whose logits are in memory at once
+  text: bool  # compute log-probabilities of the sampled text
+  flow: bool  # compute velocities at the recorded steps
+  guidance: flow.Guidance  # of the velocities; there is none where text_scale is 1
+  # Where gradients of the flow objective go. "expert": to the generation expert alone; the context
+  # is constant, and so is the understanding expert's part in the image's two markers. "markers": to
+  # both experts' parts in the image, but not to the context. "full": everywhere.
   routing: str
-  # Of the steps from the recorded one on, where all of them are differentiated; () for none.
+  # DRaFT-K: the times from the recorded step to the image, through which gradients flow; else ().
   last_times: tuple[float, ...] = ()
 
 
 @struct.dataclass
 class PolicyOutput:
-  """What a policy computes for B trajectories."""
+  """What a policy computes for B trajectories; None for what the config does not ask for."""
 
   logp: Any = None  # of each sampled token, [B, T] float32, 0 beyond the end
-  entropy: Any = None  # likewise
+  entropy: Any = None  # of each token's distribution, nats, likewise
   velocity: Any = None  # without guidance, at each recorded step, [B, W, I, C] float32
-  # With it; the same where there is none. With `last_times` the mean velocity from the recorded
-  # step to the image, (x_t - x_0) / t.
+  # With guidance; equal to `velocity` where there is none. With `last_times` the mean velocity from
+  # the recorded step to the image, (x_t - x_0) / t.
   guided: Any = None
 
 
@@ -63,10 +63,15 @@ def replay(
   model: bagel_lib.Bagel, params, experience: types.Experience, grid: types.LatentGrid,
   config: ReplayConfig, velocity_params=None, velocity_model=None,
 ) -> PolicyOutput:
-  """Runs a policy over the B trajectories of `experience`, of one round; `grid` is of one image.
+  """Runs a policy over the B trajectories of `experience`, which has one round.
 
-  `velocity_params` and `velocity_model` are for the images alone, over the context of `params`;
-  None: the same.
+  Args:
+    model, params: the policy.
+    experience: the trajectories.
+    grid: latent grid of one image, [1, I].
+    config: what is computed, and how.
+    velocity_params, velocity_model: another policy that computes the velocities, over the context
+      that `model` and `params` read; None: the same one.
   """
   read = functools.partial(model.apply, {"params": params}, method="read_text")
   context, before_prompt = read_shared(model, params, experience, config)
@@ -94,7 +99,11 @@ def replay(
 def read_shared(
   model: bagel_lib.Bagel, params, experience: types.Experience, config: ReplayConfig
 ) -> tuple[types.Context, types.Mark]:
-  """What trajectories of a prompt share: (context of P rows, the moment before the prompt)."""
+  """Reads the segments that trajectories of a prompt share.
+
+  Returns:
+    (context of P rows; the moment before the prompt, for guidance).
+  """
   run = functools.partial(model.apply, {"params": params})
   prompts = experience.prompt.ids.shape[0]
   position, place = jnp.zeros(prompts, jnp.int32), jnp.int32(0)
@@ -116,7 +125,7 @@ def read_shared(
       ids = jnp.broadcast_to(jnp.array(config.system_ids, jnp.int32), shape)
       texts.append((ids, jnp.ones(shape, bool)))
     else:
-      # Texts before it in the same read have no padding.
+      # Only the system prompt may precede it in the same read, and that has no padding.
       length = sum(ids.shape[1] for ids, _ in texts)
       before_prompt = types.Mark(position + length, place + length)
       texts.append((experience.prompt.ids, experience.prompt.mask))
@@ -124,7 +133,7 @@ def read_shared(
 
 
 def _look(model, params, context, image: types.Seen, segment: script_lib.Seen) -> types.Context:
-  """Reads an image after `context`, or first."""
+  """Reads an image after `context`; None: into a new context."""
   run = functools.partial(model.apply, {"params": params})
   wanted = ((image.grid, segment.latents), (image.patches, segment.patches))
   parts = [part for part, reads in wanted if reads]
@@ -178,19 +187,19 @@ def _velocities(
 
 
 def reasoning_tokens(sampled: types.TextRollout, config: ReplayConfig):
-  """A reasoning exactly as it was fed while sampling: ids [B, T + 2] int32, mask [B, T + 2] bool.
+  """Reasonings as the network read them while sampling: ids [B, T + 2] int32, mask [B, T + 2] bool.
 
-  The hidden state at place i predicts sampled token i.
+  The hidden state at position i predicts sampled token i.
   """
   end = jnp.full_like(sampled.ids[:, :1], config.end_id)
   ids = [jnp.full_like(end, config.start_id), sampled.ids, end]
-  # A reasoning that was cut is closed all the same.
+  # A reasoning that was cut at its length limit gets the end token that it lacks.
   masks = [jnp.ones_like(end, bool), sampled.mask, ~sampled.finished[:, None]]
   return jnp.concatenate(ids, axis=1), jnp.concatenate(masks, axis=1)
 
 
 def constant_understanding(params: Mapping[str, Any]):
-  """`params` with no gradient to the understanding expert, nor to the markers it embeds."""
+  """`params` with gradients stopped at the understanding expert and at the token embeddings."""
   def stop(path, leaf):
     keys = [entry.key for entry in path]
     constant = keys[0] == "embed_tokens" or (keys[0] in ("layers", "norm") and keys[1] == "und")

@@ -1,6 +1,6 @@
 """From requests to arrays, on the host: text to ids, images to pixels, padding, sizes, limits.
 
-Everything that a user can get wrong about a request is found here, before a weight is loaded.
+Every mistake that a user can make in a request is reported here, before weights are loaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ TEXT_BUCKET = 32
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One row.
+  """What a user asks for; becomes one row of a batch.
 
   Attributes:
     prompt: what to draw, change or answer.
-    seed: seeds everything random about this row, whatever its neighbours.
-    image: RGB image to edit or to talk about (PIL), or None.
-    size: height and width in pixels; None with an image, whose own (resized) size it then is.
-    reasoning: when thinking, what to draw from instead of what the model would write.
+    seed: of all randomness of this row, which does not depend on the other rows.
+    image: RGB image to edit or to ask about (PIL), or None.
+    size: (height, width) of the picture in pixels. None takes the size of `image` after resizing,
+      or without one the largest of the model. Must be None with an image.
+    reasoning: with `Settings.think`, a reasoning to draw from in place of a sampled one.
   """
 
   prompt: str
@@ -44,17 +45,20 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What all rows share.
+  """How a batch is sampled; the same for all of its rows.
 
   Attributes:
-    think: writes reasoning first.
-    understand: answers in words instead of drawing.
-    num_timesteps: points of the time grid; one velocity evaluation less.
+    think: write a reasoning before drawing or answering.
+    understand: answer in words instead of drawing.
+    num_timesteps: points of the time grid; there is one denoising step less.
     shift: timestep shift.
     guidance: classifier-free guidance.
     temperature: of sampled text; 0 is greedy.
-    max_tokens: most tokens of reasoning or answer.
-    top: how many of the likeliest tokens are recorded beside each sampled one.
+    max_tokens: length limit of a reasoning or an answer.
+    top: how many of the likeliest tokens are recorded with each sampled one.
+
+  Raises:
+    InputError: a number is out of range.
   """
 
   think: bool = False
@@ -77,21 +81,21 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Rows ready to be sampled; arrays on the host.
+  """B rows ready to be sampled; its arrays are on the host.
 
   Attributes:
-    script: what a row consists of.
-    settings: how it is sampled.
-    real: how many rows were asked for; the others repeat the first to fill the devices.
-    seeds: of each row; () where randomness comes from elsewhere.
-    texts: by name, [B / copies, T], as [im_start] ids [im_end] padded; the system prompt has one
-      row.
-    images: VAE-resized RGB images to edit or to answer about (PIL), or None.
-    patches: of the images, or None.
-    sizes: height and width in pixels of each row's image.
-    grid: places of its latent tokens; None when nothing is drawn.
-    capacity: cache slots that what is read needs, and what is sampled where there are no copies.
-    copies: trajectories that share what is read.
+    script: the segments of a row.
+    settings: how rows are sampled.
+    real: number of rows that were requested; the others repeat the first to fill the devices.
+    seeds: of each row; () where the caller supplies the randomness.
+    texts: {name: [B / copies, T]}, each text as [im_start] ids [im_end] and padding; the system
+      prompt has one row.
+    images: RGB images to edit or to ask about (PIL), resized by the VAE's rule; None without.
+    patches: ViT patches of the images; None without.
+    sizes: (height, width) in pixels of each row's image.
+    grid: latent grids of the rows' images; None where nothing is drawn.
+    capacity: cache slots for the shared segments and, where `copies` is 1, for the sampled text.
+    copies: how many consecutive trajectories share one row of the texts.
   """
 
   script: script_lib.Script
@@ -108,7 +112,7 @@ class Batch:
 
   @property
   def rows(self) -> int:
-    """Trajectories, those that fill the devices included."""
+    """B: the number of trajectories, including those that only fill the devices."""
     return len(self.sizes)
 
 
@@ -120,17 +124,17 @@ def prepare(
   *,
   multiple: int = 1,
 ) -> Batch:
-  """Checks requests and makes a batch of them; all have an image, or none has.
+  """Checks requests and makes a batch of them; either all have an image, or none has.
 
   Args:
     config, tokenizer: of the checkpoint.
-    requests: the rows.
-    settings: what they share.
+    requests: one per row.
+    settings: of all of them.
     multiple: the number of rows is filled up to a multiple of this.
 
   Raises:
-    InputError: a prompt is empty or too long, an image or a size is impossible, or some requests
-      have an image or a reasoning and others not.
+    InputError: a prompt is empty or too long, an image or a size is impossible, or only some of
+      the requests have an image or a reasoning.
   """
   real = len(requests)
   if not real:
@@ -194,13 +198,13 @@ def prepare_groups(
 
   Args:
     config, tokenizer: of the checkpoint.
-    prompts: P of them.
+    prompts: P texts.
     settings: how they are sampled.
-    size: height and width of the images in pixels.
+    size: (height, width) of the images in pixels.
     group_size: trajectories of a prompt.
-    prompt_tokens: every prompt is padded to so many tokens, its two markers included.
-    prompt_copies: rows that read the same prompt, each for its part of the group; divides
-      `group_size`.
+    prompt_tokens: length to which every prompt is padded, its two markers included.
+    prompt_copies: into how many parts a group is cut; each part reads the prompt in a row of its
+      own. Divides `group_size`.
 
   Raises:
     InputError: a prompt is empty or too long, or the model has too few positions.
@@ -234,7 +238,7 @@ def prepare_groups(
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:
-  """A batch without copies in parts of `rows` rows, all of one shape, which compiles once.
+  """Cuts a batch (with `copies` 1) into batches of `rows` rows, whose one shape compiles once.
 
   Raises:
     InputError: `rows` does not divide the batch.
@@ -258,6 +262,7 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 
 
 def _wrap(tokenizer: tokenizer_lib.Tokenizer, words: str) -> list[int]:
+  """[im_start] ids [im_end]."""
   return [tokenizer.im_start, *tokenizer.encode(words), tokenizer.im_end]
 
 
@@ -265,7 +270,10 @@ def _texts(
   tokenizer: tokenizer_lib.Tokenizer, prompts: Sequence[str], settings: Settings,
   room: int | None = None,
 ) -> dict[str, types.Text]:
-  """The system prompt, where there is one, and the prompts, padded to `room` tokens or a bucket."""
+  """The prompts and, with `think`, the system prompt, as {name: text}.
+
+  Prompts are padded to `room` tokens, or without it to a multiple of TEXT_BUCKET.
+  """
   rows = [_wrap(tokenizer, prompt) for prompt in prompts]
   for prompt, ids in zip(prompts, rows):
     if room is not None and (len(ids) > room or not prompt.strip()):
@@ -283,7 +291,7 @@ def _texts(
 
 
 def _all_or_none(requests: Sequence[Request], field: str) -> bool:
-  """Whether the requests have `field`; refuses a mixture."""
+  """Whether all requests have `field`; InputError where only some have it."""
   present = [getattr(request, field) is not None for request in requests]
   if any(present) != all(present):
     raise errors.InputError(f"a batch needs a {field} for every request or for none of them")
@@ -291,7 +299,7 @@ def _all_or_none(requests: Sequence[Request], field: str) -> bool:
 
 
 def check_sizes(config: config_lib.BagelConfig, sizes) -> None:
-  """Refuses a (height, width) in pixels that the model cannot draw."""
+  """Raises InputError for a (height, width) in pixels that the model cannot draw."""
   stride, most = config.latent_stride, config.max_image_side
   for height, width in sizes:
     for name, side in (("height", height), ("width", width)):
@@ -304,7 +312,11 @@ def check_sizes(config: config_lib.BagelConfig, sizes) -> None:
 
 
 def _capacity(config: config_lib.BagelConfig, batch: Batch) -> int:
-  """Cache slots that a batch needs; refuses what the RoPE positions of the model do not reach."""
+  """Cache slots that a batch needs.
+
+  Raises:
+    InputError: a row needs more RoPE positions than the model has.
+  """
   lengths = {name: given.ids.shape[1] for name, given in batch.texts.items()}
   samples = batch.script.has(script_lib.Sampled)
   own = batch.settings.max_tokens + text.EXTRA_SLOTS if samples else 0
@@ -327,7 +339,11 @@ def _capacity(config: config_lib.BagelConfig, batch: Batch) -> int:
 
 
 def image_patches(config: config_lib.BagelConfig, images: Sequence[Any]) -> types.Patches:
-  """What the ViT sees of VAE-resized images: resized once more, as BAGEL does."""
+  """The ViT's patches of VAE-resized images, which are resized once more, as BAGEL does.
+
+  Raises:
+    InputError: an image has patches that the ViT's position table has no row for.
+  """
   pixels, ids = [], []
   for image in images:
     array = images_lib.to_array(images_lib.resize(image, config.vit_image))
@@ -350,7 +366,7 @@ def image_patches(config: config_lib.BagelConfig, images: Sequence[Any]) -> type
 def latent_grid(
   config: config_lib.BagelConfig, sizes: Sequence[tuple[int, int]]
 ) -> types.LatentGrid:
-  """Places of the latent tokens of images of these sizes (height, width) in pixels."""
+  """The latent grids of M images, whose sizes are (height, width) in pixels."""
   return types.LatentGrid(*pad_rows([
     images_lib.position_ids(
       *size, config.latent_stride, config.max_latent_size, config.interpolate_pos
@@ -360,7 +376,7 @@ def latent_grid(
 
 
 def row_key(seed: int, purpose: str) -> jax.Array:
-  """The key of one row for one purpose: "text", "noise" or "posterior"."""
+  """The PRNG key of a row for one purpose: "text", "noise" or "posterior"."""
   return jax.random.fold_in(jax.random.key(seed), ("text", "noise", "posterior").index(purpose))
 
 
@@ -380,9 +396,11 @@ def pad_rows(rows: Sequence[Any], multiple: int = 1) -> tuple[np.ndarray, np.nda
 def by_size(
   sizes: Sequence[tuple[int, int]], max_pixels: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
-  """Groups rows by image size, at most `max_pixels` together: yields (rows, (height, width)).
+  """Groups rows by image size, at most `max_pixels` in all per group (but at least one row).
 
-  Only images of one size share a VAE call: convolutions and group norms would see the padding.
+  Only images of one size share a VAE call: convolutions and group norms would see padding.
+
+  Yields (rows, (height, width)).
   """
   for size in sorted(set(sizes)):
     rows = [row for row, other in enumerate(sizes) if other == size]

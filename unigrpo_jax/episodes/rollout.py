@@ -1,7 +1,7 @@
-"""Rollouts: every prompt of a chunk thought about and drawn `group_size` times.
+"""Rollouts: `group_size` trajectories of every prompt, sampled in chunks of prompts.
 
-What a trajectory samples depends on the run's seed, the iteration and its own number, not on its
-chunk, its neighbours or the devices.
+What a trajectory samples depends on the run's seed, on the iteration and on its own number, but not
+on its chunk, its neighbours or the devices.
 """
 
 from __future__ import annotations
@@ -31,39 +31,52 @@ DIVERGED = (
 class RolloutSpec:
   """How trajectories are sampled."""
 
-  settings: requests.Settings  # of text and images; a guidance of text_scale 1 is none
-  group_size: int  # trajectories of a prompt
-  prompts_at_once: int  # prompts of a chunk, all hosts together
-  prompt_tokens: int  # most tokens of a prompt, its two markers included
+  settings: requests.Settings  # of text and images; there is no guidance where text_scale is 1
+  group_size: int  # trajectories per prompt
+  prompts_at_once: int  # prompts per chunk, of all hosts together
+  prompt_tokens: int  # length to which prompts are padded, their two markers included
   height: int  # of an image, in pixels
   width: int
-  sde: sampler_lib.SDE | None  # noise of the steps in a window; None: they are only recorded
-  same_noise: bool = False  # a group starts from the same noise
-  layout: str = "stationary"  # of the parameters while sampling, one of `sharding.LAYOUTS`
-  tensor: int = 0  # ways that a layer is cut into while sampling; 0: `state.fewest_tensor_ways`
+  sde: sampler_lib.SDE | None  # noise in a window's steps; None: they are ODE steps
+  same_noise: bool = False  # all images of a group start from the same noise
+  layout: str = "stationary"  # of the parameters during sampling, one of `sharding.LAYOUTS`
+  tensor: int = 0  # tensor-parallel ways during sampling; 0: `state.fewest_tensor_ways`
 
   def mesh(self, network: state.Network) -> jax.sharding.Mesh:
-    """The mesh of sampling on the devices of the update's; see `sharding.with_tensor_ways`."""
+    """The mesh for sampling, on the devices of the update's mesh; see `sharding.with_tensor_ways`.
+    """
     ways = self.tensor or network.mesh.shape["tensor"]
     if not self.tensor and self.layout == "stationary":
       ways = state.fewest_tensor_ways(network)
     return sharding.with_tensor_ways(network.mesh, ways)
 
   def prompt_copies(self, mesh) -> int:
-    """How often a prompt is read, each for a part of its group, so that prompts divide over it."""
+    """Into how many parts each group is cut so that the parts of a chunk divide over the mesh.
+
+    Each part reads the prompt once.
+    """
     ways = sharding.batch_multiple(mesh)
     return ways // math.gcd(self.prompts_at_once, ways)
 
 
 class Rollout:
-  """Samples chunks of trajectories, on a mesh of its own."""
+  """Samples chunks of trajectories, on a mesh of its own.
+
+  Attributes:
+    network: the trained network, on the mesh for sampling.
+    spec: how trajectories are sampled.
+    sampler: runs the device programs.
+    grid: latent grid of one image, [1, I].
+    script: of a trajectory.
+    system_ids: tokens of the system prompt; () where the script has none.
+  """
 
   def __init__(self, network: state.Network, vae_params, spec: RolloutSpec):
     """Compiles nothing yet.
 
     Args:
-      network: what is trained; `self.network` is the same on the mesh of sampling.
-      vae_params: of its autoencoder; None: no pixels are needed.
+      network: the trained network, on the mesh of the update.
+      vae_params: parameters of its autoencoder; None: images are not decoded.
       spec: how trajectories are sampled.
 
     Raises:
@@ -95,12 +108,12 @@ class Rollout:
   ) -> Iterator[tuple[Sequence[Any], int, sampler_lib.Episode]]:
     """Samples the prompts of an iteration, `prompts_at_once` at a time; see `sample`.
 
-    Yields (prompts of the chunk, number of its first trajectory, what it gave) before its images
-    are decoded: the devices do that, and begin with the next chunk, while the caller has this one.
+    Yields (the chunk's prompts, the number of its first trajectory, its episode) before its images
+    are decoded: while the caller handles a chunk, the devices decode it and begin the next one.
     """
     size, episode = self.spec.prompts_at_once, None
     if self._update_mesh != self.network.mesh:
-      # What was computed under another mesh does not mix with what is here.
+      # A key made under the update's mesh cannot be an input of programs on this mesh.
       with sharding.activate(self.network.mesh):
         key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key)))
     for at in range(0, len(prompts), size):
@@ -114,18 +127,19 @@ class Rollout:
     self, params, prompts: Sequence[Any], key, first: int, window: np.ndarray,
     timer: sampler_lib.Timer, previous: sampler_lib.Episode | None = None,
   ) -> sampler_lib.Episode:
-    """Samples a chunk of P prompts, with their text as `prompt`.
-
-    The arrays on the devices are laid out for the update; see `for_update`. What it gave is checked
-    where it is read: `Episode.read` raises Diverged where a log-probability that this host reads,
-    or any latent, is not finite.
+    """Samples a chunk of P prompts.
 
     Args:
       params: of the network; see `Sampler.cast_and_reshard`.
-      key: of the iteration, made on the mesh of sampling.
+      prompts: objects whose `prompt` is the text.
+      key: of the iteration, made on the mesh for sampling.
       first: number of the chunk's first trajectory in the iteration.
       window: recorded steps of each trajectory, [P * group_size, W] int32.
       timer, previous: see `Sampler.sample`.
+
+    Returns:
+      The episode, with its arrays laid out for the update; see `for_update`. Its `read` raises
+      Diverged where a log-probability that this host reads, or any latent, is not finite.
     """
     batch = self.prepare([prompt.prompt for prompt in prompts])
     with sharding.activate(self.network.mesh):
@@ -138,10 +152,9 @@ class Rollout:
     return self.for_update(dataclasses.replace(episode, read=read))
 
   def for_update(self, episode: sampler_lib.Episode) -> sampler_lib.Episode:
-    """The arrays on the devices with as many copies of a prompt, and laid out, as for the update.
+    """Lays out an episode's arrays for the update's mesh, with its number of copies per prompt.
 
-    A way of the update's batch gets the rows that its own devices sampled. Pixels, and what `read`
-    gives, stay as they were sampled.
+    Each device keeps the rows that it sampled. `pixels` and `read` stay as they are.
     """
     mesh, sampled_on = self._update_mesh, self.network.mesh
     if mesh == sampled_on:
@@ -149,14 +162,14 @@ class Rollout:
     step = self.spec.prompt_copies(sampled_on) // self.spec.prompt_copies(mesh)
     place = lambda a: jax.device_put(a, sharding.row_sharding(mesh, a.shape[0]))
     inputs = jax.tree.map(
-      # The system prompt has one row, and is no array of the devices.
+      # The system prompt has one row, and its array is on the host.
       lambda a: a if a.shape[0] == 1 else place(a[::step]), episode.inputs
     )
     text, flow = jax.tree.map(place, (episode.text, episode.flow))
     return dataclasses.replace(episode, inputs=inputs, text=text, flow=flow)
 
   def randomness(self, key, first: int, batch: requests.Batch) -> sampler_lib.Randomness:
-    """Of the trajectories `first`, `first` + 1, ... of the iteration with this key."""
+    """The randomness of the trajectories `first`, `first` + 1, ... of the iteration with `key`."""
     shape = (self.grid.ids.shape[1], self.network.config.latent_dim)
     same = self.spec.group_size if self.spec.same_noise else 1
     place = sharding.row_sharding(self.network.mesh, batch.rows)
@@ -165,7 +178,14 @@ class Rollout:
 
 @functools.lru_cache(maxsize=8)
 def _randomness(rows: int, shape: tuple[int, int], same_noise: int, place):
-  """A jitted (key, first) -> Randomness whose rows lie at `place`."""
+  """A jitted (key, first) -> Randomness.
+
+  Args:
+    rows: B.
+    shape: of an image's noise, (I, C).
+    same_noise: so many consecutive images start from the same noise.
+    place: sharding of the noise; keys are replicated.
+  """
 
   def make(key, first) -> sampler_lib.Randomness:
     fold = lambda keys, number: jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -183,7 +203,11 @@ def _randomness(rows: int, shape: tuple[int, int], same_noise: int, place):
 
 
 def _read_finite(read: Callable[[], sampler_lib.HostRows], finite) -> sampler_lib.HostRows:
-  """What `read` gives; raises Diverged where something in it, or `finite`, says that it is not."""
+  """The result of `read`.
+
+  Raises:
+    Diverged: `finite` [] bool is False, or a log-probability in the result is not finite.
+  """
   if not bool(finite):
     raise errors.Diverged(DIVERGED.format("latents of some images"))
   rows = read()

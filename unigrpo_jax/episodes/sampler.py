@@ -20,15 +20,15 @@ from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import text as text_lib
 
-# (phase, what is done of it, its total)
+# Called with (phase, units done, units in total).
 Progress = Callable[[str, int, int], None]
-# Phase -> context within which it runs.
+# Phase -> context manager that surrounds it.
 Timer = Callable[[str], contextlib.AbstractContextManager]
 
 
 @dataclasses.dataclass(frozen=True)
 class SDE:
-  """Noise of the denoising steps in a window; see `sde.transition`."""
+  """How noise is added in the steps of a window; see `sde.transition`."""
 
   kind: str  # one of `sde.KINDS`
   noise_level: float
@@ -36,18 +36,19 @@ class SDE:
 
 @struct.dataclass
 class Randomness:
-  """Everything random about B rows; it comes from outside, so a row depends on its own alone."""
+  """All randomness of B rows. The caller supplies it, so that a row does not depend on the others.
+  """
 
   text: Any  # typed PRNG keys of the sampled tokens, [B]
-  noise: Any = None  # that the images start from, [B, I, C] float32; None where nothing is drawn
+  noise: Any = None  # initial noise of the images, [B, I, C] float32; None where nothing is drawn
   steps: Any = None  # typed PRNG keys of the SDE's noise, [B]; None for the ODE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HostRows:
-  """What a host reads of an episode, NumPy."""
+  """The rows of an episode that this host reads, as NumPy arrays."""
 
-  rows: np.ndarray  # which of its rows these are, [n], increasing
+  rows: np.ndarray  # their numbers in the episode, [n], increasing
   text: types.TextRollout | None  # their sampled tokens
   texts: list[str] | None  # the same, decoded
   images: list[np.ndarray] | None  # [H, W, 3] uint8 each
@@ -55,19 +56,20 @@ class HostRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Episode:
-  """What B rows gave, on the devices, which may still be at work on `pixels`."""
+  """The results of B sampled rows, on the devices, which may still be computing `pixels`."""
 
-  inputs: programs.Inputs  # what they read
+  inputs: programs.Inputs  # the given and seen segments
   text: types.TextRollout | None  # sampled tokens
   flow: types.FlowRollout | None  # images and recorded steps
-  pixels: Sequence[jax.Array] = ()  # decoded images, uint8, a few rows each
-  # Waits for the devices and launches nothing, so any thread may call it.
+  pixels: Sequence[jax.Array] = ()  # decoded images, uint8, in parts of a few rows
+  # Fetches the results to this host. It waits for the devices but launches no program, so any
+  # thread may call it.
   read: Callable[[], HostRows] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The device programs of a batch, each but for its parameters and arrays; see `programs`."""
+  """The functions of module `programs`, bound to the static settings of a batch."""
 
   prefill: Callable
   fork: Callable
@@ -76,10 +78,10 @@ class Programs:
 
 
 class Sampler:
-  """Samples batches, of parameters that change between calls; call it within `sharding.activate`.
+  """Samples batches. Parameters are an argument; call it within `sharding.activate`.
 
-  `cast_and_reshard` makes of a state's parameters those that `sample` reads: in the network's
-  dtype, which in bfloat16 halves what a token reads, and laid out for sampling.
+  `cast_and_reshard` turns the parameters of a training state into those that `sample` takes: in the
+  network's dtype (bfloat16 halves the memory traffic of decoding) and in the layout of sampling.
   """
 
   def __init__(
@@ -88,9 +90,12 @@ class Sampler:
   ):
     """Compiles nothing yet.
 
-    `vae_params` None: no pixels are needed. `layout`, of the parameters, is one of
-    `sharding.LAYOUTS`. With `groups`, of a batch, each host reads whole groups of an `Episode`'s
-    rows, its own ones; else every host reads all rows.
+    Args:
+      network: the network and its mesh.
+      vae_params: parameters of the autoencoder; None: images are not decoded.
+      layout: of the network's parameters, one of `sharding.LAYOUTS`.
+      groups: number of groups in a batch. Each host then reads only its own rows of an `Episode`,
+        in whole groups. None: every host reads all rows.
     """
     self.network, self.model, self.mesh = network, network.model, network.mesh
     self.vae, self.vae_params = vae_lib.VAE(network.config.vae), vae_params
@@ -106,7 +111,7 @@ class Sampler:
     self.decode_images = functools.partial(programs.decode_images, self.vae)
 
   def cast_and_reshard(self, params):
-    """A state's parameters as `sample` reads them; a copy only where they differ from those."""
+    """Parameters of a training state as `sample` takes them; copied only if they differ."""
     same = jax.tree.map(
       lambda a, place: a.dtype == self.model.dtype and a.sharding.is_equivalent_to(place, a.ndim),
       params, self.layout,
@@ -116,7 +121,7 @@ class Sampler:
   def programs(
     self, batch: requests.Batch, sde: SDE | None = None, progress: Progress | None = None
   ) -> Programs:
-    """The device programs that `sample` runs for a batch."""
+    """The device programs that `sample` runs for a batch; arguments as there."""
     s, bind, tokenizer = batch.settings, functools.partial, self.network.tokenizer
     return Programs(
       prefill=bind(programs.prefill, self.model, script=batch.script, capacity=batch.capacity),
@@ -141,19 +146,22 @@ class Sampler:
     window: np.ndarray | None = None, sde: SDE | None = None, previous: Episode | None = None,
     timer: Timer = lambda phase: contextlib.nullcontext(), progress: Progress | None = None,
   ) -> Episode:
-    """Reads what is given and seen, then samples text and images as the batch's script says.
+    """Reads the given and seen segments, then samples text and images as the batch's script says.
 
-    It returns when the latents are there; images are still being decoded.
+    Returns when the latents are computed; the images are still being decoded.
 
     Args:
       params: of the network; see `cast_and_reshard`.
-      window: recorded steps of each row, [B, W] int32, drawn with the noise of `sde` where it is
-        given; None: none.
-      previous: what was sampled before, whose images may still be being decoded; that time is not
-        counted as this one's.
-      timer: of the phases "read", "decode", "denoise" and "vae", each of which waits for its
-        results; but of the images it is `wait_for_images` that waits.
-      progress: called after every token and denoising step; on several hosts never.
+      batch: the rows.
+      randomness: of the rows.
+      window: numbers of the denoising steps to record of each row, [B, W] int32; with `sde`, noise
+        is added in these steps. None: no step is recorded.
+      sde: noise of the window's steps; None: they are steps of the ODE.
+      previous: the episode sampled before this one. Its images may still be being decoded; the time
+        for that is not attributed to this episode's phases.
+      timer: surrounds the phases "read", "decode", "denoise" and "vae". Each phase waits for its
+        results, except that decoded images are waited for by `wait_for_images`.
+      progress: called after every token and denoising step; never on several hosts.
     """
     run = self.programs(batch, sde, progress)
     put = functools.partial(sharding.put_rows, self.mesh)
@@ -191,13 +199,16 @@ class Sampler:
       if decoded is None:
         return HostRows(rows, host_text, texts, None)
       images = {row: image for part in decoded for row, image in zip(part.rows, part.read())}
-      drawn = sorted(row for row in images if row < batch.real)  # without those that fill it up
+      drawn = sorted(row for row in images if row < batch.real)  # without those that only fill up
       return HostRows(np.array(drawn, int), host_text, texts, [images[row] for row in drawn])
 
     return Episode(inputs, text, flow, [part.pixels for part in decoded or ()], read)
 
   def _read(self, arrays, real: int) -> tuple[np.ndarray, Callable[[], Any]]:
-    """(Rows, what waits for arrays of these rows as NumPy) of arrays on the devices, rows first."""
+    """Which rows this host reads, and a function that fetches them as NumPy arrays.
+
+    `arrays` is a tree with rows on its leading axis, of which the first `real` were requested.
+    """
     if arrays is None:
       return np.arange(real), lambda: None
     if self._readers is None:
@@ -206,6 +217,7 @@ class Sampler:
     return sharding.local_rows(self._readers, arrays)
 
   def _decoded(self, text: types.TextRollout | None) -> list[str] | None:
+    """The sampled tokens as texts, without their terminators."""
     if text is None:
       return None
     texts = []
@@ -215,6 +227,7 @@ class Sampler:
     return texts
 
   def _inputs(self, batch: requests.Batch) -> programs.Inputs:
+    """The arrays of the batch's given and seen segments; images are encoded by the VAE."""
     images = {}
     for segment in batch.script.shared:
       if isinstance(segment, script_lib.Seen):
@@ -233,7 +246,7 @@ class Sampler:
       shape = [side // c.vae.downsample for side in size] + [c.vae.z_channels]
       keys = [requests.row_key(batch.seeds[row], "posterior") for row in rows]
       noise = np.stack([jax.random.normal(key, shape) for key in keys])
-      # Spread over the devices, filled up so that they share it evenly.
+      # Spread over the devices; images are repeated until every device has equally many.
       filled = np.arange(len(rows) + -len(rows) % self.mesh.size) % len(rows)
       spread = [sharding.put(a[filled], sharding.along_all(self.mesh)) for a in (pixels, noise)]
       encoded = programs.encode_images(self.vae, self.vae_params, *spread)
@@ -243,11 +256,11 @@ class Sampler:
     return requests.pad_rows(latents)[0]
 
   def images_at_once(self, size: tuple[int, int]) -> int:
-    """Images of a height and width that a device decodes together, within its memory."""
+    """How many images of a (height, width) in pixels a device decodes together; see VAE_PIXELS."""
     return max(programs.VAE_PIXELS // (size[0] * size[1]), 1)
 
   def _decode(self, latents, batch: requests.Batch) -> Iterator[_Images]:
-    """Launches the decoding of all rows' images, a few at a time."""
+    """Launches the decoding of all rows' images, a few at a time; waits for none of them."""
     for size in sorted(set(batch.sizes)):
       members = np.flatnonzero([other == size for other in batch.sizes])
       filled = members[np.arange(len(members) + -len(members) % self._ways) % len(members)]
@@ -257,15 +270,16 @@ class Sampler:
         yield _Images(rows, pixels, read)
 
   def _decode_one_size(self, latents, size: tuple[int, int]):
-    """Yields (places, pixels, what reads them) of latents [B, I, C] of one size.
+    """Launches the decoding of latents [B, I, C] of images of one size, a few at a time.
 
-    Places are of this host's rows, or of all, among the B; images are read in their order.
+    Yields (numbers of the rows that this host reads, pixels on the devices, a function that fetches
+    these rows' pixels in that order).
     """
     c, (height, width) = self.network.config, size
     h, w = height // c.latent_stride, width // c.latent_stride
     grids = vae_lib.unpack_latents(latents[:, : h * w], h, w, c.latent_patch_size)
-    # A few of every device's own rows at a time, so that the decoder's temporaries stay within it
-    # and no row moves.
+    # Each part takes a few rows of every device, those it holds already: no row moves between
+    # devices, and the decoder's temporaries fit into memory.
     everywhere = len(grids) % self.mesh.size == 0
     ways = self.mesh.size if everywhere else self._ways
     grids = grids.reshape(ways, -1, *grids.shape[1:])
@@ -283,22 +297,22 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Images:
-  """Images that the devices decode together."""
+  """Images that the devices decode in one call."""
 
-  rows: Sequence[int]  # of those that this host reads
-  pixels: jax.Array  # uint8, of all
-  read: Callable[[], np.ndarray]  # waits for those that this host reads
+  rows: Sequence[int]  # the rows that this host reads
+  pixels: jax.Array  # of all of them, uint8
+  read: Callable[[], np.ndarray]  # fetches those of `rows`
 
 
 def wait_for_images(episode: Episode, timer: Timer) -> None:
-  """Waits until an episode's images are decoded; see `Sampler.sample`."""
+  """Waits until an episode's images are decoded, timed as phase "vae"."""
   with timer("vae"):
     jax.block_until_ready(episode.pixels)
 
 
 @functools.lru_cache(maxsize=16)
 def _step_reporter(progress: Progress | None, phase: str, total: int):
-  """One callable for repeated calls: a new one each time would compile each time."""
+  """The `on_step` callback of a phase, cached: a new object each time would compile each time."""
   if progress is None or jax.process_count() > 1:
     return None
   return lambda step: progress(phase, min(int(step) + 1, total), total)

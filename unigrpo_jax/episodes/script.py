@@ -3,28 +3,29 @@
   draw    prompt // image                      think, draw   system prompt // text image
   edit    [system] source prompt // [text] image      answer   [system] [source] prompt // text
 
-What stands before `//` is the same for all trajectories of a group and is read once.
+The segments before `//` are the same for all trajectories of a group and are read once. Those in
+brackets are optional.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-# The sampler (`sampler`), the replay in training (`replay`) and supervised packing (`packing`) read
-# the same scripts; a new kind of trajectory is a new script, not a new code path.
+# Names of given texts and seen images. The sampler and the replay follow the same scripts: a new
+# kind of trajectory is a new script, not a new code path.
 SYSTEM, PROMPT, REASONING, SOURCE = "system", "prompt", "reasoning", "source"
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """Text that is read; `name` is its key among the arrays."""
+  """Text that the network reads; `name` is its key in `programs.Inputs.texts`."""
 
   name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """An image that is looked at; `name` is its key among the arrays."""
+  """An image that the network looks at; `name` is its key in `programs.Inputs.images`."""
 
   name: str
   latents: bool  # as clean VAE latents, through the generation expert
@@ -33,12 +34,12 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-  """Text that the policy writes."""
+  """Text that the policy samples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """An image that the policy denoises; its noise is no context for what follows."""
+  """An image that the policy denoises; later segments do not see its noisy latents."""
 
 
 Segment = Given | Seen | Sampled | Drawn
@@ -56,7 +57,7 @@ class Script:
     return self.shared + self.own
 
   def has(self, segment: Segment | type) -> bool:
-    """Whether a segment, or one of a kind, is part of it."""
+    """Whether the script contains this segment, or any segment of this class."""
     return any(part == segment or type(part) is segment for part in self.segments)
 
 
@@ -68,8 +69,8 @@ def make(
   Args:
     think: the system prompt asks for a reasoning, which is sampled or given.
     answer: the policy answers in words instead of drawing.
-    source: there is an image, to be edited or answered about.
-    reasoning: it is given rather than sampled; needs `think`.
+    source: an image is given, to be edited or to be asked about.
+    reasoning: the reasoning is given instead of sampled; needs `think`.
   """
   shared: list[Segment] = [Given(SYSTEM)] if think else []
   if source:
