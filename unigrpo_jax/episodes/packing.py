@@ -1,15 +1,15 @@
 """Packing training sequences: lists of splits to one `types.PackedBatch` of padded rows.
 
-A sample is a list of splits, in the order in which the network reads them. Each split holds its
-content; its place in the sequence, its RoPE position and what it sees follow from the splits before
-it:
+A sample is a list of splits, in the order in which the network reads them. A split holds only its
+content; its place in the sequence, its RoPE position and what it may attend to follow from the
+splits before it:
 
-- text of n tokens takes n places and n positions, and is causal;
-- a patch or clean image of n tokens takes n + 2 places, its two markers included, and one position,
-  and all of it sees all of it;
-- an image to denoise takes n + 2 places and no position. Nothing later sees it, so its places stay
-  empty in the streams;
-- a conditioning image that was dropped takes no place but its position.
+- text of n tokens takes n places and n positions, with causal attention;
+- an image of n tokens, as patches or as clean latents, takes n + 2 places (its two markers
+  included) and one position; attention within it is bidirectional;
+- an image to denoise takes n + 2 places and no position. Nothing later attends to it, so it is not
+  in the streams: its places stay empty there;
+- a dropped conditioning image takes its position but no places.
 
 Source: official BAGEL `PackedDataset.pack_sequence` and `prepare_attention_mask_per_sample`.
 """
@@ -25,17 +25,17 @@ import numpy as np
 
 from unigrpo_jax import types
 
-# Label of a text token whose output predicts nothing.
+# Label of a text token without a loss.
 NO_LABEL = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-  """A text split, im_start and im_end included."""
+  """A text, including its im_start and im_end tokens."""
 
   ids: np.ndarray  # [n] int
-  # What the output at each token should predict, [n] int, `NO_LABEL` for nothing; None: no loss on
-  # this text. See `next_token_labels`.
+  # Target of the output at each token, [n] int, or `NO_LABEL`; None: no loss on this text. See
+  # `next_token_labels`.
   labels: np.ndarray | None = None
   weights: np.ndarray | None = None  # of each label, [n] float; None: 1
 
@@ -50,7 +50,7 @@ class PatchImage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CleanImage:
-  """An image as latents without noise, context for what follows."""
+  """An image as latents without noise: context for later splits."""
 
   latents: np.ndarray  # [n, C] float32
   ids: np.ndarray  # rows of the latent position table, [n] int
@@ -68,12 +68,12 @@ class NoisyImage:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """Conditioning images left out to train without them; only their RoPE positions remain.
+  """Conditioning images that are left out at random; only their RoPE positions remain.
 
-  A dropped text leaves nothing: leave it out of the list.
+  A dropped text leaves no position: just leave it out of the list.
   """
 
-  advance: int = 1
+  advance: int = 1  # positions of the dropped images
 
 
 Split = Text | PatchImage | CleanImage | NoisyImage | Dropped
@@ -81,27 +81,27 @@ Split = Text | PatchImage | CleanImage | NoisyImage | Dropped
 
 @dataclasses.dataclass(frozen=True)
 class PadTo:
-  """Sizes are rounded up to multiples of these, so that batches repeat their shapes."""
+  """Sizes of a `PackedBatch`, or multiples that sizes are rounded up to so that shapes repeat."""
 
-  tokens: int = 64  # of the understanding stream a row
-  labels: int = 64  # a row
-  patches: int = 64  # a ViT image
-  images: int = 1  # ViT images a batch
-  clean: int = 64  # clean latent tokens a row
-  latents: int = 64  # latent tokens an image to denoise
-  noisy: int = 1  # images to denoise a row
+  tokens: int = 64  # of the understanding stream, per row
+  labels: int = 64  # per row
+  patches: int = 64  # per ViT image
+  images: int = 1  # ViT images per batch
+  clean: int = 64  # clean latent tokens per row
+  latents: int = 64  # latent tokens per image to denoise
+  noisy: int = 1  # images to denoise per row
 
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-  """Features of a ViT patch and of a latent token; see `pack`."""
+  """Number of features of a ViT patch and of a latent token; see `pack`."""
 
   patch: int
   latent: int
 
 
 def sizes(sample: Sequence[Split]) -> PadTo:
-  """What a sample takes of each of these, before anything is rounded up."""
+  """The sizes that one sample needs, not rounded."""
   lengths = lambda kind: [len(split.ids) for split in sample if isinstance(split, kind)]
   texts, patches, clean, noisy = map(lengths, (Text, PatchImage, CleanImage, NoisyImage))
   labels = [split.labels for split in sample
@@ -115,9 +115,9 @@ def sizes(sample: Sequence[Split]) -> PadTo:
 
 
 def next_token_labels(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-  """Labels of a text that predicts itself: each token's successor, `NO_LABEL` for the last.
+  """Labels for next-token prediction, [n] int32: each token's successor, `NO_LABEL` for the last.
 
-  For [im_start] ids [im_end] these are len(ids) + 1 labels, the terminator the last of them.
+  The label of the token before im_end is im_end, so the model learns to end the text.
   """
   return np.append(np.asarray(ids, np.int32)[1:], np.int32(NO_LABEL))
 
@@ -132,19 +132,20 @@ def pack(
   """Packs B samples into B rows.
 
   Args:
-    samples: a list of splits each.
+    samples: a list of splits for each row.
     image_markers: ids of <|vision_start|> and <|vision_end|>.
     pad_to: multiples to round sizes up to; None: `PadTo()`.
-    widths: given, kinds of split that no sample has are there all the same, as padding, so that
-      batches of a random mixture keep one structure; None leaves them out.
+    widths: where given, the batch has the fields of all kinds of split, as padding where no sample
+      has that kind; so batches of a random mixture have one structure. None: fields of kinds that
+      no sample has are None.
 
   Returns:
-    A `PackedBatch` of numpy arrays. Labels, images to denoise and ViT images stand in the order of
+    A `PackedBatch` of NumPy arrays. Labels, images to denoise and ViT images are in the order of
     their samples and splits.
 
   Raises:
-    ValueError: no samples, or a split whose arrays do not belong together; names the sample and
-      split.
+    ValueError: there are no samples, or the arrays of a split do not fit together; the message
+      names the sample and the split.
   """
   if not samples:
     raise ValueError("samples is empty; a batch needs at least one")
@@ -165,7 +166,7 @@ def pack(
 def _padding(
   samples: Sequence[Sequence[Split]], pad_to: PadTo, widths: Widths | None
 ) -> dict[str, Any]:
-  """The fields of a `PackedBatch` for these samples, with nothing but padding in them."""
+  """The fields of a `PackedBatch` in the sizes of these samples, filled with padding."""
   needed = [sizes(sample) for sample in samples]
   most = lambda name: (sum if name == "images" else max)(getattr(size, name) for size in needed)
   # Never 0: an array without elements has no row to gather from.
@@ -182,7 +183,7 @@ def _padding(
     return {f"{name}_{column}": ints(rows, length, fill=fill) for column, fill in fills.items()}
 
   def width(kind: type, features: str, given: int | None) -> int | None:
-    """The one width of a kind of split; None where there is none of that kind."""
+    """Number of features of a kind of split; None where no sample has that kind."""
     every = {np.shape(getattr(split, features))[-1]
              for sample in samples for split in sample if isinstance(split, kind)}
     every |= {given} if given else set()
@@ -216,13 +217,13 @@ def _padding(
 class _Row:
   """Writes the splits of one sample into row `b`; the counters say where the next one begins."""
 
-  arrays: dict[str, Any]
+  arrays: dict[str, Any]  # fields of the `PackedBatch`
   b: int
   image_markers: tuple[int, int]
-  image: int  # of the batch's ViT images
-  place: int = 0
-  position: int = 0
-  # Filled entries of the row: "und" and "clean" tokens, "labels", "noisy" images.
+  image: int  # number of the batch's next ViT image
+  place: int = 0  # of the next token in the sequence
+  position: int = 0  # RoPE position of the next token
+  # Entries of the row that are filled: "und" and "clean" tokens, "labels", "noisy" images.
   filled: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def append(self, split: Split) -> None:
@@ -269,7 +270,7 @@ class _Row:
     self.arrays["vit_slot"][at] = self.filled["und"] + 1 + np.arange(count)
     self.image += 1
     start, end = self.image_markers
-    # The ViT's features replace whatever id stands at their places.
+    # The ViT's features replace the embeddings of these ids, so any id will do.
     tokens = np.array([start, *[end] * (count + 1)])
     self._write("und", tokens, self.position, self.place + np.arange(count + 2),
                 self.place + count + 1)
@@ -303,13 +304,14 @@ class _Row:
     self.place += len(ids) + 2
 
   def _write(self, stream: str, ids, position, order, reach) -> tuple[int, slice]:
-    """Writes tokens to the end of a stream, "und" or "clean"; returns where they lie."""
+    """Appends tokens to a stream of the row, "und" or "clean"; returns their index."""
     at = self.b, self._fill(stream, len(ids))
     for column, values in dict(ids=ids, position=position, order=order, reach=reach).items():
       self.arrays[f"{stream}_{column}"][at] = values
     return at
 
   def _fill(self, name: str, count: int) -> slice:
+    """The next `count` entries of the row's `name`, which are then filled."""
     start = self.filled[name]
     self.filled[name] += count
     return slice(start, start + count)
