@@ -1,4 +1,4 @@
-"""One picture of an evaluation: a strip a prompt, with its drawings, reasonings and rewards."""
+"""Contact sheets of evaluations: one strip per prompt with its pictures, reasonings and rewards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ WIDE = 1300  # pixels that a sheet may take to put prompts side by side
 
 
 def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
-  """The kept pictures of `rows` (see `evaluation.Row`): prompts downwards, modes to the right.
+  """Draws the contact sheet: one strip per prompt, in it one picture per mode.
 
-  Where few modes leave room, several prompts stand side by side.
+  With few modes, several strips stand side by side. Pictures have sides of at most `SIDE` pixels;
+  small ones are enlarged without smoothing.
 
-  Pictures are shown with sides of at most `SIDE` pixels, small ones enlarged without smoothing.
+  Args:
+    title: above the strips.
+    rows: `results.Row` objects, of which those with an entry in `images` are shown.
+    images: {`Row.image`: [H, W, 3] uint8}.
   """
   blocks = [strip(of_prompt, images) for of_prompt in by_prompt(rows, images)]
   width = max(block.width for block in blocks)
@@ -45,14 +49,14 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
 
 
 def by_prompt(rows: Sequence[Any], images: dict[str, np.ndarray]) -> list[tuple[Any, ...]]:
-  """The kept rows of each prompt, one a mode: of its first image."""
+  """For each prompt that has pictures, the rows of its first image (k = 0), one per mode."""
   kept = [row for row in rows if row.image in images and not row.k]
   modes = list(dict.fromkeys(row.mode for row in kept))
   return list(zip(*[[row for row in kept if row.mode == mode] for mode in modes]))
 
 
 def panel(rows: Sequence[Any], images: dict[str, np.ndarray]) -> panels.Panel:
-  """The kept rows of a prompt for a log; long reasonings are cut in the picture alone."""
+  """A prompt's rows as a panel of a log. Long reasonings are cut in its picture, not its text."""
   cut = [
     dataclasses.replace(row, text=row.text and textwrap.shorten(row.text, CUT, placeholder=" ..."))
     for row in rows
@@ -65,7 +69,9 @@ def panel(rows: Sequence[Any], images: dict[str, np.ndarray]) -> panels.Panel:
 
 
 def strip(rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.Image.Image:
-  """One prompt: its words to the left, a picture a mode with its rewards beneath."""
+  """The strip of one prompt: prompt and reasonings at the left, then one picture per mode, with its
+  rewards below.
+  """
   left = textwrap.wrap(rows[0].prompt, WORDS)
   for text in dict.fromkeys(row.text for row in rows if row.text is not None):
     modes = ", ".join(row.mode for row in rows if row.text == text)

@@ -1,4 +1,4 @@
-"""Draws fixed prompts from fixed noise under several modes, and scores the pictures.
+"""Evaluation: draws fixed prompts from fixed noise in several modes, and scores the pictures.
 
   evaluation = Evaluation(pipeline, examples, score, settings=settings,
                           modes=[Mode.parse("plain"), Mode.parse("think+guidance")],
@@ -6,8 +6,8 @@
   results = evaluation.run()          # again with other weights: evaluation.run(params)
   results.mean("plain", "strict"), results.save("runs/eval", "IconWorld")
 
-Image k of prompt p is drawn by the ODE with `image_seed(seed, p, k)`, whatever its mode and however
-often it is run, so that two results differ by their weights alone.
+Image k of prompt p is drawn by the ODE from the seed `image_seed(seed, p, k)`, in every mode and in
+every run, so that two results differ only in their weights.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def image_seed(seed: int, prompt: int, k: int) -> int:
-  """The seed of image `k` of prompt number `prompt`, of its noise and of its text; no other picture
-  of fewer than `MOST_PROMPTS` prompts has it.
+  """The seed of the noise and the text of image `k` of prompt number `prompt`.
+
+  It is unique among the images of up to `MOST_PROMPTS` prompts.
   """
   return seed + prompt + (k << 20)
 
@@ -46,9 +47,12 @@ class Mode:
   """How a prompt becomes a picture.
 
   Attributes:
-    think: the prompt is reasoned about first.
-    guided: with classifier-free guidance.
-    given: with the example's own reasoning rather than a sampled one; needs `think`.
+    think: the picture is drawn from a reasoning.
+    guided: the picture is drawn with classifier-free guidance.
+    given: the reasoning is the example's own instead of a sampled one; needs `think`.
+
+  Raises:
+    InputError: `given` without `think`.
   """
 
   think: bool
@@ -61,10 +65,10 @@ class Mode:
 
   @classmethod
   def parse(cls, text: str) -> Mode:
-    """The mode that "plain", "think" or "given" names, each also with "+guidance".
+    """The mode called "plain", "think" or "given", or one of these with "+guidance".
 
     Raises:
-      InputError: it names none.
+      InputError: `text` is none of these.
     """
     kind, plus, rest = (part.strip() for part in text.partition("+"))
     if kind not in ("plain", "think", "given") or (plus and rest != "guidance"):
@@ -80,29 +84,29 @@ class Mode:
 
 
 class Evaluation:
-  """Prompts prepared once; see the module's docstring."""
+  """Prompts in several modes, prepared once; see the module's docstring."""
 
   def __init__(
     self, pipeline, examples: Sequence[Any], score: Score, *, settings: requests_lib.Settings,
     modes: Sequence[Mode], batch_size: int, seed: int,
     num_saved_images: int = 24, size: tuple[int, int] | None = None, images: int = 1,
   ):
-    """Checks everything that does not need the weights, which may be loaded later.
+    """Checks and prepares everything that does not need weights; these may be loaded later.
 
     Args:
-      pipeline: see `pipeline.Pipeline`.
-      examples: objects with `prompt` and `metadata`, whose "tag" is the category ("all" without
-        one), and with `reasoning` where a mode is given it.
-      score: rewards of samples, {name: [samples] float, or with details}; NaN where there is none,
-        as a reward of the reasoning has none for a picture without. All hosts call it together,
-        each with its own.
-      settings: what the modes share; with the guidance of the guided ones.
+      pipeline: a `pipeline.Pipeline`.
+      examples: objects with `prompt`, with `metadata`, whose "tag" is the category (default "all"),
+        and, for modes with `given`, with `reasoning`.
+      score: samples -> {reward: [samples] float, or `rewards.Scores`}. NaN where a reward does not
+        apply, such as a reward of the reasoning where there is none. All hosts call it at the same
+        time, each with its own share of the samples.
+      settings: of sampling; its guidance is used in the modes with guidance.
       modes: each is run over all examples.
-      batch_size: rows run together, rounded up to what the devices share evenly.
+      batch_size: rows sampled together, rounded up to a multiple of the devices.
       seed: see `image_seed`.
-      num_saved_images: prompts whose pictures are saved.
-      size: height and width in pixels; None: the largest of the checkpoint.
-      images: of each prompt.
+      num_saved_images: the pictures of so many prompts are saved.
+      size: (height, width) in pixels; None: the largest of the checkpoint.
+      images: images per prompt.
 
     Raises:
       InputError: a prompt, a size, a mode or a number is impossible.
@@ -116,14 +120,14 @@ class Evaluation:
     errors.require("num_saved_images", num_saved_images, low=0)
     errors.require("images", images, low=1, high=MOST_IMAGES)
     errors.require("prompts", len(examples), high=MOST_PROMPTS)
-    self._images, self._count = images, images * len(examples)  # of a prompt, of a mode
+    self._images, self._count = images, images * len(examples)  # per prompt, per mode
     self._pipeline, self._examples, self._score = pipeline, list(examples), score
     self._seed, self._size, self._num_saved_images = seed, size, num_saved_images
     self._batch_size = pipeline.batch_rows(batch_size, self._count)
     self._batches = {mode: self._prepare(mode, settings) for mode in modes}
 
   def _prepare(self, mode: Mode, settings: requests_lib.Settings) -> list[requests_lib.Batch]:
-    """All prompts under a mode, padded alike: every batch has one shape."""
+    """The batches of a mode. All prompts are padded alike, so that all batches have one shape."""
     guidance = settings.guidance
     if not mode.guided:
       guidance = dataclasses.replace(guidance, text_scale=1.0)
@@ -131,7 +135,7 @@ class Evaluation:
       settings, think=mode.think, understand=False, guidance=guidance
     )
     rows = range(self._count + -self._count % self._batch_size)
-    # The rows that fill the last batch are prompts again, not fewer rows: decoding has one shape.
+    # The last batch is filled up with prompts again, so that it has the shape of the others.
     requests = [self._request(mode, *divmod(row % self._count, self._images)) for row in rows]
     batch = self._pipeline.prepare(requests, settings, self._batch_size)
     return requests_lib.split(batch, self._batch_size)
@@ -157,18 +161,19 @@ class Evaluation:
     self, params: Any = None, progress: Progress | None = None, observe: Observe | None = None, *,
     images: MutableMapping[str, np.ndarray] | None = None, done: Sequence[Row] = (),
   ) -> Results:
-    """Draws and scores every prompt under every mode; all hosts call it together.
+    """Draws and scores every prompt in every mode; all hosts call it together.
 
-    Each host scores its share of every batch, and has all results.
+    Each host scores its share of every batch, and all get all results.
 
     Args:
-      params: of the network, on the pipeline's mesh, for this run alone; None: the pipeline's.
-        They are not donated.
-      progress: called after each batch with the mode's name, and how many rows of how many of all
-        modes are done.
-      observe: called with each batch, of which nothing but the rows and saved pictures is kept.
-      images: gets the pictures to save, by the names that their rows have; None: a dictionary.
-      done: rows of an earlier run's first batches, which are taken as they are.
+      params: parameters of the network for this run alone, on the pipeline's mesh; they are not
+        donated. None: the pipeline's own.
+      progress: called after each batch with (name of the mode, rows done, rows in total), counted
+        over all modes.
+      observe: called with the rows and samples of each batch; afterwards only the rows and the
+        saved pictures are kept.
+      images: mapping that receives the pictures to save, {`Row.image`: pixels}; None: a new dict.
+      done: rows of the first batches from an interrupted run; these batches are not run again.
 
     Raises:
       InputError: a log-probability, a latent or a reward is not finite.
@@ -193,7 +198,10 @@ class Evaluation:
   def _score_batch(
     self, mode: Mode, first: int, results, images: MutableMapping[str, np.ndarray]
   ) -> tuple[list[Row], list[rewards.Sample]]:
-    """The rows of one batch's results, and their samples; adds to the images to save."""
+    """The scored rows of one batch and their samples; adds pictures to save to `images`.
+
+    `first` is the number of the batch's first row in its mode.
+    """
     places = [divmod(first + i, self._images) for i in range(len(results))][: self._count - first]
     rows, samples = [], []
     for (number, k), result in zip(places, results):
@@ -218,7 +226,7 @@ class Evaluation:
 
   @contextlib.contextmanager
   def _other_params(self, params: Any) -> Iterator[None]:
-    """The pipeline with other parameters of the network, within this context; None: its own."""
+    """Within this context, the pipeline uses `params` for the network; None: its own."""
     before = self._pipeline.params
     if params is not None:
       self._pipeline.params = before | {"bagel": params}
@@ -231,7 +239,9 @@ class Evaluation:
 def _gather(
   rows: Sequence[int], scores: Mapping[str, np.ndarray | rewards.Scores], total: int
 ) -> tuple[dict[str, np.ndarray], list[dict[str, dict[str, Any]]]]:
-  """({name: [total] float32}, details of each of the `total` rows), of this host's, on all hosts.
+  """Gathers what each host scored: ({reward: [total] float32}, details of each row), on all hosts.
+
+  `rows` are the numbers of this host's rows among the `total`, and `scores` their scores.
   """
   given = {
     name: part if isinstance(part, rewards.Scores) else rewards.Scores(np.asarray(part))

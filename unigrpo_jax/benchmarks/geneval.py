@@ -1,7 +1,7 @@
 """GenEval's summary of judged images, and its table.
 
 Source: Ghosh et al. (arXiv 2310.11513), djghosh13/geneval: `evaluation/summary_scores.py`. The
-intervals, and the best of N images, are not of it.
+intervals and the best of N images are additions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ OVERALL, MEAN = "overall (mean of tags)", "mean of images"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A line of the table: a tag's images, or all.
+  """A line of the table: the images of one tag, or of all tags.
 
   Attributes:
-    mean, low, high: of the scores, with the 95 % interval over prompts; NaN where there is none.
-    prompts: with a judged image.
-    any_right, all_right: prompts of which an image, or every judged one, scores 1; None where
-      scores are not 0 or 1.
-    images: judged.
-    failures: images without a score.
+    mean, low, high: mean of the scores and its 95 % interval over prompts; NaN where undefined.
+    prompts: number of prompts with at least one judged image.
+    any_right, all_right: number of prompts with one image, or all judged images, scored 1; None
+      where scores are not just 0 and 1.
+    images: number of judged images.
+    failures: number of images without a score.
   """
 
   mean: float
@@ -44,15 +44,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What GenEval reports of N judged images.
+  """GenEval's figures of N judged images.
 
   Attributes:
-    tasks: {category: share of its images that are correct, over its prompts}.
-    overall: the mean of the categories, not of the images.
+    tasks: {tag: share of its images that are correct, with the standard error over prompts}.
+    overall: mean of the tags' shares, GenEval's headline figure.
     images: share of all images that are correct.
-    prompts: share of prompts with a correct image.
-    lines: of the table, by tag, `OVERALL` and `MEAN`.
-    best_of: {n: mean of the categories where the best of n images of a prompt counts}.
+    prompts: share of prompts with a correct image; NaN where scores are not just 0 and 1.
+    lines: {tag, `OVERALL` or `MEAN`: line of the table}.
+    best_of: {n: mean over tags where the best of n images of each prompt counts}.
   """
 
   tasks: dict[Hashable, intervals.Estimate]
@@ -63,7 +63,7 @@ class Summary:
   best_of: dict[int, float]
 
   def table(self) -> str:
-    """Markdown: a line a tag, then both means; and GenEval's own figures by their names."""
+    """Markdown: one line per tag, then both means; below it the figures that GenEval prints."""
     head = ["tag", "score", "95 %", "prompts", "any right", "all right", "images", "failures"]
     cells = []
     for name, line in self.lines.items():
@@ -87,7 +87,13 @@ class Summary:
 def summary(
   correct: Sequence[float], tags: Sequence[Hashable], prompts: Sequence[Hashable]
 ) -> Summary:
-  """The summary of N images, each [N]: scores (NaN: a failure, left out), categories, prompts."""
+  """GenEval's summary of N images.
+
+  Args:
+    correct: scores, [N]; an image whose score is NaN is a failure and counts nowhere else.
+    tags: of the images, [N].
+    prompts: of the images, [N]; images with equal values belong to one prompt.
+  """
   correct = np.asarray(correct, float)
   tags, prompts = list(tags), list(prompts)
   found = dict.fromkeys(tags)
@@ -119,7 +125,7 @@ def _line(scores: np.ndarray, prompts: Sequence[Hashable]) -> Line:
   counts: list[int | None] = [None, None]
   if set(judged.tolist()) <= {0.0, 1.0}:
     counts = [sum(map(how, by_prompt.values())) for how in (any, all)]
-  # With failures, a mean over images is not that over prompts.
+  # With failures, the mean over images differs from that over prompts and may leave its interval.
   return Line(
     mean, float(np.fmin(mean, low)) if low == low else math.nan,
     float(np.fmax(mean, high)) if high == high else math.nan,
@@ -128,10 +134,10 @@ def _line(scores: np.ndarray, prompts: Sequence[Hashable]) -> Line:
 
 
 def _best_of(by_tag: dict[Hashable, dict[Hashable, list[float]]]) -> dict[int, float]:
-  """The mean over tags of the mean over prompts of the best of n images, for n = 1, 2, 4 ...
+  """{n: mean over tags of the mean over prompts of the best of n images}, n = 1, 2, 4, ..., most.
 
-  See `best_of`; a prompt with fewer than n judged images is left out, and a tag of such
-  makes the mean NaN.
+  See `best_of`. Prompts with fewer than n judged images are left out; where a tag has no others,
+  the mean is NaN.
   """
   most = max((len(of) for prompts in by_tag.values() for of in prompts.values()), default=0)
   numbers = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | ({most} - {0}))
@@ -145,8 +151,9 @@ def _best_of(by_tag: dict[Hashable, dict[Hashable, list[float]]]) -> dict[int, f
 
 
 def best_of(scores: Sequence[float], n: int) -> float:
-  """The mean, over all choices of `n` of K >= n scores, of the highest:
-  sum_i s_(i) C(i - 1, n - 1) / C(K, n), s_(i) ascending.
+  """The expected maximum of n scores chosen at random, without replacement, from K >= n scores.
+
+    sum_i s_(i) C(i - 1, n - 1) / C(K, n),   s_(1) <= ... <= s_(K)
   """
   ascending = sorted(scores)
   return math.fsum(
@@ -159,8 +166,9 @@ def _cell(value: float) -> str:
 
 
 def best_of_table(reward: str, by_mode: dict[str, Summary]) -> str:
-  """Markdown: a line a mode, the best of n images of each prompt by the reward itself; "" where
-  there is one image of each.
+  """Markdown: one line per mode, with the mean reward of the best of n images of each prompt.
+
+  "" where each prompt has one image.
   """
   numbers = sorted({n for made in by_mode.values() for n in made.best_of})
   if len(numbers) < 2:

@@ -1,4 +1,4 @@
-"""What a checkpoint can do in IconWorld: rewards of its pictures, and two tasks besides drawing."""
+"""IconWorld's benchmark: rewards of pictures, and two tasks besides drawing: answer and edit."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ REWARDS, score = iconworld_rewards.REWARDS, iconworld_rewards.score
 
 
 def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):
-  """Asks a question about each example's rendered scene; reward "answer": the word is right.
+  """Asks a question about each example's rendered scene.
 
   Args:
-    pipeline: see `pipeline.Pipeline`.
-    examples: see `iconworld.prompts.Example`.
-    settings: of sampling; see `requests.Settings`.
-    batch_size: rows run together.
-    seed: of scenes and questions.
+    pipeline: a `pipeline.Pipeline`.
+    examples: `iconworld.prompts.Example` objects.
+    settings: of sampling, `requests.Settings`.
+    batch_size: rows sampled together.
+    seed: of rendering and of the questions.
 
   Returns:
-    [rows] `evaluation.Row`, whose category is what was asked about.
+    One `results.Row` per example: its category is "color" or "count", its reward "answer" is 1.0
+    for the right word and 0.0 for another.
   """
   rng, expected, requests = np.random.default_rng(seed), [], []
   for row, example in enumerate(examples):
@@ -54,11 +55,12 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
 
 
 def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):
-  """Has each example's rendered scene edited; arguments as of `answer`.
+  """Has each example's rendered scene edited; arguments as for `answer`.
 
   Returns:
-    [rows] `evaluation.Row` with the rewards "edit", whether the picture shows the edited scene and
-    nothing else, and "untouched", the same of the unedited picture: what doing nothing would score.
+    One `results.Row` per example: its category is the instruction's verb. Its reward "edit" is 1.0
+    where the picture shows the edited scene and nothing else; "untouched" is the same of the
+    picture before the edit, a baseline.
   """
   rng, requests, edited = np.random.default_rng(seed), [], []
   for row, example in enumerate(examples):
@@ -79,7 +81,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
   ]
 
 
-# Name -> what it runs; both take the same arguments.
+# Both take the same arguments.
 TASKS = {"answer": answer, "edit": edit}
 
 
@@ -95,7 +97,7 @@ def _run(name: str, pipeline, requests, settings, batch_size: int) -> list[Any]:
 
 
 def _shows(image: np.ndarray, scene: scenes.Scene) -> float:
-  """1.0 if a picture shows a scene's things in their cells, and nothing else."""
+  """1.0 if a picture shows exactly the things of a scene, each in its cell; else 0.0."""
   detected = {(d.kind, d.color, _cell(d.box)) for d in verifier.detect(image)}
   return float(detected == {(t.kind, t.color, t.cell) for t in scene.things})
 

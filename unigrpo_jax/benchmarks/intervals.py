@@ -1,4 +1,4 @@
-"""How sure a mean of scores is."""
+"""Confidence intervals and standard errors of mean scores."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ EQUAL = 1e-6  # Relative difference of equal values: rewards are rounded to floa
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-  """The mean of independent rows and its 95 % interval, by one method for all data.
+  """The mean of independent values and its 95 % interval, by one method for all data.
 
-  The n values get half a row more at each end of their range [a, b]. With m the mean and s^2 the
-  variance (ddof 0) of these n + 1 rows, the interval is the central 95 % of the beta distribution
-  on [a, b] with mean m and variance s^2 / (n + 2), stretched to the values' mean if need be.
+  To the n values, half a value is added at each end of their range [a, b]. With m the mean and s^2
+  the variance (ddof 0) of these n + 1 values, the interval is the central 95 % of the beta
+  distribution on [a, b] with mean m and variance s^2 / (n + 2), extended to the mean of the n
+  values if it does not contain it.
 
   For 0/1 values that is Jeffreys's interval, Beta(k + 1/2, n - k + 1/2) for k ones (Brown, Cai and
   DasGupta 2001, "Interval Estimation for a Binomial Proportion"). For other values it has the first
-  two moments of the Bayesian bootstrap (Rubin 1981) of these rows, and tends to the normal one as n
-  grows. It never leaves [a, b], and so is too narrow for fewer than about 10 values that are not
-  0/1. Equal values do not show a range: they are taken for values in [0, 1] where they lie in it,
-  so that 0 of 100 gives 0.000 to 0.025, and have no interval elsewhere.
+  two moments of the Bayesian bootstrap (Rubin 1981) of these values, and approaches the normal
+  interval as n grows. It never leaves [a, b], so it is too narrow for fewer than about 10 values
+  other than 0/1. Equal values show no range: inside [0, 1] that is taken as the range, so that 0 of
+  100 gives 0.000 to 0.025; outside there is no interval.
 
   Returns:
     (mean, low, high), low <= mean <= high. low and high are NaN for fewer than two values and for
-    equal ones outside [0, 1]; all three are NaN for no value or one that is not finite.
+    equal values outside [0, 1]; all three are NaN where there is no value or one is not finite.
   """
   rows = np.asarray(values, float)
   if not rows.size or not np.isfinite(rows).all():
@@ -50,11 +51,12 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
   return mean, min(mean, float(ends[0])), max(mean, float(ends[1]))
 
 
-# Of prompts: images of one prompt are not independent, so a prompt is one value, m_p.
+# The functions below take values of images. Images of one prompt are not independent, so the unit
+# of every standard error and interval is a prompt with its mean over images, m_p.
 
 
 class Estimate(NamedTuple):
-  """A mean over prompts and its standard error, NaN where there are fewer than two."""
+  """A mean over images or prompts, its standard error (NaN for fewer than two prompts), and P."""
 
   mean: float
   se: float
@@ -62,11 +64,11 @@ class Estimate(NamedTuple):
 
 
 def by_prompt(values: Sequence[float], prompts: Sequence[Hashable]) -> dict[Hashable, list[float]]:
-  """{prompt: values of its images}; an image whose value is NaN is left out.
+  """{prompt: values of its images}; images whose value is NaN are left out.
 
   Args:
-    values: of each image, [N].
-    prompts: of each image, [N].
+    values: of the images, [N].
+    prompts: of the images, [N]; images with equal entries belong to one prompt.
   """
   made: dict[Hashable, list[float]] = {}
   for value, prompt in zip(values, prompts, strict=True):
@@ -102,24 +104,25 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def of_mean(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-  """The 95 % interval (low, high) of the mean of C independent (mean, low, high):
+  """The 95 % interval (low, high) of the mean of C independent means, each (mean, low, high):
 
-    mean -+ sqrt(sum of d_c^2) / C, d_c from a mean to its own end of that side
+    low  = mean - sqrt(sum_c (mean_c - low_c)^2) / C,   high likewise
 
-  It is no wider than the mean of the ends, and so in [0, 1] where they are. Source: Zou and Donner
-  2008, "Construction of confidence limits about effect measures". NaN where a part has none.
+  It is no wider than the mean of the parts' intervals, so it stays in [0, 1] where they do. NaN
+  where a part has no interval. Source: Zou and Donner 2008, "Construction of confidence limits
+  about effect measures".
   """
   means, lows, highs = np.array(parts, float).reshape(-1, 3).T
   if not len(means):
     return math.nan, math.nan
   mean = math.fsum(means) / len(means)
   below, above = (math.sqrt(math.fsum((ends - means) ** 2)) / len(means) for ends in (lows, highs))
-  # Rounding may pass the ends that the sum cannot.
+  # Exact arithmetic cannot leave these bounds, but rounding may.
   return max(mean - below, lows.min()), min(mean + above, highs.max())
 
 
 def paired(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Estimate:
-  """The mean of a - b over the prompts that both `prompt_means` have, drawn from the same noise."""
+  """The mean difference a - b over the prompts that both have; a, b as `prompt_means` returns."""
   both = [prompt for prompt in a if prompt in b]
   return clustered([a[prompt] - b[prompt] for prompt in both], both)
 
@@ -127,12 +130,15 @@ def paired(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Estimate
 def bootstrap(
   statistic: Callable[[np.ndarray], float], rows: np.ndarray, *, draws: int = 10_000
 ) -> tuple[float, float, float]:
-  """(value, low, high) of what is no mean: the central 95 % of `draws` resamples of the prompts.
+  """A percentile bootstrap over prompts, for statistics other than means.
 
   Args:
-    statistic: of rows; a NaN of a resample is left out.
-    rows: [P, ...], one a prompt.
-    draws: of the resamples.
+    statistic: [P, ...] rows -> float; resamples for which it is NaN are left out.
+    rows: [P, ...], one per prompt.
+    draws: number of resamples.
+
+  Returns:
+    (the statistic of all rows, low, high), the last two the central 95 % of the resamples.
   """
   rows = np.asarray(rows)
   if not len(rows):

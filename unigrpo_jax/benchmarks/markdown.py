@@ -6,5 +6,5 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """A line for the head, one below it, and one a row; without a newline at the end."""
+  """A table with the column titles `head` and one line per row; no newline at the end."""
   return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -1,4 +1,4 @@
-"""What the benchmarks say about an evaluation, by mode, and how that is kept as JSON."""
+"""The benchmarks' summaries of an evaluation (GenEval, TA), by mode, and their JSON."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 
 from unigrpo_jax.benchmarks import geneval, intervals, results, ta
 
-# IconWorld's rewards have this before their names, where a command line names them.
+# IconWorld's rewards have this prefix in names of `--rewards`.
 PREFIX = "iconworld_"
 
 
 def by_mode(
   found: results.Results, *observers: results.Observe, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-  """{mode: {reward: `geneval.Summary`, "ta": `ta.Exam.summaries` and {reward: `ta.Summary`}}}, as
-  far as given.
+  """The benchmarks' summaries of each mode.
 
   Args:
-    found: of an evaluation.
-    observers: those of the evaluation, of which a `ta.Exam` is asked.
-    names: of the rewards that GenEval's summary is made of; None: IconWorld's, where given.
+    found: results of an evaluation.
+    observers: of the same evaluation; a `ta.Exam` among them contributes its summaries.
+    names: rewards to summarise by GenEval's rules; None: IconWorld's "geneval" and "strict", where
+      the rows have them.
+
+  Returns:
+    {mode: {reward: `geneval.Summary`, "ta": `ta.Exam.summaries` | {reward: `ta.Summary`}}}, without
+    modes and entries for which there is nothing.
   """
   made: dict[str, dict[str, Any]] = {}
   for mode in found.modes:
@@ -44,19 +48,19 @@ def by_mode(
 
 
 def is_geneval(prompts: Sequence[Any]) -> bool:
-  """Whether prompts have GenEval's tags."""
+  """Whether all prompts (objects with `metadata`) have GenEval's tags."""
   return all(
     one.metadata.get("tag") in geneval.CATEGORIES and "include" in one.metadata for one in prompts
   )
 
 
 def reward(row: results.Row, name: str) -> float | None:
-  """A reward of a row, with or without the prefix; None where it has none."""
+  """A row's reward `name` or `PREFIX + name`; None where it has neither."""
   return row.rewards.get(name, row.rewards.get(PREFIX + name))
 
 
 def summary(rows: Sequence[results.Row], name: str) -> geneval.Summary:
-  """GenEval's summary of one reward of the rows; a row without it is left out."""
+  """GenEval's summary of one reward of the rows; a row without it is a failure."""
   values = [reward(row, name) for row in rows]
   return geneval.summary(
     [math.nan if value is None else value for value in values],
@@ -66,12 +70,15 @@ def summary(rows: Sequence[results.Row], name: str) -> geneval.Summary:
 
 
 def to_json(value: Any) -> str:
-  """JSON of dataclasses and estimates within dictionaries; NaN becomes null."""
+  """JSON text of `plain(value)`, with a newline at the end; NaN becomes null."""
   return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
-  """Dictionaries, lists, numbers and texts of a value; NaN becomes None."""
+  """Converts nested dataclasses, estimates, dictionaries and sequences to what JSON can hold.
+
+  Numbers that are not finite become None.
+  """
   match value:
     case intervals.Estimate():
       return plain({"mean": value.mean, "se": value.se, "prompts": value.prompts})

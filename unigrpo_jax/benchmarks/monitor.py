@@ -1,6 +1,7 @@
-"""Statistics of the images of each iteration, and a warning where a reward that rises changes them.
+"""Image statistics of each iteration, and a warning when they leave their range as rewards rise.
 
-A reward that is gamed is paid for by what it does not look at: colours, contrast, specks, sameness.
+A policy that games its reward degrades what the reward does not look at: colours, contrast, fine
+texture, diversity.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from unigrpo_jax.runtime import hosts, metrics
 
 NAMES = ("saturation", "sharpness", "clipped", "diversity")
 PREFIX, REWARD, OUTSIDE = "images/", "reward/mean", "images/outside"
-FIRST = 10  # iterations of a run that say what is usual
-RECENT = 5  # iterations whose mean is held against that
-THUMBNAIL = 32  # pixels of the shorter side, for diversity
+FIRST = 10  # iterations at the start of a run that define the usual range
+RECENT = 5  # latest iterations, whose mean is compared with it
+THUMBNAIL = 32  # pixels of the shorter side of thumbnails, whose distances are the diversity
 
 
 def of_images(images: Sequence[np.ndarray], groups: Sequence[int]) -> dict[str, np.ndarray]:
-  """{name of NAMES: [N] float32} of N images [H, W, 3] uint8, each of a group.
+  """{name of NAMES: [N] float32} of N images [H, W, 3] uint8; `groups` has each image's group.
 
-  saturation, sharpness and clipped are those of `statistics.quick`; diversity is of the group, the
-  mean over its pairs of the root of the mean squared difference, in [0, 1], of thumbnails; NaN for
+  saturation, sharpness and clipped: see `statistics.quick`. diversity: of an image's group, the
+  mean over its pairs of the root mean squared difference of their thumbnails, in [0, 1]; NaN for
   a group of one.
   """
   made = {name: np.full(len(images), np.nan, np.float32) for name in NAMES}
@@ -46,23 +47,28 @@ def of_images(images: Sequence[np.ndarray], groups: Sequence[int]) -> dict[str, 
 
 
 class Watch:
-  """Sees the metrics of each iteration, and warns.
+  """Watches the metrics of each iteration, and warns of signs that the reward is gamed.
 
-  What is usual are the values of the run's first `FIRST` iterations, from the lowest to the
-  highest, and as much again to either side. A warning is printed where the mean of the last
-  `RECENT` leaves that while their reward is above the first ones' by more than their standard
-  deviation; once, until it is back.
+  The usual range of a statistic goes from the lowest to the highest value of the run's first
+  `FIRST` iterations, widened by its own width on either side. A warning is printed when the mean of
+  the last `RECENT` iterations leaves that range while their mean reward is more than one standard
+  deviation above that of the first ones. It is not repeated until the statistic has been back.
   """
 
   def __init__(self, log: pathlib.Path):
-    """`log` is the run's metrics.jsonl, from which a resumed one knows its first iterations."""
+    """`log` is the run's metrics.jsonl, from which a resumed run reads its first iterations."""
     self._log = log
     self._first: list[Mapping[str, float]] | None = None
     self._recent: collections.deque[Mapping[str, float]] = collections.deque(maxlen=RECENT)
     self._warned: set[str] = set()
 
   def __call__(self, values: Mapping[str, float]) -> dict[str, float]:
-    """{OUTSIDE: how many statistics are unusual while the reward is higher}; {} without any."""
+    """Takes the metrics of one iteration; may print a warning.
+
+    Returns:
+      {OUTSIDE: number of statistics outside their range while the reward is higher}, for the log;
+      {} where the metrics have no image statistics.
+    """
     names = [name for name in NAMES if PREFIX + name in values]
     if not names:
       return {}

@@ -1,8 +1,8 @@
-"""What GenEval's own scripts read and write: folders of pictures, and results.jsonl.
+"""The files of GenEval's own scripts: folders of pictures, and results.jsonl.
 
 Source: djghosh13/geneval, `generation/diffusers_generate.py`, `evaluation/evaluate_images.py`:
 
-  FOLDER/00000/metadata.jsonl      the metadata of a prompt, one JSON object
+  FOLDER/00000/metadata.jsonl      metadata of prompt 0, one JSON object
   FOLDER/00000/samples/0000.png    its pictures
 """
 
@@ -21,21 +21,22 @@ from unigrpo_jax.benchmarks import results
 from unigrpo_jax.data import atomic, lines
 from unigrpo_jax.geneval import rules
 
-MODE = "images"  # of pictures that no mode is known of
+MODE = "images"  # of pictures whose mode is not known
 _LAYOUT = "a folder like 00000 with metadata.jsonl and samples/0000.png"
 
 
 def folder_of(folder: pathlib.Path, mode: str, modes: int) -> pathlib.Path:
-  """Where a mode's pictures go: one of several has a folder of its own."""
+  """The folder of a mode's pictures: `folder` itself, or a subfolder where there are several modes.
+  """
   return folder if modes == 1 else folder / results.file_name(mode)
 
 
 def begin(folder: pathlib.Path, prompts: Sequence[Mapping[str, Any]], samples: int) -> None:
-  """Makes the folders of prompts, of their metadata, for `samples` pictures each.
+  """Makes the folders of prompts, with their metadata, for `samples` pictures each.
 
   Raises:
-    InputError: metadata has no tag, include or prompt; or the folder has other pictures, which
-      GenEval's script would judge too.
+    InputError: metadata lacks a tag, include or prompt; or the folder holds other pictures, which
+      GenEval's script would judge as well.
   """
   for number, metadata in enumerate(prompts):
     for key in ("tag", "include", "prompt"):
@@ -65,16 +66,17 @@ def begin(folder: pathlib.Path, prompts: Sequence[Mapping[str, Any]], samples: i
 
 
 def write_image(folder: pathlib.Path, number: int, k: int, image: np.ndarray) -> None:
-  """Writes picture `k`, [H, W, 3] uint8, of a prompt."""
+  """Writes picture `k`, [H, W, 3] uint8, of prompt `number`."""
   results.write_picture(folder / f"{number:05d}" / "samples" / f"{k:04d}.png", image)
 
 
 def read(folder: pathlib.Path) -> list[results.Row]:
-  """The rows, without rewards, of the pictures in FOLDER, or in the folders of modes in it; `image`
-  is relative to it.
+  """Rows, without rewards, of the pictures in a folder or in its subfolders of modes.
+
+  `Row.image` is relative to the folder.
 
   Raises:
-    InputError: there are none, or metadata is missing or malformed; says where.
+    InputError: there are no pictures, or metadata is missing or malformed; says where.
   """
   rows = _read(folder, folder, MODE)
   if not rows:
@@ -111,6 +113,7 @@ def _read(root: pathlib.Path, folder: pathlib.Path, mode: str) -> list[results.R
 
 
 def _numbered(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The subfolders whose names are numbers, in order; [] where there is no such folder."""
   if not folder.is_dir():
     return []
   return sorted(
@@ -124,10 +127,10 @@ def _is_number(file: pathlib.Path) -> bool:
 
 
 def read_results(path: pathlib.Path) -> list[results.Row]:
-  """The rows of a results.jsonl of GenEval's `evaluate_images.py`, with the reward "geneval".
+  """Rows, with the reward "geneval", of a results.jsonl of GenEval's `evaluate_images.py`.
 
   Raises:
-    InputError: a line is no object with a prompt, a tag and a correct; says which.
+    InputError: a line is no object with "prompt", "tag" and "correct"; says which.
   """
   expected = "give the results.jsonl that GenEval's evaluate_images.py wrote"
   rows: list[results.Row] = []
@@ -137,7 +140,7 @@ def read_results(path: pathlib.Path) -> list[results.Row]:
     row = lines.parse_object(text, where, expected)
     if type(row.get("correct")) not in (bool, int, float) or not isinstance(row.get("tag"), str):
       raise errors.InputError(f"{where}: needs a text tag, and correct true or false; {expected}")
-    # GenEval groups by the whole metadata, which is JSON in JSON.
+    # GenEval groups images by their whole metadata, a JSON text within the JSON.
     given = row.get("metadata", row["prompt"])
     number = numbers.setdefault(json.dumps(given, sort_keys=True), len(numbers))
     images[number] = images.get(number, -1) + 1
