@@ -1,6 +1,6 @@
-"""What an evaluation found: rows, pictures and tables, and how they are kept, also while it runs.
+"""Results of an evaluation: rows, pictures and tables; and their files, also while it runs.
 
-Nothing here imports jax: pictures that exist are scored without a device.
+This module does not import jax, so that existing pictures can be scored without a device.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.runtime import panels
 
 FINISHED, UNFINISHED, SHEET = "results.json", "unfinished.jsonl", "contact.png"
-ON_SHEET = 24  # prompts whose pictures the contact sheet shows
+ON_SHEET = 24  # prompts on the contact sheet
 _PICTURE = re.compile(r"(plain|think|given)(_guidance)?_\d{5,}(_\d+)?\.png")
 
 
 def file_name(mode: str) -> str:
-  """The name of a mode, as one of files and folders."""
+  """The name of a mode in names of files and folders."""
   return mode.replace(" + ", "_")
 
 
 @dataclasses.dataclass
 class Row:
-  """One image: a prompt under a mode.
+  """One image of a prompt, drawn in one mode.
 
   Attributes:
-    mode: its name.
-    category: the tables have a column for each.
-    prompt: of the picture.
-    text: the reasoning, or None.
-    rewards: by name; without those that could not score it.
-    image: file of the picture, relative to the saved folder; None where it is not saved.
-    number: of the prompt, from 0; None where each row is another prompt.
-    k: which of the prompt's images this is.
-    details: {name of a reward: its `rewards.Scores.detail`}, of those that have some.
+    mode: name of the mode.
+    category: of the prompt; a column of the tables.
+    prompt: what was drawn.
+    text: the reasoning; None without one.
+    rewards: {reward: score}, without rewards that could not score the image.
+    image: path of the picture in the saved folder; None where it is not saved.
+    number: of the prompt, from 0; None where each row has a prompt of its own.
+    k: number of the image among the prompt's images, from 0.
+    details: {reward: `rewards.Scores.detail`}, of rewards that have details.
     metadata: of the prompt.
   """
 
@@ -63,23 +63,31 @@ class Row:
 
   @functools.cached_property
   def key(self) -> Hashable:
-    """The same for images of one prompt, which are not independent, also where a set repeats it."""
+    """Identifies the prompt: equal for all its images, also if the prompt set repeats it.
+
+    Images with equal keys are not independent; see `intervals`.
+    """
     if self.number is None:
       return id(self)
     return self.prompt, json.dumps(self.metadata, sort_keys=True)
 
 
-# What sees the rows of a batch with what they are made of; all hosts see all of them.
+# Called after each batch with its rows and samples, on all hosts with those of all hosts.
 Observe = Callable[[Sequence[Row], Sequence[rewards.Sample]], None]
 
 
 def details_of(scores: Mapping[str, rewards.Scores], row: int) -> dict[str, dict[str, Any]]:
-  """{name: `rewards.Scores.detail`} of one of the samples, of the rewards that have some."""
+  """{reward: `rewards.Scores.detail`} of sample number `row`, of the rewards that have details."""
   return {name: detail for name, part in scores.items() if (detail := part.detail(row))}
 
 
 def scored(rows: Sequence[Row], scores: Mapping[str, np.ndarray], details) -> list[Row]:
-  """The rows with their scores, {name: [rows] float}, of which a NaN is none, and details.
+  """The rows with their scores and details.
+
+  Args:
+    rows: without scores.
+    scores: {reward: [rows] float}; NaN where a reward could not score a row.
+    details: of each row, `Row.details`.
 
   Raises:
     InputError: a score is infinite.
@@ -96,12 +104,13 @@ def scored(rows: Sequence[Row], scores: Mapping[str, np.ndarray], details) -> li
 
 
 class Pictures(MutableMapping):
-  """[H, W, 3] uint8 pictures by the names of their PNG files in a folder, written when they are set
-  and read when they are looked up.
+  """{path in a folder: picture [H, W, 3] uint8}, kept as PNG files rather than in memory.
+
+  Setting an item writes its file; looking it up reads the file.
   """
 
   def __init__(self, folder: pathlib.Path | None, names: Sequence[str] = ()):
-    """`folder`: None keeps no picture, as hosts do that do not write; `names`: that are there."""
+    """`folder`: None writes nothing (other hosts than the first); `names`: files already there."""
     self.folder, self._names = folder, dict.fromkeys(names)
 
   def __setitem__(self, name: str, image: np.ndarray) -> None:
@@ -128,7 +137,7 @@ class Pictures(MutableMapping):
 
 
 def write_picture(path: pathlib.Path, image: np.ndarray) -> None:
-  """Writes a picture, [H, W, 3] uint8, as a PNG file, and the folders that it needs."""
+  """Writes a picture, [H, W, 3] uint8, as a PNG file; makes missing folders."""
   picture = PIL.Image.fromarray(image)
   with errors.storage(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,12 +145,12 @@ def write_picture(path: pathlib.Path, image: np.ndarray) -> None:
 
 
 def read_picture(path: pathlib.Path) -> np.ndarray:
-  """The picture of a file, [H, W, 3] uint8; raises InputError where it cannot be read."""
+  """The picture in a file, [H, W, 3] uint8; raises InputError where it cannot be read."""
   return np.array(images_lib.load_rgb(path))
 
 
 class Results:
-  """The rows of an evaluation, mode by mode, and the pictures to save.
+  """The rows of an evaluation, mode by mode, and the saved pictures.
 
   Attributes:
     rows: see `Row`.
@@ -160,18 +169,18 @@ class Results:
     return list(dict.fromkeys(name for row in self.rows for name in row.rewards))
 
   def mean(self, mode: Any, reward: str) -> float:
-    """Mean over the prompts of a mode that have the reward; NaN where there are none."""
+    """Mean of a reward over the prompts of a mode that have it; NaN where none has."""
     return self.interval(mode, reward)[0]
 
   def interval(self, mode: Any, reward: str) -> tuple[float, float, float]:
-    """(mean, low, high) over the prompts of a mode that have the reward; see `intervals.interval`.
+    """(mean, low, high) of a reward over the prompts of a mode; see `intervals.interval`.
 
-    `mode` is a name, or has one, as `evaluation.Mode`.
+    `mode` is the name of a mode, or an `evaluation.Mode`.
     """
     return intervals.interval(self._scores(mode, reward))
 
   def _scores(self, mode: Any, reward: str, category: str | None = None) -> list[float]:
-    """Of each prompt, the mean over its images."""
+    """The mean over its images of each prompt, of one category or (None) of all."""
     name = getattr(mode, "name", mode)
     found = [
       (row.rewards[reward], row.key) for row in self.rows
@@ -180,12 +189,12 @@ class Results:
     return list(intervals.prompt_means(*zip(*found)).values()) if found else []
 
   def panels(self, count: int) -> list[panels.Panel]:
-    """The pictures of the first `count` prompts that have some, for a log."""
+    """Panels of the first `count` prompts that have saved pictures, for a log."""
     prompts = contact_sheet.by_prompt(self.rows, self.images)[:count]
     return [contact_sheet.panel(rows, self.images) for rows in prompts]
 
   def table(self, reward: str) -> str:
-    """Markdown: a line a mode, means by category, and over all with the interval."""
+    """Markdown: one line per mode; the mean of each category, and of all with its interval."""
     rows = [row for row in self.rows if reward in row.rewards]
     categories = list(dict.fromkeys(row.category for row in rows))
     categories = [] if len(categories) < 2 else categories
@@ -204,16 +213,16 @@ class Results:
     self, folder: pathlib.Path | str, title: str, *, about: Mapping[str, Any] | None = None,
     tables: Sequence[str] | None = None,
   ) -> None:
-    """Writes results.json, results.md, images/*.png and contact.png into `folder`, anew.
+    """Writes results.json, results.md, images/*.png and contact.png; replaces older ones.
 
     Args:
-      folder: made where it is missing.
-      title: of results.md and of the sheet.
+      folder: where to; made if it is missing.
+      title: heading of results.md and of the contact sheet.
       about: further members of results.json.
-      tables: Markdown; None: `table` of each reward.
+      tables: Markdown tables of results.md; None: `table` of each reward.
 
     Raises:
-      InputError: the folder cannot be written to; Storage where trying again may help.
+      InputError: the folder cannot be written to; its subclass Storage where trying again may help.
     """
     folder = files.path(folder)
     record = {"title": title, "modes": self.modes, **(about or {})}
@@ -239,7 +248,7 @@ class Results:
 
 
 def older_pictures(folder: pathlib.Path) -> set[pathlib.Path]:
-  """The pictures of an evaluation that was saved in a folder."""
+  """Files of the pictures and the contact sheet that an earlier evaluation saved in a folder."""
   if not (folder / FINISHED).exists():
     return set()
   pictures = {path for path in folder.glob("images/*.png") if _PICTURE.fullmatch(path.name)}
@@ -247,17 +256,24 @@ def older_pictures(folder: pathlib.Path) -> set[pathlib.Path]:
 
 
 class Unfinished:
-  """The rows of an evaluation that is under way, in FOLDER/unfinished.jsonl.
+  """The rows of an evaluation that is still running, in FOLDER/unfinished.jsonl.
 
-  The first line says what it is of; each other has the rows of a batch, whose pictures are on disk
-  by then. So a program that was killed finds all batches but the one that it was at.
+  The first line identifies the evaluation. Every further line has the rows of one batch, and is
+  written after its pictures. So after a kill, only the batch that was being drawn is lost.
+
+  Attributes:
+    rows: of the batches that an interrupted run of the same evaluation finished.
   """
 
   def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
-    """Reads what an earlier program of the same evaluation left.
+    """Reads what an interrupted run left.
+
+    Args:
+      folder: of the evaluation.
+      about: what identifies the evaluation, as JSON.
 
     Raises:
-      InputError: that is of another evaluation, which would be lost.
+      InputError: the folder holds an unfinished evaluation with another `about`.
     """
     self._folder, self._path = folder, folder / UNFINISHED
     self._about = json.loads(json.dumps(about))
@@ -276,7 +292,7 @@ class Unfinished:
     self.rows = [Row(**row) for batch in batches for row in batch]
 
   def begin(self) -> None:
-    """Writes what there is; a line that was cut off by a kill ends here."""
+    """Writes the file anew with the batches so far, without a line that a kill cut off."""
     with errors.storage(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
       atomic.remove_unfinished(self._folder / "images")
@@ -285,7 +301,7 @@ class Unfinished:
       atomic.write_text(self._path, "".join(lines))
 
   def add(self, rows: Sequence[Row]) -> None:
-    """Keeps the rows of a batch; the first takes the place of an older evaluation's results."""
+    """Appends the rows of a batch; removes the results of an older evaluation, if there are any."""
     with errors.storage(self._folder):
       for name in (FINISHED, "results.md", "benchmarks.json"):
         (self._folder / name).unlink(missing_ok=True)
@@ -293,13 +309,13 @@ class Unfinished:
       files.append_text(self._path, text + "\n")
 
   def end(self) -> None:
-    """After the results were saved."""
+    """Deletes the file; to be called after the results were saved."""
     with errors.storage(self._folder):
       self._path.unlink(missing_ok=True)
 
 
 def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-  """What an evaluation was of, and its batches; ({}, []) where there are none."""
+  """(what identifies the evaluation, rows of each batch) of a file; ({}, []) without one."""
   if not path.exists():
     return {}, []
   with errors.storage(path, "read"):
@@ -313,11 +329,13 @@ def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
-  """What an evaluation was of (members of results.json), and its rows; of an unfinished one as far
-  as it came; None where the folder holds none.
+  """Reads the results in a folder, finished or not.
+
+  Returns:
+    (members of results.json without its rows, rows); None where the folder holds no evaluation.
 
   Raises:
-    InputError: its file is damaged.
+    InputError: the file is damaged.
   """
   path = folder / FINISHED
   if not path.exists():

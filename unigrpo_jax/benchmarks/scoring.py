@@ -1,4 +1,4 @@
-"""Rewards of a rollout's episodes: each host scores its own, and all hosts get all scores."""
+"""Rewards of a rollout: each host scores its own trajectories, then all hosts get all scores."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from unigrpo_jax.episodes import sampler
 from unigrpo_jax.rewards import threads
 from unigrpo_jax.runtime import hosts, panels, stopping
 
-PANELS, COLUMNS = 2, 6  # prompts of a step that a log may show, and trajectories of each
-READ_SECONDS = 60.0  # In which the devices end what they have begun.
-# How what may never come is waited for: `stopping.wait` without its last argument.
+PANELS, COLUMNS = 2, 6  # prompts of an iteration shown in the log, and trajectories of each
+READ_SECONDS = 60.0  # At most so long `close` waits for running fetches from the devices.
+# (done, what is awaited): waits until `done(seconds)` is True, and may raise to stop waiting; see
+# `stopping.wait`.
 Wait = Callable[[Callable[[float], bool], Callable[[], str]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """Scores that are being computed of the trajectories `rows` of an iteration, [n]."""
+  """One chunk's trajectories of this host, whose scores are still being computed."""
 
-  rows: np.ndarray
-  scores: Any  # see `rewards.Scorer.submit`
-  lengths: np.ndarray | None
-  finished: np.ndarray | None
-  shown: Mapping[int, rewards.Sample]  # those of `rows` that a panel shows
+  rows: np.ndarray  # numbers of the trajectories in the iteration, [n]
+  scores: Any  # the scorer's `Pending`; see `rewards.Scorer.submit`
+  lengths: np.ndarray | None  # sampled tokens, [n] float32; None without text
+  finished: np.ndarray | None  # 1 where the text ended by its terminator, [n] float32
+  shown: Mapping[int, rewards.Sample]  # the samples of those trajectories that a panel shows
   images: futures.Future[Mapping[str, np.ndarray]] | None  # see `monitor.of_images`
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What B trajectories of an iteration scored, the same on all hosts.
+  """Scores of the B trajectories of an iteration; the same on all hosts unless noted.
 
   Attributes:
-    by_reward: {name: [B] float32}; NaN where a reward gave no score.
-    total: what advantages are made of, [B] float32.
-    weighted: the weighted sum, not normalised, [B] float32.
-    group: which prompt each trajectory is of, [B].
-    text: {"lengths", "finished"}: of the sampled text, [B] float32; {} without.
-    images: {name: [B] float32}, see `monitor.of_images`; {} where nothing watches them.
-    shown: {trajectory: sample} of the first groups, as far as this host has them.
-    seconds: {name: that its calls took}, one after another, on this host.
+    by_reward: {reward: [B] float32}; NaN where a reward gave no score.
+    total: the total reward, from which advantages are computed, [B] float32.
+    weighted: the weighted sum of rewards without normalisation, [B] float32.
+    group: number of each trajectory's prompt, [B].
+    text: {"lengths", "finished": [B] float32}, see `Pending`; {} without text.
+    images: {statistic: [B] float32}, see `monitor.of_images`; {} where they are not watched.
+    shown: {trajectory: sample} for panels of the first groups; only this host's own.
+    seconds: {reward: total duration of its calls in seconds}, of this host.
   """
 
   by_reward: Mapping[str, np.ndarray]
@@ -60,7 +61,7 @@ class Scores:
   seconds: Mapping[str, float]
 
   def panels(self) -> dict[str, panels.Panel]:
-    """The first groups for a log: pictures side by side, with reasonings and rewards."""
+    """{name in the log: panel} of the first groups: pictures with their reasonings and rewards."""
     groups: dict[int, list[evaluation.Row]] = {}
     for row, sample in sorted(self.shown.items()):
       scores = {"reward": self.weighted} | dict(self.by_reward)
@@ -75,9 +76,16 @@ class Scores:
     }
 
   def metrics(self, valid: np.ndarray, ddof: int) -> dict[str, float]:
-    """Means of each reward and of the images' statistics; mean and standard deviation of the sum
-    where `valid`, [B] bool. Besides, of each reward, its standard deviation, the share of
-    trajectories without a score, and the seconds of its calls.
+    """Metrics for the log.
+
+    These are: of each reward its mean, its standard deviation, the share of trajectories without a
+    score and the seconds of its calls; the means of the image statistics; mean and standard
+    deviation of the weighted sum over `valid` trajectories; mean length of the texts and the share
+    that was cut.
+
+    Args:
+      valid: trajectories that count, [B] bool.
+      ddof: of the standard deviation of the weighted sum.
     """
     counting = self.weighted[valid]
     columns = {f"reward/{name}": values for name, values in self.by_reward.items()}
@@ -104,14 +112,19 @@ class Scores:
 class Scoring:
   """Scores episodes in threads while the next ones are sampled.
 
-  One thread waits for images and words, and hands them to those of the rewards.
+  One thread fetches images and texts from the devices and hands them to the rewards' threads.
   """
 
   def __init__(
     self, scorer: rewards.Scorer, group_size: int, normalise: bool, watch_images: bool = False
   ):
-    """`normalise`: each reward within its group before they are summed. `watch_images`: with the
-    statistics of `monitor.of_images`, in a thread of their own.
+    """Starts the threads.
+
+    Args:
+      scorer: of the run; `close` closes it.
+      group_size: trajectories per prompt.
+      normalise: standardise each reward within its group before summing; see `Scorer.total`.
+      watch_images: also compute `monitor.of_images`, in a thread of its own.
     """
     self._scorer, self._group_size, self._normalise = scorer, group_size, normalise
     self._reader = threads.Pool(1, "episodes")
@@ -120,14 +133,14 @@ class Scoring:
   def submit(
     self, prompts: Sequence[Any], episode: sampler.Episode, first: int
   ) -> futures.Future[Pending]:
-    """Begins to score this host's trajectories of a chunk; waits for nothing.
+    """Begins to score this host's trajectories of a chunk; does not wait.
 
     Args:
-      prompts: of the chunk, with `prompt` and `metadata`.
-      episode: their groups.
+      prompts: of the chunk, objects with `prompt` and `metadata`.
+      episode: the trajectories of all of them.
       first: number of the chunk's first trajectory in the iteration.
     """
-    # Not the episode: until then the thread would hold all that it recorded.
+    # Only `read`, not the episode: the thread would keep all of its arrays on the devices alive.
     return self._reader.submit(self._read, prompts, episode.read, first)
 
   def _read(
@@ -155,11 +168,16 @@ class Scoring:
   def gather(
     self, chunks: Sequence[futures.Future[Pending]], prompts: int, wait: Wait = stopping.wait
   ) -> Scores:
-    """The scores of all chunks of an iteration, on every host those of all hosts.
+    """Waits for the scores of an iteration, and gathers those of all hosts; all hosts call it.
+
+    Args:
+      chunks: what `submit` returned, of all chunks of the iteration.
+      prompts: of the iteration.
+      wait: how to wait.
 
     Raises:
       Diverged: what was sampled is not finite.
-      InputError: too many samples have no reward; `Unavailable` where that may be otherwise later.
+      InputError: too many samples have no reward; its subclass Unavailable where a server failed.
       Stopped: `wait` was stopped.
     """
     wait(lambda seconds: _finished(chunks, seconds), lambda: _awaited(chunks))
@@ -192,31 +210,32 @@ class Scoring:
     return result
 
   def close(self) -> None:
+    """Closes the threads and the scorer."""
     self._reader.close()
     if self._statistics is not None:
       self._statistics.close()
     self._scorer.close()
-    self._reader.join(READ_SECONDS)  # A thread in the middle of a fetch may crash a program's end.
+    self._reader.join(READ_SECONDS)  # A fetch that is still running may crash the exiting program.
 
 
 def score(
   scorer: rewards.Scorer, samples: Sequence[rewards.Sample], wait: Wait = stopping.wait
 ) -> dict[str, rewards.Scores]:
-  """Scores of this host's samples by reward, which each host calls and `wait` waits for."""
+  """{reward: scores} of this host's samples; all hosts call it, since `wait` synchronises them."""
   pending = scorer.submit(samples)
   wait(pending.wait, lambda: _names(pending.awaited()))
   return pending.scores()
 
 
 def check(scorer: rewards.Scorer, total: np.ndarray, group: np.ndarray | None = None) -> None:
-  """`Scorer.check` of what all hosts have, which all raise alike: the worst failure of any host."""
+  """`Scorer.check` with the worst failure of all hosts, so that all raise the same error."""
   local = json.dumps(dataclasses.astuple(scorer.worst_failure()))
   failures = [rewards.Failure(*json.loads(text)) for text in hosts.gather_texts(local)]
   scorer.check(total, group, max(failures, key=lambda failure: failure.count))
 
 
 def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool:
-  """Whether all chunks are read and scored, after waiting so long for them at most."""
+  """Whether all chunks are read and scored, after waiting at most `seconds` for them."""
   end = time.monotonic() + seconds
   if futures.wait(chunks, seconds).not_done:
     return False
@@ -224,12 +243,13 @@ def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool
 
 
 def _wait(part: Pending, seconds: float) -> bool:
+  """Whether a chunk's scores and statistics are done; waits at most `seconds` for each."""
   images = [] if part.images is None else [part.images]
   return part.scores.wait(seconds) and not futures.wait(images, seconds).not_done
 
 
 def _awaited(chunks: Sequence[futures.Future[Pending]]) -> str:
-  """What `_finished` waits for; "" for nothing."""
+  """What `_finished` waits for, in words for the user."""
   if not all(chunk.done() for chunk in chunks):
     return "images"
   names = _names([name for part in _read(chunks) for name in part.scores.awaited()])

@@ -1,4 +1,4 @@
-"""Statistics of images that show when a reward is hacked: colours, contrast, specks, diversity.
+"""Image statistics that show when a reward is gamed: colours, contrast, fine texture, diversity.
 
 Letters: N images, H, W pixels, F features.
 """
@@ -15,20 +15,21 @@ from unigrpo_jax.iconworld import verifier
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, of red, green, blue
 HALF_NYQUIST = 0.25  # cycles a pixel
-# What `of_image` measures; "unknown" is of IconWorld's verifier.
+# The statistics of `of_image`; "unknown" uses IconWorld's verifier.
 NAMES = ("saturation", "luminance_std", "high_frequency", "clipped", "entropy", "unknown")
 
 
 def of_image(image: np.ndarray) -> dict[str, float]:
-  """The statistics `NAMES` of an image, [H, W, 3] uint8.
+  """{name of NAMES: value} of an image, [H, W, 3] uint8.
 
-  saturation: mean of (max - min) / max over channels; 0 for black.
+  saturation: mean over pixels of (max - min) / max over channels; 0 for black.
   luminance_std: standard deviation of the luminance, in [0, 1].
-  high_frequency: share of the luminance's spectral power, its mean left out, above half the Nyquist
-    frequency; 0 for a plain image.
-  clipped: share of pixels with a channel at 0 or 255 that are not plain background.
-  entropy: of the colours at 4 bits a channel, bits a pixel.
-  unknown: blobs, and specks as large as a blob together, that are no icon.
+  high_frequency: share of the luminance's spectral power (without its mean) above half the Nyquist
+    frequency; 0 for an image of one luminance.
+  clipped: share of pixels with a channel at 0 or 255, plain background left out.
+  entropy: of the colours at 4 bits per channel, in bits per pixel.
+  unknown: number of blobs that are no icon; specks below a blob's size are added up, and count one
+    for each blob's size.
   """
   pixels = image.astype(np.float64) / 255
   high, low = pixels.max(axis=-1), pixels.min(axis=-1)
@@ -39,7 +40,7 @@ def of_image(image: np.ndarray) -> dict[str, float]:
   coarse = (image >> 4).astype(int) @ np.array([256, 16, 1])
   _, counts = np.unique(coarse, return_counts=True)
   shares = counts / counts.sum()
-  # Of a plain image, rounding alone.
+  # The power of an image of one luminance is only rounding.
   total = power.sum() if luminance.std() > 1e-9 else 0.0
   return {
     "saturation": float(((high - low) / np.maximum(high, 1 / 255)).mean()),
@@ -54,9 +55,9 @@ def of_image(image: np.ndarray) -> dict[str, float]:
 
 
 def quick(image: np.ndarray) -> dict[str, float]:
-  """Three statistics of an image, [H, W, 3] uint8, in some 30 ms for 1024 x 1024.
+  """Three statistics of an image, [H, W, 3] uint8; about 30 ms for 1024 x 1024 pixels.
 
-  saturation: mean of (max - min) / max over channels; 0 for black.
+  saturation: mean over pixels of (max - min) / max over channels; 0 for black.
   sharpness: standard deviation of the luminance's Laplacian, the luminance in [0, 1].
   clipped: share of pixels with a channel at 0 or 255.
   """
@@ -76,11 +77,14 @@ def quick(image: np.ndarray) -> dict[str, float]:
 
 
 def diversity(latents: np.ndarray, prompts: Sequence[Hashable]) -> float:
-  """Mean distance of two images of a prompt, then over prompts; NaN where none has two.
+  """Mean Euclidean distance of two images of a prompt, averaged over prompts.
 
   Args:
-    latents: [N, ...].
-    prompts: of each, [N].
+    latents: of the images, [N, ...].
+    prompts: of the images, [N].
+
+  Returns:
+    The mean over prompts with at least two images; NaN where there is none.
   """
   flat = np.asarray(latents, float).reshape(len(latents), -1)
   by_prompt: dict[Hashable, list[int]] = {}
@@ -95,9 +99,11 @@ def diversity(latents: np.ndarray, prompts: Sequence[Hashable]) -> float:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-  """The Frechet distance of the normal distributions of two sets of features, [N, F], [M, F].
+  """The Frechet distance of two sets of features, [N, F] and [M, F], taken as normal distributions:
 
-  |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), covariances with ddof 1.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+  with means m and covariances C (ddof 1).
   """
   a, b = np.asarray(a, float), np.asarray(b, float)
   c_a, c_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))

@@ -1,10 +1,11 @@
-"""The TA benchmark: exam points of each prompt, answered with 0 or 1 by a judge of the image.
+"""The TA benchmark: a judge answers yes or no to each exam point of a prompt about its image.
 
-TA is the mean over images of the mean over an image's points, so that a prompt with two points
-counts as much as one with nine (UniGRPO, arXiv 2603.23500, whose prompts and judge are not public).
-Prompts come from JSON lines {"prompt": ..., "points": [...]} (`data.exam_points`), or are
-IconWorld's, whose points follow from their metadata. Judge 1 is IconWorld's verifier, judge 2 a
-learned reward asked point by point. What the reward `judge` scores is TA already, see `of_reward`.
+TA is the mean over images of the share of an image's points that are met, so that a prompt with two
+points counts as much as one with nine (UniGRPO, arXiv 2603.23500, whose prompts and judge are not
+public). Points come with the prompts, as JSON lines {"prompt": ..., "points": [...]}
+(`data.exam_points`), or follow from the metadata of IconWorld's prompts. There are two judges:
+IconWorld's verifier, and a learned reward that is asked about one point at a time. The score of the
+reward `judge` is TA by itself; see `of_reward`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from unigrpo_jax.data import exam_points
 from unigrpo_jax.iconworld import points
 from unigrpo_jax.rewards import iconworld
 
-# Images, and a statement about each -> [N] probabilities of "yes"; NaN where a call failed.
+# (N images, N questions, one about each) -> probabilities of "yes", [N]; NaN where a call failed.
 Ask = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What the judges answered about an image.
+  """The judges' answers about one image.
 
   Attributes:
     mode, number, k: of the image; see `results.Row`.
-    points: K statements.
-    verifier, judge: 1.0 or 0.0 of each, NaN where a call failed; None where that judge was not
-      asked.
+    points: the K questions or statements.
+    verifier, judge: answers of the verifier and of the learned reward, [K]: 1.0 where the point is
+      met, 0.0 where not, NaN where a call failed; None where that judge was not asked.
   """
 
   mode: str
@@ -50,9 +51,9 @@ class Summary:
   """TA by one judge.
 
   Attributes:
-    ta: with its standard error over prompts.
-    images: that count.
-    dropped: images with a point that has no answer.
+    ta: the mean over images, with its standard error over prompts.
+    images: number of images that count.
+    dropped: number of images left out because a point has no answer.
   """
 
   ta: intervals.Estimate
@@ -65,9 +66,9 @@ class Agreement:
   """How far two judges agree about the same points.
 
   Attributes:
-    accuracy: share of points with the same answer: (value, low, high).
-    kappa: Cohen's, 1 for the same answers and 0 for chance: (value, low, high).
-    answers: points that both answered.
+    accuracy: share of points with equal answers, as (value, low, high).
+    kappa: Cohen's kappa, as (value, low, high): 1 for equal answers, 0 for agreement by chance.
+    answers: number of points that both answered.
   """
 
   accuracy: tuple[float, float, float]
@@ -81,14 +82,14 @@ def of_image(answers: Sequence[float]) -> float:
 
 
 def summary(answers: Sequence[Sequence[float]], prompts: Sequence[Hashable]) -> Summary:
-  """TA of N images: the answers about each, and its prompt."""
+  """TA of N images, from the answers about each image [N][K] and the images' prompts [N]."""
   values = [of_image(image) for image in answers]
   dropped = sum(math.isnan(value) for value in values)
   return Summary(intervals.clustered(values, prompts), len(values) - dropped, dropped)
 
 
 def of_reward(rows: Sequence[results.Row], name: str) -> Summary | None:
-  """TA of the rows by a reward that is asked about exam points; None where it is not."""
+  """TA of rows by a reward that asks about exam points itself; None if reward `name` does not."""
   if not any("credits" in row.details.get(name, {}) for row in rows):
     return None
   return summary([[row.rewards.get(name, math.nan)] for row in rows], [row.key for row in rows])
@@ -97,7 +98,12 @@ def of_reward(rows: Sequence[results.Row], name: str) -> Summary | None:
 def agreement(
   first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], prompts: Sequence[Hashable]
 ) -> Agreement:
-  """The agreement about N images' points; 95 % intervals by a bootstrap over prompts."""
+  """The agreement of two judges about N images' points, with intervals by bootstrap over prompts.
+
+  Args:
+    first, second: answers of each judge, [N][K].
+    prompts: of the images, [N].
+  """
   tables: dict[Hashable, np.ndarray] = {}
   for a, b, prompt in zip(first, second, prompts, strict=True):
     table = tables.setdefault(prompt, np.zeros((2, 2)))
@@ -125,10 +131,10 @@ def _kappa(tables: np.ndarray) -> float:
 
 
 def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[exam_points.Point, ...]:
-  """The exam points of a prompt: those of its line, else IconWorld's.
+  """The exam points of a prompt: those in its metadata, else those of IconWorld.
 
   Raises:
-    InputError: it has none, or one whose answer is neither yes nor no.
+    InputError: it has none, or one whose expected answer is neither yes nor no.
   """
   with errors.at(f"prompt {prompt!r}"):
     if given := exam_points.read(metadata):
@@ -148,19 +154,21 @@ def points_of(prompt: str, metadata: Mapping[str, Any]) -> tuple[exam_points.Poi
 
 
 class Exam:
-  """Answers about all images of an evaluation, whose `run` it observes; kept as details "exam" of
-  their rows.
+  """An observer of `Evaluation.run` that has judges answer the exam points of every image.
+
+  It also keeps the answers in the rows, as `Row.details["exam"]`.
 
   Attributes:
-    answers: so far.
+    answers: of the images so far.
   """
 
   def __init__(self, ask: Ask | None):
-    """`ask`: judge 2, about one statement a call's row; None: the verifier alone."""
+    """`ask`: the learned reward; None: IconWorld's verifier is the only judge."""
     self._ask = ask
     self.answers: list[Answers] = []
 
   def __call__(self, rows: Sequence[results.Row], samples: Sequence[rewards.Sample]) -> None:
+    """Judges the images of one batch; see `results.Observe`."""
     asked = [points_of(sample.prompt, sample.metadata) for sample in samples]
     judged: list[tuple[float, ...] | None] = [None] * len(samples)
     if self._ask is not None:
@@ -179,7 +187,7 @@ class Exam:
       }
 
   def restore(self, rows: Sequence[results.Row]) -> None:
-    """Takes the answers from the details of rows that were observed before."""
+    """Takes over the answers in rows that an interrupted run observed."""
     for row in rows:
       kept = row.details["exam"]
       verifier, judge = (
@@ -191,7 +199,10 @@ class Exam:
       )
 
   def summaries(self, mode: str) -> dict[str, Any]:
-    """{"verifier", "judge": `Summary`, "agreement"}: those that there are, of a mode's images."""
+    """{"verifier": `Summary`, "judge": `Summary`, "agreement": `Agreement`} of a mode's images.
+
+    Without judges that were not asked about all images.
+    """
     of_mode = [answers for answers in self.answers if answers.mode == mode]
     prompts = [answers.number for answers in of_mode]
     made: dict[str, Any] = {}
@@ -209,7 +220,11 @@ class Exam:
 def _split(
   probabilities: np.ndarray, asked: Sequence[Sequence[exam_points.Point]]
 ) -> list[tuple[float, ...] | None]:
-  """Whether each image meets each of its points, by the likelier of yes and no."""
+  """For each image, whether it meets each of its points: 1.0 or 0.0, NaN without an answer.
+
+  The likelier of yes and no is compared with the expected answer; `probabilities` are of "yes", of
+  all images' points in order.
+  """
   said = np.where(np.isnan(probabilities), np.nan, np.asarray(probabilities) > 0.5)
   ends = np.cumsum([len(of) for of in asked])
   made: list[tuple[float, ...] | None] = []

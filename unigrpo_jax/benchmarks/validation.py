@@ -1,4 +1,4 @@
-"""The evaluations within a run: fixed prompts and noise, before training and at intervals."""
+"""Validation: evaluations during training on fixed prompts and noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
 from unigrpo_jax.runtime import hosts, stopping
 
-PANELS = 4  # prompts whose pictures the log gets
+PANELS = 4  # prompts whose pictures are shown in the log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,16 @@ class ValidationSpec:
   """What is evaluated, and how.
 
   Attributes:
-    every: steps from one to the next; 0: never.
-    source, split: of the prompts, and `prompts`, how many of them.
-    batch_size: rows at once, all hosts together.
-    modes: see `evaluation.Mode.parse`; the best checkpoint is that with the highest reward in the
-      first.
-    settings: how images are sampled; the guidance is that of the modes with guidance.
-    keep: prompts whose images are saved.
-    images: of each prompt.
-    size: height and width of an image in pixels.
+    every: steps between evaluations; 0: never.
+    source, split: of the prompts; see `data.prompts.open_set`.
+    prompts: number of prompts, the first of the split.
+    batch_size: rows sampled together, of all hosts.
+    modes: see `evaluation.Mode.parse`. The best checkpoint is the one with the highest reward in
+      the first mode.
+    settings: how images are sampled; its guidance is used in the modes with guidance.
+    keep: number of prompts whose images are saved.
+    images: images per prompt.
+    size: (height, width) of an image in pixels.
     seed: see `evaluation.image_seed`.
   """
 
@@ -50,19 +51,19 @@ class ValidationSpec:
 
 
 class Validation:
-  """Evaluates parameters and keeps the results of each step in a folder."""
+  """Evaluates parameters during a run, and saves the results of each evaluation."""
 
   def __init__(
     self, spec: ValidationSpec, sampler: rollout.Rollout, scorer: rewards.Scorer,
     folder: pathlib.Path,
   ):
-    """Prepares the prompts; nothing where `spec.every` is 0.
+    """Prepares the prompts; does nothing where `spec.every` is 0.
 
     Args:
       spec: what is evaluated.
-      sampler: of the run, whose network and autoencoder are used.
-      scorer: rewards of the run.
-      folder: gets a folder a step.
+      sampler: the run's rollout, whose network and autoencoder are used.
+      scorer: the run's rewards.
+      folder: each evaluation is saved in a subfolder named by its step.
 
     Raises:
       InputError: a prompt, a mode or a number is impossible.
@@ -84,6 +85,7 @@ class Validation:
     )
 
   def _score(self, samples):
+    """Scores by reward, and "reward": their weighted sum, [N] float32."""
     scores = scoring.score(self._scorer, samples, self._wait)
     values = {name: part.values for name, part in scores.items()}
     return scores | {"reward": self._scorer.total(values)}
@@ -91,17 +93,17 @@ class Validation:
   def __call__(
     self, params: Any, step: int, between: Callable[[], None], wait: scoring.Wait = stopping.wait
   ) -> dict[str, Any]:
-    """Evaluates parameters of the network after `step` steps.
+    """Evaluates parameters of the network after `step` steps; all hosts call it.
 
     Args:
-      params: of a training state.
-      step: names the folder.
-      between: called between two batches; may raise to stop.
-      wait: for the rewards; may raise to stop.
+      params: the network's, from a training state.
+      step: optimizer steps taken; names the folder.
+      between: called between batches; may raise to stop.
+      wait: how to wait for the rewards; may raise to stop.
 
     Returns:
-      {`metric`/REWARD: mean}, of GenEval's prompts {`metric`/REWARD/TAG: mean} too, and on the
-      first host panels of the first pictures.
+      What goes into the log: {`metric`/REWARD: mean}; for GenEval's prompts also
+      {`metric`/REWARD/TAG: mean}; on the first host also panels of some pictures.
 
     Raises:
       InputError: too many pictures have no reward, or the folder cannot be written to.
@@ -132,7 +134,7 @@ class Validation:
     }
 
   def _by_tag(self, results: evaluation.Results) -> dict[str, float]:
-    """{`metric`/REWARD/TAG: mean of the tag's images}, and /overall, the mean of the tags."""
+    """{`metric`/REWARD/TAG: mean over the tag's images}; TAG "overall" is the mean of the tags."""
     made = {}
     for mode, of_mode in measured.by_mode(results, names=results.rewards).items():
       for name, summary in of_mode.items():
@@ -142,5 +144,5 @@ class Validation:
 
 
 def metric(mode: str) -> str:
-  """What the log calls a mode, by its name or what `Mode.parse` takes for it."""
+  """Prefix of a mode's metrics in the log; `mode` is a name or what `Mode.parse` takes."""
   return f"eval/{evaluation.Mode.parse(mode).name.replace(' + ', '+')}"

@@ -1,4 +1,7 @@
-"""Whether a run diverged, by a rule that was fixed before any run: for the tables' empty rows."""
+"""Whether a run diverged, by a rule that was fixed before any run.
+
+The paper leaves the cells of a diverged method empty; this rule decides which cells those are.
+"""
 
 from __future__ import annotations
 
@@ -14,45 +17,45 @@ from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import intervals, validation
 from unigrpo_jax.runtime import metrics
 
-AVERAGED = 3  # evaluations whose mean is held against the start
-STAYS = 3  # evaluations that it stays below, or as many as are left
-ERRORS = 2  # standard errors below the start
-MOST_MSE = 1.0  # of flow/mse, the squared distance of velocities from the reference's
-MOST_TRUNCATED = 0.5  # of the reasonings
-# Metrics of the mode that the method is judged by.
+AVERAGED = 3  # number of evaluations whose mean is compared with the first evaluation
+STAYS = 3  # number of evaluations for which the mean must stay low (fewer at the end of a run)
+ERRORS = 2  # it is low from so many standard errors below the first evaluation
+MOST_MSE = 1.0  # largest flow/mse, the squared distance of velocities from the reference's
+MOST_TRUNCATED = 0.5  # largest share of reasonings that were cut
+# Metrics of the mode by which a method is judged.
 REWARD, STRICT = "eval/think/reward", "eval/think/iconworld_strict"
-_FINITE = ("loss/", "grad_norm/")  # what must be finite
+_FINITE = ("loss/", "grad_norm/")  # metrics that must be finite
 
 
 class Verdict(NamedTuple):
-  """What came of a run: `iteration` is None, and `by` empty, where it did not diverge."""
+  """Whether, when and by which conditions a run diverged."""
 
   diverged: bool
-  iteration: int | None
-  by: str  # the letters of all that held then, "b" or "bd", say; see `verdict`
+  iteration: int | None  # at which it diverged; None where it did not
+  by: str  # letters of the conditions that held then, such as "bd"; see `verdict`
 
 
 def verdict(
   rows: Sequence[Mapping[str, float]], *, rejected: int | None = None
 ) -> Verdict:
-  """Whether a run diverged: at its first evaluation where one of these holds.
+  """Whether a run diverged: it did at its first evaluation where one of these conditions holds.
 
-    a  a loss or a gradient of an iteration so far is not finite, or its update was rejected
-    b  the mean reward of three evaluations is below the first one by more than two of its standard
-       errors, and stays so to the end, or for three evaluations
-    c  the strict score is below half the first one
+    a  a loss or a gradient norm of an iteration so far was not finite, or an update was rejected
+    b  the mean reward of the last three evaluations is below the first evaluation by more than two
+       of that one's standard errors, and so it stays for three evaluations, or to the end
+    c  the strict score is below half of that of the first evaluation
     d  flow/mse of the last iteration is above 1
     e  more than half of the last iteration's reasonings were cut (text/truncated)
 
-  A run that merely gains nothing did not diverge.
+  A run that merely does not improve did not diverge.
 
   Args:
-    rows: of its log, in order, each with a "step"; an evaluation's has REWARD, the standard error
-      REWARD_se of its mean (the first one's is enough), and may have STRICT. See `read_rows`.
-    rejected: iteration whose update was not finite, with which the run ended.
+    rows: rows of its log, in order, each with "step". Those of evaluations have REWARD and may have
+      STRICT; the first of them also has f"{REWARD}_se", the standard error. See `read_rows`.
+    rejected: iteration whose update was rejected, which ended the run; None: there is none.
 
   Raises:
-    InputError: there is no evaluation to compare with, or it has no standard error.
+    InputError: there is no evaluation, or the first one has no standard error.
   """
   evaluations = [row for row in rows if REWARD in row]
   if not evaluations:
@@ -84,8 +87,11 @@ def verdict(
 
 
 def _fell(means: Sequence[float], least: float) -> set[int]:
-  """Numbers of the evaluations at which a reward is below its start, and stays so."""
-  # Of the evaluations after the start, each with those before it.
+  """Numbers of the evaluations at which condition b of `verdict` holds, by the mean rewards.
+
+  `least` is the drop from the first evaluation that counts.
+  """
+  # A mean of AVERAGED evaluations, without the first one.
   low = [
     number >= AVERAGED and means[0] - np.mean(means[number - AVERAGED + 1 : number + 1]) > least
     for number in range(len(means))
@@ -94,13 +100,12 @@ def _fell(means: Sequence[float], least: float) -> set[int]:
 
 
 def read_rows(workdir: pathlib.Path, mode: str = "think") -> list[dict[str, float]]:
-  """The log of a run for `verdict`, with standard errors from its evaluations, by prompt.
+  """The rows of a run's log for `verdict`, with standard errors from the saved evaluations.
 
-  Images of a prompt are correlated: the error is that of the means of prompts, of which there are
-  as many as the evaluation has.
+  Images of a prompt are correlated, so the error is that of the prompts' means.
 
   Raises:
-    InputError: an evaluation of the log is not in the folder `evaluations`.
+    InputError: an evaluation in the log is not saved in the folder `evaluations`.
   """
   rows, _ = metrics.read(workdir / "metrics.jsonl")
   name = f"{validation.metric(mode)}/reward"
@@ -113,7 +118,7 @@ def read_rows(workdir: pathlib.Path, mode: str = "think") -> list[dict[str, floa
 
 
 def _standard_error(path: pathlib.Path, mode: str) -> float:
-  """Of the mean reward in an evaluation; NaN for fewer than two prompts."""
+  """The standard error of the mean reward of a saved evaluation; NaN for fewer than two prompts."""
   try:
     record = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
