@@ -9,7 +9,6 @@ import pytest
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import (
-  evaluation,
   geneval,
   intervals,
   measured,
@@ -155,7 +154,7 @@ def _judged(metadata, scene, ask=None):
   if scene is not None:
     image = renderer.render(scene, np.random.default_rng(0))
   exam = ta.Exam(ask)
-  exam([evaluation.Row("plain", "all", "p", None, {}, None, 0, 0)],
+  exam([results.Row("plain", "all", "p", None, {}, None, 0, 0)],
        [rewards.Sample("p", image, None, metadata)])
   [answers] = exam.answers
   return dict(zip(answers.points, answers.verifier or answers.judge))

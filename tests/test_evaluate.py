@@ -9,12 +9,13 @@ import pytest
 
 from tests.refusals import refusal
 from unigrpo_jax import errors, evaluate, rewards
-from unigrpo_jax.benchmarks import evaluation, results
-from unigrpo_jax.benchmarks import iconworld as iconworld_evaluation
+from unigrpo_jax.benchmarks import iconworld as iconworld_tasks
+from unigrpo_jax.benchmarks import results
 from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.iconworld import plans, prompts, renderer
 from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.rewards import iconworld as iconworld_rewards
 from unigrpo_jax.runtime import folders
 from unigrpo_jax.tools import sampling_flags
 
@@ -31,24 +32,24 @@ def _sample(example, image, text=None):
 def test_the_scores_true_and_empty_pictures(examples):
   rng = np.random.default_rng(0)
   right = [_sample(e, renderer.render(e.scene, rng), e.reasoning) for e in examples]
-  scores = iconworld_evaluation.score(right)
-  assert set(scores) == set(iconworld_evaluation.REWARDS)
+  scores = iconworld_rewards.score(right)
+  assert set(scores) == set(iconworld_rewards.REWARDS)
   for values in scores.values():
     np.testing.assert_array_equal(values, 1.0)
   empty = np.full((32, 32, 3), 255, np.uint8)
   wrong = [_sample(e, empty, plans.corrupt(rng, e)) for e in examples]
-  scores = iconworld_evaluation.score(wrong)
+  scores = iconworld_rewards.score(wrong)
   np.testing.assert_array_equal(scores["strict"], 0.0)
   np.testing.assert_array_equal(scores["points"], 0.0)
   np.testing.assert_array_equal(scores["reasoning"], 0.0)
-  [unthought] = iconworld_evaluation.score([_sample(examples[0], empty)])["reasoning"]
+  [unthought] = iconworld_rewards.score([_sample(examples[0], empty)])["reasoning"]
   assert math.isnan(unthought)
 
 
 def test_prompts_that_are_not_about_iconworld_have_no_rewards(examples):
   for metadata in ({}, {"include": [{"class": "zeppelin", "count": 1}]}):
     other = dataclasses.replace(examples[0], metadata=metadata)
-    scores = iconworld_evaluation.score([
+    scores = iconworld_rewards.score([
       _sample(e, np.zeros((32, 32, 3), np.uint8), "so:") for e in (other, examples[1])
     ])
     for values in scores.values():
@@ -58,7 +59,7 @@ def test_prompts_that_are_not_about_iconworld_have_no_rewards(examples):
 def _run_task(monkeypatch, task, examples, result_of):
   """Runs a task with its requests answered by `result_of`."""
   monkeypatch.setattr(
-    iconworld_evaluation, "_run",
+    iconworld_tasks, "_run",
     lambda name, pipe, requests, settings, rows: [
       result_of(request, settings) for request in requests
     ],
@@ -66,7 +67,7 @@ def _run_task(monkeypatch, task, examples, result_of):
   settings = sampling_flags.settings(
     evaluate.parse_args(["--out=unused"]), config_lib.bagel_7b().generation
   )
-  return iconworld_evaluation.TASKS[task](
+  return iconworld_tasks.TASKS[task](
     None, examples, settings=settings, batch_size=4, seed=0)
 
 
@@ -90,9 +91,9 @@ def test_an_edit_that_changes_nothing_scores_like_the_untouched_picture(monkeypa
   assert all(row.rewards == {"edit": 0.0, "untouched": 0.0} for row in rows)
   for example in examples:
     picture = renderer.render(example.scene, np.random.default_rng(0))
-    assert iconworld_evaluation._shows(picture, example.scene)
+    assert iconworld_tasks._shows(picture, example.scene)
     larger = picture.repeat(2, axis=0).repeat(3, axis=1)
-    assert iconworld_evaluation._shows(larger, example.scene)
+    assert iconworld_tasks._shows(larger, example.scene)
   assert {row.category for row in rows} <= {"make", "remove", "replace", "swap", "add"}
 
 
@@ -230,15 +231,15 @@ def test_results_of_genevals_own_script_are_summarised(tmp_path, capsys):
 
 
 def test_no_picture_of_an_older_evaluation_stays(tmp_path):
-  image, row = np.zeros((8, 8, 3), np.uint8), evaluation.Row("plain", "all", "a", None, {}, None)
+  image, row = np.zeros((8, 8, 3), np.uint8), results.Row("plain", "all", "a", None, {}, None)
   rows = [dataclasses.replace(row, image=f"images/plain_0000{i}.png") for i in range(2)]
   other = tmp_path / "images" / "train_00001.png"  # a file of the user's
   other.parent.mkdir()
   other.write_bytes(b"")
   files = lambda: sorted(path.name for path in tmp_path.rglob("*.png"))
-  evaluation.Results(rows, {row.image: image for row in rows}).save(tmp_path, "a title")
+  results.Results(rows, {row.image: image for row in rows}).save(tmp_path, "a title")
   assert files() == ["contact.png", "plain_00000.png", "plain_00001.png", "train_00001.png"]
-  evaluation.Results([row], {}).save(tmp_path, "a title")
+  results.Results([row], {}).save(tmp_path, "a title")
   assert files() == ["train_00001.png"]
 
 

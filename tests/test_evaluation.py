@@ -13,6 +13,7 @@ import pytest
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.benchmarks import evaluation, intervals
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.episodes import pipeline
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.runtime import sharding
@@ -142,7 +143,7 @@ def test_a_saved_evaluation_can_be_read_back(results, tmp_path):
   folder = tmp_path / "eval"
   record = json.loads((folder / "results.json").read_text())
   assert record["title"] == "A title" and record["modes"] == results.modes
-  assert [evaluation.Row(**row) for row in record["rows"]] == results.rows
+  assert [results_lib.Row(**row) for row in record["rows"]] == results.rows
   assert record["rows"][0]["details"] == {"words": {"reason": "no text"}}
   row = record["rows"][5]
   assert row["details"] == {"words": {"letters": [*map(ord, row["text"])]}} and row["text"]
@@ -161,8 +162,8 @@ def test_a_saved_evaluation_can_be_read_back(results, tmp_path):
 
 
 def test_means_intervals_and_the_table_by_hand():
-  row = lambda mode, category, value: evaluation.Row(mode, category, "p", None, value, None)
-  results = evaluation.Results(
+  row = lambda mode, category, value: results_lib.Row(mode, category, "p", None, value, None)
+  results = results_lib.Results(
     [
       row("plain", "a", {"r": 1.0}), row("plain", "a", {"r": 0.0}), row("plain", "b", {"r": 1.0}),
       row("plain", "b", {}), row("think", "a", {"r": 0.25}), row("think", "a", {"r": 0.75}),
@@ -185,9 +186,9 @@ def test_means_intervals_and_the_table_by_hand():
 
 
 def test_the_table_has_no_negative_zero_and_no_interval_of_one_row():
-  row = lambda mode, value: evaluation.Row(mode, "a", "p", None, {"r": value}, None)
+  row = lambda mode, value: results_lib.Row(mode, "a", "p", None, {"r": value}, None)
   rows = [row("plain", 1e-5), row("plain", -3e-5), row("think", -1e-5)]
-  assert evaluation.Results(rows, {}).table("r").splitlines()[2:] == [
+  assert results_lib.Results(rows, {}).table("r").splitlines()[2:] == [
     "| plain | 0.000 | 0.000 to 0.000 | 2 |",
     "| think | 0.000 |  | 1 |",
   ]

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import progress
 from unigrpo_jax.runtime import metrics
 
@@ -145,10 +145,10 @@ def panel():
   """Two drawings of a prompt, as an evaluation gives them."""
   image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
   rows = [
-    evaluation.Row("think", "all", "a <red> kite", "<think>a|b</think>", {"reward": 0.5}, "a.png"),
-    evaluation.Row("plain", "all", "a <red> kite", None, {"reward": 0.25}, "b.png"),
+    results_lib.Row("think", "all", "a <red> kite", "<think>a|b</think>", {"reward": 0.5}, "a.png"),
+    results_lib.Row("plain", "all", "a <red> kite", None, {"reward": 0.25}, "b.png"),
   ]
-  [made] = evaluation.Results(rows, {"a.png": image, "b.png": image[::-1]}).panels(3)
+  [made] = results_lib.Results(rows, {"a.png": image, "b.png": image[::-1]}).panels(3)
   return made
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unigrpo_jax import errors
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import atomic, files
 from unigrpo_jax.models import weights
 from unigrpo_jax.runtime import (
@@ -137,7 +137,7 @@ def test_an_error_of_the_file_system_is_one_line_and_says_whether_to_try_again(
     lambda: run.check_workdir(tmp_path / "run"),
     lambda: metrics.MetricsLog(["jsonl"], tmp_path / "run", "", {}),
     lambda: atomic.staging(tmp_path / "run").__enter__(),
-    lambda: evaluation.Results([], {}).save(tmp_path / "run", "title"),
+    lambda: results_lib.Results([], {}).save(tmp_path / "run", "title"),
   ):
     with pytest.raises(errors.InputError) as refused:
       attempt()

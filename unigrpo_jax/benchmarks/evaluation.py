@@ -28,10 +28,8 @@ from unigrpo_jax.runtime import hosts
 MOST_PROMPTS = 2**20  # With more, two pictures would have one seed,
 MOST_IMAGES = 1000  # and with more of a prompt, one would exceed 32 bits.
 
-Row, Results, Observe = results_lib.Row, results_lib.Results, results_lib.Observe
-
 Score = Callable[[Sequence[rewards.Sample]], Mapping[str, np.ndarray | rewards.Scores]]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # (name of the mode, rows done, rows in total)
 
 
 def image_seed(seed: int, prompt: int, k: int) -> int:
@@ -158,9 +156,10 @@ class Evaluation:
     return self._batch_size
 
   def run(
-    self, params: Any = None, progress: Progress | None = None, observe: Observe | None = None, *,
-    images: MutableMapping[str, np.ndarray] | None = None, done: Sequence[Row] = (),
-  ) -> Results:
+    self, params: Any = None, progress: Progress | None = None,
+    observe: results_lib.Observe | None = None, *,
+    images: MutableMapping[str, np.ndarray] | None = None, done: Sequence[results_lib.Row] = (),
+  ) -> results_lib.Results:
     """Draws and scores every prompt in every mode; all hosts call it together.
 
     Each host scores its share of every batch, and all get all results.
@@ -193,11 +192,11 @@ class Evaluation:
             observe(made, samples)
           if progress is not None:
             progress(mode.name, len(rows), self._count * len(self._batches))
-    return Results(rows, images)
+    return results_lib.Results(rows, images)
 
   def _score_batch(
     self, mode: Mode, first: int, results, images: MutableMapping[str, np.ndarray]
-  ) -> tuple[list[Row], list[rewards.Sample]]:
+  ) -> tuple[list[results_lib.Row], list[rewards.Sample]]:
     """The scored rows of one batch and their samples; adds pictures to save to `images`.
 
     `first` is the number of the batch's first row in its mode.
@@ -211,7 +210,7 @@ class Evaluation:
       file = None
       if number < self._num_saved_images:
         file = f"images/{results_lib.file_name(mode.name)}_{number:05d}{f'_{k}' if k else ''}.png"
-      rows.append(Row(
+      rows.append(results_lib.Row(
         mode.name, str(example.metadata.get("tag", "all")), example.prompt, text, {}, file, number,
         k, metadata=example.metadata,
       ))

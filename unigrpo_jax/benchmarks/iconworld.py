@@ -1,4 +1,4 @@
-"""IconWorld's benchmark: rewards of pictures, and two tasks besides drawing: answer and edit."""
+"""IconWorld's tasks besides drawing: answering a question about a picture, and editing one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from unigrpo_jax.benchmarks import evaluation
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import progress
 from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.iconworld import prompts, renderer, scenes, tasks, verifier
-from unigrpo_jax.rewards import iconworld as iconworld_rewards
 from unigrpo_jax.runtime import hosts
-
-REWARDS, score = iconworld_rewards.REWARDS, iconworld_rewards.score
 
 
 def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: int):
@@ -46,7 +43,7 @@ def answer(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed
   )
   results = _run("answer", pipeline, requests, settings, batch_size)
   return [
-    evaluation.Row(
+    results_lib.Row(
       "answer", about, request.prompt, result.text,
       {"answer": float(result.text.strip() == right)}, None,
     )
@@ -72,7 +69,7 @@ def edit(pipeline, examples: Sequence[Any], *, settings, batch_size: int, seed: 
   settings = dataclasses.replace(settings, think=False, understand=False, guidance=off)
   results = _run("edit", pipeline, requests, settings, batch_size)
   return [
-    evaluation.Row(
+    results_lib.Row(
       "edit", request.prompt.split()[0], request.prompt, None,
       {"edit": _shows(result.image, scene), "untouched": _shows(np.array(request.image), scene)},
       None,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import rewards
-from unigrpo_jax.benchmarks import contact_sheet, evaluation, monitor
+from unigrpo_jax.benchmarks import contact_sheet, monitor
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.episodes import sampler
 from unigrpo_jax.rewards import threads
 from unigrpo_jax.runtime import hosts, panels, stopping
@@ -62,10 +63,10 @@ class Scores:
 
   def panels(self) -> dict[str, panels.Panel]:
     """{name in the log: panel} of the first groups: pictures with their reasonings and rewards."""
-    groups: dict[int, list[evaluation.Row]] = {}
+    groups: dict[int, list[results_lib.Row]] = {}
     for row, sample in sorted(self.shown.items()):
       scores = {"reward": self.weighted} | dict(self.by_reward)
-      groups.setdefault(int(self.group[row]), []).append(evaluation.Row(
+      groups.setdefault(int(self.group[row]), []).append(results_lib.Row(
         f"#{row + 1}", "", sample.prompt, sample.text,
         {name: float(values[row]) for name, values in scores.items()}, str(row),
       ))

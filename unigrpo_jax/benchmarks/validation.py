@@ -11,6 +11,7 @@ import numpy as np
 
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import evaluation, measured, scoring
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline, requests, rollout
@@ -133,7 +134,7 @@ class Validation:
       name: mean for name, mean in means.items() if np.isfinite(mean)
     }
 
-  def _by_tag(self, results: evaluation.Results) -> dict[str, float]:
+  def _by_tag(self, results: results_lib.Results) -> dict[str, float]:
     """{`metric`/REWARD/TAG: mean over the tag's images}; TAG "overall" is the mean of the tags."""
     made = {}
     for mode, of_mode in measured.by_mode(results, names=results.rewards).items():

@@ -18,6 +18,7 @@ from unigrpo_jax.data import progress
 from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.iconworld import prompts as iconworld_prompts
+from unigrpo_jax.rewards import iconworld as iconworld_rewards
 from unigrpo_jax.runtime import hosts
 from unigrpo_jax.tools import rescore, sampling_flags
 
@@ -77,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if scorer is not None:
       score = functools.partial(scoring.score, scorer)
     elif of_iconworld:
-      score = iconworld.score
+      score = iconworld_rewards.score
     drawing = evaluation.Evaluation(
       pipeline, examples, score, settings=settings, modes=modes, batch_size=args.batch_size,
       seed=args.seed, num_saved_images=keep, size=args.size and tuple(args.size), images=samples,
@@ -222,7 +223,7 @@ def _digest(value: Any) -> str:
 def draw(
   drawing: evaluation.Evaluation, total: int, kept: Unfinished,
   observers: Sequence[results_lib.Observe],
-) -> evaluation.Results:
+) -> results_lib.Results:
   """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
   for observer in observers:
     if isinstance(observer, ta.Exam):

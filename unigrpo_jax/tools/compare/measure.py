@@ -19,6 +19,7 @@ import PIL.Image
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import evaluation, measured, statistics
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import atomic, files
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.data import prompts as prompts_lib
@@ -82,7 +83,7 @@ def of_evaluation(
     rendered: ViT features of correct pictures of the same prompts; None: no Frechet distance.
   """
   record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-  rows = [evaluation.Row(**row) for row in record["rows"]]
+  rows = [results_lib.Row(**row) for row in record["rows"]]
   rows = [row for row in rows if row.image and row.mode == mode]
   if not rows:
     return {}

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from unigrpo_jax.benchmarks import evaluation, intervals, measured
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.tools.compare import runs
 
 REWARD_MODEL = "reward_model"  # the learned reward's name
@@ -61,21 +62,21 @@ class Benchmark:
     ]
 
 
-def read(folder: pathlib.Path) -> tuple[evaluation.Row, ...]:
+def read(folder: pathlib.Path) -> tuple[results_lib.Row, ...]:
   """The rows of an evaluation; () while there is none."""
   path = folder / "results.json"
   return _read(path) if path.exists() else ()
 
 
 @functools.lru_cache(maxsize=128)
-def _read(path: pathlib.Path) -> tuple[evaluation.Row, ...]:
+def _read(path: pathlib.Path) -> tuple[results_lib.Row, ...]:
   record = json.loads(path.read_text(encoding="utf-8"))
-  return tuple(evaluation.Row(**row) for row in record["rows"])
+  return tuple(results_lib.Row(**row) for row in record["rows"])
 
 
 def of_seeds(
-  by_seed: Sequence[Sequence[evaluation.Row]], thinks: bool, guided: bool, ta_prompts: int,
-  reference: Sequence[Sequence[evaluation.Row]] | None = None,
+  by_seed: Sequence[Sequence[results_lib.Row]], thinks: bool, guided: bool, ta_prompts: int,
+  reference: Sequence[Sequence[results_lib.Row]] | None = None,
 ) -> dict[str, Any]:
   """What a row of the tables says: of one checkpoint a seed, under one mode.
 
@@ -118,23 +119,23 @@ def of_seeds(
   return made
 
 
-def _of_mode(rows: Sequence[evaluation.Row], thinks: bool, guided: bool) -> list[evaluation.Row]:
+def _of_mode(rows: Sequence[results_lib.Row], thinks: bool, guided: bool) -> list[results_lib.Row]:
   name = evaluation.Mode(thinks, guided).name
   return [row for row in rows if row.mode == name]
 
 
-def _ta(rows: Sequence[evaluation.Row]) -> intervals.Estimate:
+def _ta(rows: Sequence[results_lib.Row]) -> intervals.Estimate:
   return _clustered(rows, "points")
 
 
-def _clustered(rows: Sequence[evaluation.Row], name: str) -> intervals.Estimate:
+def _clustered(rows: Sequence[results_lib.Row], name: str) -> intervals.Estimate:
   scored = [row for row in rows if measured.reward(row, name) is not None]
   return intervals.clustered(
     [measured.reward(row, name) for row in scored], [row.number for row in scored]
   )
 
 
-def _means(rows: Sequence[evaluation.Row], name: str) -> dict[Any, float]:
+def _means(rows: Sequence[results_lib.Row], name: str) -> dict[Any, float]:
   scored = [row for row in rows if measured.reward(row, name) is not None]
   return intervals.prompt_means(
     [measured.reward(row, name) for row in scored], [row.number for row in scored]
@@ -142,7 +143,7 @@ def _means(rows: Sequence[evaluation.Row], name: str) -> dict[Any, float]:
 
 
 def _paired_categories(
-  a: Sequence[evaluation.Row], b: Sequence[evaluation.Row]
+  a: Sequence[results_lib.Row], b: Sequence[results_lib.Row]
 ) -> intervals.Estimate:
   """The difference of GenEval's overall scores: the mean of the categories' differences."""
   parts = []
