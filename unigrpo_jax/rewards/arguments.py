@@ -1,4 +1,4 @@
-"""Rewards of a command line: `--rewards` and `--reward_options`."""
+"""The command-line arguments `--rewards` and `--reward_options`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from unigrpo_jax.rewards import base
 
 
 def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
-  """Adds the arguments that `make` reads; `default` ends the help of an optional one."""
+  """Adds the arguments that `make` reads.
+
+  Args:
+    parser: gets the arguments.
+    required: whether `--rewards` must be given.
+    default: appended to its help: what is done without it.
+  """
   parser.add_argument(
     "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
     help=f"{', '.join(base.names())}, module:function, or the URL of a server that has NAME"
@@ -24,10 +30,17 @@ def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -
 
 
 def make(items: Sequence[str], options: str) -> dict[str, base.Reward]:
-  """{name: reward} of `--rewards` and `--reward_options`.
+  """Makes the rewards of a command line.
+
+  Args:
+    items: values of `--rewards`, each [NAME=]REWARD; REWARD may be the URL of a reward server.
+    options: value of `--reward_options`: JSON {name: {option: value}}.
+
+  Returns:
+    {name: reward}.
 
   Raises:
-    InputError: a name is given twice or has no reward, or the options are not such an object.
+    InputError: a name is given twice or its reward does not exist, or the options are malformed.
   """
   try:
     by_name = json.loads(options)

@@ -1,4 +1,4 @@
-"""What a reward is, how one is found by its name, and two of pixels alone.
+"""What a reward is, how one is made by name, and two simple rewards of pixels.
 
 Letters: N samples, H, W pixels.
 """
@@ -31,36 +31,37 @@ from unigrpo_jax.rewards import threads
 
 _log = logging.getLogger(__name__)
 
-MAX_DETAIL = 65_536  # Bytes of a sample's details, as JSON.
+MAX_DETAIL = 65_536  # Most bytes of one sample's details, as JSON.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-  """What a trajectory made: the input of every reward."""
+  """The result of a trajectory: the input of every reward."""
 
   prompt: str  # what the user wrote
   image: np.ndarray  # [H, W, 3] uint8
   text: str | None = None  # the sampled reasoning; None where there was none
-  # The prompt set's, in GenEval's format (tag, include, exclude); {} where it has none.
+  # Of the prompt, mostly in GenEval's format (tag, include, exclude); {} where it has none.
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-  """Scores of one call, and why some are missing."""
+  """The scores of one call, and why some are missing."""
 
   values: np.ndarray  # [N], any real numbers, larger is better; NaN where there is no score
-  reason: str | None = None  # one line about the NaN
-  temporary: bool = False  # whether the NaN may be scored later: a server that did not answer
-  # [N], what else is to be known of each sample, as JSON: its reason, boxes, answers; None for
-  # nothing. Training ignores it, an evaluation keeps it.
+  reason: str | None = None  # one line that explains the NaN
+  temporary: bool = False  # whether a later call may succeed, as after a server did not answer
+  # [N] JSON objects with more about each sample: a reason, boxes, answers; None for nothing.
+  # Training ignores them, an evaluation keeps them.
   details: Sequence[Mapping[str, Any] | None] | None = None
 
   def detail(self, i: int) -> dict[str, Any]:
-    """Details of sample `i` as JSON has them, with the "reason" where it has no score; {} for none.
+    """The details of sample `i` as plain JSON values; {} where there are none.
 
-    Numpy's numbers and arrays become numbers and lists, and NaN null. What is no JSON, or longer
-    than `MAX_DETAIL`, is left out, and "left_out" says so.
+    Where the sample has no score, "reason" is added. NumPy numbers and arrays become numbers and
+    lists, NaN becomes None. Details that are not JSON, or longer than `MAX_DETAIL` bytes, are
+    replaced by {"left_out": why}.
     """
     given = {} if self.details is None else dict(self.details[i] or {})
     if self.reason is not None and np.isnan(self.values[i]):
@@ -75,16 +76,19 @@ class Scores:
     return {"left_out": left_out[:300]} | ({"reason": self.reason} if "reason" in given else {})
 
 
-# N samples -> [N] numbers as in `Scores.values`, or `Scores` to give a reason for NaN as well.
-# Optional attributes: `concurrent`, true if several threads may call the reward at once; `close()`,
-# called from another thread, makes calls return soon; `fingerprint`, text that other scores would
-# change: a run that continues with another is refused; `settings`, {name: JSON}, what changes a
-# score; `joint`, what rewards have in common of which `score_together(rewards, samples)` of any
-# gives the `Scores` of all.
+# N samples -> [N] numbers as in `Scores.values`, or `Scores`, which may explain a NaN. A reward may
+# have these attributes:
+#   concurrent      True if several threads may call the reward at the same time
+#   close()         called from another thread; makes running calls return soon
+#   fingerprint     text that differs wherever scores may differ; a run refuses to continue with
+#                   another one
+#   settings        {name: JSON value} on which scores depend, for reports
+#   joint           equal for rewards that one call can score together: then any of them has
+#                   score_together(rewards, samples) -> the `Scores` of each of `rewards`
 Reward = Callable[[Sequence[Sample]], np.ndarray | Scores]
 
 _registered: dict[str, Callable[..., Any]] = {}
-# Names of rewards that need jax, and so are imported only when they are asked for.
+# Rewards that need jax: they are imported only when they are used.
 _LAZY = {
   "reward_model": "unigrpo_jax.reward_models.host:LearnedReward",
   "pickscore": "unigrpo_jax.reward_models.clip.host:PickScore",
@@ -94,10 +98,13 @@ _LAZY = {
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-  """Decorator that gives a reward a name for `make`; refuses one that is taken or has a colon.
+  """Decorator that registers a reward under a name for `make`.
 
-  It goes on a function `(samples, *, options...) -> [N]`, or on a class that is made with the
+  It takes a function `(samples, *, options...) -> [N]`, or a class that is constructed with the
   options and whose instances are called with the samples.
+
+  Raises:
+    ValueError: the name is taken or contains a colon.
   """
 
   def add(target):
@@ -120,14 +127,17 @@ def names() -> list[str]:
 
 
 def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Reward:
-  """A reward by its registered name, or by "module:function" or "module:Class", with its options.
+  """Makes a reward.
 
-  `time_limit`, which any reward may have: seconds of a call; see `TimeLimited`.
+  Args:
+    name: registered name, "module:function" or "module:Class".
+    time_limit: most seconds of a call, for any reward; see `TimeLimited`. None: no limit.
+    options: of the reward.
 
   Raises:
-    InputError: no such reward or option, an option that the reward refuses, a module that cannot
-      be imported, or whatever making it raises; says what is wrong, where, and what to do.
-      `Unavailable` where a server or a disk failed.
+    InputError: there is no such reward or option, the reward refuses an option, its module cannot
+      be imported, or making it raises anything; says what is wrong, where, and what to do.
+    Unavailable: making it failed because of a server or a disk.
   """
   reward = _make(name, options)
   if time_limit is None:
@@ -139,11 +149,16 @@ def make(name: str, /, *, time_limit: float | None = None, **options: Any) -> Re
 def make_part(
   what: str, name: str, named: Mapping[str, str], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
-  """A part of a reward, such as its detector: by a name in `named`, {name: "module:Class"}, or as
-  "module:Class", with its options. `what` it is stands in messages.
+  """Makes a part of a reward, such as its detector.
+
+  Args:
+    what: the part, for error messages: "detector".
+    name: a key of `named`, or "module:Class".
+    named: {name: "module:Class"}.
+    options: of the part.
 
   Raises:
-    InputError: as `make`.
+    InputError: see `make`.
   """
   if ":" not in name:
     errors.choose(what, name, [*named, "module:Class"])
@@ -192,7 +207,7 @@ def _make(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _check_numbers(name: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
-  """Refuses what is no number for an option whose default is one."""
+  """Raises InputError for an option that is not a number where its default is one."""
   for key, value in options.items():
     parameter = signature.parameters.get(key)
     if parameter is not None and type(parameter.default) in (int, float) and value is not None:
@@ -200,6 +215,7 @@ def _check_numbers(name: str, signature: inspect.Signature, options: Mapping[str
 
 
 def _imported(name: str) -> Callable[..., Any]:
+  """The function or class "module:attribute"; InputError where there is none."""
   module, _, attribute = name.partition(":")
   if not module or not attribute or module.startswith("."):
     raise errors.InputError(f"reward={name!r} must be module:function or module:Class")
@@ -222,7 +238,7 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _missing(module: str, error: ModuleNotFoundError) -> str:
-  """What to do where a module, or one that it imports, is not there."""
+  """Explains, for an error message, why importing `module` raised `error`."""
   missing = error.name or ""
   if module != missing and not module.startswith(f"{missing}."):
     return f"it imports {missing}, which is not installed; install it"
@@ -233,7 +249,7 @@ def _missing(module: str, error: ModuleNotFoundError) -> str:
 
 
 def _place(module: Any) -> str:
-  """A module and where it comes from."""
+  """A module's name and file, for error messages."""
   folders = [*getattr(module, "__path__", []), "built in"]
   where = getattr(module, "__file__", None) or folders[0]
   return f"module {module.__name__!r} ({where})"
@@ -241,9 +257,13 @@ def _place(module: Any) -> str:
 
 @contextlib.contextmanager
 def made(failed: str, *expected: type[Exception]) -> Iterator[None]:
-  """Whatever a reward's own code raises within, a SystemExit too, becomes an `InputError` that
-  begins with `failed` and ends in the file and line, after the traceback; not what is `expected`,
-  nor the user's Ctrl-C.
+  """Context for code of a reward: whatever it raises, even SystemExit, becomes an `InputError`.
+
+  Its message begins with `failed` and ends with file and line; the traceback is logged. Exceptions
+  of the types `expected`, InputError and KeyboardInterrupt pass unchanged.
+
+  Raises:
+    InputError: the code raised; its subclass Unavailable where `is_temporary`.
   """
   try:
     yield
@@ -261,29 +281,30 @@ def made(failed: str, *expected: type[Exception]) -> Iterator[None]:
 
 
 def is_temporary(error: BaseException) -> bool:
-  """Whether a call that raised this may do better later: a server or a disk, not a path or a bug.
-  """
+  """Whether the same call may succeed later: a server or a disk failed, not a path or the code."""
   about_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
                  PermissionError)
   return isinstance(error, OSError) and not isinstance(error, about_paths)
 
 
 def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
-  """What a thread holds while it calls `reward`; it locks nothing for a `concurrent` one."""
+  """A lock to hold while calling `reward`; for a `concurrent` reward it does nothing."""
   return contextlib.nullcontext() if getattr(reward, "concurrent", False) else threading.Lock()
 
 
 def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
-  """Calls a reward, unless there are no samples, and checks its result.
+  """Calls a reward (unless there are no samples) and checks its result.
 
-  Real numbers of any dtype count: those of jax, of ml_dtypes (bfloat16, float8), of PyTorch, also
-  on an accelerator or with a gradient; and Decimal, Fraction and bool.
+  It may return real numbers of any type: of NumPy, jax, ml_dtypes (bfloat16, float8) and PyTorch,
+  also on an accelerator or with a gradient; Decimal, Fraction and bool.
 
-  Returns values [N] float32, each finite or NaN, a reason where there is a NaN, and the details.
+  Returns:
+    `Scores` with values [N] float32, each finite or NaN, and a reason where one is NaN. An infinite
+    value becomes NaN.
 
   Raises:
-    ValueError: the result or its details have a wrong shape, or none of it is a real number; and
-      whatever the reward raises.
+    ValueError: the values or details have a wrong shape, or no value is a real number.
+    Exception: whatever the reward raises.
   """
   count = len(samples)
   if not count:
@@ -313,7 +334,7 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
 
 
 def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
-  """`evaluate` of a reward, or of several with one `joint`, which are asked together."""
+  """`evaluate` of one reward, or of several with equal `joint`, which one call scores together."""
   if len(rewards) == 1 or not samples:
     return [evaluate(reward, samples) for reward in rewards]
   given = rewards[0].score_together(rewards, samples)
@@ -321,12 +342,12 @@ def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> l
 
 
 def _array(values) -> np.ndarray:
-  """Values as numpy takes them, or as objects where it cannot."""
+  """Values as an array, with dtype object where NumPy cannot convert them."""
   try:
     return np.asarray(values)
   except Exception:
-    # A PyTorch tensor with a gradient, in bfloat16 or on an accelerator; or a list of such, or of
-    # lists of several lengths.
+    # A PyTorch tensor that has a gradient, is bfloat16 or on an accelerator; a list of such; or
+    # lists of different lengths.
     if not hasattr(values, "__len__"):
       raise
     items = values.tolist() if hasattr(values, "tolist") else list(values)
@@ -334,10 +355,14 @@ def _array(values) -> np.ndarray:
 
 
 def _real(given: np.ndarray, count: int) -> tuple[np.ndarray, str | None]:
-  """[count] real numbers, NaN for what is none, and the first thing that is none."""
+  """([count] real numbers, NaN for anything else; a line about the first that is no number).
+
+  Raises:
+    ValueError: the shape is wrong, or nothing is a real number.
+  """
   unreal: list[str] = []
   if given.shape == (count,):
-    # numpy itself does not know that bfloat16 is real, but that it may become float64.
+    # bfloat16 is not among NumPy's real kinds, but can be cast to float64.
     if given.dtype.kind in "biuf" or np.can_cast(given.dtype, np.float64):
       return given, None
     numbers = np.array([_number(item, unreal) for item in given.astype(object)])
@@ -350,10 +375,12 @@ def _real(given: np.ndarray, count: int) -> tuple[np.ndarray, str | None]:
 
 
 def _number(item, unreal: list[str]) -> float:
-  """A Decimal, a Fraction, a tensor without axes ... as float; NaN, and a line, for what is none.
+  """A Decimal, a Fraction, a scalar tensor, ... as float.
+
+  For anything else it returns NaN and appends a line to `unreal`.
   """
   try:
-    # float() would read text, and drop an imaginary part with a warning.
+    # float() would parse text, and drop an imaginary part with just a warning.
     if not isinstance(item, str | bytes | complex | np.complexfloating) and not np.shape(item):
       return float(item)
   except OverflowError:
@@ -365,10 +392,10 @@ def _number(item, unreal: list[str]) -> float:
 
 
 class TimeLimited:
-  """A reward whose calls raise `TimeoutError` after `seconds`.
+  """Wraps a reward so that calls raise `TimeoutError` after `seconds`.
 
-  Nothing can end what was called: it goes on in its thread. Unless the reward is `concurrent`, the
-  next call waits for that, within its own limit.
+  A call that takes too long cannot be aborted; it goes on in its thread. Unless the reward is
+  `concurrent`, the next call first waits for it, within its own limit.
   """
 
   def __init__(self, reward: Reward, seconds: float):
@@ -381,7 +408,7 @@ class TimeLimited:
 
   @property
   def settings(self) -> Mapping[str, Any] | None:
-    """Of the reward, which may ask a server for them."""
+    """The reward's settings; a property, since the reward may have to ask a server."""
     return getattr(self._reward, "settings", None)
 
   def __call__(self, samples: Sequence[Sample]) -> Scores:
@@ -392,7 +419,7 @@ class TimeLimited:
           f"an earlier call that took longer than time_limit={self._seconds:g} s still runs"
         )
       self._overdue = None
-    # Evaluated there: what a reward returns may be computed only when it is read.
+    # `evaluate` runs in the thread too: a lazy result is only computed when it is read.
     call = threads.start(evaluate, self._reward, samples, name="reward-limited")
     if futures.wait([call], end - time.monotonic()).done:
       return call.result()
@@ -401,20 +428,20 @@ class TimeLimited:
     raise TimeoutError(f"it took longer than time_limit={self._seconds:g} s")
 
   def close(self) -> None:
-    """Closes the reward, where it can be closed."""
+    """Closes the reward, if it has `close`."""
     if hasattr(self._reward, "close"):
       self._reward.close()
 
 
 @register("brightness")
 def brightness(samples: Sequence[Sample]) -> np.ndarray:
-  """Mean of all pixels and channels over 255: [N] float32, 0 is black and 1 is white."""
+  """Mean of all pixels and channels, from 0 (black) to 1 (white): [N] float32."""
   return np.array([sample.image.mean() / 255 for sample in samples], np.float32)
 
 
 @register("jpeg_size")
 def jpeg_size(samples: Sequence[Sample], *, quality: int = 95) -> np.ndarray:
-  """Kilobytes (1000 bytes) of the picture as JPEG of `quality` 1 to 95: [N] float32.
+  """Size of the picture as JPEG of `quality` 1 to 95, in kilobytes (1000 bytes): [N] float32.
 
   A positive weight rewards detail, a negative one compressibility. Source: the
   (in)compressibility tasks of DDPO, Black et al. (arXiv 2305.13301), section 5.1.

@@ -22,36 +22,45 @@ FILL = (0x99, 0x99, 0x99)  # what the surroundings of a mask become
 
 
 class Colors(Protocol):
-  """What names the colours of objects.
+  """Interface of a method that names the colours of objects.
 
   Attributes:
-    name: method and weights, for results.
+    name: method and weights, for reports.
   """
 
   name: str
 
   def __call__(self, crops: Sequence[PIL.Image.Image], kind: str) -> list[str]:
-    """The colour of each crop of an object of class `kind`: of `classes.COLORS`, or
-    `rules.UNKNOWN`."""
+    """The colour of each crop of an object of class `kind`.
+
+    Each is one of `classes.COLORS`, or `rules.UNKNOWN`.
+    """
 
 
 def make(name: str, options: Mapping[str, Any]) -> Colors:
-  """A method by its name in `NAMED`, or "module:Class", with its options; or InputError."""
+  """Makes a method by its name in `NAMED`, or "module:Class"; raises InputError as `base.make`."""
   return base.make_part("color", name, NAMED, options)
 
 
 def templates(color: str, kind: str) -> list[str]:
-  """The texts that stand for a colour of a class where CLIP compares it with a crop.
+  """The texts that CLIP compares with a crop to recognise a colour of a class.
 
-  A colour's weights are the mean of their L2-normalised features, normalised again.
+  A colour's classifier weights are the mean of the texts' unit features, normalised again.
   """
   return [f"a photo of a {color} {kind}", f"a photo of a {color}-colored {kind}",
           f"a photo of a {color} object"]
 
 
 def crop(image: np.ndarray, found: rules.Found) -> PIL.Image.Image | None:
-  """An object as its colour is judged by: [H, W, 3] uint8 cut to the box, whose sides are rounded,
-  with `FILL` where a mask leaves it out. None where nothing is left.
+  """The part of an image by which an object's colour is judged.
+
+  Args:
+    image: [H, W, 3] uint8.
+    found: the object. The image is cut to its box, rounded to pixels; what lies outside its mask,
+      if it has one, becomes `FILL`.
+
+  Returns:
+    The crop; None where it is empty.
   """
   picture = PIL.Image.fromarray(image)
   if found.mask is not None:
@@ -61,18 +70,18 @@ def crop(image: np.ndarray, found: rules.Found) -> PIL.Image.Image | None:
   return picture.crop((left, top, right, bottom)) if right > left and bottom > top else None
 
 
-# A pixel's colour by its hue, in degrees, up to which each name goes.
+# Names of hues: each ends at so many degrees, where the next one begins.
 HUES = ((15, "red"), (45, "orange"), (70, "yellow"), (165, "green"), (260, "blue"), (295, "purple"),
         (345, "pink"), (360, "red"))
 GREY = 0.2  # saturation below which a pixel has no hue
-DARK, BRIGHT = 0.2, 0.75  # value below which it is black, and above which it is white if grey
-SHARE = 0.25  # of the pixels that the most frequent colour must have
+DARK, BRIGHT = 0.2, 0.75  # value below which a pixel is black, and above which a grey one is white
+SHARE = 0.25  # least share of the pixels that the most frequent colour must have
 
 
 class Hsv:
-  """The most frequent colour of a crop's pixels by hue, saturation and value; no model.
+  """The most frequent colour of a crop's pixels, by hue, saturation and value; needs no model.
 
-  Surroundings within the box count like the object itself where there is no mask.
+  Without a mask, the surroundings within the box count like the object itself.
   """
 
   name = "hsv"
@@ -92,7 +101,10 @@ class Hsv:
 
 
 def pixel_colors(pixels: np.ndarray) -> np.ndarray:
-  """The number in `classes.COLORS` of each of [N, 3] uint8, 10 for a grey without a name: [N]."""
+  """The colours of N pixels, [N, 3] uint8 -> [N] int.
+
+  They are numbers in `classes.COLORS`; 10 for a grey between black and white, which has no name.
+  """
   rgb = pixels.astype(np.float32) / 255
   value, low = rgb.max(axis=1), rgb.min(axis=1)
   spread = value - low

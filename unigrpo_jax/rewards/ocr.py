@@ -1,6 +1,6 @@
-"""Whether the text that a prompt quotes can be read in the picture: optical character recognition.
+"""The reward `ocr`: whether the text that a prompt quotes can be read in the picture.
 
-Source of the reward's formula: Flow-GRPO, flow_grpo/ocr.py (arXiv 2505.05470, section 4).
+Source of the formula: Flow-GRPO, flow_grpo/ocr.py (arXiv 2505.05470, section 4).
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ import PIL.Image
 from unigrpo_jax import errors
 from unigrpo_jax.rewards import base, threads
 
-SECONDS = 60.0  # Of one call of a program, at most.
-SMALLEST = 256  # Pixels of the shorter side of a picture that is read.
+SECONDS = 60.0  # Time limit of one call of a program.
+SMALLEST = 256  # Pictures are enlarged until their shorter side has at least so many pixels.
 
 
 class Engine(Protocol):
-  """What reads text in a picture; `read` is called by several threads at once."""
+  """Interface of an OCR engine; several threads call `read` at the same time."""
 
-  settings: Mapping[str, Any]  # Its name, version, languages and what else changes what it reads.
+  settings: Mapping[str, Any]  # name, version, languages and whatever else its results depend on
 
   def read(self, image: PIL.Image.Image) -> str:
-    """The text in an RGB picture, "" where there is none; raises whatever goes wrong."""
+    """The text in an RGB picture, "" where there is none; may raise anything."""
 
 
 class Tesseract:
-  """The program `tesseract`, a process a picture."""
+  """The program `tesseract`; one process per picture."""
 
   def __init__(self, *, languages: str = "eng", psm: int = 3):
     """Finds the program.
 
     Args:
       languages: names of installed models, joined by "+".
-      psm: page segmentation mode, 0 to 13. 3 finds the text by itself; 6 and 11 (one block, sparse
-        text) read letters into noise.
+      psm: page segmentation mode, 0 to 13. With 3 it finds text by itself; with 6 and 11 (one
+        block, sparse text) it sees letters in noise.
 
     Raises:
       InputError: the program or a language is not installed.
@@ -80,7 +80,7 @@ class Tesseract:
     return self._run(self._command, file.getvalue()).decode("utf-8", "replace")
 
   def _run(self, command: Sequence[str], given: bytes = b"") -> bytes:
-    # In a session of its own, so that Ctrl-C, which saves a run, ends no picture's process.
+    # In a session of its own, so that Ctrl-C, which makes a run save itself, does not end it.
     done = subprocess.run(
       command, input=given, capture_output=True, timeout=SECONDS, env=self._environment,
       start_new_session=True,
@@ -92,15 +92,15 @@ class Tesseract:
 
 
 class RapidOcr:
-  """PP-OCRv4 on ONNX Runtime, of the package rapidocr-onnxruntime, whose wheel has the weights."""
+  """PP-OCRv4 on ONNX Runtime, by the package rapidocr-onnxruntime, which contains the weights."""
 
   def __init__(self, *, detection_side: int = 736):
     """Imports the package.
 
     Args:
-      detection_side: pixels that the shorter side is enlarged to, where it has fewer, before text
-        is searched. The package's own are 736; fewer are faster for smaller pictures. (Its other
-        rule, of the longer side, does not read this number.)
+      detection_side: pixels to which a shorter side with fewer is enlarged before text is detected.
+        The package's default is 736; less is faster for small pictures. (Its other rule, by the
+        longer side, ignores this number.)
 
     Raises:
       InputError: the package is not installed.
@@ -116,7 +116,7 @@ class RapidOcr:
       rapidocr_onnxruntime.RapidOCR, intra_op_num_threads=1, inter_op_num_threads=1,
       det_limit_side_len=detection_side, det_limit_type="min",
     )
-    self._of_thread = threading.local()  # Its steps keep sizes of the picture in themselves.
+    self._of_thread = threading.local()  # One engine per thread: engines keep state of a picture.
     self.settings = {
       "engine": "rapidocr", "version": importlib.metadata.version("rapidocr-onnxruntime"),
       "languages": "ch+en", "detection_side": detection_side,
@@ -125,7 +125,7 @@ class RapidOcr:
   def read(self, image: PIL.Image.Image) -> str:
     if not hasattr(self._of_thread, "engine"):
       self._of_thread.engine = self._make()
-    # It takes BGR. Lines are [box, text, confidence], from top to bottom.
+    # It expects BGR. Lines are [box, text, confidence], from top to bottom.
     lines, _ = self._of_thread.engine(np.asarray(image)[..., ::-1])
     return "".join(text for _, text, confidence in lines or () if float(confidence) > 0)
 
@@ -134,21 +134,24 @@ ENGINES = {"tesseract": Tesseract, "rapidocr": RapidOcr}
 
 
 def canonical(text: str, *, normalise: bool = False, whitespace: str = r"\s+") -> str:
-  """Text as it is compared: lower case without white space; in NFKC first where `normalise`."""
+  """The text in the form that is compared: in lower case, without white space.
+
+  `normalise` converts it to Unicode NFKC first; `whitespace` is the regular expression to remove.
+  """
   if normalise:
     text = unicodedata.normalize("NFKC", text)
   return re.sub(whitespace, "", text.lower())
 
 
 def score(target: str, read: str) -> float:
-  """1 - d / len(target), in [0, 1], of two texts as `canonical` makes them; target is not empty.
+  """1 - d / len(target), in [0, 1].
 
-  d is 0 where the target is contained in what was read, else their Levenshtein distance, at most
-  len(target).
+  d is 0 where `read` contains the target, else their Levenshtein distance, at most len(target).
+  Both texts are as `canonical` returns them; the target is not empty.
   """
   if target in read:
     return 1.0
-  if len(read) >= 2 * len(target):  # At least so many characters must go.
+  if len(read) >= 2 * len(target):  # At least len(target) characters must be deleted.
     return 0.0
   return 1 - min(_distance(target, read), len(target)) / len(target)
 
@@ -164,7 +167,12 @@ def _distance(a: str, b: str) -> int:
 
 
 def compare(target: str, recognised: str, *, normalise: bool = False) -> dict[str, Any]:
-  """What the reward says of a text that was read: its measures, and the two texts."""
+  """Compares the text that was read with the target.
+
+  Returns:
+    The reward's details: {"recognised", "target": the texts; "reward": see `score`; "exact": 1.0
+    where both are equal, else 0.0; "extra_characters": characters read beyond the target's length}.
+  """
   wanted, read = (canonical(text, normalise=normalise) for text in (target, recognised))
   return {
     "recognised": recognised, "target": target, "reward": score(wanted, read),
@@ -190,7 +198,7 @@ def target_of(prompt: str, metadata: Mapping[str, Any], quotes: str = '"') -> st
   return parts[1]
 
 
-# What was read in each picture, by the settings of what reads: measures of one reading share it.
+# {sample: {settings of the engine: its reading}}, so that rewards with different measures share it.
 _readings: weakref.WeakKeyDictionary[base.Sample, dict[str, futures.Future]] = (
   weakref.WeakKeyDictionary()
 )
@@ -213,12 +221,14 @@ class Ocr:
     """Makes the engine and starts threads.
 
     Args:
-      engine: "tesseract" or "rapidocr"; its own options come beside.
-      quotes: what encloses the target in a prompt, '"' or "'". An apostrophe would open one.
-      normalise: compare in NFKC, where a ligature is its letters; Flow-GRPO does not.
-      measure: "reward"; or, to be logged beside it with weight 0, "exact" (1 where nothing but the
-        target was read, else 0) and "extra_characters" (read beyond the target's length).
-      workers: pictures that are read at once; 0: one a core. Each takes one core.
+      engine: "tesseract" or "rapidocr".
+      quotes: the mark that encloses the target in a prompt, '"' or "'". With "'", an apostrophe
+        counts as one.
+      normalise: compare in Unicode NFKC, which splits ligatures; Flow-GRPO does not.
+      measure: what is returned, an entry of `compare`: "reward"; or, to be logged beside it with
+        weight 0, "exact" or "extra_characters".
+      workers: number of pictures read at once, each on one core; 0: as many as there are cores.
+      engine_options: of the engine's class.
 
     Raises:
       InputError: an option is wrong, or the engine or a language is not installed.
@@ -238,7 +248,7 @@ class Ocr:
     self.fingerprint = json.dumps(self.settings | {"measure": measure}, sort_keys=True)
 
   def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
-    """Scores, with details of each: what was read, the target, `exact` and `extra_characters`."""
+    """Scores of N samples; their details are those of `compare`, or a "reason"."""
     judged = [self._begin(sample) for sample in samples]
     details = [judge() for judge in judged]
     values = np.array([item.get(self._measure, np.nan) for item in details], np.float32)
@@ -246,11 +256,14 @@ class Ocr:
     return base.Scores(values, reason, details=details)
 
   def close(self) -> None:
-    """Pictures that nobody reads yet stay unread."""
+    """Cancels the readings that have not begun."""
     self._pool.close()
 
   def _begin(self, sample: base.Sample) -> Callable[[], dict[str, Any]]:
-    """Has a picture read; returns what waits for that and gives the sample's details."""
+    """Submits a picture to the threads, unless that was done already.
+
+    Returns a function that waits for the reading and returns the sample's details.
+    """
     try:
       target = target_of(sample.prompt, sample.metadata, self._quotes)
     except ValueError as error:
@@ -274,7 +287,7 @@ class Ocr:
 
 
 def _read(engine: Engine, image: np.ndarray) -> str:
-  """Reads a [H, W, 3] uint8 picture; below 256 pixels it is enlarged by a whole factor first."""
+  """The text in a picture [H, W, 3] uint8; a small one is enlarged by an integer factor first."""
   picture = PIL.Image.fromarray(image)
   factor = -(-SMALLEST // min(picture.size))
   if factor > 1:

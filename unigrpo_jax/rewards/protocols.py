@@ -1,4 +1,4 @@
-"""Clients of the JSON reward servers of other projects. Answers that are pickled are never read.
+"""Clients of the JSON reward servers of other projects. Pickled answers are never read.
 
 Sources: Tencent-Hunyuan/UniRL@1a7b501, unirl-reward-service/reward_service (schemas.py, server.py);
 X-GenGroup/Flow-Factory@a0b2bc5, reward_server/example_server.py.
@@ -19,20 +19,21 @@ from unigrpo_jax import errors
 from unigrpo_jax.rewards import base, exchange, served, wire
 
 JSON = {"Content-Type": "application/json"}
-ANSWER, ANSWER_A_SAMPLE = 65_536, 16_384  # Bytes of an answer, at most.
+ANSWER, ANSWER_A_SAMPLE = 65_536, 16_384  # Most bytes of an answer, and more for each sample.
 
 
 @dataclasses.dataclass(eq=False)
 class _Json(served.Served):
-  """A reward whose requests are JSON with images in base64.
+  """Base of rewards whose requests are JSON with images in base64.
 
   Attributes:
-    encoding: of images: png, or jpeg of quality 95, whose pixels, and so scores, are others.
+    encoding: of images: "png", or "jpeg" of quality 95, which changes pixels and so scores.
+    path: of a request, appended to the server's URL.
   """
 
   encoding: str = "png"
 
-  path = ""  # of a request, after the server's URL
+  path = ""
 
   def __post_init__(self):
     super().__post_init__()
@@ -50,7 +51,7 @@ class _Json(served.Served):
         base64.b64encode(wire.encode(sample.image, self.encoding)).decode() for sample in samples
       ]
       body = json.dumps(self.request(rewards, samples, images), allow_nan=False).encode("ascii")
-    except Exception as error:  # Whatever Pillow or json make of what they cannot take.
+    except Exception as error:  # Pillow and json raise many kinds.
       raise exchange.Failed(f"samples cannot be sent: {errors.describe(error)}") from None
     limit = ANSWER + ANSWER_A_SAMPLE * len(samples) * len(rewards)
     answer = self._client.request("POST", self.path, body, headers=JSON, limit=limit)
@@ -59,13 +60,13 @@ class _Json(served.Served):
   def request(
     self, rewards: Sequence[served.Served], samples: Sequence[base.Sample], images: Sequence[str]
   ) -> dict[str, Any]:
-    """The body of a request; `images` are those of the samples."""
+    """The body of a request about the samples, as JSON; `images` are theirs, in base64."""
     raise NotImplementedError
 
   def read(
     self, rewards: Sequence[served.Served], answer: Mapping[str, Any], count: int
   ) -> Sequence[base.Scores]:
-    """The scores of an answer about `count` samples, by reward."""
+    """The scores in an answer about `count` samples, of each reward; raises `exchange.Failed`."""
     raise NotImplementedError
 
 
@@ -74,8 +75,8 @@ class _Json(served.Served):
 class UniRL(_Json):
   """A reward of UniRL's reward service: POST {url}/score.
 
-  Rewards of one service and options share their requests. The service gives a reward 120 s; with
-  less as `timeout`, what it still computes would be asked for again.
+  Rewards of one service and equal options share requests. The service lets a reward take 120 s;
+  with a shorter `timeout`, requests would be repeated while it still computes.
 
   Attributes:
     metric: which of the reward's numbers is the score; None: the first. The details have all.
@@ -114,7 +115,7 @@ class UniRL(_Json):
 
 
 def _unirl(reward: UniRL, result, failed) -> tuple[float, dict[str, Any]]:
-  """The score and the details of one result."""
+  """(score, details) of one sample's `result`, or of its errors `failed`."""
   found = result.get(reward.reward) if isinstance(result, dict) else None
   reason = failed.get(reward.reward) if isinstance(failed, dict) else None
   if not isinstance(found, dict) or not found:
@@ -135,7 +136,7 @@ def _unirl(reward: UniRL, result, failed) -> tuple[float, dict[str, Any]]:
 class FlowFactory(_Json):
   """The reward of a Flow-Factory reward server: POST {url}/compute. Metadata is not sent."""
 
-  reward: str = "flow_factory"  # A server has one, without a name.
+  reward: str = "flow_factory"  # for messages: a server has a single reward, without a name
 
   path = "/compute"
 
@@ -155,7 +156,7 @@ class FlowFactory(_Json):
 
 
 def _number(item) -> float:
-  """A finite number of JSON; NaN for anything else, true and false too."""
+  """A JSON value as a finite number; NaN for anything else, including true and false."""
   try:
     value = float(item) if type(item) in (int, float) else math.nan
   except OverflowError:

@@ -1,4 +1,4 @@
-"""Several rewards of N samples together: run in threads, weighed, and watched for failures."""
+"""Scores samples by several rewards: runs them in threads, weighs them and counts failures."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ from unigrpo_jax import errors
 from unigrpo_jax.rewards import base
 from unigrpo_jax.rewards import threads as threads_lib
 
-# Names of other metrics beside those of rewards: reward/mean, reward/std and eval/MODE/reward.
+# Names that no reward may have, as the log has metrics reward/mean, reward/std, eval/MODE/reward.
 RESERVED = ("mean", "std", "reward")
 EPS = 1e-4  # Added to a group's standard deviation.
 CLOSE_SECONDS = 5.0
-MAX_WARNINGS = 20  # Different messages of one reward that are logged; more are only counted.
+MAX_WARNINGS = 20  # Different messages of one reward that are logged; others are only counted.
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Failures:
-  """How many samples a reward could not score so far, and the last reason."""
-  count: int = 0
-  last: str = ""
+  """All failures of one reward so far."""
+
+  count: int = 0  # samples that it could not score
+  last: str = ""  # the last reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """Why a reward of a weight could not score `count` samples; see `base.Scores.temporary`."""
-  count: int
-  temporary: bool
+  """Recent failures of a reward with a weight, for one reason."""
+
+  count: int  # samples that it could not score
+  temporary: bool  # see `base.Scores`
   reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The scores of samples, which threads compute: by reward, the call that has its scores."""
+  """Scores that threads are still computing."""
 
-  parts: Mapping[str, futures.Future[Mapping[str, base.Scores]]]
-  seconds: Mapping[str, float]  # that the calls which are done took, by reward
+  parts: Mapping[str, futures.Future[Mapping[str, base.Scores]]]  # by reward; may be shared
+  seconds: Mapping[str, float]  # {reward: duration of its call}, of calls that are done
 
   def done(self) -> bool:
+    """Whether all rewards are done."""
     return not self.awaited()
 
   def awaited(self) -> list[str]:
@@ -55,26 +58,32 @@ class Pending:
     return [name for name, part in self.parts.items() if not part.done()]
 
   def wait(self, seconds: float) -> bool:
-    """Whether all rewards are done, after waiting so long for them at most."""
+    """Waits at most `seconds`; returns whether all rewards are done."""
     return not futures.wait(self.parts.values(), seconds).not_done
 
   def result(self, timeout: float | None = None) -> dict[str, np.ndarray]:
-    """Waits for {name: [N] float32}, as `Scorer.score`; TimeoutError after `timeout` seconds, and
-    CancelledError if the scorer was closed before all rewards began.
+    """Waits for the scores, {reward: [N] float32}; NaN where a reward could not score a sample.
+
+    Raises:
+      TimeoutError: a reward took longer than `timeout` seconds.
+      CancelledError: the scorer was closed before all rewards began.
     """
     return {name: scores.values for name, scores in self.scores(timeout).items()}
 
   def scores(self, timeout: float | None = None) -> dict[str, base.Scores]:
-    """As `result`, with reasons and details."""
+    """Waits like `result`; returns the scores with reasons and details."""
     return {name: part.result(timeout)[name] for name, part in self.parts.items()}
 
 
 class Scorer:
   """Scores samples by several rewards.
 
-  A reward that raises anything, SystemExit too, or returns something else than N real numbers,
-  scores NaN for all samples of that call; an infinite score is NaN. Each is counted in `failures`
-  and logged once a message.
+  Where a reward raises anything, even SystemExit, or does not return N real numbers, all samples of
+  that call score NaN; so does a sample with an infinite score. Failures are counted, and each
+  message is logged once.
+
+  Attributes:
+    failures: {reward: `Failures`} so far.
   """
 
   def __init__(
@@ -84,13 +93,15 @@ class Scorer:
     """Starts the threads.
 
     Args:
-      rewards: by the names that they are logged under.
-      weights: for the same names; 0 for a reward that is only logged.
-      threads: calls of rewards that run at once; only calls of a `concurrent` reward overlap.
-      max_failed_fraction: of the samples of one `check`, in [0, 1].
+      rewards: {name in the log: reward}.
+      weights: {the same names: weight}; 0 for a reward that is only logged.
+      threads: number of calls at the same time. Calls of one reward overlap only if it is
+        `concurrent`.
+      max_failed_fraction: `check` refuses a larger share of samples without a score, in [0, 1].
 
     Raises:
-      InputError: a reserved name, other names in `weights`, no weight but 0, a number out of range.
+      InputError: a name is reserved, `weights` has other names, all weights are 0, or a number is
+        out of range.
     """
     for name in rewards:
       if name in RESERVED:
@@ -123,17 +134,17 @@ class Scorer:
     self.failures = {name: Failures() for name in rewards}
 
   def fingerprints(self) -> dict[str, str]:
-    """{"reward_options.NAME": fingerprint} of the rewards that have one; see `Run`'s `pinned`."""
+    """{"reward_options.NAME": fingerprint} of the rewards that have one, for `Run`'s `pinned`."""
     found = {name: getattr(reward, "fingerprint", None) for name, reward in self._rewards.items()}
     return {f"reward_options.{name}": text for name, text in found.items() if text}
 
   def settings(self) -> dict[str, dict[str, Any]]:
-    """{name: its `settings`} of the rewards that have some; see `base.Reward`."""
+    """{reward: settings} of the rewards that have `settings`; see `base.Reward`."""
     found = {name: getattr(reward, "settings", None) for name, reward in self._rewards.items()}
     return {name: dict(settings) for name, settings in found.items() if settings}
 
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
-    """Scores samples in the threads; `Pending.result` waits for them."""
+    """Begins to score samples in the threads; does not wait."""
     samples = tuple(samples)
     seconds: dict[str, float] = {}
     calls = {
@@ -143,12 +154,14 @@ class Scorer:
     return Pending({name: by_name[name] for name in self._rewards}, seconds)
 
   def score(self, samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
-    """{name: [N] float32, as the reward gave it; NaN where it could not}."""
+    """Scores samples; see `Pending.result`."""
     return self.submit(samples).result()
 
   def _run(
     self, names: tuple[str, ...], samples: Sequence[base.Sample], seconds: dict[str, float]
   ) -> dict[str, base.Scores]:
+    """Calls the rewards `names`, which are scored together; records how long it took in `seconds`.
+    """
     trace = None
     try:
       with self._reward_locks[names[0]]:
@@ -157,7 +170,7 @@ class Scorer:
           given = base.evaluate_together([self._rewards[name] for name in names], samples)
         finally:
           seconds.update(dict.fromkeys(names, time.monotonic() - start))
-    except BaseException as error:  # A thread's SystemExit or KeyboardInterrupt is the reward's.
+    except BaseException as error:  # In a thread, SystemExit or KeyboardInterrupt is the reward's.
       trace, missing = error, np.full(len(samples), np.nan, np.float32)
       scores = base.Scores(missing, errors.describe(error), base.is_temporary(error))
       given = [scores] * len(names)
@@ -182,7 +195,7 @@ class Scorer:
       if new:
         logged.add(reason)
     if new:
-      # A reward that is only logged may not apply: a plan's score where there is no reasoning.
+      # A reward of weight 0 often just does not apply, such as a plan's score without a reasoning.
       level = logging.WARNING if self._weights[name] else logging.DEBUG
       _log.log(level, "reward %s gave %d NaN: %s", name, count, reason, exc_info=trace)
 
@@ -190,16 +203,22 @@ class Scorer:
     self, scores: Mapping[str, np.ndarray], group: np.ndarray | None = None,
     normalise: bool = False,
   ) -> np.ndarray:
-    """The weighted sum of scores, [N] float32; NaN where a reward of non-zero weight is.
+    """The weighted sum of scores, [N] float32; NaN where a reward of non-zero weight is NaN.
 
       R_i = sum_k w_k r_ki,   or with `normalise`
       R_i = sum_k w_k (r_ki - mean_g(i) r_k) / (std_g(i) r_k + 1e-4)
 
-    Mean and standard deviation (ddof 0) are those of the group's samples that have a score. Source:
-    standardising before the sum is the first step of GDPO (arXiv 2601.05242); eps and ddof are
-    those of Flow-GRPO's code (arXiv 2505.05470).
+    Mean and standard deviation (ddof 0) are over the samples of the group that have a score.
+    Source: standardising before the sum is the first step of GDPO (arXiv 2601.05242); eps and ddof
+    are those of Flow-GRPO's code (arXiv 2505.05470).
 
-    `group`, [N] integers, says which samples share a prompt; None: all of them.
+    Args:
+      scores: {reward: [N]}, of at least the rewards with a weight.
+      group: number of each sample's group, [N] integers; None: one group.
+      normalise: standardise each reward within its group.
+
+    Raises:
+      ValueError: shapes differ.
     """
     weighted = {name: weight for name, weight in self._weights.items() if weight}
     values = {name: np.asarray(scores[name], np.float64) for name in weighted}
@@ -213,7 +232,7 @@ class Scorer:
     return total.astype(np.float32)
 
   def worst_failure(self) -> Failure:
-    """What most samples without a score failed for, since this was last called."""
+    """The failure that concerns most samples since this method was last called."""
     with self._failures_lock:
       recent, self._recent = self._recent, {}
     return max(
@@ -224,15 +243,17 @@ class Scorer:
   def check(
     self, total: np.ndarray, group: np.ndarray | None = None, failure: Failure | None = None
   ) -> None:
-    """Refuses a total, [N], of which too much is not finite.
+    """Raises where too many samples have no score.
 
     Args:
-      total, group: see `total`.
-      failure: to blame; None: `worst_failure`, which is of this scorer alone.
+      total: total rewards, [N].
+      group: number of each sample's group, [N]; None: groups do not matter.
+      failure: the failure to name in the error; None: `worst_failure` of this scorer.
 
     Raises:
-      InputError: more than `max_failed_fraction` is missing, or something in each `group`.
-      Unavailable: the same, where trying again later may help.
+      InputError: more than `max_failed_fraction` of the samples, or one in each group, have no
+        finite total.
+      Unavailable: the same, where the failure is temporary.
     """
     failure = self.worst_failure() if failure is None else failure
     missing = ~np.isfinite(total)
@@ -250,8 +271,9 @@ class Scorer:
     raise errors.InputError(f"{words}; {failure.reason}; repair the reward")
 
   def close(self) -> None:
-    """Closes the rewards and drops calls that have not begun; waits CLOSE_SECONDS at most for those
-    that have, which then end with the program.
+    """Closes the rewards and cancels calls that have not begun.
+
+    Waits at most CLOSE_SECONDS for running calls; those that take longer end with the program.
     """
     end = time.monotonic() + CLOSE_SECONDS
     self._pool.close()
@@ -269,7 +291,7 @@ class Scorer:
 
 
 def _standardised(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-  """(values - mean) / (std + EPS) within each group, both over what is not NaN; [N]."""
+  """(values - mean) / (std + EPS), [N], with mean and std of each group's values but NaN."""
   result = np.full_like(values, np.nan)
   scored = ~np.isnan(values)
   for number in np.unique(group):

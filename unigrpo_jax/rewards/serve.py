@@ -32,10 +32,16 @@ one.
 
 
 class Server(listening.Server):
-  """A reward server: a thread a request, which waits while another calls the same reward."""
+  """A reward server. A request waits while another one calls the same reward, if that must not be
+  called concurrently.
+
+  Attributes:
+    rewards: {name: reward}.
+    locks: {name: what to hold while calling that reward}.
+  """
 
   def __init__(self, rewards: Mapping[str, base.Reward], **options: Any):
-    """`options` are those of `listening.Server`, which raises the same."""
+    """Listens, and serves `rewards`; `options` and errors are those of `listening.Server`."""
     self.serve(rewards)
     super().__init__(Handler, **options)
 
@@ -46,7 +52,7 @@ class Server(listening.Server):
 
 
 class Handler(listening.Handler):
-  """One request; see `wire` for the protocol."""
+  """Answers one request by the protocol of `wire`."""
 
   server: Server
 
@@ -84,12 +90,12 @@ class Handler(listening.Handler):
     return wire.answer(scores, names, wire.DETAILS in self.headers)
 
   def _evaluate(self, name: str, samples: Sequence[base.Sample]) -> base.Scores | str:
-    """A reward's scores, or why it has none."""
+    """A reward's scores, or a line that says why there are none."""
     if name not in self.server.rewards:
       return f"no reward {name}; {self._there_are()}"
     try:
       with self.server.locks[name]:
-        if self.has_gone():  # It asks again; what nobody reads would only make it wait longer.
+        if self.has_gone():  # Scoring for a client that left would only delay its next request.
           return "the client did not wait for its turn; give it a larger timeout"
         scores = base.evaluate(self.server.rewards[name], samples)
     except BaseException as error:  # SystemExit too: the server goes on, and answers.
@@ -104,10 +110,10 @@ class Handler(listening.Handler):
 
 
 def warmed(rewards: Mapping[str, base.Reward]) -> Mapping[str, base.Reward]:
-  """The rewards, after each has scored a grey image, which loads what it loads late.
+  """Has each reward score a grey image, which makes it load what it loads lazily; returns them.
 
   Raises:
-    InputError: a reward raises; that it has no score for such an image is no failure.
+    InputError: a reward raises. Having no score for such an image is no error.
   """
   sample = base.Sample("a grey square", np.full((256, 256, 3), 127, np.uint8))
   for name, reward in rewards.items():

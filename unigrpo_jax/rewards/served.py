@@ -1,4 +1,4 @@
-"""Rewards that a server computes: what the clients of all protocols share."""
+"""The base of rewards that a server computes, whatever its protocol."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from unigrpo_jax.rewards import base, connection, exchange, threads
 
 @dataclasses.dataclass(eq=False)
 class Served:
-  """A reward on a server, in chunks of samples, several of them in flight.
+  """A reward on a server: sends samples in chunks, several requests at the same time.
 
-  Connections, retries and outages are those of `connection.Client`. What a chunk fails for is NaN
-  for its own samples; after one that never reached a server, chunks that have not begun are not
-  tried.
+  Connections, retries and outages are those of `connection.Client`. If a chunk fails, its own
+  samples score NaN; if no server could be reached, the chunks that have not begun fail too.
 
   Attributes:
-    url: of the server, http or https, before the protocol's path; or a list of servers alike.
-    reward: its name there.
-    workers: requests in flight.
-    batch_size: samples of a request.
+    url: base URL of the server, or a list of equal servers.
+    reward: the reward's name on the server.
+    workers: most requests at the same time.
+    batch_size: most samples of a request.
     timeout, retries, backoff, outage, token, token_env, seed: see `connection.Client`.
+    own: names of the options in which rewards that share a request may differ.
 
   Raises:
     InputError: an argument is out of range or not a URL.
@@ -47,7 +47,7 @@ class Served:
   seed: int = 0
 
   concurrent = True
-  own = ("reward",)  # Options in which the rewards of one request may differ.
+  own = ("reward",)
 
   def __post_init__(self):
     errors.require("batch_size", self.batch_size, low=1)
@@ -62,23 +62,23 @@ class Served:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """What changes a score, as JSON."""
+    """What scores depend on, as JSON; see `base.Reward`."""
     return {"url": self._client.urls, "reward": self.reward}
 
   @property
   def joint(self) -> Hashable:
-    """What rewards have in common that one request can score; see `score_together`."""
+    """Equal for rewards that one request can score together; see `base.Reward`."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return (type(self), *(repr(value) for name, value in fields.items() if name not in self.own))
 
   def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
-    """The server's scores; NaN where it had none or did not answer, with the last failure."""
+    """The server's scores; NaN where it has none or did not answer, with the last reason."""
     return self.score_together([self], samples)[0]
 
   def score_together(
     self, rewards: Sequence[Served], samples: Sequence[base.Sample]
   ) -> list[base.Scores]:
-    """Scores by several rewards with one `joint`; each sample is sent once."""
+    """The scores of each of several rewards with equal `joint`; each sample is sent once."""
     merged, gone = [_Merged(len(samples)) for _ in rewards], threading.Event()
 
     def send(chunk: Sequence[int]) -> None:
@@ -103,26 +103,26 @@ class Served:
     else:
       with self._starting:
         self._pool = pool = self._pool or threads.Pool(self.workers, f"served-{self.reward}")
-      # Those that `close` cancels have no score either.
+      # Chunks that `close` cancels stay NaN.
       futures.wait([pool.submit(send, chunk) for chunk in self.chunks(samples)])
     return [one.scores() for one in merged]
 
   def prepare(self) -> None:
-    """What comes before the requests of a call; may raise `exchange.Failed`."""
+    """Called before the requests of a call; a subclass may raise `exchange.Failed`."""
 
   def chunks(self, samples: Sequence[base.Sample]) -> Iterator[Sequence[int]]:
-    """Indices of the samples of each request."""
+    """Yields the indices of the samples of each request."""
     for first in range(0, len(samples), self.batch_size):
       yield range(first, min(first + self.batch_size, len(samples)))
 
   def send(
     self, rewards: Sequence[Served], samples: Sequence[base.Sample]
   ) -> Sequence[base.Scores]:
-    """What one request gives, by reward; raises `exchange.Failed`."""
+    """Sends one request; returns the scores of each reward. Raises `exchange.Failed`."""
     raise NotImplementedError
 
   def close(self) -> None:
-    """Ends waiting, for answers and between attempts: from now on each request has one attempt."""
+    """Ends all waiting, for answers and between attempts; later requests have a single attempt."""
     self._client.close()
     with self._starting:
       if self._pool is not None:
@@ -131,7 +131,7 @@ class Served:
 
 
 class _Merged:
-  """Scores of a call, of which threads put each a part."""
+  """The scores of a call, which threads fill in part by part; NaN at first."""
 
   def __init__(self, count: int):
     self._values = np.full(count, np.nan)

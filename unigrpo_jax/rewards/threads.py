@@ -1,6 +1,7 @@
-"""Calls in threads that do not keep the program from ending, as those of `ThreadPoolExecutor` do.
+"""Calls in daemon threads, which do not keep the program from ending as ThreadPoolExecutor's do.
 
-What a call raises, SystemExit and KeyboardInterrupt too, is its future's and ends nothing else.
+Whatever a call raises, even SystemExit and KeyboardInterrupt, is stored in its future and ends
+nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 
 def start(call: Callable[..., Any], *args: Any, name: str) -> futures.Future:
-  """The result of a call in a thread of its own, called `name`."""
+  """Calls `call(*args)` in a new thread called `name`; returns its future."""
   future: futures.Future = futures.Future()
   threading.Thread(target=_run, args=(future, call, args), name=name, daemon=True).start()
   return future
 
 
 class Pool:
-  """Runs calls in a number of threads, in their order."""
+  """Runs calls in a fixed number of threads, in the order in which they were submitted."""
 
   def __init__(self, threads: int, name: str):
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -35,7 +36,7 @@ class Pool:
       worker.start()
 
   def submit(self, call: Callable[..., Any], *args: Any) -> futures.Future:
-    """The result of a call that a thread will make; cancelled after `close`."""
+    """Queues `call(*args)`; returns its future, which is cancelled if the pool is closed."""
     future: futures.Future = futures.Future()
     with self._closing:
       if self._closed:
@@ -45,7 +46,7 @@ class Pool:
     return future
 
   def close(self) -> None:
-    """Cancels the calls that have not begun; the threads end after those that have."""
+    """Cancels the calls that have not begun; the threads end after their running calls."""
     with self._closing:
       if self._closed:
         return
@@ -57,7 +58,7 @@ class Pool:
       self._queue.put(None)
 
   def join(self, seconds: float) -> bool:
-    """After `close`: whether the threads have ended, after waiting so long at most."""
+    """To be called after `close`: waits at most `seconds`; returns whether all threads ended."""
     end = time.monotonic() + seconds
     for worker in self._workers:
       worker.join(max(end - time.monotonic(), 0))
@@ -69,7 +70,11 @@ class Pool:
 
 
 def _run_next(calls: queue.SimpleQueue) -> bool:
-  """Waits for a call and makes it; False at the end. Its locals, large arrays, go with it."""
+  """Waits for a call and makes it; False at the end.
+
+  It is a function of its own so that arguments and results, maybe large arrays, are freed before
+  the thread waits again.
+  """
   item = calls.get()
   if item is not None:
     _run(*item)
@@ -78,7 +83,7 @@ def _run_next(calls: queue.SimpleQueue) -> bool:
 
 def _cancel(future: futures.Future) -> None:
   future.cancel()
-  future.set_running_or_notify_cancel()  # Only then `futures.wait` takes it for done.
+  future.set_running_or_notify_cancel()  # Without this, `futures.wait` would not see it as done.
 
 
 def _run(future: futures.Future, call: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -1,23 +1,24 @@
-"""The reward protocol's bodies: samples as npz, scores as JSON. Nothing is ever unpickled.
+"""The reward protocol: samples travel as npz, scores as JSON. Nothing is ever unpickled.
 
   POST {url}/v1/rewards/{name}   samples -> {"scores": [number or null, ...]}, null for no score
   POST {url}/v1/rewards          samples and names -> {"scores": {name: [...]}, "errors": {...}}
   GET  {url}/v1/rewards          -> {"rewards": [name, ...], "encodings": [...], "settings": {...}}
   GET  {url}/healthz             -> {"status": "ok"}, without a token; 503 {"status": "loading"}
 
-The body of a POST is what `np.savez(file, ...)` writes, uncompressed, of
+The body of a POST is what `np.savez(file, ...)` writes, uncompressed, with these arrays:
 
-  images    [N, H, W, 3] uint8; or, of any sizes,
+  images    [N, H, W, 3] uint8; or, for images of any sizes,
   encoded   [bytes] uint8, N PNG or JPEG files one after another, and lengths, [N] int64
   samples   [bytes] uint8, the UTF-8 of a JSON list of N objects {"prompt": text, "text": text or
             null, "metadata": object}, or of {"names": [name, ...], "samples": that list}
 
-An answer has "details" beside "scores" where there are some: an object or null for each sample, of
-64 KiB at most. Those longer than `ANSWER` are sent only where the request has the header
-"Reward-Details: 1". "errors" has a line for each name without scores. "encodings" are those that a
-server takes, "settings" what changes the scores of each of its rewards; a server without
-"encodings" knows raw images and one name. With a token, requests have the header "Authorization:
-Bearer TOKEN". Any other status than 200 comes with {"error": line}.
+An answer has "details" beside "scores" where there are some: for each sample an object of at most
+64 KiB, or null. If they make the answer longer than `ANSWER` bytes, they are sent only to requests
+with the header "Reward-Details: 1". "errors" has a line for each name without scores. "encodings"
+are those that a server accepts, and "settings" what the scores of each of its rewards depend on; a
+server without "encodings" accepts only raw images and one name per request. Where a server has a
+token, requests need the header "Authorization: Bearer TOKEN". An answer whose status is not 200 is
+{"error": line}.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ from unigrpo_jax.rewards import base
 PREFIX = "/v1/rewards"
 DETAILS = "Reward-Details"
 ENCODINGS = ("raw", "png", "jpeg")
-MAX_PIXELS = 1 << 24  # of an encoded image, 4096 x 4096
-# Bytes of an answer without details, and so many a score.
+MAX_PIXELS = 1 << 24  # most pixels of an encoded image, 4096 x 4096
+# Most bytes of an answer without details, and more for each score.
 ANSWER, ANSWER_A_SCORE = 65_536, 64
 
 
 def pack(
   samples: Sequence[base.Sample], encoding: str = "raw", names: Sequence[str] | None = None
 ) -> bytes:
-  """The body of a request: N >= 1 samples, and the names of several rewards where they are given.
+  """The body of a request about N >= 1 samples.
 
-  `encoding` is one of `ENCODINGS`; raw images must all have one shape.
+  Args:
+    samples: to be scored.
+    encoding: of images, one of `ENCODINGS`; "raw" needs images of one shape.
+    names: of several rewards; None: a request for one reward, named by its path.
 
   Raises:
     ValueError, TypeError: an image is not [H, W, 3] uint8, shapes differ, or metadata is not JSON.
@@ -57,7 +61,7 @@ def pack(
   ]
   if names is not None:
     records = {"names": list(names), "samples": records}
-  # ASCII escapes, so that half a surrogate pair out of a sampled text survives.
+  # ASCII escapes: a sampled text may hold an unpaired surrogate, which UTF-8 cannot encode.
   text = json.dumps(records, allow_nan=False).encode("ascii")
   for sample in samples:
     image = sample.image
@@ -77,7 +81,7 @@ def pack(
 
 
 def encode(image: np.ndarray, encoding: str) -> bytes:
-  """An image, [H, W, 3] uint8, as a file: png, or jpeg of quality 95."""
+  """An image, [H, W, 3] uint8, as the bytes of a file: "png", or "jpeg" of quality 95."""
   file = io.BytesIO()
   options = {"compress_level": 1} if encoding == "png" else {"quality": 95}
   PIL.Image.fromarray(image).save(file, encoding, **options)
@@ -85,10 +89,10 @@ def encode(image: np.ndarray, encoding: str) -> bytes:
 
 
 def decode(file: bytes) -> np.ndarray:
-  """The image of a PNG or JPEG file of any bytes: [H, W, 3] uint8.
+  """The image in a PNG or JPEG file, [H, W, 3] uint8. The bytes may be malicious.
 
   Raises:
-    ValueError: it is none, or has more than `MAX_PIXELS`, which is known before it is decoded.
+    ValueError: it is no such file, or has more than `MAX_PIXELS`, which is checked before decoding.
   """
   try:
     image = PIL.Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
@@ -103,19 +107,19 @@ def decode(file: bytes) -> np.ndarray:
 
 
 def unpack(body: bytes, max_bytes: float = math.inf) -> list[base.Sample]:
-  """The samples of a request's body for one reward, which may be any bytes.
+  """The samples in the body of a request for one reward. The bytes may be malicious.
 
-  Compressed members and sizes beyond the body are refused, and encoded images that are more than
-  `max_bytes` together: memory stays near the larger of both.
+  Compressed members and sizes beyond the body are refused, and so are encoded images of more than
+  `max_bytes` in all; so memory stays near the larger of both.
 
   Raises:
-    ValueError: the body is not what `pack` makes; one line says why.
+    ValueError: the body is not as `pack` makes it; one line says why.
   """
   return _samples(*_read(body, max_bytes))
 
 
 def unpack_named(body: bytes, max_bytes: float = math.inf) -> tuple[list[base.Sample], list[str]]:
-  """As `unpack`, of a request for several rewards, with their names."""
+  """(samples, names) in the body of a request for several rewards; see `unpack`."""
   images, records = _read(body, max_bytes)
   if not isinstance(records, dict) or set(records) != {"names", "samples"}:
     raise ValueError("a request for several rewards must have the keys names, samples")
@@ -126,7 +130,7 @@ def unpack_named(body: bytes, max_bytes: float = math.inf) -> tuple[list[base.Sa
 
 
 def _read(body: bytes, max_bytes: float) -> tuple[Sequence[np.ndarray], Any]:
-  """The images of a body, and the JSON of its samples."""
+  """(images, decoded JSON of the samples) in a body; raises ValueError."""
   try:
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
       if "encoded.npy" in archive.namelist():
@@ -167,7 +171,12 @@ def _read_encoded(
 def _read_array(
   archive: zipfile.ZipFile, name: str, rank: int, limit: int, kind=np.uint8
 ) -> np.ndarray:
-  """An uncompressed array of at most `limit` bytes, without trust in its npy header."""
+  """An uncompressed array of at most `limit` bytes, whose npy header is not trusted.
+
+  Raises:
+    ValueError: it is missing or compressed, has another dtype than `kind` or another `rank`, or its
+      size does not match its shape.
+  """
   try:
     info = archive.getinfo(f"{name}.npy")
   except KeyError:
@@ -203,12 +212,12 @@ def _sample(record, image: np.ndarray) -> base.Sample:
 def answer(
   scores: Mapping[str, base.Scores | str], names: Sequence[str] | None, with_details: bool
 ) -> dict[str, Any]:
-  """The answer to a request.
+  """The JSON answer to a request.
 
   Args:
-    scores: by name, or a line that says why there are none.
-    names: of a request for several; None for one.
-    with_details: whatever their length.
+    scores: {name: its scores, or a line that says why there are none}.
+    names: rewards of a request for several; None: a request for one.
+    with_details: send details whatever their length.
   """
   columns, details, failed = {}, {}, {}
   for name, part in scores.items():
@@ -229,15 +238,15 @@ def answer(
 
 
 def answer_limit(count: int) -> int:
-  """Bytes of an answer about so many samples and a reward, at most."""
+  """Most bytes of an answer about `count` samples by one reward."""
   return ANSWER + (ANSWER_A_SCORE + base.MAX_DETAIL + 2) * count
 
 
 def read_answer(body: bytes, count: int, names: Sequence[str] | None) -> list[base.Scores]:
-  """The scores of an answer about `count` samples: of one reward, or of each of `names`.
+  """The scores in an answer about `count` samples: of one reward, or of each of `names`.
 
   Raises:
-    ValueError: it is none.
+    ValueError: the answer is malformed.
   """
   found = read_object(body)
   scores, details, failed = (found.get(key) for key in ("scores", "details", "errors"))
@@ -272,7 +281,7 @@ def _scores(scores, details, count: int) -> base.Scores:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-  """A JSON object; {} where it is none."""
+  """The JSON object in `body`; {} where it holds none."""
   try:
     found = json.loads(body)
   except (ValueError, RecursionError):
