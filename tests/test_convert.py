@@ -268,6 +268,14 @@ def test_overwrite_spares_what_is_no_model_folder(official, tmp_path, capsys):
   assert "holds something else" in line and (home / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("target", [".", "..", "inside/.."])
+def test_the_current_folder_is_not_replaced(official, tmp_path, target, capsys, monkeypatch):
+  (tmp_path / "here" / "inside").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / "here" / ("inside" if target == ".." else ""))
+  line = refuse(capsys, f"--source={official}", f"--target={target}", "--overwrite")
+  assert "is the current folder or holds it" in line
+
+
 @pytest.mark.parametrize("target", [".", "inside", ".."])
 def test_target_may_not_overlap_the_source(official, target, capsys):
   before = digests(official)

@@ -221,6 +221,13 @@ def test_what_killed_processes_left_beside_a_target_is_removed(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a[1]"])
 
 
+def test_the_lock_of_a_folder_is_beside_it_however_it_is_named(tmp_path, monkeypatch):
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / "a")
+  for name in (".", "b/..", "../a"):
+    assert locks.beside(pathlib.Path(name)) == tmp_path.resolve() / "a.lock.json"
+
+
 def test_of_two_that_make_one_target_the_second_is_refused(tmp_path):
   with locks.staging(tmp_path / "a") as staged:
     with pytest.raises(errors.InputError, match="^target .*/a is in use by"):

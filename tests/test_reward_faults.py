@@ -115,6 +115,36 @@ def test_the_program_ends_while_a_reward_hangs():
   assert (ended.returncode, ended.stdout) == (0, "the end\n"), ended.stderr
 
 
+HANGING = {
+  "thread": "threading.Thread(target=time.sleep, args=(600,)).start()",
+  "executor": "futures.ThreadPoolExecutor(1).submit(time.sleep, 600)",
+  "process": "spawn.Process(target=time.sleep, args=(600,)).start()",
+  "executor of processes": "futures.ProcessPoolExecutor(1, spawn).submit(time.sleep, 600)",
+}
+
+
+@pytest.mark.parametrize("began", HANGING)
+def test_a_program_ends_soon_whatever_a_reward_began(began, tmp_path):
+  (tmp_path / "program.py").write_text(f"""
+from concurrent import futures
+import multiprocessing, sys, threading, time
+from unigrpo_jax import errors
+errors.ENDING_SECONDS = 0.5
+spawn = multiprocessing.get_context("spawn")
+def main():
+  {HANGING[began]}
+  print("saved", flush=True)
+  raise errors.Unavailable("the reward hangs")
+if __name__ == "__main__":
+  errors.report(main)
+""")
+  ended = subprocess.run(
+    [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100
+  )
+  assert (ended.returncode, ended.stdout) == (1, "saved\n"), ended.stderr
+  assert "error: the reward hangs" in ended.stderr and "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
   ("name", "kind", "words"),
   [
@@ -173,6 +203,46 @@ def test_a_limit_is_an_option_of_any_reward():
   limited = rewards.make(f"{__name__}:exits", time_limit=60)
   with pytest.raises(SystemExit):
     limited(shared.numbered(1))
+
+
+class Annotated:
+  def __init__(self, count: int = 3, scale: float = 1.0, free=2):
+    pass
+
+  def __call__(self, samples):
+    return shared.value(samples)
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"count": 1.5}, "count=1.5 must be an integer"), ({"count": None}, "count=None must be"),
+    ({"scale": None}, "scale=None must be a number"), ({"free": "x"}, "free='x' must be a number"),
+    ({"time_limit": 1e300}, "must be more than 0 and at most"),
+  ],
+)
+def test_options_are_what_their_defaults_and_annotations_say(options, words):
+  rewards.make(f"{__name__}:Annotated", count=2, scale=2, free=None)
+  assert words in refusal(rewards.make, f"{__name__}:Annotated", **options)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [{"workers": 1.5}, {"workers": None}, {"batch_size": 0.5}, {"retries": 1e300}, {"retries": None},
+   {"timeout": 1e300}, {"timeout": None}, {"backoff": None}, {"outage": None}],
+)
+def test_numbers_of_a_served_reward(options):
+  [name] = options
+  line = refusal(rewards.make, "http", url="http://127.0.0.1:1", reward="r", **options)
+  assert f"{name}=" in line
+
+
+def test_a_pool_has_no_more_threads_than_calls():
+  pool, before = threads.Pool(2**31, "test"), threading.active_count()
+  pool.submit(time.sleep, 0).result(10)
+  assert threading.active_count() <= before + 1
+  pool.close()
+  assert pool.join(10)
 
 
 # The status says whether to try again.

@@ -83,6 +83,54 @@ def test_bad_input_has_its_status_without_a_reader(tmp_path):
   assert status == 2 and err.endswith(b"error: \\u8272 is wrong\n")
 
 
+def test_printing_goes_on_whatever_a_reward_does_to_the_streams(tmp_path):
+  code = """if True:
+    import contextlib, io, logging, sys, numpy
+    from unigrpo_jax import errors, rewards
+
+    def closes(samples):
+      sys.stdout.close()
+      sys.stderr.close()
+      return [1.0]
+
+    def leaves_a_closed_one(samples):
+      sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+      sys.stdout.close()
+      sys.stderr.close()
+      raise ValueError("no score")
+
+    def main():
+      print("begun")
+      for reward in (closes, leaves_a_closed_one):
+        scorer = rewards.Scorer({"r": reward}, {"r": 1.0})
+        scorer.score([rewards.Sample("", numpy.zeros((1, 1, 3), numpy.uint8))])
+        print(scorer.failures["r"].last or "scored")
+
+    errors.report(main)"""
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert (ended.returncode, ended.stdout) == (0, "begun\nscored\nValueError: no score\n"), (
+    ended.stderr
+  )
+  assert "reward r gave 1 NaN: ValueError: no score" in ended.stderr
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+  code = """if True:
+    import os, sys
+    from unigrpo_jax import errors
+    os.mkdir(sys.argv[1])
+    os.chdir(sys.argv[1])
+    os.rmdir(sys.argv[1])
+    errors.report(lambda: print("ran"))"""
+  ended = subprocess.run(
+    [sys.executable, "-c", code, tmp_path / "gone"], capture_output=True, text=True, timeout=60
+  )
+  assert (ended.returncode, ended.stdout) == (2, "")
+  assert ended.stderr == (
+    "error: the current folder cannot be used (No such file or directory); change to another\n"
+  )
+
+
 def test_streams_made_safe_twice_outlive_the_one_they_replace():
   code = """
 import os, sys

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 from collections.abc import Callable, Collection, Iterator
 import contextlib
 import difflib
 import errno
+import functools
 import io
 import math
 import numbers
 import os
 import select
 import sys
+import threading
+import time
 import traceback
 from typing import Any
 
@@ -83,6 +87,10 @@ POINTER = (
 # Bounds of a seed: with the number of a row added to it, it is still a seed of `jax.random.key`,
 # which would take the lowest 32 bits of another.
 SEED = {"low": 0, "high": 2**31 - 1}
+# The longest limit of time, in seconds: the system takes a few times more.
+MAX_SECONDS = 1e9
+# In which threads and processes end that a reward began, after the program's last line.
+ENDING_SECONDS = 5.0
 # Those that one host may find alone and all others then raise.
 KINDS = {
   kind.__name__: kind for kind in (InputError, Diverged, Storage, Damaged, Unavailable)
@@ -227,19 +235,75 @@ def report(main: Callable[[], Any]) -> Any:
   """Runs an entry point; an `InputError`, or an `OSError` of a file, becomes one line on stderr and
   its exit status.
 
-  Printing raises nothing within, see `make_streams_safe`. Returns what it returns.
+  Printing raises nothing within, see `make_streams_safe`, and the program ends soon after, see
+  `_end_soon`. Returns what it returns.
   """
   make_streams_safe()
+  status: Any = 1
   try:
+    _require_folder()
     with storage(did="used"):
-      return main()
+      result = main()
+    status = 0
+    return result
   except InputError as error:
     sys.stdout.flush()
     print(f"error: {line(error)}", file=sys.stderr)
-    sys.exit(error.status)
+    status = error.status
+    sys.exit(status)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
-    sys.exit(130)
+    status = 130
+    sys.exit(status)
+  except SystemExit as error:
+    status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    raise
+  finally:
+    _end_soon(status)
+
+
+@functools.cache
+def _end_soon(status: int) -> None:
+  """Has the program end with `status` within ENDING_SECONDS of its last line.
+
+  Python would wait without a limit for threads of an executor in which a reward hangs, and for
+  processes that are no daemons.
+  """
+  begun, threads_ended = threading.Event(), threading.Event()
+
+  def children() -> list[Any]:
+    library = sys.modules.get("multiprocessing")
+    return library.active_children() if library is not None else []
+
+  def after_threads() -> None:
+    threads_ended.set()
+    deadline = time.monotonic() + ENDING_SECONDS
+    for child in children():
+      child.join(max(deadline - time.monotonic(), 0))
+      child.kill()
+
+  def watch() -> None:
+    begun.wait()
+    if threads_ended.wait(ENDING_SECONDS):
+      return
+    print("note: ended without waiting longer for what still runs", file=sys.stderr, flush=True)
+    for child in children():
+      child.kill()
+    os._exit(status)
+
+  # The last ones are called first. Python has no public name for what comes before the threads.
+  threading._register_atexit(begun.set)
+  atexit.register(after_threads)
+  threading.Thread(target=watch, name="ending", daemon=True).start()
+
+
+def _require_folder() -> None:
+  try:
+    os.getcwd()
+  except OSError as error:
+    raise InputError(
+      f"the current folder cannot be used ({error.strerror}); change to another"
+    ) from None
 
 
 def make_streams_safe() -> None:
@@ -263,10 +327,32 @@ def make_streams_safe() -> None:
       continue
     with contextlib.suppress(OSError):
       stream.flush()
-    setattr(sys, name, io.TextIOWrapper(
+    _safe_streams[name] = _Stream(
       io.BufferedWriter(descriptor), encoding=stream.encoding, errors="backslashreplace",
       line_buffering=True,
-    ))
+    )
+    setattr(sys, name, _safe_streams[name])
+
+
+_safe_streams: dict[str, _Stream] = {}
+
+
+def reopen_streams() -> None:
+  """Puts a safe stream back in the place of one that is closed.
+
+  A reward closes it, or leaves one: two that each redirect to a file of their own at a time do.
+  """
+  for name, safe in _safe_streams.items():
+    if getattr(getattr(sys, name), "closed", False):
+      setattr(sys, name, safe)
+
+
+class _Stream(io.TextIOWrapper):
+  """A stream that stays open."""
+
+  def close(self) -> None:
+    with contextlib.suppress(ValueError):
+      self.flush()
 
 
 class _Descriptor(io.FileIO):

@@ -69,6 +69,7 @@ def inside(folder: pathlib.Path) -> pathlib.Path:
 
 def beside(folder: pathlib.Path) -> pathlib.Path:
   """The lock file of a folder that is replaced as a whole."""
+  folder = folder.resolve()  # "." has no name.
   return folder.with_name(f"{folder.name}.lock.json")
 
 

@@ -32,6 +32,7 @@ from unigrpo_jax.rewards import threads
 _log = logging.getLogger(__name__)
 
 MAX_DETAIL = 65_536  # Most bytes of one sample's details, as JSON.
+MAX_REASON = 1_000  # Most characters of a reason.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,11 +208,16 @@ def _make(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _check_numbers(name: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
-  """Raises InputError for an option that is not a number where its default is one."""
+  """Raises InputError for an option whose default is a number and which is not one; or which its
+  annotation says to be an int or a float, and which is of another kind or None."""
   for key, value in options.items():
     parameter = signature.parameters.get(key)
-    if parameter is not None and type(parameter.default) in (int, float) and value is not None:
-      errors.require(f"reward={name!r}: {key}", value)
+    if parameter is None or type(parameter.default) not in (int, float):
+      continue
+    kind = getattr(parameter.annotation, "__name__", parameter.annotation)
+    if value is None and kind in ("int", "float"):
+      raise errors.InputError(f"reward={name!r}: {key}=None must be a number; leave it out")
+    errors.require(f"reward={name!r}: {key}", value, integer=kind == "int")
 
 
 def _imported(name: str) -> Callable[..., Any]:
@@ -287,6 +293,23 @@ def is_temporary(error: BaseException) -> bool:
   return isinstance(error, OSError) and not isinstance(error, about_paths)
 
 
+def settings_of(rewards: Mapping[str, Reward]) -> dict[str, dict[str, Any]]:
+  """{name: its `settings`, as JSON} of the rewards that have some; a message where they fail: what
+  has been scored is worth more than they are."""
+  found = {}
+  for name, reward in rewards.items():
+    try:
+      given = dict(getattr(reward, "settings", None) or {})
+      text = json.dumps(given, default=lambda a: a.tolist() if hasattr(a, "tolist") else str(a))
+      given = json.loads(text, parse_constant=lambda _: None)
+    except Exception as error:
+      _log.warning("reward %s: its settings are left out: %s", name, errors.describe(error))
+      given = {"left_out": errors.describe(error)[:300]}
+    if given:
+      found[name] = given
+  return found
+
+
 def reward_lock(reward: Reward) -> contextlib.AbstractContextManager:
   """A lock to hold while calling `reward`; for a `concurrent` reward it does nothing."""
   return contextlib.nullcontext() if getattr(reward, "concurrent", False) else threading.Lock()
@@ -309,7 +332,10 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   count = len(samples)
   if not count:
     return Scores(np.zeros(0, np.float32))
-  result = reward(samples)
+  try:
+    result = reward(samples)
+  finally:
+    errors.reopen_streams()
   if not isinstance(result, Scores):
     result = Scores(result)
   given, unreal = _real(_array(result.values), count)
@@ -323,27 +349,36 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
     reason = f"{given[first]} is not finite in float32, for {samples[first].prompt[:60]!r}"
   elif missing.any():
     prompt = samples[int(missing.argmax())].prompt[:60]
-    reason = result.reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
+    # It may be an exception, or very long.
+    reason = " ".join(str(result.reason or "").split())[:MAX_REASON]
+    reason = reason or f"no score for {missing.sum()} of {count} samples, as {prompt!r}"
     reason += f": {unreal}" if unreal else ""
   details = result.details
   if details is not None:
     if len(details) != count:
       raise ValueError(f"a reward's details must be [{count}], one a sample; got [{len(details)}]")
+    for detail in details:
+      if detail is not None and not isinstance(detail, Mapping):
+        raise ValueError(f"a reward's details must be mappings or None; got {detail!r:.60}")
     details = details if any(details) else None
-  return Scores(values, reason, result.temporary, details)
+  return Scores(values, reason, bool(result.temporary), details)
 
 
 def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
   """`evaluate` of one reward, or of several with equal `joint`, which one call scores together."""
   if len(rewards) == 1 or not samples:
     return [evaluate(reward, samples) for reward in rewards]
-  given = rewards[0].score_together(rewards, samples)
+  given = list(rewards[0].score_together(rewards, samples))
+  if len(given) != len(rewards):
+    raise ValueError(f"score_together gave {len(given)} scores for {len(rewards)} rewards")
   return [evaluate(lambda _, part=part: part, samples) for part in given]
 
 
 def _array(values) -> np.ndarray:
-  """Values as an array, with dtype object where NumPy cannot convert them."""
+  """Values as an array, with dtype object where NumPy cannot convert them; masked ones are NaN."""
   try:
+    if isinstance(values, np.ma.MaskedArray):
+      return values.astype(object).filled(np.nan)
     return np.asarray(values)
   except Exception:
     # A PyTorch tensor that has a gradient, is bfloat16 or on an accelerator; a list of such; or
@@ -400,7 +435,7 @@ class TimeLimited:
 
   def __init__(self, reward: Reward, seconds: float):
     """Raises InputError unless `seconds` > 0."""
-    errors.require("time_limit", seconds, above=0)
+    errors.require("time_limit", seconds, above=0, high=errors.MAX_SECONDS)
     self._reward, self._seconds = reward, seconds
     self.concurrent = getattr(reward, "concurrent", False)
     self.fingerprint = getattr(reward, "fingerprint", None)

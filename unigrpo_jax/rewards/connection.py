@@ -86,8 +86,9 @@ class Client:
     Raises:
       InputError: an argument is out of range or not a URL.
     """
-    errors.require("timeout", timeout, above=0)
-    for name, value in (("retries", retries), ("backoff", backoff), ("outage", outage)):
+    errors.require("timeout", timeout, above=0, high=errors.MAX_SECONDS)
+    errors.require("retries", retries, low=0, integer=True)
+    for name, value in (("backoff", backoff), ("outage", outage)):
       errors.require(name, value, low=0)
     urls = [urls] if isinstance(urls, str) else urls
     if not isinstance(urls, Sequence) or not urls:

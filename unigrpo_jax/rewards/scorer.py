@@ -135,13 +135,21 @@ class Scorer:
 
   def fingerprints(self) -> dict[str, str]:
     """{"reward_options.NAME": fingerprint} of the rewards that have one, for `Run`'s `pinned`."""
-    found = {name: getattr(reward, "fingerprint", None) for name, reward in self._rewards.items()}
+    found = {}
+    for name, reward in self._rewards.items():
+      with base.made(f"reward {name} has no fingerprint"):
+        text = getattr(reward, "fingerprint", None)
+      if text is not None and not isinstance(text, str):
+        raise errors.InputError(
+          f"reward {name}: its fingerprint must be text, not {errors.shown(text)}; make it an "
+          "attribute or a property"
+        )
+      found[name] = text
     return {f"reward_options.{name}": text for name, text in found.items() if text}
 
   def settings(self) -> dict[str, dict[str, Any]]:
     """{reward: settings} of the rewards that have `settings`; see `base.Reward`."""
-    found = {name: getattr(reward, "settings", None) for name, reward in self._rewards.items()}
-    return {name: dict(settings) for name, settings in found.items() if settings}
+    return base.settings_of(self._rewards)
 
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
     """Begins to score samples in the threads; does not wait."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-import json
 import traceback
 from typing import Any
 import urllib.parse
@@ -61,10 +60,10 @@ class Handler(listening.Handler):
       raise listening.Refusal(
         404, f"no {self.path}; there are {wire.PREFIX} and {listening.HEALTH}"
       )
-    found = {name: getattr(r, "settings", None) for name, r in self.server.rewards.items()}
-    settings = json.dumps({name: dict(one) for name, one in found.items() if one}, default=str)
+    rewards = self.server.rewards
     return {
-      "rewards": sorted(found), "encodings": wire.ENCODINGS, "settings": json.loads(settings)
+      "rewards": sorted(rewards), "encodings": wire.ENCODINGS,
+      "settings": base.settings_of(rewards),
     }
 
   def post(self) -> dict[str, Any]:

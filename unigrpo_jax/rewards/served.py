@@ -50,8 +50,8 @@ class Served:
   own = ("reward",)
 
   def __post_init__(self):
-    errors.require("batch_size", self.batch_size, low=1)
-    errors.require("workers", self.workers, low=1)
+    errors.require("batch_size", self.batch_size, low=1, integer=True)
+    errors.require("workers", self.workers, low=1, integer=True)
     self._client = connection.Client(
       self.url, what=f"reward {self.reward}", timeout=self.timeout, retries=self.retries,
       backoff=self.backoff, outage=self.outage, token=self.token, token_env=self.token_env,
@@ -91,6 +91,9 @@ class Served:
           one.fail(chunk, error)
         if isinstance(error, exchange.Unreachable):
           gone.set()
+      except Exception as error:  # of the program
+        for one in merged:
+          one.fail(chunk, exchange.Failed(errors.describe(error)))
       else:
         for one, part in zip(merged, scores):
           one.put(chunk, part)

@@ -28,12 +28,7 @@ class Pool:
   def __init__(self, threads: int, name: str):
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._closing, self._closed = threading.Lock(), False
-    self._workers = [
-      threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
-      for number in range(threads)
-    ]
-    for worker in self._workers:
-      worker.start()
+    self._threads, self._name, self._workers = threads, name, []
 
   def submit(self, call: Callable[..., Any], *args: Any) -> futures.Future:
     """Queues `call(*args)`; returns its future, which is cancelled if the pool is closed."""
@@ -41,8 +36,13 @@ class Pool:
     with self._closing:
       if self._closed:
         _cancel(future)
-      else:
-        self._queue.put((future, call, args))
+        return future
+      if len(self._workers) < self._threads:  # No more than there are calls.
+        name = f"{self._name}-{len(self._workers)}"
+        worker = threading.Thread(target=self._work, name=name, daemon=True)
+        worker.start()
+        self._workers.append(worker)
+      self._queue.put((future, call, args))
     return future
 
   def close(self) -> None:

@@ -244,6 +244,10 @@ def check_target(
     raise errors.InputError(
       f"target {target} overlaps its source {source}; choose a folder outside the source"
     )
+  if target in (here := pathlib.Path.cwd(), *here.parents):
+    raise errors.InputError(
+      f"target {target} is the current folder or holds it; choose a folder within it"
+    )
   if target.exists():
     if not overwrite:
       raise errors.InputError(

@@ -77,7 +77,7 @@ class Judge:
     errors.require("max_side", max_side, low=0, integer=True)
     errors.require("seed", seed, **errors.SEED, integer=True)
     errors.require("workers", workers, low=1, integer=True)
-    errors.require("deadline", deadline, above=0)
+    errors.require("deadline", deadline, above=0, high=errors.MAX_SECONDS)
     errors.require("reparse", reparse, low=0, integer=True)
     unknown = set(form) - {field.name for field in dataclasses.fields(forms.Options)}
     if unknown:
