@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the first stage of UniGRPO (arXiv 2603.23500), the way to a tiny BAGEL.
 
   python -m unigrpo_jax.train --config=configs/sft.py --config.init_from=BAGEL-7B-MoT \\
-    --config.data.folder=shards --workdir=runs/sft                    # BAGEL-7B-MoT on a pod
+    --config.data.folder=shards --workdir=runs/sft     # BAGEL-7B-MoT on up to 8 chips; on N also
+    # --config.microbatch=N --config.limits.images=N
   python -m unigrpo_jax.train --config=configs/sft.py:tiny --workdir=runs/tiny   # IconWorld, on CPU
 
 `:tiny` and `:tiny_look` are stages of `python -m unigrpo_jax.build`, which makes the embedded BAGEL

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Trains on TPU VMs that are waited for, and takes new ones where they are taken away. Needs gcloud,
-# logged in, on this machine, which `keep` needs until the run is finished.
+# Trains on TPU VMs of the queue, and asks for new ones when they are taken away. Needs gcloud, logged
+# in, on this machine, where `keep` has to stay alive until the run is finished.
 #
 #   bash launch/queued_resource.sh keep   --project=P --zone=Z --type=v5p-128 --spot -- \
-#     --config=configs/unigrpo.py --config.init_from=gs://B/sft --workdir=gs://B/runs/a
+#     --config=configs/unigrpo.py --config.init_from=gs://my-bucket/sft \
+#     --config.prompts.source=gs://my-bucket/prompts.jsonl --workdir=gs://my-bucket/runs/a \
+#     --config.eval.source=gs://my-bucket/held_out.jsonl --config.rewards="{'my_rewards:redness': 1.0}"
 #   bash launch/queued_resource.sh create --project=P --zone=Z --type=v5p-128 [--spot] [--slices=2]
 #   bash launch/queued_resource.sh state  --project=P --zone=Z
 #   bash launch/queued_resource.sh delete --project=P --zone=Z
 #
-# `keep` asks for TPUs, installs, runs, looks every --poll=60 seconds, starts again what broke, asks
-# again for TPUs that were taken away, and ends when the run is finished (status 0) or was refused
-# (status 2). It may be ended and called again at any time: the run does not notice.
+# `keep` asks for TPUs, installs, starts the run, looks every --poll=60 seconds, starts again what
+# broke, asks again for TPUs that were taken away, and ends when the run is finished (status 0) or was
+# refused (status 2). It may be ended and called again at any time: the run does not notice. The TPUs
+# stay, and are paid for, until `delete`.
 #
 # --name     of the request and of its VM, unigrpo unless given; several slices are NAME-0, NAME-1
 # --slices   1 unless given; the config then needs --config.mesh.data=SLICES

@@ -3,7 +3,9 @@
 # nodes share.
 #
 #   bash launch/slurm.sh --nodes=4 --gpus=8 --partition=P --time=24:00:00 -- \
-#     --config=configs/unigrpo.py --config.init_from=sft --workdir=runs/unigrpo
+#     --config=configs/unigrpo.py --config.init_from=sft --config.prompts.source=prompts.jsonl \
+#     --config.eval.source=held_out.jsonl --config.rewards="{'my_rewards:redness': 1.0}" \
+#     --workdir=runs/unigrpo
 #
 # --nodes --gpus   how many, and GPUs of each; 1 and 8 unless given
 # --partition      where; --account who pays; both the cluster's own unless given

@@ -25,7 +25,7 @@ import pytest
 from tests import pages
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import forward
-from unigrpo_jax.recipe import config_files, rl, sft
+from unigrpo_jax.recipe import checks, config_files, parts, rl, sft
 
 ROOT = pages.ROOT
 COMMANDS = [
@@ -247,6 +247,16 @@ def test_the_algorithm_of_the_page_learns():
     loss(v, jnp.array([1.0, -3.0])), 2 * 0.5 * (errors_of[0] - 3 * errors_of[1]), rtol=1e-5
   )
   np.testing.assert_array_equal(jax.grad(loss)(v, jnp.zeros(2)), 0)
+
+
+def test_the_numbers_of_an_algorithm_have_their_places():
+  text = (ROOT / "docs" / "adding_an_algorithm.md").read_text()
+  places = re.findall(r"^\| `(rl|parts)\.py`, `(\w+)`", text, re.MULTILINE)
+  assert len(places) == 4
+  for module, name in places:
+    assert hasattr({"rl": rl, "parts": parts}[module], name), name
+  [key] = re.findall(r"`(\"flow\.weighted_scale\": checks\.[^`]+)`", text)
+  eval(f"{{{key}}}", {"checks": checks})
 
 
 def test_python_in_the_pages_is_python():

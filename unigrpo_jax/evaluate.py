@@ -53,7 +53,8 @@ benchmarks:
 
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
-  python -m unigrpo_jax.evaluate --checkpoint=runs/tiny --modes think think+guidance --out=runs/eval
+  python -m unigrpo_jax.evaluate --checkpoint=runs/tiny_model --modes think think+guidance \\
+    --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=geneval --samples=4 \\
     --modes think+guidance --keep=all --keep_official=runs/official --out=runs/eval
@@ -73,27 +74,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--checkpoint", default="tiny",
       help="official or converted folder, a name of the Hugging Face hub, downloaded once, "
       'or "tiny", the embedded one (default: %(default)s)')
-  add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
-  add("--out", type=files.path, required=True, help="folder for the results")
+  add("--adapter", metavar="FOLDER",
+      help="LoRA adapters for the checkpoint, from PEFT or export --adapter")
+  add("--out", type=files.path, required=True, metavar="FOLDER", help="where the results go")
   add("--prompts_from", default="iconworld",
       help="iconworld, geneval or another generated set, or a file or folder that "
       "unigrpo_jax.data reads "
       "(default: %(default)s)")
-  add("--split", default="test", help="of the prompts (default: %(default)s)")
-  add("--prompts", type=int, help="how many, from the first (default: 600 of iconworld, else all)")
+  add("--split", default="test",
+      help="split of the prompts, of a set or a folder (default: %(default)s)")
+  add("--prompts", type=int, metavar="COUNT",
+      help="take only the first COUNT prompts (default: 600 of iconworld, else all)")
   add("--samples", type=int, help="images of each prompt (default: 1); image K of prompt I, both "
-      "from 0, has the seed --seed + I + K * 2**20")
+      "counted from 0, has the seed --seed + I + K * 2**20")
   add("--modes", nargs="+", metavar="MODE",
-      help="see below (default: all of iconworld, else plain and think, without and with guidance)")
+      help="how to draw, see below (default: of iconworld all modes, else plain and think, each "
+      "without and with guidance)")
   add("--keep", type=number_or_all, default=24, metavar="COUNT",
-      help="prompts whose pictures are saved, or all (default: %(default)s)")
+      help='save the pictures of the first COUNT prompts, or "all" (default: %(default)s)')
   add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-      help="pixels (default: the largest the checkpoint is configured for)")
+      help="of the images, in pixels (default: the largest that the checkpoint is configured for)")
   add("--points_judge", metavar="FOLDER",
-      help="folder with reward.json, whose model answers exam points")
+      help="a learned reward, a folder with reward.json, that answers the prompts' exam points")
   add("--keep_official", type=files.local_path, metavar="FOLDER",
-      help="write all pictures for GenEval's own script too: FOLDER/00000/samples/0000.png, of "
-      "several modes FOLDER/MODE/00000/...")
+      help="also write all pictures for GenEval's own script: FOLDER/00000/samples/0000.png, or "
+      "with several modes FOLDER/MODE/00000/...")
   add("--images", type=files.local_path, metavar="FOLDER",
       help="draw nothing; score the pictures of another evaluation's --out, or of a folder as "
       "--keep_official writes, by --rewards")

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of a training run as an official folder: `python -m unigrpo_jax.export -h`.
+"""Writes a checkpoint of a training run as an official folder, a model that every command takes.
 
 Adapters are merged into the weights; with --adapter they are written by themselves, for PEFT.
 
@@ -31,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--adapter", action="store_true",
     help="write the run's LoRA adapters alone, as PEFT does (adapter_model.safetensors)",
   )
-  parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+  parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
   parser.add_argument(
     "--dtype", choices=("bfloat16", "float16", "float32"),
     help="of the weights (default: config.export_dtype of the run; with --adapter float32)",
   )
   parser.add_argument(
     "--init_from", metavar="FOLDER",
-    help="the folder that the run began with, where it has moved (default: as in the run's config)",
+    help="where the model that the run began with is now, if it has moved (default: as in the "
+    "run's config)",
   )
-  parser.add_argument("--overwrite", action="store_true", help="replace such a folder")
+  parser.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
   # After the arguments are known to be good: importing jax takes seconds.

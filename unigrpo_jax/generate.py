@@ -45,7 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--checkpoint", default="tiny", help="official BAGEL folder, one made by convert, a name "
       "of the Hugging Face hub such as ByteDance-Seed/BAGEL-7B-MoT, which is downloaded once, or "
       '"tiny", the embedded one, which draws 32 x 32 pixels (default: %(default)s)')
-  add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
+  add("--adapter", metavar="FOLDER",
+      help="LoRA adapters for the checkpoint, from PEFT or export --adapter")
   add("--prompt", type=errors.text, help="what to draw, change or answer")
   add("--prompts_file", type=files.path, help=".txt with one prompt a line, or .jsonl with "
       'one {"prompt": ...} a line; UTF-8, blank lines are skipped')

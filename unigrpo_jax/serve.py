@@ -36,14 +36,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add("--checkpoint", default="tiny",
       help="official or converted folder, a name of the Hugging Face hub, downloaded once, "
       '"tiny", the embedded one, or "tiny_reward_model" (default: %(default)s)')
-  add("--adapter", help="folder of LoRA adapters for it, from PEFT or export --adapter")
-  add("--name", help="of the model in requests (default: the checkpoint's last part)")
+  add("--adapter", metavar="FOLDER",
+      help="LoRA adapters for the checkpoint, from PEFT or export --adapter")
+  add("--name",
+      help="how requests call the model (default: the last part of the checkpoint's path)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
   add("--batch_size", type=int, default=32,
-      help="requests run together, at most (default: %(default)s)")
+      help="most requests that run together (default: %(default)s)")
   add("--max_tokens", type=int, default=1024,
-      help="of an answer, at most (default: %(default)s)")
+      help="most tokens of an answer (default: %(default)s)")
   listening.add_arguments(parser, port=8000)
   args = parser.parse_args(argv)
   errors.require("--batch_size", args.batch_size, low=1, high=1024)

@@ -20,12 +20,12 @@ def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -
   """
   parser.add_argument(
     "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
-    help=f"{', '.join(base.names())}, module:function, or the URL of a server that has NAME"
-    + default,
+    help=f"what scores the pictures; REWARD is module:function, the URL of a server that has NAME, "
+    f"or one of {', '.join(base.names())}{default}",
   )
   parser.add_argument(
     "--reward_options", default="{}", metavar="JSON",
-    help="of the rewards: an object of objects, by their names here",
+    help='their options by NAME, such as {"NAME": {"scale": 2.0}}',
   )
 
 

@@ -87,8 +87,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "ten minutes")
   add("--point", choices=scaling.points(), help=argparse.SUPPRESS)  # one process of --scaling
   add("--layers", type=int, default=0,
-      help="of --device-check; 0: as many as fit (default: %(default)s)")
-  add("--toy", action="store_true", help="--device-check at the width of a test")
+      help="layers of --device-check; 0: as many as fit (default: %(default)s)")
+  add("--toy", action="store_true",
+      help="with --device-check: a tiny width, to try the script on a CPU")
   args = parser.parse_args(argv)
   errors.require("--layers", args.layers, low=0)
   if args.shape == "all" and args.scaling:

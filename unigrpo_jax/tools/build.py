@@ -1,4 +1,4 @@
-"""Makes the embedded tiny BAGEL from nothing: `python -m unigrpo_jax.build --help`.
+"""Makes a tiny BAGEL for IconWorld from nothing, as the embedded one was made.
 
   1. a tokenizer of IconWorld's prompts and reasoning, in the Qwen2 file format;
   2. a small FLUX autoencoder of its pictures;
@@ -247,13 +247,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   add = parser.add_argument
   add("--workdir", type=files.local_path, required=True,
-      help="folder of the stages; resumes from it")
+      help="folder of the stages; the same command resumes from it")
   add("--out", type=files.local_path, required=True, help="official folder to make")
-  add("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+  add("--seed", type=int, default=0, help="seed of all stages (default: %(default)s)")
   add("--vae_steps", type=int, default=3000,
-      help="steps of the autoencoder (default: %(default)s)")
+      help="steps that train the autoencoder (default: %(default)s)")
   add("--vae_rows", type=int, default=32,
-      help="scenes a step of the autoencoder (default: %(default)s)")
+      help="pictures in each of these steps (default: %(default)s)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.require("--seed", args.seed, low=0, high=errors.SEED["high"] - 1)  # the look's is one more
   errors.require("--vae_steps", args.vae_steps, low=1)

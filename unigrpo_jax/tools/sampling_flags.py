@@ -19,19 +19,22 @@ def add(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
   add = parser.add_argument
   add("--num_timesteps", "--steps", type=int, help="points of the time grid (default: 50); one "
       "velocity evaluation less")
-  add("--shift", type=float, help="timestep shift (default: 3)")
-  add("--cfg_text_scale", type=float, help="guidance by the prompt; 1 turns all guidance off "
-      "(default: 4)")
+  add("--shift", type=float,
+      help="moves the time grid towards noise; 1 leaves it even (default: 3)")
+  add("--cfg_text_scale", type=float, help="strength of the guidance by the prompt; 1 turns all "
+      "guidance off (default: 4)")
   add("--cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-      help="guide where LOW < t <= HIGH (default: 0.4 1)")
+      help="guide only at times LOW < t <= HIGH; t=1 is noise (default: 0.4 1)")
   add("--cfg_renorm", choices=("global", "channel", "text_channel"),
-      help="norm that guidance may not exceed (default: global)")
+      help="what guidance may not make longer: the velocity of the whole image, of each latent "
+      "token, or of each token before the guidance by the image (default: global)")
   add("--seed", type=int, default=0, help="seed of the first prompt's first image "
       "(default: %(default)s)")
-  add("--temperature", type=float, help="of sampled text; 0 is greedy (default: 0.3)")
+  add("--temperature", type=float, help="of the sampling of text; 0 takes the likeliest token "
+      "(default: 0.3)")
   add("--max_tokens", type=int, help="most tokens of a reasoning or an answer (default: 1000)")
   add("--batch_size", type=int, default=batch_size,
-      help=f"rows run together (default: {batch_size or 'all'})")
+      help=f"rows that run together, fewer need less memory (default: {batch_size or 'all'})")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -52,9 +52,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--workdir", type=files.local_path, required=True,
       help="folder of the runs and of the tables")
   add("--methods", nargs="+", choices=list(methods.ALL), metavar="METHOD",
-      help="see below (default: those of the tables; without a learned reward not ReFL's)")
-  add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each method (default: 0 1 2)")
-  add("--variants", default="tiny", help="of the configs (default: %(default)s)")
+      help="what to compare, see below (default: those of the tables; without a learned reward "
+      "not ReFL's)")
+  add("--seeds", nargs="+", type=int, default=[0, 1, 2],
+      help="each method is trained once with each (default: 0 1 2)")
+  add("--variants", default="tiny",
+      help="variants of the configs, joined by commas (default: %(default)s)")
   add("--start", default="tiny",
       help="folder of the SFT checkpoint, from which all begin (default: the embedded one)")
   add("--bagel", default="",
@@ -69,10 +72,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
   add("--jobs", type=int, default=min(2, os.cpu_count() or 1),
       help="runs at a time, each on a core of its own; 1: a run has all devices (default: "
       "%(default)s)")
-  add("--prompts", type=int, default=600, help="GenEval's, of the test split (default: 600)")
-  add("--ta_prompts", type=int, default=150, help="TA's, the first of these (default: 150)")
-  add("--samples", type=int, default=4, help="of each prompt (default: 4)")
-  add("--noise_seed", type=int, default=0, help="of all evaluations (default: 0)")
+  add("--prompts", type=int, default=600, help="test prompts for GenEval (default: 600)")
+  add("--ta_prompts", type=int, default=150,
+      help="test prompts for TA, the first of these (default: 150)")
+  add("--samples", type=int, default=4, help="images of each prompt (default: 4)")
+  add("--noise_seed", type=int, default=0, help="seed of the noise of all evaluations (default: 0)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   if args.methods is None:
     args.methods = list(methods.METHODS) if args.reward_model else methods.without_gradient()

@@ -1,4 +1,4 @@
-"""Image statistics of a run's evaluations: `python -m unigrpo_jax.tools.compare.measure RUN`.
+"""Measures image statistics of a run's evaluations.
 
 Of the pictures that the evaluations saved (config.eval.keep, config.eval.images), by the network
 that the run started from. Writes RUN/statistics.json: {step: {statistic: mean}}; see

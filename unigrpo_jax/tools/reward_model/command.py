@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("stage", nargs="?", default=ALL, metavar="STAGE",
       help=f"one of {', '.join(STAGES)}, or {ALL} (default: %(default)s)")
   add("--workdir", type=files.local_path, required=True,
-      help="folder of the stages; resumes from it")
-  add("--out", type=files.local_path, help="folder of the reward model to write, for measure")
+      help="folder of the stages; the same command resumes from it")
+  add("--out", type=files.local_path,
+      help="folder of the reward model, which the stage measure writes")
   add("--config", default="configs/sft.py:tiny_reward_model", metavar="FILE:VARIANT",
       help="config of the training (default: %(default)s)")
   add("--triples", type=int, default=30_000,
@@ -68,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--train_file", type=files.path, metavar="FILE",
       help="JSON lines to train on in place of IconWorld; see docs/reward_model.md")
   add("--validation_file", type=files.path, metavar="FILE", help="the same, to measure on")
-  add("--question", help='with {prompt} in it (default: of IconWorld, or of the release\'s size)')
+  add("--question", help="what the model is asked, with {prompt} in it (default: one for "
+      "IconWorld, another for models of the released size)")
   add("--vit_max", type=int,
-      help="longest side of what the ViT sees, pixels (default: the checkpoint's)")
-  add("--seed", type=int, default=0, help="of IconWorld's triples (default: %(default)s)")
+      help="longest side of the picture that the ViT sees, pixels (default: the checkpoint's)")
+  add("--seed", type=int, default=0, help="seed of IconWorld's triples (default: %(default)s)")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.choose("STAGE", args.stage, (*STAGES, ALL))
   if args.stage in (ALL, "measure") and args.out is None:
