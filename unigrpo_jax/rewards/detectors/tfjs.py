@@ -1,7 +1,7 @@
-"""Runs a frozen graph in TensorFlow.js's format (model.json and its binary) with numpy.
+"""Runs a frozen graph in TensorFlow.js's format (model.json and its binary) with NumPy.
 
-Only the operations that `OPS` names; a graph with another one is refused. Arrays are NHWC where the
-graph says so; a graph that transposes to and fro costs nothing, since a transposed array is a view.
+It supports just the operations in `OPS`, and refuses graphs with others. Arrays are NHWC where the
+graph says so; transposing to and fro costs nothing, since a transposed array is a view.
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ from unigrpo_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
+  """An operation of the graph."""
+
   name: str
-  run: Callable[..., Any]
-  inputs: tuple[tuple[str, int], ...]  # names of nodes, and which of their outputs
+  run: Callable[..., Any]  # of the inputs' values
+  inputs: tuple[tuple[str, int], ...]  # (name of a node, number of its output)
 
 
 class Graph:
-  """A function of arrays, `Graph(...)({input: array}) -> {output: array}`."""
+  """A graph as a function: {input: array} -> {output: array}.
+
+  Attributes:
+    inputs: names of its inputs.
+  """
 
   def __init__(self, model: Mapping[str, Any], weights: bytes):
-    """Takes the parsed model.json and the bytes of its only file of weights.
+    """Prepares a graph.
+
+    Args:
+      model: the parsed model.json.
+      weights: contents of its file of weights; there must be a single one.
 
     Raises:
-      InputError: it is no such graph, has another operation or has weights of another size.
+      InputError: it is no graph, has an operation that is not in `OPS`, or the size of the weights
+        does not match.
     """
     try:
       nodes = {node["name"]: node for node in model["modelTopology"]["node"]}
@@ -51,7 +62,7 @@ class Graph:
     placed = {*self._constants, *self.inputs}
     for name in outputs:
       self._place(name, nodes, placed)
-    # What follows from constants alone is computed once.
+    # Nodes that depend on constants alone are computed once.
     rest = []
     for node in self._nodes:
       if all(name in self._constants for name, _ in node.inputs):
@@ -61,7 +72,7 @@ class Graph:
     self._nodes = rest
 
   def _place(self, name: str, nodes: Mapping[str, Any], placed: set[str]) -> None:
-    """Puts a node behind all that it needs."""
+    """Appends a node to the order of execution, after all nodes that it depends on."""
     stack = [name]
     while stack:
       name = stack[-1]
@@ -79,7 +90,7 @@ class Graph:
         stack += missing
 
   def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Runs it; `given` has an array of each of `inputs`."""
+    """Runs the graph; `given` is {name: array} of all `inputs`."""
     values = {**self._constants, **given}
     for node in self._nodes:
       values[node.name] = _run(node, values)
@@ -87,7 +98,7 @@ class Graph:
 
 
 def load(model: pathlib.Path, weights: pathlib.Path) -> Graph:
-  """Reads a graph from its two files; InputError where they cannot be read or are none."""
+  """Reads a graph from its two files; raises InputError where they cannot be read or used."""
   with errors.storage(did="read"), errors.at(str(model)):
     try:
       parsed = json.loads(model.read_bytes())
@@ -97,6 +108,7 @@ def load(model: pathlib.Path, weights: pathlib.Path) -> Graph:
 
 
 def _run(node: _Node, values: Mapping[str, Any]) -> Any:
+  """The result of a node: an array, or a list of them where it has several outputs."""
   arguments = []
   for name, number in node.inputs:
     value = values[name]
@@ -105,12 +117,16 @@ def _run(node: _Node, values: Mapping[str, Any]) -> Any:
 
 
 def _reference(text: str) -> tuple[str, int]:
+  """(node, number of its output) of "node:number" or "node"."""
   name, _, number = text.partition(":")
   return name, int(number or 0)
 
 
 def _constants(specs: Sequence[Mapping[str, Any]], data: bytes) -> dict[str, np.ndarray]:
-  """The arrays of the manifest, back to back in its order; float16 ones become float32."""
+  """The arrays of weights, which lie one after another in the manifest's order.
+
+  Arrays that are stored as float16 become float32.
+  """
   result, place = {}, 0
   for spec in specs:
     stored = np.dtype(spec.get("quantization", spec)["dtype"])
@@ -129,7 +145,7 @@ def _constants(specs: Sequence[Mapping[str, Any]], data: bytes) -> dict[str, np.
 
 
 def _attributes(node: Mapping[str, Any]) -> dict[str, Any]:
-  """The attributes of a node as Python's values."""
+  """The attributes of a node as Python values."""
   result = {}
   for name, value in node.get("attr", {}).items():
     kind, content = next(iter(value.items()), (None, None))
@@ -143,17 +159,19 @@ def _attributes(node: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
-# --- Operations: attributes -> a function of the inputs. Each refuses what it does not know.
+# --- Operations: each takes a node's attributes and returns a function of its inputs. Attributes
+# that would change the result in a way that is not supported are refused.
 
 
 def _require(attributes: Mapping[str, Any], **wanted: Any) -> None:
+  """Raises InputError where an attribute is given and differs from the supported value."""
   for name, value in wanted.items():
     if attributes.get(name, value) != value:
       raise errors.InputError(f"an operation with {name}={attributes[name]!r}, not {value!r}")
 
 
 def _plain(function: Callable[..., Any]) -> Callable[[Mapping[str, Any]], Callable[..., Any]]:
-  """An operation without attributes that matter."""
+  """An operation whose attributes do not matter."""
   return lambda attributes: function
 
 
@@ -164,7 +182,7 @@ def _pad(x, widths, value=0.0):
 
 
 def _windows(x: np.ndarray, size: Sequence[int], strides: Sequence[int]) -> np.ndarray:
-  """[1, H, W, C] -> the view [H', W', h, w, C] of windows of size [h, w] without padding."""
+  """[1, H, W, C] -> view [H', W', h, w, C] of all windows of size [h, w], without padding."""
   view = np.lib.stride_tricks.sliding_window_view(x[0], size, axis=(0, 1))
   return view[:: strides[0], :: strides[1]].transpose(0, 1, 3, 4, 2)
 
@@ -178,7 +196,7 @@ def _conv(attributes):
     if x.shape[0] != 1 or x.shape[3] != channels:
       raise ValueError(f"a convolution of {x.shape} by {kernel.shape}")
     windows = _windows(np.ascontiguousarray(x), (height, width), strides)
-    # One copy and one product: what BLAS does with it is most of the time.
+    # One copy and one matrix product, in which most of the time is spent.
     rows = windows.reshape(-1, height * width * channels)
     return (rows @ kernel.reshape(-1, features)).reshape(1, *windows.shape[:2], features)
 

@@ -1,4 +1,4 @@
-"""What is read out of a chat completion; what cannot be read is `Unreadable`, never a 0."""
+"""Reading scores from a chat completion; an answer that cannot be read raises, never scores 0."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ THINKING = (
   "thinking used up max_tokens; send enable_thinking false: "
   'extra={"chat_template_kwargs": {"enable_thinking": false}}'
 )
-_MARKS = " \t\r\n\u0120\u2581\u010a"  # spaces, and what byte-level and SentencePiece tokens have
+_MARKS = " \t\r\n\u0120\u2581\u010a"  # white space, also that of byte-level BPE and SentencePiece
 
 
 class Unreadable(Exception):
-  """An answer that does not hold what was asked for; the message is one line."""
+  """An answer does not contain what was asked for; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What counts of a chat completion.
+  """The relevant parts of a chat completion.
 
   Attributes:
     text: the answer; "" where there is none.
@@ -42,7 +42,7 @@ class Reply:
 
   @classmethod
   def parse(cls, body: Any) -> Reply:
-    """Of a completion's JSON; raises Unreadable where it has no choice with a message."""
+    """Reads a completion's JSON; raises Unreadable where it has no choice with a message."""
     try:
       choice = body["choices"][0]
       content = choice["message"].get("content")
@@ -66,25 +66,25 @@ def _top(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def number(word: str) -> int | None:
-  """The number that a word or digits are; None for neither."""
+  """The number that digits or an English word stand for; None for other words."""
   if word.isascii() and word.isdigit():
     return int(word[:9])
   return NUMBERS.get(word)
 
 
 def first_word(text: str) -> str:
-  """The first word or number of a text in lower case, without marks; "" for none."""
+  """The first word or number of a text, in lower case and without punctuation; "" for none."""
   words = re.search(r"[^\W_]+", text)
   return words[0].lower() if words else ""
 
 
 def after_thinking(text: str) -> str:
-  """What follows the reasoning of a text."""
+  """The part of a text that follows its reasoning ("</think>"); all of it where there is none."""
   return text.rpartition("</think>")[2].strip()
 
 
 def kind(expected: str) -> str:
-  """Which question an expected answer is of: "yes_no", "count" or "one_word"."""
+  """The kind of a question, from its expected answer: "yes_no", "count" or "one_word"."""
   word = first_word(expected)
   if word in ("yes", "no"):
     return "yes_no"
@@ -92,10 +92,11 @@ def kind(expected: str) -> str:
 
 
 def credit(reply: Reply, expected: str) -> float:
-  """1.0 where the answer's first word is the expected one, which may be a number, else 0.0.
+  """1.0 where the answer begins with the expected word or number, else 0.0.
 
   Raises:
-    Unreadable: to a question of yes and no it is neither, to one of a number none; it is empty.
+    Unreadable: the answer is empty, or it begins with neither yes nor no where one of these was
+      expected, or with no number where one was.
   """
   said, wanted = first_word(after_thinking(reply.text)), first_word(expected)
   match kind(expected):
@@ -111,13 +112,14 @@ def credit(reply: Reply, expected: str) -> float:
 
 
 def text(reply: Reply) -> str:
-  """All that is said; Unreadable where that is nothing."""
+  """The whole answer; raises Unreadable where it is empty."""
   if said := after_thinking(reply.text):
     return said
   raise Unreadable(_no_answer(reply, ""))
 
 
 def _no_answer(reply: Reply, asked: str) -> str:
+  """Why a reply does not answer a question of the kind `asked`, for an error message."""
   rest = after_thinking(reply.text)
   if reply.cut and (not rest or rest.startswith("<think>")):
     return THINKING
@@ -126,10 +128,10 @@ def _no_answer(reply: Reply, asked: str) -> str:
 
 
 def p_yes(reply: Reply, min_mass: float) -> float:
-  """P(yes) / (P(yes) + P(no)) of the first token, in all their forms.
+  """P(yes) / (P(yes) + P(no)) of the first token, summed over all spellings of both words.
 
   Raises:
-    Unreadable: there are no probabilities, or both together have less than `min_mass`.
+    Unreadable: there are no probabilities, or those of both together are less than `min_mass`.
   """
   yes, no = _mass(reply, "yes"), _mass(reply, "no")
   _check_mass(reply, yes + no, min_mass, "yes or no")
@@ -137,11 +139,14 @@ def p_yes(reply: Reply, min_mass: float) -> float:
 
 
 def p_answer(reply: Reply, expected: str, min_mass: float, renormalise: bool) -> float:
-  """The first token's probability of the expected answer, in all its forms (a number's word and
-  digits too): of all tokens, or with `renormalise` of all tokens that answer such a question.
+  """The probability that the first token is the expected answer, summed over all its spellings.
+
+  A number may be written as word or as digits. With `renormalise` the probability is divided by
+  that of all tokens that answer a question of this kind.
 
   Raises:
-    Unreadable: there are no probabilities, or all answers together have less than `min_mass`.
+    Unreadable: there are no probabilities, or those of all such tokens together are less than
+      `min_mass`.
   """
   mine = _mass(reply, first_word(expected))
   match kind(expected):
@@ -161,13 +166,15 @@ def _word(token: str) -> str:
 
 
 def _mass(reply: Reply, word: str) -> float:
-  """The probability of the tokens that are a word, or a number in either form."""
+  """The total probability of the first tokens that spell `word`, or the same number."""
   value = number(word)
   same = lambda other: other == word or (value is not None and number(other) == value)
   return sum(p for token, p in reply.top if same(_word(token)))
 
 
 def _check_mass(reply: Reply, mass: float, min_mass: float, what: str) -> None:
+  """Raises Unreadable without probabilities, or where `mass`, that of `what`, is below `min_mass`.
+  """
   if not reply.top:
     raise Unreadable(
       "the server sent no logprobs of the first token; let it send them, or ask with form=points"
@@ -182,10 +189,10 @@ def _check_mass(reply: Reply, mass: float, min_mass: float, what: str) -> None:
 
 
 def listed(reply: Reply, count: int) -> list[str]:
-  """The K answers of a JSON object {"answers": [...]}, in a code fence or without.
+  """The `count` answers in a JSON object {"answers": [...]}, with or without a code fence.
 
   Raises:
-    Unreadable: it is no such object, or has another number of answers.
+    Unreadable: the reply is no such object, or has another number of answers.
   """
   text = after_thinking(reply.text)
   fenced = re.search(r"```\w*\s*(.*?)```", text, re.DOTALL)
@@ -203,14 +210,14 @@ def listed(reply: Reply, count: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """Numbers that a text holds, and what score they make.
+  """How to read numbers from a text and turn them into a score.
 
   Attributes:
-    axes: a regular expression with one group for each number, by its name.
-    bounds: least and largest value of each.
+    axes: {name of a number: regular expression with one group, the number}.
+    bounds: least and largest valid value.
     low, high: weighted means that score 0 and 1.
-    weights: of the axes; {} for the same.
-    integers: whether only whole numbers count.
+    weights: {name: weight in the mean}; {}: all are equal.
+    integers: whether only whole numbers are valid.
   """
 
   axes: Mapping[str, str]
@@ -221,7 +228,7 @@ class Scale:
   integers: bool = False
 
   def read(self, reply: Reply) -> dict[str, float | None]:
-    """The number of each axis; None where the text has none, or one out of bounds."""
+    """{name: number}; None where the text has none, or an invalid one."""
     text = re.sub(r"[*_`#]", "", after_thinking(reply.text))
     return {name: self._number(pattern, text) for name, pattern in self.axes.items()}
 
@@ -229,13 +236,17 @@ class Scale:
     found = re.search(pattern, text, re.IGNORECASE)
     try:
       value = float(found[1]) if found else math.nan
-    except (TypeError, ValueError):  # The group took no part, or is no number.
+    except (TypeError, ValueError):  # The group matched nothing, or no number.
       return None
     fits = self.bounds[0] <= value <= self.bounds[1] and (value.is_integer() or not self.integers)
     return value if fits else None
 
   def score(self, values: Mapping[str, float | None], names: Iterable[str] = ()) -> float:
-    """(mean - low) / (high - low) of the axes `names`; () for all. Unreadable if one is missing."""
+    """(mean - low) / (high - low), with the weighted mean of the numbers `names`; () for all.
+
+    Raises:
+      Unreadable: a number is missing.
+    """
     names = tuple(names) or tuple(self.axes)
     if missing := [name for name in names if values[name] is None]:
       low, high = (f"{bound:g}" for bound in self.bounds)
@@ -247,7 +258,7 @@ class Scale:
 
 _NUMBER = r"\s*:\s*(-?\d+(?:\.\d+)?)"
 SCALES = {
-  # CodeGoat24/UnifiedReward; its two ways to a number in [0, 1] are flow_grpo's and verl-omni's.
+  # CodeGoat24/UnifiedReward; flow_grpo and verl-omni map its two versions to [0, 1] like this.
   "unified_reward_1": Scale({"score": rf"Final Score{_NUMBER}"}, (1, 5), 0, 5),
   "unified_reward_2": Scale({
     axis: rf"{axis} Score\s*(?:\(1-5\))?{_NUMBER}" for axis in ("alignment", "coherence", "style")

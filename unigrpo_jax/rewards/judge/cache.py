@@ -1,5 +1,4 @@
-"""Answers that were read before, so that an evaluation which was killed asks only what is missing.
-"""
+"""A cache of answers on disk, so that an evaluation that was killed asks only what is missing."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ import threading
 from unigrpo_jax import errors
 from unigrpo_jax.rewards.judge import answers
 
-MEMORY = 64 << 20  # Bytes of lines that are kept in memory, the last used ones.
+MEMORY = 64 << 20  # Most bytes of lines that are kept in memory; the most recently used ones stay.
 
 
 class Cache:
-  """Replies by a key, in a file of JSON lines that is only appended to."""
+  """{key: reply}, in a file of JSON lines that is only appended to."""
 
   def __init__(self, path: pathlib.Path):
-    """Reads what is there; a last line that was cut by a kill is left out.
+    """Opens or makes the file; lines that a kill cut off are ignored.
 
     Raises:
       InputError: the file cannot be read or written.
@@ -39,7 +38,7 @@ class Cache:
         self._file.write("\n")
 
   def get(self, key: str) -> answers.Reply | None:
-    """The reply of a key; None where there is none."""
+    """The reply of a key; None where it is not in memory."""
     with self._lock:
       line = self._lines.get(key)
       if line is None:
@@ -49,7 +48,7 @@ class Cache:
     return answers.Reply(record["text"], record["cut"], tuple(map(tuple, record["top"])))
 
   def put(self, key: str, reply: answers.Reply) -> None:
-    """Keeps a reply that was read; raises Storage or InputError where it cannot be written."""
+    """Stores a reply; raises InputError or its subclass Storage where it cannot be written."""
     record = {"key": key, "text": reply.text, "cut": reply.cut, "top": reply.top}
     line = json.dumps(record) + "\n"
     with self._lock, errors.storage(self._file.name):

@@ -1,4 +1,4 @@
-"""Questions about pictures as requests of the OpenAI protocol."""
+"""Questions about pictures as requests by the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from unigrpo_jax import errors
 from unigrpo_jax.rewards import connection, exchange, wire
 from unigrpo_jax.rewards.judge import answers, forms
 
-TOP = 20  # Likeliest first tokens that are asked for: vLLM's --max-logprobs, by default.
-ANSWER = 8 << 20  # Bytes of an answer, at most.
+TOP = 20  # Number of likeliest first tokens to ask for; the default of vLLM's --max-logprobs.
+ANSWER = 8 << 20  # Most bytes of an answer.
 
 
 class Picture:
-  """A sample's picture as a data URL, encoded once and only when it is asked about."""
+  """A sample's picture as a data URL, which is encoded once, when it is first needed."""
 
   def __init__(self, image: np.ndarray, encoding: str, max_side: int):
-    """`image` [H, W, 3] uint8; `max_side` in pixels, 0: as it is."""
+    """Encodes nothing yet.
+
+    Args:
+      image: [H, W, 3] uint8.
+      encoding: "png" or "jpeg".
+      max_side: pixels to which the longer side is reduced; 0: not at all.
+    """
     self._image, self._encoding, self._max_side = image, encoding, max_side
     self._lock = threading.Lock()
 
@@ -46,7 +52,7 @@ class Picture:
     return f"data:image/{self._encoding};base64,{file}"
 
   def digest(self, *what: Any) -> str:
-    """Of the pixels, their shape, and what is asked about them."""
+    """A hash (32 hexadecimal digits) of the pixels, their shape and `what`, as JSON."""
     text = json.dumps([self._image.shape, *what], sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     digest.update(np.ascontiguousarray(self._image))
@@ -55,15 +61,15 @@ class Picture:
 
 @dataclasses.dataclass(eq=False)
 class Chat:
-  """A model on a server, or on several alike.
+  """A model on a server, or on several equal ones.
 
   Attributes:
-    client: of the server, whose URLs end in /v1.
+    client: of the servers, whose URLs end in /v1.
     model: its name there.
-    token_key: the request's key of the most tokens: newer models of OpenAI want
+    token_key: key for the limit of tokens in a request; newer models of OpenAI need
       "max_completion_tokens".
-    text_first: the text before the picture.
-    extra: further keys of a request, which replace those here.
+    text_first: whether the text precedes the picture.
+    extra: further keys of a request, which override the others.
   """
 
   client: connection.Client
@@ -71,16 +77,24 @@ class Chat:
   token_key: str = "max_tokens"
   text_first: bool = False
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  _takes_schemas: bool = True  # until it says otherwise
+  _takes_schemas: bool = True  # until the server refuses one
 
   def ask(
     self, picture: Picture, question: forms.Question, seed: int, end: float | None
   ) -> answers.Reply:
-    """One answer; `end` of `time.monotonic()` is when to give up.
+    """Asks one question about a picture.
+
+    A server that refuses JSON schemas is asked again, and from then on, without them.
+
+    Args:
+      picture: to look at.
+      question: to ask.
+      seed: of the request.
+      end: value of `time.monotonic()` at which to give up; None: never.
 
     Raises:
-      exchange.Failed: there is none.
-      Unreadable: it is no chat completion.
+      exchange.Failed: there is no answer.
+      Unreadable: the answer is no chat completion.
     """
     try:
       return self._post(picture, question, seed, end)
@@ -116,11 +130,11 @@ class Chat:
 
 
 def only_model(client: connection.Client, end: float | None = None) -> str:
-  """The name of the one model that a server has.
+  """The name of the only model of a server.
 
   Raises:
     InputError: it has none, or several.
-    exchange.Failed: it did not say.
+    exchange.Failed: it did not answer.
   """
   try:
     names = [model["id"] for model in json.loads(client.request("GET", "/models", end=end))["data"]]

@@ -1,7 +1,7 @@
-"""What is asked about a sample, and what its answers make: one function pair a form.
+"""Forms: what a judge is asked about a sample, and how its answers become a score.
 
-  points           a question for each exam point; the share that is answered as expected
-  points_soft      the same by the probability of the expected answer (GenEval2's soft-TIFA)
+  points           one question per exam point; the share that is answered as expected
+  points_soft      the same with the probability of the expected answer (GenEval2's soft-TIFA)
   points_together  all points in one question, answered in JSON
   p_yes            P(yes) / (P(yes) + P(no)) of one question about the prompt
   transcribe       the text in the picture, scored as the reward `ocr` scores what it reads
@@ -27,7 +27,7 @@ AGGREGATES = ("mean", "gmean", "all")
 WISE = ("wise_verified", "wise_legacy")
 FORMS = (
   "points", "points_soft", "points_together", "p_yes", "transcribe", *answers.SCALES, "custom")
-NO_TEXT = "[no text]"  # What `transcribe` is to answer about a picture without any.
+NO_TEXT = "[no text]"  # The answer that `transcribe` asks for about a picture without text.
 _BY_WORD = {"yes_no": "yes or no", "count": "a number", "one_word": "one word"}
 
 
@@ -37,10 +37,10 @@ class Question:
 
   Attributes:
     text: of the request.
-    read: what the reply says; raises `answers.Unreadable`.
-    max_tokens: of the answer.
-    logprobs: whether those of the first token are needed.
-    schema: JSON schema of the answer; None for free text.
+    read: reply -> what it says; raises `answers.Unreadable`.
+    max_tokens: length limit of the answer.
+    logprobs: whether log-probabilities of the first token are needed.
+    schema: JSON schema of the answer; None: free text.
   """
 
   text: str
@@ -52,19 +52,23 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Of all forms; each reads those that concern it.
+  """Options of all forms; each form uses some of them.
 
   Attributes:
     form: one of `FORMS`.
-    template: a name or a file; "" for the form's own; of `points` it serves all kinds of answers.
-    metric: the axis of a form that has several; "" for their (weighted) mean.
-    aggregate: of the credits of points: one of `AGGREGATES`.
-    use_needs: whether a point whose need is not met counts as not met.
-    min_mass: least probability of all answers together.
-    renormalise: `points_soft` among all answers.
-    pattern, low, high: of `custom`: a regular expression with one group, and the numbers that
-      score 0 and 1.
-    max_tokens: of an answer; 0 for the form's own.
+    template: name or file of the question's template; "": the form's own. Given for `points`, it is
+      used for all kinds of answers.
+    metric: forms with several numbers: the one that is the score; "": their (weighted) mean.
+    aggregate: forms with points: how credits become the score, one of `AGGREGATES`.
+    use_needs: forms with points: a point counts as not met if a point that it needs is not met.
+    min_mass: forms with probabilities: least total probability of all valid answers.
+    renormalise: `points_soft`: divide the probability by that of all valid answers.
+    pattern, low, high: `custom`: a regular expression with one group, and the numbers that score 0
+      and 1.
+    max_tokens: length limit of an answer; 0: the form's own.
+
+  Raises:
+    InputError: an option is impossible.
   """
 
   form: str = "points"
@@ -92,10 +96,10 @@ class Options:
 
 
 def make(options: Options) -> Form:
-  """The form that options describe.
+  """Makes the form that the options describe.
 
   Raises:
-    InputError: a template or a pattern cannot be used.
+    InputError: a template or the pattern cannot be used.
   """
   if options.form in ("points", "points_soft"):
     return _Points(options)
@@ -107,11 +111,12 @@ def make(options: Options) -> Form:
 
 
 class Form:
-  """What is asked, and what the answers make.
+  """What is asked about a sample, and how the answers become a score.
 
   Attributes:
-    templates: that its questions come from.
-    soft: whether it reads probabilities.
+    options: see `Options`.
+    templates: of its questions.
+    soft: whether it needs probabilities of the first token.
   """
 
   templates: Sequence[templates.Template] = ()
@@ -121,15 +126,21 @@ class Form:
     self.options = options
 
   def questions(self, sample: base.Sample) -> list[Question]:
-    """Raises InputError for a sample that cannot be asked about."""
+    """The questions about a sample; raises InputError where the form does not apply to it."""
     raise NotImplementedError
 
   def score(self, sample: base.Sample, read: Sequence[Any]) -> tuple[float, dict[str, Any]]:
-    """The score of what the questions' `read` gave, and facts for a table; may raise Unreadable."""
+    """The score of a sample and its details.
+
+    `read` has what `Question.read` returned for each of its questions. Raises Unreadable.
+    """
     raise NotImplementedError
 
   def probe(self, question: str) -> Question:
-    """A question of yes or no as this form asks; `read` gives what pictures should differ in."""
+    """A yes/no question in the manner of this form, to find out whether the model sees pictures.
+
+    The results of its `read` are compared between different pictures.
+    """
     text = templates.Template.open("yes_no").fill({"question": question})
     if self.soft:
       read = lambda reply: answers.p_yes(reply, self.options.min_mass)
@@ -137,6 +148,7 @@ class Form:
     return Question(text, lambda reply: answers.credit(reply, "yes"), self._tokens(8))
 
   def _open(self, name: str, *fields: str) -> templates.Template:
+    """Opens a template of this form, which must have `fields`."""
     template = templates.Template.open(name)
     for field in fields:
       template.require(field)
@@ -144,15 +156,17 @@ class Form:
     return template
 
   def _tokens(self, count: int) -> int:
+    """The length limit of an answer: the user's, or by default `count`."""
     return self.options.max_tokens or count
 
 
 def _values(sample: base.Sample, **more: Any) -> dict[str, Any]:
-  """What templates may name."""
+  """The values of fields in templates."""
   return {**sample.metadata, "prompt": sample.prompt, "reasoning": sample.text, **more}
 
 
 def _exam(sample: base.Sample) -> tuple[exam_points.Point, ...]:
+  """A sample's exam points; raises InputError where it has none."""
   if not (points := exam_points.read(sample.metadata)):
     raise errors.InputError(
       f"prompt {errors.shown(sample.prompt)} has no exam points (points or vqa_list)"
@@ -161,7 +175,7 @@ def _exam(sample: base.Sample) -> tuple[exam_points.Point, ...]:
 
 
 class _Exam(Form):
-  """Of exam points: credits of each."""
+  """Base of forms with exam points; `read` has the credit of each point."""
 
   def score(self, sample, read):
     points = _exam(sample)
@@ -172,8 +186,10 @@ class _Exam(Form):
 
 
 def aggregate(credits: Sequence[float], how: str) -> float:
-  """The score of an image's credits, in [0, 1]: their mean, their geometric mean, or 1.0 where each
-  is at least 1/2, else 0.0."""
+  """The score of an image's credits, in [0, 1].
+
+  "mean": their mean; "gmean": their geometric mean; "all": 1.0 if each is at least 1/2, else 0.0.
+  """
   match how:
     case "mean":
       return float(np.mean(credits))
@@ -184,6 +200,7 @@ def aggregate(credits: Sequence[float], how: str) -> float:
 
 
 class _Points(_Exam):
+  """`points` and `points_soft`: one question per exam point."""
 
   def __init__(self, options: Options):
     super().__init__(options)
@@ -205,6 +222,7 @@ class _Points(_Exam):
 
 
 class _Together(_Exam):
+  """`points_together`: all exam points in one question."""
 
   def __init__(self, options: Options):
     super().__init__(options)
@@ -240,6 +258,8 @@ class _Together(_Exam):
 
 
 class _Yes(Form):
+  """`p_yes`."""
+
   soft = True
 
   def __init__(self, options: Options):
@@ -256,6 +276,7 @@ class _Yes(Form):
 
 
 class _Transcription(Form):
+  """`transcribe`."""
 
   def __init__(self, options: Options):
     super().__init__(options)
@@ -285,6 +306,7 @@ class _Transcription(Form):
 
 
 class _Numbers(Form):
+  """The forms of `answers.SCALES`, and `custom`: numbers in a free text."""
 
   def __init__(self, options: Options):
     super().__init__(options)
@@ -302,7 +324,7 @@ class _Numbers(Form):
     return [Question(self._template.fill(_values(sample)), read, self._tokens(512))]
 
   def probe(self, question):
-    """Of a model that may have learned to write nothing but scores: any text will do."""
+    """A model of this form may write nothing but scores, so any two texts are compared."""
     return dataclasses.replace(super().probe(question), read=answers.text)
 
   def score(self, sample, read):
@@ -310,6 +332,7 @@ class _Numbers(Form):
 
 
 def _custom(options: Options) -> answers.Scale:
+  """The scale of form `custom`; raises InputError for a pattern without exactly one group."""
   try:
     groups = re.compile(options.pattern).groups
   except re.error as error:

@@ -1,4 +1,4 @@
-"""The reward `judge`: questions to a vision-language model that a server has."""
+"""The reward `judge`: asks a vision-language model on a server about each picture."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from unigrpo_jax.rewards.judge import answers, cache, chat, forms
 _log = logging.getLogger(__name__)
 
 ENCODINGS = ("png", "jpeg")
-SENDS_NO_MORE = {401, 403, 404}  # After one of these, the rest of a call would get the same.
-_PROBE, _SAME = "Is the image red?", 0.01  # answers that differ by less are the same
+SENDS_NO_MORE = {401, 403, 404}  # Statuses after which all further requests would fail alike.
+_PROBE, _SAME = "Is the image red?", 0.01  # Probabilities that differ by less count as equal.
 _RED, _BLUE = ((220, 20, 20), (20, 20, 220))
-_OF_CHAT = ("token_key", "text_first", "extra")
+_OF_CHAT = ("token_key", "text_first", "extra")  # Fields of `chat.Chat` on which answers depend.
 
 
 @base.register("judge")
 class Judge:
-  """Asks a model about each picture, over any server of the OpenAI protocol.
+  """Scores pictures by asking a model about them, on any server of the OpenAI protocol.
 
-  A sample of which one question has no answer scores NaN, and `details` say why. Connections,
-  retries and outages are those of `connection.Client`.
+  A sample scores NaN if one of its questions has no readable answer; its details say why.
+  Connections, retries and outages are those of `connection.Client`.
 
   Attributes:
-    settings: what changes a score, without options of the form that are as by default.
-    fingerprint: all of it as text.
-    failures: how many questions had no answer so far, by reason.
+    settings: what scores depend on, without options of the form that have their defaults.
+    fingerprint: the same, with all options, as text.
+    failures: {reason: number of questions without an answer} so far.
   """
 
   concurrent = True
@@ -51,27 +51,27 @@ class Judge:
     outage: float = 300.0, deadline: float = 600.0, reparse: int = 1, probe: bool = True,
     **form: Any,
   ):
-    """Finds the model, and whether it sees pictures.
+    """Finds the model, and checks that it sees pictures.
 
     Args:
-      url: of the server, which ends in /v1; or a list of servers that have the same model.
-      model: its name; "" for the only one there.
-      key_env: environment variable with the server's key; None: it wants none.
-      image: "png", exact, or "jpeg" of quality 95.
-      max_side: pixels, to which larger pictures are reduced; 0: none is.
-      token_key, text_first, extra: see `chat.Chat`; text_first None: as the form was made for.
+      url: URL of the server, ending in /v1; or a list of servers with the same model.
+      model: its name; "": the server's only model.
+      key_env: environment variable with the server's key; None: it needs none.
+      image: how pictures are sent: "png" (exact) or "jpeg" of quality 95.
+      max_side: pixels to which the longer side of pictures is reduced; 0: not at all.
+      token_key, extra: see `chat.Chat`.
+      text_first: see `chat.Chat`; None: as the form expects.
       seed: of the requests, whose temperature is 0.
-      workers: requests in flight.
+      workers: most requests at the same time.
       timeout, retries, backoff, outage: see `connection.Client`.
-      deadline: seconds that scoring all samples of a call may take; what is not answered by then
-        is NaN.
-      reparse: how often a question is asked again, with another seed, whose answer cannot be read.
+      deadline: most seconds for all samples of a call; what is not answered by then is NaN.
+      reparse: how often to repeat a question, with another seed, if its answer cannot be read.
       probe: ask about a red and a blue square first.
       form: see `forms.Options`.
 
     Raises:
-      InputError: an option is wrong, or the model does not see pictures; `Unavailable`: the server
-        does not answer.
+      InputError: an option is wrong, or the model does not see pictures.
+      Unavailable: the server does not answer.
     """
     errors.choose("image", image, ENCODINGS)
     errors.require("max_side", max_side, low=0, integer=True)
@@ -115,14 +115,17 @@ class Judge:
     self._pool = threads.Pool(workers, "judge")
 
   def cache_in(self, path: pathlib.Path) -> None:
-    """Keeps answers in a file, and takes those that it has; raises InputError as `cache.Cache`."""
+    """From now on, stores answers in a file and reuses those in it; raises as `cache.Cache`."""
     self._cache = cache.Cache(path)
 
   def __call__(self, samples: Sequence[base.Sample]) -> base.Scores:
-    """Scores of N samples in [0, 1], NaN where a question has no answer; details: the form's, or
-    {"reason": why there is none}."""
+    """Scores of N samples, in [0, 1], or NaN where a question has no answer.
+
+    Details are those of the form, or {"reason": why there is no score}.
+    """
     call = _Call(time.monotonic() + self._deadline)
-    pending = [self._submit(sample, call) for sample in samples]  # A sample's next to each other.
+    # A sample's questions are queued together.
+    pending = [self._submit(sample, call) for sample in samples]
     futures.wait([one for several in pending for one in several], self._deadline)
     values, details, reasons = np.full(len(samples), np.nan), [], collections.Counter()
     temporary = False
@@ -137,12 +140,12 @@ class Judge:
       details.append(facts)
     for several in pending:
       for one in several:
-        one.cancel()  # Of those that have not begun; the others end with `deadline`.
+        one.cancel()  # Has an effect on questions that have not begun; others end at the deadline.
     reason = reasons.most_common(1)[0][0] if reasons else None
     return base.Scores(values, reason, temporary, details)
 
   def close(self) -> None:
-    """Ends waiting; what is not answered is NaN."""
+    """Ends all waiting; questions without an answer become NaN."""
     self._chat.client.close()
     self._pool.close()
     if self._cache is not None:
@@ -153,6 +156,7 @@ class Judge:
         _log.warning("judge: %d questions had no answer: %s", self.failures.total(), said)
 
   def _submit(self, sample: base.Sample, call: _Call) -> list[futures.Future]:
+    """Queues a sample's questions; returns a future of what `read` makes of each answer."""
     try:
       questions = self._form.questions(sample)
     except errors.InputError as error:
@@ -163,7 +167,10 @@ class Judge:
     return [self._pool.submit(self._answer, picture, question, call) for question in questions]
 
   def _answer(self, picture: chat.Picture, question: forms.Question, call: _Call) -> Any:
-    """What a question's `read` makes of its answer; notes why there is none."""
+    """Asks a question, unless its call has failed; returns what `read` makes of the answer.
+
+    Failures are counted, and those that all later requests would share are noted in `call`.
+    """
     try:
       if call.failed is not None:
         raise call.failed
@@ -181,6 +188,7 @@ class Judge:
       raise
 
   def _ask(self, picture: chat.Picture, question: forms.Question, end: float) -> Any:
+    """What `read` makes of a question's answer, from the cache or from the server."""
     if time.monotonic() >= end:
       raise self._late()
     key, kept = None, self._cache
@@ -213,6 +221,7 @@ class Judge:
       _log.warning("answers are not kept any more: %s", error)
 
   def _result(self, answer: futures.Future) -> Any:
+    """The result of a question, without waiting; raises what it failed with, or `_Late`."""
     if not answer.done():
       raise self._late()
     if answer.cancelled():
@@ -223,7 +232,7 @@ class Judge:
     return _Late(f"no answer within deadline={self._deadline:g} s of the call")
 
   def _probe(self, end: float) -> None:
-    """Refuses a server that answers alike about a red and a blue square."""
+    """Raises InputError if the model gives the same answer about a red and a blue square."""
     question, shown = self._form.probe(_PROBE), []
     for colour in (_RED, _BLUE):
       image = np.broadcast_to(np.uint8(colour), (64, 64, 3))
@@ -249,12 +258,12 @@ class Judge:
 
 
 class _Late(Exception):
-  """The call's time was over."""
+  """A question had no answer when its call ended."""
 
 
 @dataclasses.dataclass
 class _Call:
-  """When a call ends, and what all questions after one that failed would get too."""
+  """The state of one call, shared by its questions."""
 
-  end: float
-  failed: exchange.Failed | None = None
+  end: float  # value of `time.monotonic()` at its deadline
+  failed: exchange.Failed | None = None  # a failure that all further requests would share

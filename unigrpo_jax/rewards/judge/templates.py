@@ -1,7 +1,7 @@
-"""Texts with fields in braces that become questions: `templates/NAME.txt`, or a user's file.
+"""Templates of questions: texts with fields in braces, `templates/NAME.txt` or a user's file.
 
-unified_reward_1 and unified_reward_2 are the wordings that those models were trained on: of
-yifan123/flow_grpo (flow_grpo/rewards.py) and of CodeGoat24/UnifiedReward
+unified_reward_1 and unified_reward_2 have the wording with which these models were trained, from
+yifan123/flow_grpo (flow_grpo/rewards.py) and CodeGoat24/UnifiedReward
 (point_score_ACS_image_generation.py), both MIT.
 """
 
@@ -23,12 +23,12 @@ class Template:
 
   Attributes:
     name: of the template, or the path of its file.
-    fields: their names.
-    digest: 16 hexadecimal digits that another text would change.
+    fields: names of its fields.
+    digest: hash of its text, 16 hexadecimal digits.
   """
 
   def __init__(self, name: str, text: str):
-    """Raises InputError where the braces do not close, or hold anything but names."""
+    """Parses a text; raises InputError where a brace is not closed or holds no field's name."""
     self.name, self._text = name, text
     try:
       parts = list(string.Formatter().parse(text))
@@ -44,7 +44,7 @@ class Template:
 
   @classmethod
   def open(cls, name: str) -> Template:
-    """The template of a name, or of a text file.
+    """Opens a template by its name or as a text file.
 
     Raises:
       InputError: there is neither, or the text is no template.
@@ -63,7 +63,7 @@ class Template:
     return cls(name, text)
 
   def require(self, field: str) -> None:
-    """Raises InputError unless the template has a field."""
+    """Raises InputError unless the template has this field."""
     if field not in self.fields:
       raise errors.InputError(f"template {self.name} must hold {{{field}}}")
 
