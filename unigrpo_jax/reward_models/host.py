@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unigrpo_jax import errors, rewards
+from unigrpo_jax import rewards
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import requests
 from unigrpo_jax.reward_models import learned
@@ -63,18 +63,14 @@ class LearnedReward:
     self.fingerprint = f"{self._model.checksum} {self._model.readout}"
 
   def __call__(self, samples: Sequence[rewards.Sample]) -> rewards.Scores:
-    values, reason = np.full(len(samples), np.nan, np.float32), None
-    able, asked = [], []
-    for row, sample in enumerate(samples):
-      try:
-        asked.append(self._model.questions([self._model.words(sample.prompt, sample.metadata)]))
-        able.append(row)
-      except errors.InputError as error:
-        reason = str(error)
-    values[able] = score_all(
-      self._score, self._params, [samples[row].image for row in able], asked
+    """Scores N pictures; see the class."""
+    model = self._model
+    return rewards.score_encodable(
+      samples, lambda sample: model.questions([model.words(sample.prompt, sample.metadata)]),
+      lambda able, asked: score_all(
+        self._score, self._params, [sample.image for sample in able], asked
+      ),
     )
-    return rewards.Scores(values, reason)
 
 
 def score_all(

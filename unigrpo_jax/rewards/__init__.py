@@ -1,11 +1,20 @@
-"""Rewards of finished samples, on the host: what scores an image, and threads that run it."""
+"""Rewards of finished samples, on the host; no module here imports jax."""
 
 # These register their rewards.
 from unigrpo_jax.rewards import geneval, http, iconworld, judge, ocr, protocols  # noqa: F401
-from unigrpo_jax.rewards.base import Reward, Sample, Scores, evaluate, make, names, register
+from unigrpo_jax.rewards.base import (
+  Reward,
+  Sample,
+  Scores,
+  evaluate,
+  make,
+  names,
+  register,
+  score_encodable,
+)
 from unigrpo_jax.rewards.scorer import RESERVED, Failure, Scorer
 
 __all__ = [
   "RESERVED", "Failure", "Reward", "Sample", "Scorer", "Scores", "evaluate", "make", "names",
-  "register",
+  "register", "score_encodable",
 ]

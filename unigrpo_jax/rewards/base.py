@@ -364,6 +364,30 @@ def evaluate(reward: Reward, samples: Sequence[Sample]) -> Scores:
   return Scores(values, reason, bool(result.temporary), details)
 
 
+def score_encodable(
+  samples: Sequence[Sample], encode: Callable[[Sample], Any],
+  score: Callable[[Sequence[Sample], Sequence[Any]], np.ndarray],
+) -> Scores:
+  """Scores the samples whose prompts a model can read; the others score NaN.
+
+  Args:
+    samples: N samples.
+    encode: sample -> what the model reads of its prompt; raises InputError where it cannot.
+    score: (n samples, what `encode` returned for each) -> scores, [n]; n >= 1.
+  """
+  values, reason = np.full(len(samples), np.nan, np.float32), None
+  rows, encoded = [], []
+  for row, sample in enumerate(samples):
+    try:
+      encoded.append(encode(sample))
+      rows.append(row)
+    except errors.InputError as error:
+      reason = str(error)
+  if rows:
+    values[rows] = score([samples[row] for row in rows], encoded)
+  return Scores(values, reason)
+
+
 def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
   """`evaluate` of one reward, or of several with equal `joint`, which one call scores together."""
   if len(rewards) == 1 or not samples:

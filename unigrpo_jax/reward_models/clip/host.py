@@ -1,8 +1,8 @@
-"""A CLIP on this host's devices, and its rewards of finished pictures: pickscore, clip, aesthetic.
+"""CLIP on this host's devices, and rewards of finished pictures: pickscore, clip and aesthetic.
 
-They score in a thread beside the training, whose programs span all hosts. So theirs are of this
-host's devices alone, without a collective: the parameters are on each device, and each has a part
-of the batch. Every call has the same shapes, and they are compiled before the first step.
+They score in a thread beside the training, whose programs span all hosts. So their own programs use
+only this host's devices, without collectives: each device has all parameters and a part of the
+batch. All calls have the same shapes, and are compiled before the first step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FILES = (config_lib.FILE, preprocess.IMAGE_FILE, preprocess.TEXT_FILE)
 
 
 class Release(NamedTuple):
-  """Where weights come from that are not part of this package, for messages and plans."""
+  """Weights that are not part of this package: their source, for messages, and their sizes."""
 
-  hub: str
-  size: str
+  hub: str  # name on the Hugging Face hub
+  size: str  # of the files
   licence: str
   config: config_lib.Config
 
@@ -43,14 +43,14 @@ LARGE = Release("openai/clip-vit-large-patch14", "1.7 GB", "MIT", config_lib.LAR
 
 
 RELEASES = {"pickscore": PICKSCORE, "clip": LARGE, "aesthetic": LARGE}  # by reward
-BATCH, DTYPE = 16, "bfloat16"  # by default: pictures at once, and what matrices are kept in
+BATCH, DTYPE = 16, "bfloat16"  # defaults: pictures scored at once, and the dtype of matrices
 
 
 def find_folder(folder: str, release: Release) -> pathlib.Path:
-  """The local folder with the files of a CLIP.
+  """The path of a CLIP's folder.
 
   Raises:
-    InputError: there is none, or one of FILES is missing; says how to get them.
+    InputError: there is no such folder, or one of FILES is missing in it; says how to get them.
   """
   path = files.path(folder) if folder else pathlib.Path("FOLDER")
   missing = [name for name in FILES if not (path / name).is_file()]
@@ -66,13 +66,13 @@ def find_folder(folder: str, release: Release) -> pathlib.Path:
 
 
 def device_bytes(reward: str, options: Mapping[str, Any], device: Any, devices: int) -> int:
-  """What a reward takes of a device: its parameters, and what its program needs while it runs.
+  """Bytes that a reward takes on each device: its parameters, and what its program needs.
 
   Args:
-    reward: one of RELEASES.
-    options: of it; where its folder is not there, the sizes are those of the release.
-    device: which is compiled for, and need not be there.
-    devices: of a host, over which a batch is split.
+    reward: a key of RELEASES.
+    options: of the reward. If its folder does not exist, the sizes are those of the release.
+    device: to compile for; may be one of a topology that is only named.
+    devices: number of devices of a host, over which a batch is split.
   """
   path = files.path(options.get("folder") or "FOLDER")
   known = (path / config_lib.FILE).is_file()
@@ -97,7 +97,7 @@ class Clip:
   Attributes:
     model: the network.
     params: its parameters, replicated.
-    pixels, words: what it sees of a picture and reads of a prompt.
+    pixels, words: preprocessing of pictures and of prompts.
     mesh: this host's devices.
     settings: what its features depend on.
   """
@@ -111,11 +111,16 @@ class Clip:
 
   @classmethod
   def open(cls, folder: str, release: Release, dtype: str) -> Clip:
-    """Loads a folder; matrices are kept in `dtype`.
+    """Loads a CLIP.
+
+    Args:
+      folder: in the format of transformers.
+      release: what should be in it, for messages.
+      dtype: of its matrices, one of DTYPES.
 
     Raises:
-      InputError: the folder or one of its files is missing, damaged or of another network; a
-        `dtype` that is none of DTYPES.
+      InputError: the folder or one of its files is missing, damaged or of another network; or
+        `dtype` is none of DTYPES.
     """
     errors.choose("dtype", dtype, DTYPES)
     path = find_folder(folder, release)
@@ -144,12 +149,16 @@ class Clip:
     self, score: Callable[..., jax.Array], shapes: Sequence[tuple[tuple[int, ...], Any]],
     batch_size: int,
   ) -> Callable[..., np.ndarray]:
-    """Compiles `score(params, *rows)`; the result takes any number of rows, in padded batches.
+    """Compiles a function of the parameters and of rows, for batches of one size.
 
     Args:
-      score: of parameters and arrays of B rows, to an array of B rows.
-      shapes: (shape, dtype) of a row of each of these.
-      batch_size: rows at once, rounded up to a multiple of the devices.
+      score: (params, *arrays of B rows) -> array of B rows.
+      shapes: (shape, dtype) of one row of each of these arrays.
+      batch_size: B, rounded up to a multiple of the devices.
+
+    Returns:
+      (*NumPy arrays of any number of rows) -> NumPy array of the same number of rows. Rows are run
+      in batches of B, the last one padded.
     """
     errors.require("batch_size", batch_size, low=1, integer=True)
     count = self.mesh.size
@@ -173,11 +182,11 @@ def _in_batches(program, params, rows: int, where, *arrays: np.ndarray) -> np.nd
 
 
 class ClipReward:
-  """A reward of a CLIP; `rewards.Reward`. A prompt that is no text scores NaN.
+  """Base of the rewards by CLIP. A prompt that is no Unicode text scores NaN.
 
   Attributes:
-    settings: what changes a score.
-    fingerprint: text of them.
+    settings: what scores depend on; see `rewards.Reward`.
+    fingerprint: the settings as text.
   """
 
   def __init__(self, clip: Clip, settings: dict[str, Any]):
@@ -185,33 +194,26 @@ class ClipReward:
     self.settings = clip.settings | settings
     self.fingerprint = json.dumps(self.settings, sort_keys=True)
 
-  def _seen(self, samples: Sequence[rewards.Sample]) -> np.ndarray:
+  def _pixels(self, samples: Sequence[rewards.Sample]) -> np.ndarray:
+    """The samples' pictures as the network's input, [N, S, S, 3] float32."""
     return np.stack([self._clip.pixels(sample.image) for sample in samples])
-
-  def _by_prompt(self, samples: Sequence[rewards.Sample], score, scale: float) -> rewards.Scores:
-    """Scores of pictures and their prompts: what `score` gives, times `scale`."""
-    values, reason = np.full(len(samples), np.nan, np.float32), None
-    rows, ids = [], []
-    for row, sample in enumerate(samples):
-      try:
-        ids.append(self._clip.words([sample.prompt])[0])
-        rows.append(row)
-      except errors.InputError as error:
-        reason = str(error)
-    if rows:
-      pixels = self._seen([samples[row] for row in rows])
-      values[rows] = score(pixels, np.stack(ids)) * scale
-    return rewards.Scores(values, reason)
 
 
 class _Pairs(ClipReward):
-  """The scaled cosine of a picture and its prompt."""
+  """Base of the rewards that are the scaled cosine of a picture's and its prompt's features."""
 
   def __init__(
     self, release: Release, folder: str, batch_size: int, dtype: str, scale: str,
     factor: Callable[[float], float],
   ):
-    """`factor` of exp(logit_scale), by which the network's cosine is scaled, gives the score's."""
+    """Loads a CLIP and compiles.
+
+    Args:
+      release, folder, dtype: see `Clip.open`.
+      batch_size: see `Clip.compile`.
+      scale: name of the score's scale, for the settings.
+      factor: exp(logit_scale) of the network -> factor of its output, exp(logit_scale) cosine.
+    """
     clip = Clip.open(folder, release, dtype)
     super().__init__(clip, {"scale": scale})
     self._factor = factor(float(jnp.exp(clip.params["logit_scale"])))
@@ -222,20 +224,23 @@ class _Pairs(ClipReward):
 
   def __call__(self, samples: Sequence[rewards.Sample]) -> rewards.Scores:
     """Scores N pictures; see the class."""
-    return self._by_prompt(samples, self._score, self._factor)
+    return rewards.score_encodable(
+      samples, lambda sample: self._clip.words([sample.prompt])[0],
+      lambda able, ids: self._score(self._pixels(able), np.stack(ids)) * self._factor,
+    )
 
 
 class PickScore(_Pairs):
-  """How people would prefer the picture for its prompt (Kirstain et al., arXiv 2305.01569).
+  """How much people would prefer the picture for its prompt (Kirstain et al., arXiv 2305.01569).
 
-  exp(logit_scale) cos / 26, as Flow-GRPO, UniRL and verl-omni have it: about 0.7 to 0.95. `raw`
-  leaves the 26 out.
+  exp(logit_scale) cos / 26, as in Flow-GRPO, UniRL and verl-omni: about 0.7 to 0.95. `raw` does not
+  divide by 26.
   """
 
   def __init__(
     self, *, folder: str = "", batch_size: int = BATCH, dtype: str = DTYPE, raw: bool = False
   ):
-    """Loads the folder of a PickScore; `batch_size` pictures at once, of all this host's devices.
+    """Loads the folder of a PickScore; scores `batch_size` pictures at once on all local devices.
 
     Raises:
       InputError: see `Clip.open`.
@@ -249,14 +254,14 @@ class PickScore(_Pairs):
 class ClipScore(_Pairs):
   """How well the picture fits its prompt, by CLIP ViT-L/14 (Hessel et al., arXiv 2104.08718).
 
-  exp(logit_scale) cos / 30, and that scale is 100: as Flow-GRPO and UniRL have it, about 0.7 to
-  1.1. `cosine` gives the cosine itself.
+  exp(logit_scale) cos / 30 with exp(logit_scale) = 100, as in Flow-GRPO and UniRL: about 0.7 to
+  1.1. With `cosine`, the cosine itself.
   """
 
   def __init__(
     self, *, folder: str = "", batch_size: int = BATCH, dtype: str = DTYPE, cosine: bool = False
   ):
-    """Loads the folder of a CLIP; `batch_size` pictures at once, of all this host's devices.
+    """Loads the folder of a CLIP; scores `batch_size` pictures at once on all local devices.
 
     Raises:
       InputError: see `Clip.open`.
@@ -268,16 +273,21 @@ class ClipScore(_Pairs):
 
 
 class Aesthetic(ClipReward):
-  """How well the picture was rated without its prompt: 1 to 10, mostly 4 to 7 (LAION).
+  """How people would rate the picture without its prompt, from 1 to 10, mostly 4 to 7 (LAION).
 
-  A head of five matrices on the image feature of CLIP ViT-L/14, from
+  Five linear layers on the image feature of CLIP ViT-L/14, from
   christophschuhmann/improved-aesthetic-predictor.
   """
 
   def __init__(
     self, *, folder: str = "", head: str = "", batch_size: int = BATCH, dtype: str = DTYPE
   ):
-    """Loads the folder of a CLIP, and the `head`, by default `aesthetic.safetensors` in it.
+    """Loads the folder of a CLIP, and the linear layers of the predictor.
+
+    Args:
+      folder: of a CLIP ViT-L/14.
+      head: file of the layers; "": `aesthetic.safetensors` in the folder.
+      batch_size, dtype: see `Clip.compile` and `Clip.open`.
 
     Raises:
       InputError: see `Clip.open`; or the head is missing or of another network.
@@ -296,11 +306,11 @@ class Aesthetic(ClipReward):
 
   def __call__(self, samples: Sequence[rewards.Sample]) -> rewards.Scores:
     """Scores N pictures; see the class."""
-    return rewards.Scores(self._score(self._seen(samples)))
+    return rewards.Scores(self._score(self._pixels(samples)))
 
 
 HEAD_FILE = "aesthetic.safetensors"
-# The layers of the released Sequential that are matrices, and what they give; dropout is between.
+# Linear layers of the released Sequential, {name: output features}; the other layers are dropout.
 _HEAD = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 
 
@@ -308,7 +318,7 @@ def read_head(path: pathlib.Path, features: int) -> list[tuple[np.ndarray, np.nd
   """The aesthetic predictor's layers: [(matrix [out, in], bias [out]), ...] float32.
 
   Raises:
-    InputError: the file is missing, damaged, or not a head of `features`.
+    InputError: the file is missing, damaged, or its first layer does not take `features` inputs.
   """
   expected, wide = {}, features
   for name, out in _HEAD.items():
@@ -328,7 +338,7 @@ def read_head(path: pathlib.Path, features: int) -> list[tuple[np.ndarray, np.nd
 
 
 def aesthetic(layers: Sequence[tuple[jax.Array, jax.Array]], features: jax.Array) -> jax.Array:
-  """Unit image features [B, P] -> [B] float32; the layers have no activation between them."""
+  """Scores of unit image features, [B, P] -> [B] float32; there are no activations in between."""
   for matrix, bias in layers:
     features = jnp.matmul(features, matrix.T, precision=jax.lax.Precision.HIGHEST) + bias
   return features[:, 0]
