@@ -1,1 +1,1 @@
-"""Learned rewards, differentiable in the pixels: what asks a BAGEL about a picture."""
+"""Learned rewards: a BAGEL that is asked about pictures, differentiable in the pixels; and CLIP."""

@@ -40,17 +40,21 @@ def device_bytes(
 
 
 class LearnedReward:
-  """How likely "yes" is to "does the picture show the prompt?"; a `rewards.Reward`.
+  """The reward `reward_model`: how likely a model answers "yes" when asked if a picture fits.
 
-  It runs on this host's last device, whatever the policy's mesh. A prompt that it cannot ask about
-  scores NaN.
+  It runs on this host's last device, whatever the policy's mesh. A prompt that the model cannot be
+  asked about scores NaN.
 
   Attributes:
-    fingerprint: of the reward model; a run that continues with another is refused.
+    fingerprint: of the reward model; see `rewards.Reward`.
   """
 
   def __init__(self, *, folder: str = learned.TINY, readout: str = ""):
-    """Loads a model's folder; `readout` is one of `readout.READOUTS`, "" for the folder's own.
+    """Loads a reward model.
+
+    Args:
+      folder: see `learned.open_folder`.
+      readout: one of `readout.READOUTS`; "": the one that the folder names.
 
     Raises:
       InputError: see `learned.open_folder`.
@@ -77,9 +81,16 @@ def score_all(
   score: Callable[..., jax.Array], params: Any, images: Sequence[np.ndarray],
   asked: Sequence[learned.Questions],
 ) -> np.ndarray:
-  """Scores of N pictures [H, W, 3] uint8 of any sizes, a question each: [N] float32.
+  """Scores N pictures of any sizes.
 
-  `score` is a jitted `RewardModel.score`, which compiles once a size of pictures and of questions.
+  Args:
+    score: the jitted `RewardModel.score`; compiles once per size of pictures and of questions.
+    params: of the network.
+    images: [H, W, 3] uint8 each.
+    asked: one question per picture, `RewardModel.questions` of a single prompt each.
+
+  Returns:
+    [N] float32.
   """
   values = np.empty(len(images), np.float32)
   for places, size in requests.by_size([image.shape[:2] for image in images], PIXELS):

@@ -1,12 +1,12 @@
-"""A reward model: the probability of a BAGEL's "yes" when asked whether a picture shows a prompt.
+"""A reward model: the probability that a BAGEL answers "yes" when asked if a picture fits a prompt.
 
   reward_model, params = open_folder("tiny_reward_model")
   questions = reward_model.questions(["two red kites"])
   rewards = reward_model.score(params, pixels, questions)      # [B], differentiable in pixels
 
-The sequence is BAGEL's of answering: [vision_start] ViT tokens [vision_end], [im_start] question
-[im_end], [im_start]; the reward is read from the logits at that last token. The picture comes
-first, so that the question reads it.
+The sequence is the one of BAGEL's answers: [vision_start] ViT tokens [vision_end], [im_start]
+question [im_end], [im_start]. The reward is read from the logits at the last token. The picture
+comes first, so that the question can attend to it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from unigrpo_jax.runtime import checksums, folders, sharding, state
 FILE = "reward.json"
 TINY = "tiny_reward_model"  # The embedded one, wherever a reward model's folder is expected.
 TINY_FOLDER = folders.TINY_FOLDER.with_name(TINY)
-# Of FILE: what decides a score, with the kind of each value; "metrics" stand beside them.
+# Keys of FILE that scores depend on, with the types of their values. It has "metrics" besides.
 _KINDS = {
   "question": str, "yes_id": int, "no_id": int, "tau": (int, float), "readout": str,
   "vit_max": int, "prompt_form": str, "clip": str, "checksums": dict,
@@ -50,12 +50,12 @@ TINY_QUESTION = "does it show {prompt}? yes or no"
 YES, NO = "yes", "no"
 CLIPS = ("hard", "none")
 PROMPT_FORMS = ("prompt", "plain")
-BUCKET = 16  # Questions are padded to a multiple of so many tokens.
+BUCKET = 16  # Questions are padded to a multiple of this many tokens.
 
 
 @struct.dataclass
 class Questions:
-  """B questions, as the network reads them after a picture."""
+  """B questions, as token ids that follow a picture."""
 
   ids: jax.Array  # [im_start] question [im_end] [im_start], padded: [B, T] int32
   lengths: jax.Array  # without the padding, [B] int32
@@ -63,19 +63,23 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModel:
-  """All about a reward model that is static; its parameters are an argument of `score`.
+  """The static part of a reward model; its parameters are an argument of `score`.
 
   Attributes:
     model: the network.
-    tokenizer: its tokenizer.
-    yes_id, no_id: first ids of the two answers; see `answer_ids`.
-    question: asked about a picture; holds "{prompt}" once.
-    prompt_form: "prompt": what the user wrote; "plain": see `words`.
+    tokenizer: of the network.
+    yes_id, no_id: first tokens of the two answers; see `answer_ids`.
+    question: what is asked about a picture; contains "{prompt}" once.
+    prompt_form: what takes the place of {prompt}: "prompt", what the user wrote, or "plain", a
+      plain description; see `words`.
     readout: one of `readout.READOUTS`.
     tau: temperature of the two logits.
-    vit_max: longest side of what the ViT sees, pixels.
-    clip: "hard": pixels beyond [-1, 1] are clipped and have no gradient; "none": they stay.
-    checksum: of the folder that it came from; "" for none.
+    vit_max: longest side of the ViT's input, in pixels.
+    clip: "hard": pixels beyond [-1, 1] are clipped and have no gradient; "none": no clipping.
+    checksum: of the folder that it was opened from; "": none.
+
+  Raises:
+    InputError: an attribute is impossible.
   """
 
   model: bagel.Bagel
@@ -99,8 +103,11 @@ class RewardModel:
     vit_rule(self.model.config, self.vit_max)
 
   def words(self, prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
-    """What to ask about a user's prompt: the prompt itself, or in "plain" form what its metadata
-    asks for, where they are IconWorld's."""
+    """The words that stand for {prompt} in the question.
+
+    They are the prompt itself; but with `prompt_form` "plain" and IconWorld's metadata a plain
+    description of what the metadata asks for.
+    """
     if self.prompt_form == "plain" and metadata and metadata.get("include"):
       if rules.problem(metadata) is None and all(
         entry["class"] in riddles.PLURALS for entry in metadata["include"]
@@ -109,11 +116,11 @@ class RewardModel:
     return prompt
 
   def questions(self, prompts: Sequence[str]) -> Questions:
-    """The questions about B prompts, as `words` gives them; on the host.
+    """The questions about B prompts (results of `words`), as NumPy arrays.
 
     Raises:
-      InputError: a prompt is empty, holds the quotation marks that the question puts around it, or
-        is too long for the network. None is cut: a part of a prompt is another question.
+      InputError: a prompt is empty, contains the quotation marks that surround it in the question,
+        or is too long for the network. It is never cut, which would make it another question.
     """
     rows = [self._encode(prompt) for prompt in prompts]
     ids, mask = requests.pad_rows(rows, BUCKET)
@@ -139,15 +146,15 @@ class RewardModel:
     return ids
 
   def score(self, params: Any, pixels: jax.Array, questions: Questions) -> jax.Array:
-    """How well pictures show what is asked about: [B] float32, larger is better.
+    """How well pictures show what they are asked about: [B] float32, larger is better.
 
-    A pure function, which `jax.jit`, `jax.vmap` and `jax.checkpoint` take; its gradient goes to the
-    pixels alone.
+    A pure function that works with `jax.jit`, `jax.vmap` and `jax.checkpoint`. It is differentiable
+    in the pixels only.
 
     Args:
-      params: of the network, {"embed_tokens": ..., "layers": ..., ...}; constants.
-      pixels: [B, H, W, 3] in [-1, 1], not clipped before, any sizes but the same for all.
-      questions: about each.
+      params: of the network, {"embed_tokens": ..., "layers": ..., ...}.
+      pixels: [B, H, W, 3] in [-1, 1], but not clipped; of any size.
+      questions: one about each picture.
     """
     return readout_lib.read(
       self.logits(params, pixels, questions), yes_id=self.yes_id, no_id=self.no_id, tau=self.tau,
@@ -155,7 +162,7 @@ class RewardModel:
     )
 
   def logits(self, params: Any, pixels: jax.Array, questions: Questions) -> jax.Array:
-    """Logits of the answer's first token, [B, V] float32; arguments are those of `score`."""
+    """Logits of the answer's first token, [B, V] float32; arguments as in `score`."""
     params = {"params": jax.lax.stop_gradient(params)}
     with jax.named_scope("reward_model"):
       batch = self._sequence(self.patches(pixels), questions)
@@ -163,7 +170,8 @@ class RewardModel:
       return self.model.apply(params, hidden[:, 0], method="logits")
 
   def patches(self, pixels: jax.Array) -> types.Patches:
-    """Pixels of `score` as the ViT sees them: clipped, resized by BAGEL's two rules, cut up."""
+    """The ViT's input for `pixels` of `score`: clipped, resized by BAGEL's two rules, patchified.
+    """
     config, rule = self.model.config, vit_rule(self.model.config, self.vit_max)
     bounds = (-1.0, 1.0) if self.clip == "hard" else None
     pixels = pixels.astype(layers.at_least_float32(pixels.dtype))
@@ -181,9 +189,9 @@ class RewardModel:
     return types.Patches(cut(pixels), jnp.broadcast_to(ids, shape), jnp.ones(shape, bool))
 
   def _sequence(self, patches: types.Patches, questions: Questions) -> types.PackedBatch:
-    """Picture and question as one sequence a row, whose only label is at the last start token.
+    """Sequences of a picture and its question, with one label each, at the last start token.
 
-    As `packing.pack` makes them, but of arrays that may be traced.
+    They equal those of `packing.pack`, but the arrays may be traced by jax.
     """
     rows, count = patches.mask.shape
     length = questions.ids.shape[1]
@@ -207,7 +215,7 @@ class RewardModel:
 
 
 def stack(questions: Sequence[Questions]) -> Questions:
-  """Several questions as one; on the host."""
+  """Concatenates several `Questions` of NumPy arrays along their rows, padding their tokens."""
   length = max(one.ids.shape[1] for one in questions)
   pad = lambda ids: np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
   return Questions(
@@ -217,7 +225,7 @@ def stack(questions: Sequence[Questions]) -> Questions:
 
 
 def check_question(question: str) -> None:
-  """Raises InputError unless a question has a place for the prompt."""
+  """Raises InputError unless a question contains "{prompt}" exactly once."""
   if question.count("{prompt}") != 1:
     raise errors.InputError(
       f"question={errors.shown(question)} must hold {{prompt}} once, where the prompt goes"
@@ -228,7 +236,7 @@ def vit_rule(config: config_lib.BagelConfig, vit_max: int) -> config_lib.ImageSi
   """How a picture is resized for the ViT, with a longest side of `vit_max` pixels.
 
   Raises:
-    InputError: it is no multiple of the ViT's patch.
+    InputError: `vit_max` is not a multiple of the ViT's patch size.
   """
   rule = config.vit_image
   errors.require("vit_max", vit_max, integer=True, low=rule.stride)
@@ -241,11 +249,11 @@ def vit_rule(config: config_lib.BagelConfig, vit_max: int) -> config_lib.ImageSi
 
 
 def answer_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
-  """First ids of "yes" and of "no".
+  """The first tokens of "yes" and of "no".
 
   Raises:
-    InputError: they are the same or special, or the tokenizer puts a token of its own in front: no
-      probability of them would be an answer's.
+    InputError: they are equal, or one is special or not a part of the word; then their
+      probabilities would say nothing about the answer.
   """
   special = {getattr(tokenizer, name) for name in tokenizer_lib.SPECIAL_TOKENS}
   firsts = []
@@ -268,15 +276,15 @@ def answer_ids(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
 def open_folder(
   folder: pathlib.Path | str, mesh: jax.sharding.Mesh | None = None, *, dtype: Any = None
 ) -> tuple[RewardModel, Any]:
-  """The reward model of a folder, and its parameters.
+  """Opens a reward model's folder; returns the model and its parameters.
 
   Args:
     folder: an official BAGEL folder with a reward.json; "tiny_reward_model" is the embedded one.
-    mesh: devices that hold the parameters; None: the first of this host.
+    mesh: devices for the parameters; None: the first device of this host.
     dtype: of network and parameters; None: float32 on CPU, bfloat16 elsewhere.
 
   Raises:
-    InputError: it is no such folder, or a file of it is not what its reward.json says.
+    InputError: it is no such folder, or one of its files does not match reward.json.
   """
   path = _path(folder)
   record = read_record(path)
@@ -309,10 +317,10 @@ def load_params(network: state.Network) -> Any:
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-  """The reward.json of a folder, whose files are what it says.
+  """Reads a folder's reward.json, and checks the folder's files against its checksums.
 
   Raises:
-    InputError: it is missing, a key of it is missing or of another kind, or a file was changed.
+    InputError: it is missing, one of its keys is missing or has a wrong type, or a file differs.
   """
   if folder == TINY_FOLDER and not folder.is_dir():
     raise errors.InputError(
@@ -342,15 +350,16 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: pathlib.Path | str) -> str:
-  """`checksum_of` the reward model of a folder; raises as `read_record`."""
+  """`checksum_of` a folder's reward model; raises as `read_record`."""
   return checksum_of(read_record(_path(folder)))
 
 
 def _path(folder: pathlib.Path | str) -> pathlib.Path:
+  """The path of a folder, or of the embedded one for TINY."""
   return TINY_FOLDER if folder == TINY else files.path(folder)
 
 
 def checksum_of(record: Mapping[str, Any]) -> str:
-  """16 hexadecimal digits that another question, temperature or other weights would change."""
+  """A hash (16 hexadecimal digits) of what scores depend on: weights, question, temperature, ..."""
   text = json.dumps({key: record[key] for key in _KINDS}, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""How well scores tell yes from no; on the host.
+"""Metrics of how well scores tell yes from no, by NumPy.
 
 Letters: N answers, z the margins (`readout.margin`), P = sigmoid(z / tau), y the right answers.
 """
@@ -12,12 +12,12 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-BINS = 15  # of P, equal ones
-_LEAST = 1e-300  # What a point that is not met counts in a geometric mean.
+BINS = 15  # number of equal bins of P
+_LEAST = 1e-300  # Least probability of a point in a geometric mean.
 
 
 def auc(scores: np.ndarray, yes: np.ndarray) -> float:
-  """Chance that a "yes" scores above a "no", ties a half; NaN unless there are both."""
+  """Probability that a "yes" scores higher than a "no", ties counting half; NaN without both."""
   scores, yes = np.asarray(scores), np.asarray(yes, bool)
   positive, negative = int(yes.sum()), int((~yes).sum())
   if not positive or not negative:
@@ -27,7 +27,10 @@ def auc(scores: np.ndarray, yes: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, yes: np.ndarray) -> float:
-  """sum_k (recall_k - recall_(k-1)) precision_k over the distinct scores, from the highest down."""
+  """sum_k (recall_k - recall_(k-1)) precision_k over the distinct scores, from the highest down.
+
+  NaN where no answer is "yes".
+  """
   order = np.argsort(-np.asarray(scores), kind="stable")
   scores, yes = np.asarray(scores)[order], np.asarray(yes, bool)[order]
   last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # of each distinct score
@@ -38,8 +41,10 @@ def average_precision(scores: np.ndarray, yes: np.ndarray) -> float:
 
 
 def group_auc(scores: np.ndarray, yes: np.ndarray, group: np.ndarray) -> tuple[float, int]:
-  """(Mean AUC within the groups that have both answers, how many they are): what methods that
-  compare within a group depend on."""
+  """(mean AUC within groups, number of groups), over the groups that have both answers.
+
+  Algorithms that compare the trajectories of a group depend on this one.
+  """
   values = [auc(scores[group == g], yes[group == g]) for g in np.unique(group)]
   values = [value for value in values if not np.isnan(value)]
   return (float(np.mean(values)) if values else float("nan")), len(values)
@@ -66,7 +71,10 @@ def probability(z: np.ndarray, tau: float = 1.0) -> np.ndarray:
 
 
 def calibration_error(p: np.ndarray, yes: np.ndarray) -> float:
-  """sum over the bins of P of (its share) |mean P - share of yes| (Guo et al. 2017)."""
+  """Expected calibration error: sum over bins of P of (share of answers) |mean P - share of yes|.
+
+  Source: Guo et al. 2017.
+  """
   p, yes = np.asarray(p, np.float64), np.asarray(yes, np.float64)
   place = np.minimum((p * BINS).astype(int), BINS - 1)
   total = lambda values: np.bincount(place, values, minlength=BINS)
@@ -74,7 +82,7 @@ def calibration_error(p: np.ndarray, yes: np.ndarray) -> float:
 
 
 def summary(z: np.ndarray, yes: np.ndarray, tau: float = 1.0) -> dict[str, float]:
-  """What is reported of N answers: "accuracy", "auc", "brier", "log_loss", "ece", "n"."""
+  """Figures of N answers: "n", "yes" (its share), "accuracy", "auc", "brier", "log_loss", "ece"."""
   z, yes = np.asarray(z, np.float64), np.asarray(yes, bool)
   p = probability(z, tau)
   return {
@@ -85,9 +93,9 @@ def summary(z: np.ndarray, yes: np.ndarray, tau: float = 1.0) -> dict[str, float
 
 
 def soft_tifa(points: Sequence[float]) -> tuple[float, float]:
-  """(Geometric, arithmetic) mean of the probabilities that each of a picture's points is met.
+  """(geometric, arithmetic) mean of the probabilities that a picture's points are met.
 
-  Source: Soft-TIFA of GenEval 2, as UniRL has it: a point at 0 counts 1e-300.
+  Source: Soft-TIFA of GenEval 2, as in UniRL, where a probability counts at least 1e-300.
   """
   points = np.asarray(points, np.float64)
   return float(np.exp(np.log(np.maximum(points, _LEAST)).mean())), float(points.mean())

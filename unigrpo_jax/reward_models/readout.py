@@ -9,7 +9,7 @@ import jax
 
 from unigrpo_jax.models import layers
 
-# How a reward is read from logits, by name; see `read`.
+# Ways to read a reward from logits; see `read`.
 READOUTS = ("two_token", "vocabulary", "logit", "log")
 
 
@@ -25,12 +25,12 @@ def read(
   """The reward of logits [..., V]: [...], at least float32.
 
     two_token   R = sigmoid(z), z = (l_y - l_n) / tau: softmax over the two tokens
-    vocabulary  softmax(l / tau)[yes], over all tokens, as VQAScore has it (arXiv 2404.01291)
+    vocabulary  softmax(l / tau)[yes], over all tokens, as in VQAScore (arXiv 2404.01291)
     logit       z
     log         log R
 
-  `two_token` depends on the difference of the two logits alone: dR/dl_y = R (1 - R) / tau =
-  -dR/dl_n. `vocabulary` falls as well when a third token becomes likelier.
+  `two_token` depends only on the difference of the two logits: dR/dl_y = R (1 - R) / tau =
+  -dR/dl_n. `vocabulary` also falls when a third token becomes likelier.
   """
   if readout == "vocabulary":
     logits = logits.astype(layers.at_least_float32(logits.dtype))

@@ -1,4 +1,4 @@
-"""A differentiable resize that Pillow's bicubic agrees with to about a level of 255."""
+"""A differentiable bicubic resize; it agrees with Pillow's to about one level of 255."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import numpy as np
 
 from unigrpo_jax.models import layers
 
-SHARPNESS = -0.5  # a of Keys's cubic (1981); Pillow's, and PyTorch's where it antialiases
+SHARPNESS = -0.5  # a of Keys's cubic (1981), as in Pillow, and in PyTorch with antialiasing
 
 
 @functools.lru_cache(maxsize=64)
 def weights(size: int, new_size: int) -> np.ndarray:
-  """What each new pixel takes of each old one along an axis: [new_size, size] float64, rows sum to
-  1.
+  """The weight of each old pixel in each new one along an axis: [new_size, size] float64.
 
-  Where an image becomes smaller the cubic is as much wider (antialiasing): without, thin lines
-  would vanish or double.
+  Rows sum to 1. Where the image shrinks, the cubic is widened by the same factor (antialiasing), or
+  thin lines would vanish or double.
   """
   scale = size / new_size
   width = max(scale, 1.0)
@@ -33,6 +32,7 @@ def weights(size: int, new_size: int) -> np.ndarray:
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
+  """Keys's cubic convolution kernel."""
   a, x = SHARPNESS, np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = (((x - 5) * x + 8) * x - 4) * a
@@ -42,11 +42,11 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 def resize(
   pixels: jax.Array, height: int, width: int, bounds: tuple[float, float] | None = (-1.0, 1.0)
 ) -> jax.Array:
-  """Pixels [..., H, W, C] -> [..., height, width, C], in their dtype, at least float32.
+  """Pixels [..., H, W, C] -> [..., height, width, C], in their dtype, but at least float32.
 
-  Bicubic with antialiasing, first along the width, then along the height, clipped to `bounds` after
-  each: Pillow clips there too, but rounds as well, which would leave no gradient. `bounds` None
-  clips nothing. An axis that keeps its size is not touched, nor clipped.
+  Bicubic with antialiasing, along the width and then along the height. After each, values are
+  clipped to `bounds` (None: not at all). Pillow does the same, but also rounds, which would leave
+  no gradient. An axis that keeps its size is neither resized nor clipped.
   """
   pixels = pixels.astype(layers.at_least_float32(pixels.dtype))
   for axis, new_size in ((-2, width), (-3, height)):

@@ -1,4 +1,4 @@
-"""The colours of objects by CLIP ViT-L/14, zero-shot, for the reward `geneval`.
+"""The colours of objects by zero-shot CLIP ViT-L/14, for the reward `geneval`.
 
 Source: djghosh13/geneval, `evaluation/evaluate_images.py`.
 """
@@ -19,10 +19,10 @@ from unigrpo_jax.rewards import colors
 
 
 class Colors:
-  """The colour whose templates are nearest to a crop; `colors.Colors`."""
+  """The colour whose texts have the highest cosine with a crop; see `rewards.colors.Colors`."""
 
   def __init__(self, *, folder: str = "", batch_size: int = 16, dtype: str = "float32"):
-    """Loads the folder of a CLIP, and compiles; see `host.ClipScore`."""
+    """Loads the folder of a CLIP, and compiles; arguments as in `host.ClipScore`."""
     clip = host.Clip.open(folder, host.LARGE, dtype)
     features = lambda name: lambda params, rows: network.unit(
       clip.model.apply({"params": params}, rows, method=name)
@@ -39,7 +39,7 @@ class Colors:
     self.name = f"clip {host.LARGE.hub} {zlib.crc32(sums.encode()):08x} {dtype}"
 
   def __call__(self, crops: Sequence[PIL.Image.Image], kind: str) -> list[str]:
-    """The colour of each crop of an object of class `kind`, one of `classes.COLORS`."""
+    """The colour, of `classes.COLORS`, of each crop of an object of class `kind`."""
     if not crops:
       return []
     seen = self._images(np.stack([self._clip.pixels(np.asarray(crop)) for crop in crops]))
@@ -49,11 +49,12 @@ class Colors:
     return [classes.COLORS[i] for i in best]
 
   def _weights(self, kind: str) -> np.ndarray:
-    """[10, P]: of a colour, the mean of its texts' unit features, as a unit again."""
+    """Classifier weights of the 10 colours, [10, P]: unit means of their texts' unit features."""
     read = self._texts(self._clip.words(_texts(kind))).reshape(len(classes.COLORS), 3, -1)
     mean = read.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
 def _texts(kind: str) -> list[str]:
+  """The texts of all colours of a class, colour by colour."""
   return [text for color in classes.COLORS for text in colors.templates(color, kind)]

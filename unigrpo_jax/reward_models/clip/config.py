@@ -1,6 +1,6 @@
 """Sizes of a CLIP, read from the `config.json` of a folder that transformers wrote.
 
-A missing key takes the default of transformers' CLIPConfig, that of ViT-B/32.
+A missing key has the default of transformers' CLIPConfig, which is that of ViT-B/32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _key = config_lib.key
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """A transformer of CLIP; the defaults are the image's."""
+  """One of CLIP's two transformers; the defaults are those of the image tower."""
 
   hidden_size: int = _key(_SIZE, 768)
   intermediate_size: int = _key(_SIZE, 3072)
@@ -33,7 +33,7 @@ class Tower:
 
 @dataclasses.dataclass(frozen=True)
 class Vision(Tower):
-  """The transformer of patches, and of the class token before them."""
+  """The image tower: a transformer of a class token and patches."""
 
   image_size: int = _key(config_lib.SIDE, 224)
   patch_size: int = _key(config_lib.SIDE, 32)
@@ -46,27 +46,27 @@ class Vision(Tower):
 
 @dataclasses.dataclass(frozen=True)
 class Text(Tower):
-  """The causal transformer of tokens."""
+  """The text tower: a causal transformer of tokens."""
 
   hidden_size: int = _key(_SIZE, 512)
   intermediate_size: int = _key(_SIZE, 2048)
   num_heads: int = _key(_SIZE, 8, name="num_attention_heads")
   vocab_size: int = _key(_SIZE, 49408)
   max_positions: int = _key(_SIZE, 77, name="max_position_embeddings")
-  # 2 stands in old configs: there the largest id ends a text, whatever it is.
+  # Old configs have 2; then the largest id of a text is its end token.
   eos_token_id: int = _key(config_lib.integer(low=0), 49407)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A whole CLIP; `projection_size` is that of the features of both towers."""
+  """A CLIP; `projection_size` is the number of features of both towers."""
 
   vision: Vision
   text: Text
   projection_size: int = _key(_SIZE, 512, name="projection_dim")
 
 
-# The released ones, as their own files give them.
+# The released models, as in their own files.
 LARGE = Config(
   Vision(1024, 4096, 24, 16, patch_size=14), Text(768, 3072, 12, 12, eos_token_id=2), 768
 )
@@ -93,7 +93,7 @@ def read(folder: pathlib.Path) -> Config:
 
 
 def _tower(kind: type[Tower], path: pathlib.Path, values: Mapping[str, Any], key: str) -> Tower:
-  # Where an old file has both, transformers takes this one, with its own defaults.
+  # Where an old file has both keys, transformers uses the one with "_dict".
   key = next((name for name in (f"{key}_dict", key) if values.get(name) is not None), key)
   section = config_lib.Section(path, values).section(key)
   tower = config_lib.read_fields(kind, section)
@@ -101,6 +101,6 @@ def _tower(kind: type[Tower], path: pathlib.Path, values: Mapping[str, Any], key
     "hidden_size", tower.hidden_size, "num_attention_heads", tower.num_heads
   )
   if isinstance(tower, Vision):
-    # A convolution drops the rest of a side; so does no released model.
+    # Otherwise the convolution would drop a part of the image; no released model does.
     section.require_multiple("image_size", tower.image_size, "patch_size", tower.patch_size)
   return tower

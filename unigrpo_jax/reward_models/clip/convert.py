@@ -1,7 +1,7 @@
-"""Tensors of a CLIP's safetensors files to the parameters of `network.CLIP`.
+"""From the tensors in a CLIP's safetensors files to the parameters of `network.CLIP`.
 
-Files have the names of transformers, which are those of our parameters, or of open_clip: there
-q, k and v of a layer are one tensor, and both projections lie as [in, out].
+Files have the names of transformers, which our parameters share, or those of open_clip, where q, k
+and v of a layer are one tensor, and both projections are stored as [in, out].
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from unigrpo_jax.reward_models.clip import network
 from unigrpo_jax.runtime import sharding
 
 FILE = "model.safetensors"
-# Older files hold these numbers, 0, 1, 2 ...
+# Older files contain these position ids, 0, 1, 2, ...
 _IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-_STACK = "layers"  # in a path: below it parameters have a leading axis of layers
+_STACK = "layers"  # Parameters below this name have a leading axis of layers.
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-# A tensor that only files of open_clip have, and what its names have for those of transformers.
+# A tensor that only files of open_clip have; and (part of transformers' names, of open_clip's).
 _OPEN_CLIP_SIGN = "visual.class_embedding"
 _OPEN_CLIP = (
   ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.class_", "class_"),
@@ -45,13 +45,13 @@ _THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """Where in a file a tensor of transformers' names lies.
+  """Where a tensor of transformers is found in a file.
 
   Attributes:
-    name: of the file's tensor.
-    shape: of it.
-    third: which third of its rows; None: all of it.
-    transposed: whether the file has it as [in, out].
+    name: of the tensor in the file.
+    shape: of the tensor in the file.
+    third: which third of its rows is meant; None: all of it.
+    transposed: whether the file stores it as [in, out].
   """
 
   name: str
@@ -60,7 +60,7 @@ class _Source:
   transposed: bool = False
 
   def read(self, file: weight_files.Tensors) -> np.ndarray:
-    """The tensor as transformers has it."""
+    """Reads the tensor in the layout of transformers."""
     if self.third is None:
       tensor = file.read(self.name)
     else:
@@ -71,7 +71,7 @@ class _Source:
 
 @functools.cache
 def abstract_params(config: config_lib.Config, dtype: Any) -> Any:
-  """The parameters as shapes: matrices in `dtype`, all else float32."""
+  """The parameters as shapes: matrices in `dtype`, everything else in float32."""
   c = config.vision
   pixels = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.float32)
   ids = jax.ShapeDtypeStruct((1, config.text.max_positions), jnp.int32)
@@ -87,13 +87,17 @@ def abstract_params(config: config_lib.Config, dtype: Any) -> Any:
 def load(
   folder: pathlib.Path, config: config_lib.Config, dtype: Any, place: jax.sharding.Sharding
 ) -> Any:
-  """The parameters of a folder's safetensors file, or of its shards, each placed at `place`.
+  """Loads the parameters in a folder's safetensors file or files.
 
-  Matrices are rounded to `dtype`, all else is float32.
+  Args:
+    folder: of the CLIP.
+    config: its sizes.
+    dtype: to which matrices are rounded; everything else is float32.
+    place: sharding of every parameter.
 
   Raises:
-    InputError: there is none, it is damaged, or its tensors are not those of `config`: names the
-      surplus, the missing and the misshapen ones.
+    InputError: there is no such file, it is damaged, or its tensors are not those of `config`; the
+      message names surplus, missing and misshapen ones.
   """
   shapes = abstract_params(config, dtype)
   flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
@@ -113,7 +117,10 @@ def load(
 def check(
   file: weight_files.Tensors, expected: Mapping[str, tuple[int, ...]], shapes_from: str
 ) -> None:
-  """Refuses a file whose tensors are not those `expected`, {name: shape} by `shapes_from`."""
+  """Raises InputError unless a file has exactly the tensors `expected`, {name: shape}.
+
+  `shapes_from` says where these come from, for the message.
+  """
   actual = {name: entry.shape for name, entry in file.entries.items()}
   if lines := weights.mismatches(actual, expected, lambda name: shapes_from):
     raise errors.InputError(
@@ -123,7 +130,7 @@ def check(
 
 
 def sources(path: Any, leaf: Any, config: config_lib.Config, open_clip: bool) -> list[_Source]:
-  """The tensors of a file that fill a parameter, one a layer."""
+  """The tensors of a file that fill the parameter `leaf` at `path`; one per layer if stacked."""
   parts = [key.key for key in path]
   shape = leaf.shape[1:] if _STACK in parts else leaf.shape
   if parts[-1] == "kernel":
@@ -139,7 +146,7 @@ def sources(path: Any, leaf: Any, config: config_lib.Config, open_clip: bool) ->
 
 
 def _of_open_clip(name: str, shape: tuple[int, ...]) -> _Source:
-  """The tensor of a file of open_clip for one of transformers' names."""
+  """The tensor in a file of open_clip for a tensor of transformers."""
   third = next((third for part, third in _THIRDS.items() if f".{part}." in name), None)
   transposed = name.endswith("_projection.weight")
   for ours, theirs in _OPEN_CLIP:
@@ -152,7 +159,7 @@ def _of_open_clip(name: str, shape: tuple[int, ...]) -> _Source:
 def _read(
   file: weight_files.Tensors, path: Sequence[str], leaf: Any, sources: Sequence[_Source]
 ) -> np.ndarray:
-  """A parameter, filled a layer at a time."""
+  """Reads a parameter, layer by layer."""
   out = np.empty(leaf.shape, leaf.dtype)
   for target, source in zip(out if _STACK in path else [out], sources):
     tensor = source.read(file)

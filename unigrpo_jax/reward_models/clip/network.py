@@ -1,8 +1,8 @@
-"""CLIP: an image and a text as two vectors of one space (Radford et al., arXiv 2103.00020).
+"""CLIP: images and texts as vectors in one space (Radford et al., arXiv 2103.00020).
 
-Modules and parameters have the names of transformers' CLIPModel, so that those of a tensor in a
-file and of a parameter are the same (see `convert`). Letters: B batch, T tokens, D width, S pixels
-of a side, P features of both towers' projections.
+Modules and parameters have the names of transformers' CLIPModel, so that parameters and tensors in
+files have the same names (see `convert`). Letters: B batch, T tokens, D width, S side of an image
+in pixels, P features of both towers' projections.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _norm(config: config_lib.Tower, name: str | None = None) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
-  """Self-attention of all tokens, or of each with those up to itself."""
+  """Self-attention, bidirectional or causal."""
 
   config: config_lib.Tower
   causal: bool
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block, shaped as a scan body."""
+  """Pre-norm transformer block, with the signature of a scan body."""
 
   config: config_lib.Tower
   causal: bool
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-  """The class token and the patches, row by row, each with its position."""
+  """Embeddings of the class token and the patches (row by row), with their positions."""
 
   config: config_lib.Vision
 
@@ -112,7 +112,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-  """The tower of images."""
+  """The image tower."""
 
   config: config_lib.Vision
 
@@ -126,7 +126,7 @@ class VisionModel(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-  """Tokens and their positions."""
+  """Embeddings of tokens, with their positions."""
 
   config: config_lib.Text
 
@@ -140,13 +140,13 @@ class TextEmbeddings(nn.Module):
 
 
 class TextModel(nn.Module):
-  """The tower of texts."""
+  """The text tower."""
 
   config: config_lib.Text
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, T] -> all tokens [B, T, D], and of those the first that ends the text, [B, D]."""
+    """[B, T] -> outputs at all tokens [B, T, D], and at the first end token [B, D]."""
     x = TextEmbeddings(self.config, name="embeddings")(ids)
     x = Encoder(self.config, True, name="encoder")(x)
     x = _norm(self.config, "final_layer_norm")(x)
@@ -156,10 +156,10 @@ class TextModel(nn.Module):
 
 
 class CLIP(nn.Module):
-  """Both towers, all in float32.
+  """Both towers; everything is computed in float32.
 
-  Parameters may be kept in less. Products are exact in float32 even then: rounding what they
-  multiply as well would move a logit by half as much again.
+  Parameters may be stored in a smaller dtype. Products are exact in float32 even then: to round the
+  activations too would increase the error of a logit by half.
   """
 
   config: config_lib.Config
@@ -173,19 +173,19 @@ class CLIP(nn.Module):
     self.logit_scale = self.param("logit_scale", nn.initializers.zeros, (), jnp.float32)
 
   def image_features(self, pixels: jax.Array) -> jax.Array:
-    """Images [B, S, S, 3], normalised as `preprocess` does -> [B, P]."""
+    """Images [B, S, S, 3], normalised by `preprocess.Pixels` -> features [B, P]."""
     return self.visual_projection(self.vision_model(pixels)[1])
 
   def text_features(self, ids: jax.Array) -> jax.Array:
-    """Texts [B, T] int32, begun and ended by their tokens and padded -> [B, P]."""
+    """Texts [B, T] int32, with start and end tokens and padding -> features [B, P]."""
     return self.text_projection(self.text_model(ids)[1])
 
   def __call__(self, pixels: jax.Array, ids: jax.Array) -> jax.Array:
-    """B images and their texts -> exp(logit_scale) times their cosine, [B]."""
+    """B images and their texts -> exp(logit_scale) times the cosine of their features, [B]."""
     image, text = unit(self.image_features(pixels)), unit(self.text_features(ids))
     return jnp.exp(self.logit_scale) * (image * text).sum(-1)
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Vectors [..., P] of length 1."""
+  """Vectors [..., P], scaled to length 1."""
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

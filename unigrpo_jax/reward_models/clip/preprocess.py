@@ -1,7 +1,7 @@
-"""What CLIP sees of a picture and reads of a prompt, as the files of its folder say; on the host.
+"""Preprocessing of CLIP's pictures and prompts, by the files of its folder; on the host.
 
-The picture's rule is that of transformers' CLIPImageProcessorPil: its other processor resizes
-tensors, which rounds otherwise.
+Pictures are processed as by transformers' CLIPImageProcessorPil; its other processor resizes
+tensors, which rounds differently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE_FILE, TEXT_FILE = "preprocessor_config.json", "tokenizer.json"
 
 _log = logging.getLogger(__name__)
 
-# What a file may say besides that changes no pixel here; a key beyond, unless null, is refused.
+# Further keys that a file may have and that change no pixel here. Others, unless null, are refused.
 _WITHOUT_EFFECT = {
   "image_processor_type", "feature_extractor_type", "processor_class", "return_tensors",
   "data_format", "input_data_format", "device", "disable_grouping", "use_square_size",
@@ -40,14 +40,14 @@ _THREE = config_lib.Kind(
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-  """How a picture becomes what the network reads.
+  """How a picture becomes the network's input.
 
   Attributes:
-    size: pixels that the shortest edge is resized to.
-    crop: pixels of a side of the square that is cut out of the middle.
-    resample: filter, a number of `PIL.Image.Resampling`.
-    scale: factor of a channel's 0 to 255.
-    mean, std: of the scaled channels.
+    size: length to which the shortest edge is resized, in pixels.
+    crop: side of the square that is then cut out of the middle, in pixels.
+    resample: the filter, a value of `PIL.Image.Resampling`.
+    scale: factor for the channels' values 0 to 255.
+    mean, std: by which the scaled channels are normalised.
   """
 
   size: int = 224
@@ -70,10 +70,10 @@ class Pixels:
 
 
 def read_pixels(folder: pathlib.Path, image_size: int) -> Pixels:
-  """The rule of a folder whose network sees `image_size` pixels a side.
+  """Reads the preprocessing of a folder whose network takes images of `image_size` pixels a side.
 
   Raises:
-    InputError: the file asks for what is not done here.
+    InputError: the file is missing or damaged, or asks for something that is not supported.
   """
   path = folder / IMAGE_FILE
   values = {key: v for key, v in config_lib.read_json(path).items() if v is not None}
@@ -102,7 +102,7 @@ def read_pixels(folder: pathlib.Path, image_size: int) -> Pixels:
 
 
 def _side(section, values, key: str, names: tuple[str, ...], default: int) -> int:
-  """Pixels: a number, as in old files, or an object of `names` that are equal."""
+  """A length in pixels: a number, as in old files, or an object in which all `names` are equal."""
   given = values.get(key, default)
   if isinstance(given, dict) and sorted(given) == sorted(names) and len({*given.values()}) == 1:
     given = given[names[0]]
@@ -112,11 +112,15 @@ def _side(section, values, key: str, names: tuple[str, ...], default: int) -> in
 
 
 class Words:
-  """Prompts to ids: begun and ended by the folder's tokens, cut to fit, padded with the last one.
-  """
+  """Converts prompts to ids, with start and end tokens; cuts or pads them to a fixed length."""
 
   def __init__(self, folder: pathlib.Path, length: int, vocabulary: int):
-    """Texts become `length` ids; a tokenizer must have fewer than `vocabulary`.
+    """Reads a folder's tokenizer.
+
+    Args:
+      folder: of the CLIP.
+      length: number of ids that a text becomes, by cutting it or by repeating its end token.
+      vocabulary: of the network; the tokenizer must not have more tokens.
 
     Raises:
       InputError: the file is missing, damaged, or of another network.
@@ -142,10 +146,10 @@ class Words:
     self._warned = False
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """N texts -> [N, length] int32; the first that is cut is a line of the log.
+    """N texts -> [N, length] int32. A warning is logged the first time that a text is cut.
 
     Raises:
-      InputError: a text is no Unicode.
+      InputError: a text is not a string, or no valid Unicode.
     """
     try:
       found = self._tokenizer.encode_batch(list(texts))
