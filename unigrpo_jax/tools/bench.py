@@ -1,4 +1,4 @@
-"""The benchmark's command line: `python -m unigrpo_jax.bench --help`."""
+"""The command line of the benchmark: `python -m unigrpo_jax.bench --help`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ One device is used. With --shape=all every shape has a process, and so a peak me
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
-  """Every shape in a process of its own, one after the other."""
+  """Times every shape, each in a process of its own; returns the joint report."""
   report: dict[str, Any] = {}
   for name in workloads.SHAPES:
     one = timing.in_process(args, f"--shape={name}", [f"--shape={name}"])

@@ -1,7 +1,7 @@
-"""Makes a tiny BAGEL for IconWorld from nothing, as the embedded one was made.
+"""Makes a tiny BAGEL for IconWorld from scratch, as the embedded one was made.
 
-  1. a tokenizer of IconWorld's prompts and reasoning, in the Qwen2 file format;
-  2. a small FLUX autoencoder of its pictures;
+  1. a tokenizer for IconWorld's prompts and reasonings, in the Qwen2 file format;
+  2. a small FLUX autoencoder for its pictures;
   3. supervised training of the network: to think and draw (`configs/sft.py:tiny`), then to see as
      well (`configs/sft.py:tiny_look`);
   4. the official folder.
@@ -58,7 +58,7 @@ IMAGES = {
   "vae": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
   "vit": {"max_image_size": 32, "min_image_size": 32, "image_stride": 8},
 }
-# Defaults of sampling: the reasonings are short, and so is the context.
+# Defaults of sampling.
 GENERATION = {
   "num_timesteps": 25, "timestep_shift": 1.0, "cfg_text_scale": 2.0, "cfg_interval": [0.0, 1.0],
   "temperature": 1.0, "max_tokens": 64,
@@ -66,14 +66,14 @@ GENERATION = {
 
 
 def write_base(folder: pathlib.Path, seed: int) -> None:
-  """The tokenizer and the configs of the two transformers."""
+  """Writes the tokenizer and the configs of LLM and ViT."""
   folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng((seed, 1))
   examples = [prompts.sample(rng, "train") for _ in range(4000)]
   texts = [text for example in examples for text in (example.prompt, example.reasoning)]
   for example in examples:
     texts += [*tasks.question(rng, example.scene), tasks.edit(rng, example.scene)[0]]
-  # So often that the system prompts, which precede every drawing, become few tokens.
+  # Repeated so often that the system prompts, which many sequences begin with, take few tokens.
   texts += [tokenizer_lib.SYSTEM_PROMPT_GEN, tokenizer_lib.SYSTEM_PROMPT_VLM] * 400
   bpe.train_tokenizer(texts, VOCABULARY, folder)
   (folder / config_lib.LLM_FILE).write_text(json.dumps(LLM, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +81,7 @@ def write_base(folder: pathlib.Path, seed: int) -> None:
 
 
 def pictures(seed: int, step: int, count: int) -> np.ndarray:
-  """`count` scenes of the training split, [count, H, W, 3] float32 in [-1, 1]."""
+  """Rendered scenes of the training split, [count, H, W, 3] float32 in [-1, 1]."""
   rng = np.random.default_rng((seed, 2, step))
   scenes = [prompts.sample(rng, "train").scene for _ in range(count)]
   return np.stack([images_lib.to_array(renderer.render(scene, rng)) for scene in scenes])
@@ -90,11 +90,20 @@ def pictures(seed: int, step: int, count: int) -> np.ndarray:
 def train_vae(
   workdir: pathlib.Path, *, steps: int, rows: int, seed: int, checkpoint_every: int = 200
 ):
-  """Trains the autoencoder on scenes; returns its parameters and the latent scale and shift.
+  """Trains the autoencoder on rendered scenes; resumes from its latest checkpoint.
 
-  The objective is the evidence bound of pixels with standard deviation 0.017, divided by their
-  number (Kingma and Welling 2014): squared error + 1e-4 KL, both as means. The run saves itself
-  every `checkpoint_every` steps, and resumes from its latest checkpoint.
+  The objective is mean squared error + 1e-4 mean KL: up to a factor, the evidence lower bound for
+  pixels of standard deviation 0.017 (Kingma and Welling 2014).
+
+  Args:
+    workdir: of its checkpoints.
+    steps: optimizer steps.
+    rows: scenes per step.
+    seed: of everything.
+    checkpoint_every: steps between checkpoints.
+
+  Returns:
+    (parameters, {"scale_factor", "shift_factor"} that normalise the latents).
   """
   values = {k: v for k, v in VAE.items() if k not in ("resolution", "downsample", "out_ch")}
   config = config_lib.VAEConfig(
@@ -142,7 +151,7 @@ def train_vae(
       if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
         saved.save(step + 1, state, {})
   finally:
-    # Also when interrupted: waits for the save under way.
+    # Also when interrupted: waits for a save that is running.
     saved.close()
   encode = jax.jit(functools.partial(model.apply, {"params": state["params"]}, method="encode"))
   mean, logvar = encode(pictures(seed, steps, 256))
@@ -154,21 +163,21 @@ def build(
   workdir: pathlib.Path, out: pathlib.Path, *, seed: int, vae_steps: int, vae_rows: int,
   overrides: Sequence[str], vae_checkpoint_every: int = 200, devices=None,
 ) -> None:
-  """All stages; see the module's docstring.
+  """Runs all stages; see the module's docstring.
 
   Args:
-    workdir: holds the stages.
+    workdir: folder of the stages.
     out: official folder to make.
     seed: of everything.
-    vae_steps, vae_rows, vae_checkpoint_every: of the autoencoder.
-    overrides: `--config.KEY=VALUE` of both configs of the supervised training.
-    devices: of the supervised training; None: all of them.
+    vae_steps, vae_rows, vae_checkpoint_every: see `train_vae`.
+    overrides: `--config.KEY=VALUE` for both configs of the supervised training.
+    devices: for the supervised training; None: all.
 
   Raises:
-    InputError: an argument is impossible, or differs from what the workdir was begun with; before
-      anything is trained.
+    InputError: an argument is impossible, or differs from those that the workdir was begun with.
+      This is checked before anything is trained.
   """
-  workdir = workdir.resolve()  # The paths in its configs must be the same from any directory.
+  workdir = workdir.resolve()  # The configs contain its path, which must not depend on the cwd.
   file = config_files.FOLDER / "sft.py"
   first, look = (config_files.load(f"{file}:{name}", overrides) for name in ("tiny", "tiny_look"))
   with errors.at("--out"):
@@ -184,7 +193,7 @@ def build(
   )
   if not (workdir / "first").exists():
     first.seed, first.init_from, first.random_init = seed, str(workdir / "base"), True
-    # Not rounded: the next stage continues from it.
+    # In full precision, since the next stage continues from it.
     first.export_to, first.export_dtype = str(workdir / "first"), "float32"
     finetune.train(first, workdir / "sft", devices)
   if (workdir / "first").exists():  # Unless a signal stopped its training.
@@ -194,7 +203,7 @@ def build(
 
 
 def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> None:
-  """Records the arguments of a build; refuses to resume it with others."""
+  """Records the arguments of a build; raises InputError where it was begun with others."""
   record = workdir / "build.json"
   if record.exists():
     before = {"config": []} | json.loads(record.read_text(encoding="utf-8"))

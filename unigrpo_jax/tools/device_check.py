@@ -1,4 +1,4 @@
-"""How near a device comes to its limits at BAGEL's width: `bench --device-check`."""
+"""How close a device comes to its limits with layers of BAGEL's width: `bench --device-check`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from unigrpo_jax.models import layers
 from unigrpo_jax.runtime import checkpoints, compile_timer, sharding
 from unigrpo_jax.tools import flops, timing, workloads
 
-# BAGEL-7B-MoT's blocks; a small vocabulary leaves the memory to them. Images of 512 x 512 pixels.
+# Layers of BAGEL-7B-MoT with a small vocabulary, which leaves memory for more of them. Images of
+# 512 x 512 pixels.
 FULL = workloads.Workload(
   layers=1, width=3584, heads=28, kv_heads=4, ffn=18944, vocab=16384, system=48, prompt=16,
   tokens=64, latents=1024, points=9, window=3, group=8,
@@ -32,20 +33,20 @@ TOY = dataclasses.replace(
   window=2, group=2,
 )
 SHAPES = {"full": FULL, "toy": TOY}
-# Of a parameter while it trains: itself and two moments of AdamW, its gradient, in float32.
+# Per trained parameter: its value, its gradient and two moments of AdamW, in float32.
 TRAINED_BYTES = 16
-MEMORY = 0.8  # of the device's, for what trains; the rest is for activations
-LIMIT = 600  # seconds; what has not ended by then is left out, but a round is not interrupted
-SIDES = {"full": (8192, 2**28), "toy": (64, 2**12)}  # of the matmul; numbers that are copied
+MEMORY = 0.8  # share of the device's memory for parameters; the rest is for activations
+LIMIT = 600  # seconds; what has not begun by then is left out, but a round is not interrupted
+SIDES = {"full": (8192, 2**28), "toy": (64, 2**12)}  # (side of the matmul, numbers to copy)
 KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 TORCH_BLOCK = pathlib.Path(__file__).parents[2] / "launch" / "torch_block.py"  # of a clone
 
 
 def layers_that_fit(work: workloads.Workload, limit: int | None) -> int:
-  """Layers whose training takes at most MEMORY of `limit` bytes.
+  """The number of layers whose training takes at most MEMORY of `limit` bytes, at least 1.
 
   Raises:
-    InputError: the limit is not known.
+    InputError: `limit` is None: the device does not report its memory.
   """
   if limit is None:
     raise errors.InputError(
@@ -57,10 +58,11 @@ def layers_that_fit(work: workloads.Workload, limit: int | None) -> int:
 
 
 def decode_bytes(work: workloads.Workload, itemsize: int) -> float:
-  """Bytes that decoding must read for one token of each of the group's trajectories, on average.
+  """Bytes that decoding must read, on average, per step: one token of each trajectory of a group.
 
-  The understanding expert and the head once, the keys and values of the prompt once, which the
-  group shares, and those of each trajectory's own tokens so far, half of them on average.
+  These are the understanding expert and the head, the keys and values of the prompt (once, since
+  the group shares them), and those of each trajectory's own tokens so far, on average a half of
+  them. `itemsize` is the number of bytes of an element.
   """
   sizes = flops.Sizes.of(workloads.network_config(work))
   tokens = work.system + work.prompt + work.group * work.tokens / 2
@@ -69,13 +71,13 @@ def decode_bytes(work: workloads.Workload, itemsize: int) -> float:
 
 
 def copy_rate(count: int) -> float:
-  """Bytes per second that a copy of `count` float32 numbers reads and writes."""
+  """Measured bytes per second, read and written, of a copy of `count` float32 numbers."""
   function, array = jax.jit(lambda a: a + 1), jnp.zeros(count, jnp.float32)
   return 2 * array.nbytes / _median(lambda: function(array))
 
 
 def matmul_rate(side: int, dtype: str) -> float:
-  """FLOP per second of products of two [side, side] matrices, eight after each other."""
+  """Measured FLOP per second of products of two [side, side] matrices, eight in a row."""
   precision = layers.matmul_precision(dtype)
   matrix = jnp.full((side, side), 1 / side, dtype)
 
@@ -87,7 +89,7 @@ def matmul_rate(side: int, dtype: str) -> float:
 
 
 def _median(function: Callable[[], Any]) -> float:
-  """Seconds, of five runs after the first."""
+  """Median seconds of five runs of a function, after one that compiles."""
   taken = []
   for _ in range(6):
     start = time.perf_counter()
@@ -100,12 +102,17 @@ def measure_phases(
   work: workloads.Workload, *, attention: str, dtype: str, remat: str, repeats: int,
   deadline: float,
 ) -> dict[str, float]:
-  """Median seconds of the rollout's phases and of the joint update, with an attention backend.
+  """Median seconds of the rollout's phases and of the joint update, {phase: seconds}.
 
-  Of the rounds that begin before `deadline`, by `time.monotonic`.
+  Args:
+    work: what is run.
+    attention: the attention backend.
+    dtype, remat: see `timing.measure`.
+    repeats: rounds after the one that compiles.
+    deadline: value of `time.monotonic()` after which no round begins.
 
   Raises:
-    TimeoutError: there is none after the round that compiles.
+    TimeoutError: no round after the one that compiles began in time.
   """
   with compile_timer.CompileTimer() as compiling:
     made = timing.Bench(
@@ -123,11 +130,13 @@ def rates(
   work: workloads.Workload, seconds: Mapping[str, float], *, copied: float, peak: float,
   itemsize: int,
 ) -> dict[str, float]:
-  """What the seconds of phases are of the device's limits.
+  """Rates of the phases, and their shares of the device's limits.
 
   Args:
-    copied, peak: measured bytes and FLOP per second.
-    itemsize: bytes of an activation, and of a parameter while sampling.
+    work: what was run.
+    seconds: of each phase.
+    copied, peak: measured limits, bytes per second and FLOP per second.
+    itemsize: bytes of an activation, and of a parameter during sampling.
   """
   counted = workloads.phase_flops(work)
   tokens = work.group * work.tokens / seconds["decode"]
@@ -142,7 +151,7 @@ def rates(
 
 
 def table(report: Mapping[str, Any]) -> str:
-  """A report as text."""
+  """The report of `check` as text."""
   work = workloads.Workload(**report["workload"])
   lines = [
     f"{report['device']}: {work.layers} layers x {work.width}, {work.group} images of "
@@ -168,10 +177,10 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-  """Measures; returns what the JSON file holds.
+  """Runs all measurements; returns the report that is written as JSON.
 
   Raises:
-    InputError: nothing fits in the device's memory.
+    InputError: not even one layer fits in the device's memory.
   """
   start, device, left_out = time.monotonic(), jax.devices()[0], []
   deadline, over = start + LIMIT, f"{LIMIT} s were over"
@@ -235,7 +244,10 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 def _largest_that_fits(
   work, attention: str, args, deadline: float, say
 ) -> tuple[workloads.Workload, dict]:
-  """(the workload with as many layers as fit, its seconds); TimeoutError after `deadline`."""
+  """(the workload with as many layers as fit, its seconds by phase).
+
+  Layers are removed as long as memory runs out. Raises TimeoutError after `deadline`.
+  """
   while True:
     if time.monotonic() > deadline:
       raise TimeoutError
@@ -254,7 +266,7 @@ def _largest_that_fits(
 
 
 def _torch_seconds(work: workloads.Workload, args, deadline: float) -> dict[str, float]:
-  """What TORCH_BLOCK measures; SubprocessError where it fails, or goes on after `deadline`."""
+  """What TORCH_BLOCK measures; raises SubprocessError if it fails or runs beyond `deadline`."""
   workload = json.dumps(dataclasses.asdict(work))
   command = [sys.executable, str(TORCH_BLOCK), workload, args.dtype, str(args.repeats)]
   done = subprocess.run(
@@ -264,6 +276,7 @@ def _torch_seconds(work: workloads.Workload, args, deadline: float) -> dict[str,
 
 
 def main(args: argparse.Namespace) -> None:
+  """Prints the report, and writes it to `args.json` where that is given."""
   report = check(args)
   print(table(report), flush=True)
   if args.json is not None:

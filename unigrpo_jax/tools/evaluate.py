@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint as the flags of `unigrpo_jax.evaluate` say."""
+"""The evaluation of a checkpoint, by the flags of `unigrpo_jax.evaluate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ICONWORLD_MODES = (*DRAWING_MODES, "given", "given+guidance", *iconworld.TASKS)
 
 
 def run(args: argparse.Namespace) -> None:
-  """Connects the hosts, and evaluates on all of them."""
+  """Connects the hosts, and runs the evaluation on all of them."""
   hosts.from_flags(args)
 
   def evaluate_alone() -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-  """Draws and scores on all hosts; the first of them prints and writes."""
+  """Draws and scores on all hosts; the first host prints and writes."""
   names = mode_names(args)
   tasks = {name: iconworld.TASKS[name] for name in iconworld.TASKS if name in names}
   modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
@@ -65,7 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
     "prompts": len(examples), "samples": samples, "drawn": [mode.name for mode in modes],
     "size": args.size, "seed": args.seed, "keep": keep, "rewards": args.rewards,
     "keep_official": args.keep_official and str(args.keep_official),
-    # What flags decide, by their names.
+    # The settings of sampling, by the names of their flags.
     **{name: getattr(settings, name) for name in (
       "num_timesteps", "shift", "temperature", "max_tokens",
     )},
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
-  """The modes and tasks that are asked for; refuses tasks that need other prompts."""
+  """The modes and tasks to run; raises InputError for a task that needs IconWorld's prompts."""
   if args.prompts_from == prompts_lib.ICONWORLD:
     return args.modes or ICONWORLD_MODES
   names = args.modes or DRAWING_MODES
@@ -141,7 +141,7 @@ def mode_names(args: argparse.Namespace) -> Sequence[str]:
 
 
 def read_examples(args: argparse.Namespace) -> Sequence[Any]:
-  """The prompts; IconWorld's with their scenes and reasonings."""
+  """The prompts to draw; those of IconWorld also have scenes and reasonings."""
   if args.prompts_from == prompts_lib.ICONWORLD:
     count = args.prompts or prompts_lib.ICONWORLD_COUNTS["test"]
     return iconworld_prompts.fixed(args.split, count)
@@ -154,10 +154,12 @@ def read_examples(args: argparse.Namespace) -> Sequence[Any]:
 
 
 class Unfinished:
-  """What is kept of the pictures while they are drawn; the first host writes, for all.
+  """Saves rows and pictures while they are drawn; an observer of `Evaluation.run`.
+
+  Only the first host writes.
 
   Attributes:
-    rows: of pictures that an earlier program of the same command has drawn.
+    rows: of pictures that an interrupted run of the same command has drawn.
     images: see `Evaluation.run`.
   """
 
@@ -165,10 +167,10 @@ class Unfinished:
     self, args: argparse.Namespace, about: dict[str, Any], pipeline: pipeline_lib.Pipeline,
     examples: Sequence[Any], scorer: rewards.Scorer | None,
   ):
-    """Reads what is there, and prepares the folders.
+    """Reads what an interrupted run left, and prepares the folders.
 
     Raises:
-      InputError: --out or --keep_official has pictures of others; see `results.Unfinished` and
+      InputError: --out or --keep_official holds another evaluation; see `results.Unfinished` and
         `official.begin`.
     """
     self._file: results_lib.Unfinished | None = None
@@ -177,7 +179,7 @@ class Unfinished:
     rows: list[dict[str, Any]] = []
     with hosts.raise_on_all_hosts():
       if hosts.first():
-        # By digests: options may hold a password.
+        # As digests, since options may contain a password.
         self._file = results_lib.Unfinished(args.out, about | {
           "weights": pipeline.network.folder.fingerprint(),
           "prompts": _digest([[example.prompt, example.metadata] for example in examples]),
@@ -201,7 +203,7 @@ class Unfinished:
   def __call__(
     self, rows: Sequence[results_lib.Row], samples: Sequence[rewards.Sample]
   ) -> None:
-    """Keeps a batch whose pictures in `images` are there; the last of the observers."""
+    """Saves a batch, whose pictures in `images` are already written; the last of the observers."""
     with hosts.raise_on_all_hosts():
       if self._file is None:
         return
@@ -211,7 +213,7 @@ class Unfinished:
       self._file.add(rows)
 
   def end(self) -> None:
-    """After the results were saved."""
+    """Deletes what is no longer needed; to be called after the results were saved."""
     if self._file is not None:
       self._file.end()
 
@@ -224,7 +226,7 @@ def draw(
   drawing: evaluation.Evaluation, total: int, kept: Unfinished,
   observers: Sequence[results_lib.Observe],
 ) -> results_lib.Results:
-  """The results of an evaluation of `total` pictures, with a progress bar on the first host."""
+  """Runs an evaluation of `total` pictures with a progress bar; continues an interrupted one."""
   for observer in observers:
     if isinstance(observer, ta.Exam):
       observer.restore(kept.rows)

@@ -19,26 +19,26 @@ def export(
   dtype: str | None = None, overwrite: bool = False, adapter: bool = False,
   init_from: str | None = None,
 ) -> None:
-  """Exports the policy of a run, or its moving average where the run has one.
+  """Exports the policy of a run's checkpoint, or its moving average where the run keeps one.
 
   Args:
     workdir: of the run.
     target: official folder to write.
     step: of the checkpoint; None: the newest.
-    dtype: of the weights; None: `export_dtype` of the run's config, of adapters float32.
-    overwrite: whether an existing folder of the kind is replaced.
-    adapter: write the adapters alone, as a folder of PEFT.
-    init_from: where the folder that the run began with is now; None: where it was.
+    dtype: of the weights; None: `export_dtype` of the run's config, or float32 for adapters.
+    overwrite: whether an existing folder of the same kind is replaced.
+    adapter: write only the adapters, as a PEFT folder.
+    init_from: where the folder that the run started from is now; None: where it was.
 
   Raises:
     InputError: there is no such checkpoint, or it cannot be read or written.
   """
-  # A host of a pod would wait for the others, and the run may hold the chips.
+  # On the CPU: a pod's host would wait for the other hosts, and the run may be using the chips.
   jax.config.update("jax_platforms", "cpu")
   folder = workdir / "checkpoints"
   if not folder.is_dir():
     raise errors.InputError(f"{workdir}: holds no checkpoints; give the --workdir of a run")
-  # Nothing is removed: the run may be saving one.
+  # Unfinished checkpoints are not removed: the run may be saving one.
   saved = checkpoints.TrainCheckpoints(folder, keep=None, clean=False)
   if not saved.steps or step not in (None, *saved.steps):
     raise errors.InputError(
@@ -49,7 +49,7 @@ def export(
   # The devices of this machine, however many the run has.
   config.mesh.update(dict(data=1, fsdp=0, tensor=1))
   config.attention = "plain"
-  # Of the config only this is read, so that runs of older versions can be exported too.
+  # Few keys of the config are used, so that runs of older versions can be exported too.
   if init_from is not None:
     config.init_from = init_from
   with errors.at("give --init_from, the folder that the run began with"):
@@ -72,7 +72,7 @@ def export(
   )
   ema = optimizer.ema_decay is not None
   abstract = state.layout(network, optimizer.make(), ema=ema, reference=False).abstract
-  # Only what is written: the whole state is many times that.
+  # Only these parameters are loaded; the whole state is several times as large.
   wanted = {"ema": abstract.ema} if ema else {"params": abstract.params}
   with errors.at(f"--step={step}"):
     [params] = saved.load(step, wanted, partial=True).values()

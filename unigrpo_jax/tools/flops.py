@@ -1,8 +1,8 @@
 """Model FLOPs of BAGEL by formula, from its sizes alone.
 
-A product of an [a, b] and a [b, c] matrix is 2abc FLOPs. Only products count: embedding look-ups,
-norms, rotary angles, softmax and activations do not, nor do the VAE and the ViT, keys that a query
-may not see, and work done again, such as activations recomputed in the backward pass.
+A product of an [a, b] and a [b, c] matrix is 2abc FLOPs. Only matrix products count. Embedding
+look-ups, norms, rotary embeddings, softmax, activations, the VAE, the ViT, keys that a query does
+not attend to, and repeated work such as recomputed activations do not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Collection
 import dataclasses
 from typing import Any
 
-PARTS = ("und", "gen", "text", "latent")  # Groups that take part, as in `optim.GROUPS`.
-TIME_FEATURES = 256  # Of a flow time before its embedder (`layers.time_features`).
+PARTS = ("und", "gen", "text", "latent")  # Parameter groups that are counted; see `optim.GROUPS`.
+TIME_FEATURES = 256  # Features of a flow time, the input of its embedder (`layers.time_features`).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """FLOPs of a forward pass, by the weights that cause them; can be added and multiplied."""
+  """FLOPs of a forward pass, by parameter group; supports + and * by an integer."""
 
-  und: int = 0  # of the products with an expert's weights
-  gen: int = 0
-  text: int = 0  # of the language head
-  latent: int = 0  # of the latents' and time's embedding and of the velocity head
-  attention: int = 0  # of queries with keys and of weights with values; it has no parameters
+  und: int = 0  # weights of the understanding expert
+  gen: int = 0  # weights of the generation expert
+  text: int = 0  # the language head
+  latent: int = 0  # embeddings of latents and times, and the velocity head
+  attention: int = 0  # queries with keys, and probabilities with values; has no parameters
 
   def __add__(self, other: Work) -> Work:
     return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
@@ -65,42 +65,42 @@ class Work:
 
   @property
   def forward(self) -> int:
-    """All of it."""
+    """FLOPs of the forward pass."""
     return sum(dataclasses.astuple(self))
 
   def backward(self, trained: Collection[str] = PARTS) -> int:
     """FLOPs of the backward pass: 2 x forward where everything is trained.
 
-    y = x W needs two products of the forward's size: one for the gradient of x, one for that of W.
-    A part that is not in `trained` skips the second. The first is kept: gradients pass through a
+    y = x W has two products of the forward's size: one for the gradient of x, one for that of W. A
+    part that is not in `trained` skips the second, but not the first: gradients pass through a
     frozen expert on their way to a trained one, since both share every softmax. Attention's two
-    products become four. Work on which no trained parameter depends (a context of text, when only
-    the generation expert is trained) has no backward pass: do not call this on it.
+    products become four. Do not call this for work on which no trained parameter depends, such as a
+    text context when only the generation expert is trained: it has no backward pass.
     """
     if unknown := set(trained) - set(PARTS):
       raise ValueError(f"{sorted(unknown)} are none of {PARTS}")
     return self.forward + self.attention + sum(getattr(self, part) for part in trained)
 
   def update(self, trained: Collection[str] = PARTS) -> int:
-    """Forward and backward."""
+    """FLOPs of the forward and the backward pass."""
     return self.forward + self.backward(trained)
 
 
 def attend(sizes: Sizes, pairs: int) -> Work:
-  """Attention over `pairs` of a query and a key that it sees: 4 L N H a pair."""
+  """Attention over `pairs` of a query and a key that it attends to: 4 L N H per pair."""
   return Work(attention=4 * sizes.layers * sizes.heads * sizes.head_dim * pairs)
 
 
 def causal_pairs(queries: int, context: int = 0) -> int:
-  """Pairs of T causal queries after S tokens: T S + T (T + 1) / 2."""
+  """Pairs of query and key of T causal tokens after a context of S tokens: T S + T (T + 1) / 2."""
   return queries * context + queries * (queries + 1) // 2
 
 
 def text(sizes: Sizes, tokens: int, *, context: int = 0, scored: int = 0) -> Work:
   """T causal text tokens through the understanding expert, after a context of S tokens.
 
-  Prefill and decoding one by one cost the same. `scored` are the tokens whose logits are computed,
-  2 D V each: N in teacher forcing, none in a prefill.
+  Prefill and decoding token by token cost the same. `scored` is the number of tokens whose logits
+  are computed, at 2 D V each: all in teacher forcing, none in a prefill.
   """
   return (
     Work(und=2 * sizes.expert * tokens, text=2 * sizes.width * sizes.vocab * scored)
@@ -109,16 +109,17 @@ def text(sizes: Sizes, tokens: int, *, context: int = 0, scored: int = 0) -> Wor
 
 
 def decode(sizes: Sizes, tokens: int, *, context: int) -> Work:
-  """N tokens decoded after a context of S: each is fed once and scored once."""
+  """T tokens decoded after a context of S: each is an input once, and has its logits computed."""
   return text(sizes, tokens, context=context, scored=tokens)
 
 
 def velocity(sizes: Sizes, latents: int, *, context: int) -> Work:
   """One velocity of one image: I latent tokens and 2 markers over a context of S tokens.
 
-  The markers pass the understanding expert and the latents the generation expert; all I + 2 see
-  the context and each other. C -> D and D -> C for every latent; 256 -> D -> D for the time, once.
-  The markers are counted in every layer, though nothing uses their output of the last one.
+  The markers pass through the understanding expert and the latents through the generation expert;
+  all I + 2 attend to the context and to each other. Each latent has projections C -> D and D -> C,
+  the time 256 -> D -> D once. The markers are counted in every layer, though their output of the
+  last layer is not used.
   """
   queries = latents + 2
   time = 2 * (TIME_FEATURES * sizes.width + sizes.width**2)

@@ -1,4 +1,4 @@
-"""Drawing, editing and answering as the flags of `unigrpo_jax.generate` say."""
+"""Drawing, editing and answering, by the flags of `unigrpo_jax.generate`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from unigrpo_jax.tools import sampling_flags
 
 
 def run(args: argparse.Namespace) -> None:
-  """Connects the hosts, and generates on all of them."""
+  """Connects the hosts, and runs the sampling on all of them."""
   hosts.from_flags(args)
   hosts.run(lambda: generate(args), lambda: "what was drawn is written")
 
 
 def generate(args: argparse.Namespace) -> None:
-  """Samples on all hosts; the first of them prints and writes."""
+  """Samples on all hosts; the first host prints and writes."""
   with hosts.raise_on_all_hosts():
     prompts = [args.prompt]
     if args.prompts_file is not None:
@@ -53,7 +53,7 @@ def generate(args: argparse.Namespace) -> None:
   ]
   settings = make_settings(args, pipeline.config.generation)
   rows = pipeline.batch_rows(args.batch_size or len(requests), len(requests))
-  # Prepared together, the batches have one shape, which compiles once.
+  # Prepared together, all batches have one shape, which compiles once.
   batches = requests_lib.split(pipeline.prepare(requests, settings, rows), rows)
 
   _log(f"loading {args.checkpoint}")
@@ -72,7 +72,7 @@ def generate(args: argparse.Namespace) -> None:
       bars.label = f"batch {number + 1} of {len(batches)}, "
     try:
       results = pipeline.run(batch, bars)
-      jax.effects_barrier()  # The bars of the next batch get no call of this one.
+      jax.effects_barrier()  # Late callbacks of this batch must not reach the next one's bars.
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise
@@ -99,7 +99,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def make_settings(args: argparse.Namespace, defaults: Any) -> requests_lib.Settings:
-  """What was given, else the checkpoint's own; edits have the release's guidance of edits."""
+  """Settings from the flags; where one is not given, the checkpoint's default.
+
+  Edits default to the guidance that BAGEL's release uses for edits.
+  """
   editing = args.image is not None and not args.understand
   if editing:
     defaults = dataclasses.replace(
@@ -119,7 +122,11 @@ def make_settings(args: argparse.Namespace, defaults: Any) -> requests_lib.Setti
 
 
 def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
-  """Where each row goes; refuses a place that does not fit or cannot be written to."""
+  """The output path of each of `count` rows.
+
+  Raises:
+    InputError: --out has the wrong form, or cannot be written to.
+  """
   suffix = ".json" if args.understand else ".png"
   out = args.out
   if count == 1 and (out is None or out.suffix):
@@ -141,14 +148,17 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
 
 
 class PhaseBars:
-  """A progress bar for each phase of a batch, for `Pipeline.run`.
+  """Progress bars for the phases of a batch; the `progress` argument of `Pipeline.run`.
 
-  One object serves all batches: with another callable their programs would compile again.
+  One object is used for all batches: another callable would make their programs compile again.
+
+  Attributes:
+    label: shown before the name of a phase.
   """
 
   def __init__(self):
     self._bars: dict[str, tqdm.tqdm] = {}
-    self.label = ""  # before the name of a phase
+    self.label = ""
 
   def __call__(self, phase: str, done: int, total: int) -> None:
     if phase not in self._bars:
@@ -156,11 +166,11 @@ class PhaseBars:
         bar.close()
       unit = "tokens at most" if phase == "decode" else "steps"
       self._bars[phase] = progress.bar(total, f"{self.label}{phase}", unit=unit)
-    # Calls of the devices may come out of order.
+    # The devices' callbacks may come out of order.
     self._bars[phase].update(max(done - self._bars[phase].n, 0))
 
   def close(self) -> None:
-    """Ends the bars of a batch."""
+    """Closes the bars of a batch."""
     for bar in self._bars.values():
       bar.close()
     self._bars.clear()

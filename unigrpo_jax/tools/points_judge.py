@@ -1,4 +1,4 @@
-"""A learned reward as the reward model of exam points."""
+"""A learned reward as the judge of exam points."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import numpy as np
 from unigrpo_jax.benchmarks import ta
 from unigrpo_jax.reward_models import host, learned
 
-QUESTION = "{prompt} Answer yes or no."  # about a point, as the paper's judge is asked
+QUESTION = "{prompt} Answer yes or no."  # about a point; the wording of the paper's judge
 
 
 def open_ask(folder: str) -> ta.Ask:
-  """What asks the model of a folder with reward.json about points, one a question.
+  """Opens a learned reward as a function that answers exam points; see `ta.Ask`.
 
-  A model that was trained on plain descriptions ("two red kites") is asked as it was trained.
+  A model that was trained on plain descriptions ("two red kites") is asked as in its training.
+
+  Args:
+    folder: of the reward model, with a reward.json.
 
   Raises:
-    InputError: see `judge.open_folder`.
+    InputError: see `learned.open_folder`.
   """
   reward_model, params = learned.open_folder(folder)
   question = reward_model.question if reward_model.prompt_form == "plain" else QUESTION

@@ -1,4 +1,4 @@
-"""What `unigrpo_jax.evaluate` does without jax: scores of pictures that exist, tables, files."""
+"""The part of `unigrpo_jax.evaluate` without jax: scoring existing pictures, tables, files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from unigrpo_jax.geneval import prompts as geneval_prompts
 from unigrpo_jax.rewards import arguments
 from unigrpo_jax.rewards import iconworld as iconworld_rewards
 
-# What says how pictures are drawn, and so nothing about those that exist.
+# Flags about how pictures are drawn, which existing pictures do not take.
 _OF_DRAWING = ("adapter", "samples", "modes", "size", "keep_official")
 
 
 def run(args: argparse.Namespace) -> None:
-  """Scores the pictures of --images, or summarises --geneval_results."""
+  """Scores the pictures in --images, or summarises --geneval_results."""
   check_out(args.out)
   with locks.hold(locks.inside(args.out), f"--out={args.out}"):
     if args.geneval_results is not None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def score_pictures(args: argparse.Namespace) -> None:
-  """Scores the pictures of --images and writes their results into --out."""
+  """Scores the pictures in --images, and writes the results to --out."""
   for name in _OF_DRAWING:
     if getattr(args, name) is not None:
       raise errors.InputError(f"--{name} is of drawing; --images={args.images} draws nothing")
@@ -99,11 +99,17 @@ def score_pictures(args: argparse.Namespace) -> None:
 def read_pictures(
   folder: pathlib.Path, prompts: int | None
 ) -> tuple[dict[str, Any], list[results_lib.Row]]:
-  """What an evaluation was of ({} of pictures that none made), and the rows of its first `prompts`
-  that have a picture.
+  """Reads the results of an evaluation, or pictures in the folders of GenEval's scripts.
+
+  Args:
+    folder: of the results or pictures.
+    prompts: number of prompts to read; None: all.
+
+  Returns:
+    (members of results.json, {} where there is none; rows that have a picture).
 
   Raises:
-    InputError: there are none.
+    InputError: there are no pictures.
   """
   if not folder.is_dir():
     hint = "; --samples is how many images a prompt has" if str(folder).isdecimal() else ""
@@ -122,7 +128,7 @@ def read_pictures(
 
 
 def check_out(folder: pathlib.Path) -> None:
-  """Refuses a folder that cannot be written to, before anything is drawn."""
+  """Raises InputError for an --out that cannot be written to, before anything is drawn."""
   if folder.exists() and not folder.is_dir():
     raise errors.InputError(f"--out={folder} is a file; give a folder")
   with errors.at(f"--out={folder}"):
@@ -130,14 +136,14 @@ def check_out(folder: pathlib.Path) -> None:
 
 
 def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
-  """The rewards of `--rewards`; None without."""
+  """A scorer of the rewards of `--rewards`; None without that flag."""
   if args.rewards is None:
     if args.reward_options != "{}":
       raise errors.InputError("--reward_options needs --rewards")
     return None
   made = arguments.make(args.rewards, args.reward_options)
   for name, reward in made.items():
-    # Where the same command goes on after a kill, only what is missing is asked.
+    # When the command is repeated after a kill, only the missing answers are asked for.
     if hasattr(reward, "cache_in") and not files.is_object(args.out):
       reward.cache_in(args.out / f"{name}_answers.jsonl")
   return rewards.Scorer(made, dict.fromkeys(made, 1.0))
@@ -146,10 +152,15 @@ def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
 def make_exam(
   args: argparse.Namespace, prompts: Sequence[Any], of_iconworld: bool
 ) -> list[results_lib.Observe]:
-  """What answers exam points, where prompts (of `prompt` and `metadata`) have some.
+  """The observer that has exam points answered, in a list; [] where there are none to answer.
+
+  Args:
+    args: of the command line.
+    prompts: objects with `prompt` and `metadata`.
+    of_iconworld: whether they are IconWorld's.
 
   Raises:
-    InputError: they have, and no judge; or some have none.
+    InputError: there are points but no judge, or a judge but prompts without points.
   """
   has_points = any(exam_points.read(one.metadata) for one in prompts)
   ask = None
@@ -170,7 +181,7 @@ def make_exam(
 
 
 def rewriter(prompts: Sequence[Any]) -> str:
-  """What a title says of GenEval's prompts in other words; "" of others."""
+  """A note for the title if GenEval's prompts were rewritten; "" otherwise."""
   different = {json.dumps(one.metadata): (one.prompt, one.metadata) for one in prompts}
   rewritten = geneval_prompts.is_rewritten(different.values())
   return "; prompts by a rewriter, not GenEval's own" if rewritten else ""
@@ -179,7 +190,7 @@ def rewriter(prompts: Sequence[Any]) -> str:
 def print_failures(
   reasons: Mapping[str, Sequence[str]], rows: Sequence[results_lib.Row]
 ) -> None:
-  """Prints how many pictures have no score by the rewards, and why: the first reason of each."""
+  """Prints, for each reward, how many pictures it could not score, and its first reason."""
   for name, texts in reasons.items():
     if count := sum(name not in row.rewards for row in rows):
       print(f"note: reward {name} did not score {count} pictures: {[*texts, 'unknown'][0]}")
@@ -190,16 +201,16 @@ def finish(
   settings: Mapping[str, Mapping[str, Any]], names: Sequence[str], of_geneval: bool,
   observers: Sequence[results_lib.Observe] = (),
 ) -> None:
-  """Writes and prints the results.
+  """Writes and prints the results of an evaluation.
 
   Args:
-    out: their folder.
-    found: of an evaluation.
-    of: the title, less what the rewards' settings add.
+    out: folder for them.
+    found: the results.
+    of: the title, without the settings of rewards, which are appended.
     about: further members of results.json.
-    settings: {reward: what changes its scores}.
-    names: of the rewards that were asked for.
-    of_geneval: the prompts are GenEval's: tables have its form.
+    settings: {reward: its settings}.
+    names: rewards that were requested.
+    of_geneval: whether the prompts are GenEval's; then tables have its form.
     observers: see `measured.by_mode`.
   """
   names = list(dict.fromkeys([*names, *found.rewards]))
@@ -227,7 +238,7 @@ def finish(
 
 
 def _all(found: results_lib.Results, mode: str, name: str) -> geneval.Summary:
-  """The summary of a mode's rows that have a reward, all of one category."""
+  """The summary of a mode's rows that have a reward, all in one category."""
   rows = [row for row in found.rows if row.mode == mode and name in row.rewards]
   return geneval.summary(
     [row.rewards[name] for row in rows], [""] * len(rows), [row.key for row in rows]
@@ -235,7 +246,7 @@ def _all(found: results_lib.Results, mode: str, name: str) -> geneval.Summary:
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-  """A reward's settings in a line."""
+  """A reward's settings as "key=value, ..."."""
   return ", ".join(
     f"{key}={value if isinstance(value, str) else json.dumps(value)}"
     for key, value in settings.items()
@@ -243,7 +254,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def write_benchmarks(out: pathlib.Path, by_mode: Mapping[str, Any]) -> None:
-  """Writes benchmarks.json; removes an older one where there is nothing to say."""
+  """Writes benchmarks.json; deletes an older one where there is nothing to write."""
   with errors.storage(out):
     if by_mode:
       atomic.write_text(out / "benchmarks.json", measured.to_json(by_mode))

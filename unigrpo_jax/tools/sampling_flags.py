@@ -1,4 +1,4 @@
-"""The flags of sampling that `generate` and `evaluate` share; quick to import."""
+"""The flags of sampling that `generate` and `evaluate` share; imports no jax at first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUNDS = {
 
 
 def add(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
-  """Adds the flags; a batch_size of None is all."""
+  """Adds the flags; `batch_size` is a default, None: all rows."""
   add = parser.add_argument
   add("--num_timesteps", "--steps", type=int, help="points of the time grid (default: 50); one "
       "velocity evaluation less")
@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-  """Refuses impossible values."""
+  """Raises InputError for impossible values."""
   errors.require("--num_timesteps", args.num_timesteps, low=2, high=100_000)
   for name, bounds in BOUNDS.items():
     errors.require(f"--{name}", getattr(args, name), **bounds)
@@ -48,8 +48,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace, defaults: Any):
-  """`requests.Settings` of the flags; where one is not given, of the `GenerationDefaults`."""
-  # Only now: importing jax takes seconds.
+  """`requests.Settings` from the flags, or from `defaults` (`GenerationDefaults`) without one."""
+  # Imported here because importing jax takes seconds.
   from unigrpo_jax.episodes import requests
   from unigrpo_jax.sampling import flow
 

@@ -1,4 +1,4 @@
-"""How seconds and bytes of each phase grow: `python -m unigrpo_jax.bench --scaling`."""
+"""How time and memory of each phase grow with sizes: `python -m unigrpo_jax.bench --scaling`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unigrpo_jax.runtime import compile_timer
 from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
 
-# What grows -> (the field of a `Workload`, or "devices"; how many times).
+# What grows -> (field of `Workload`, or "devices"; factors by which it grows).
 AXES = {
   "trajectories": ("group", (1, 2, 4, 8)),
   "image tokens": ("latents", (1, 4, 16)),
@@ -28,12 +28,12 @@ AXES = {
   "devices": ("devices", (1, 2, 4, 8)),
 }
 PHASES = workloads.JOINT_ITERATION
-WORSE = 0.15  # An exponent so far above that of the FLOPs is marked.
+WORSE = 0.15  # An exponent is marked if it is higher than that of the FLOPs by more than this.
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """What is measured in one process: a shape in which one number is `factor` times as large."""
+  """What one process measures: a workload in which one field is multiplied by `factor`."""
 
   field: str
   factor: int
@@ -53,7 +53,7 @@ class Point:
 
 
 def points() -> dict[str, Point]:
-  """All of them by name; the axes share the first."""
+  """{name: point} of all axes, which share the point "base"."""
   made = [Point(field, factor) for field, factors in AXES.values() for factor in factors]
   return {point.name: point for point in made}
 
@@ -61,9 +61,16 @@ def points() -> dict[str, Point]:
 def measure_point(
   base: workloads.Workload, point: Point, *, repeats: int, dtype: str, remat: str
 ) -> dict[str, Any]:
-  """{"seconds": {phase: median}, "bytes": {phase: of a device}, "flops": {phase: by formula}}.
+  """Measures a point.
 
-  Bytes are the compiler's: arguments, results and temporaries of the phase's program.
+  Args:
+    base: the workload whose field grows.
+    point: which field, and by what factor.
+    repeats, dtype, remat: see `timing.measure`.
+
+  Returns:
+    {"seconds": {phase: median}, "bytes": {phase: per device}, "flops": {phase: by formula}}. Bytes
+    are those of arguments, results and temporaries of the phase's program, by the compiler.
   """
   work = point.workload(base)
   with compile_timer.CompileTimer() as compiling:
@@ -84,12 +91,15 @@ def measure_point(
 
 
 def exponent(factors: Sequence[float], values: Sequence[float]) -> float:
-  """p of the power law values ~ factors ** p, by least squares of the logarithms."""
+  """The exponent p of values ~ factors ** p, by least squares of the logarithms."""
   return float(np.polyfit(np.log(factors), np.log(values), 1)[0])
 
 
 def fits(measured: Mapping[str, Any]) -> dict[str, Any]:
-  """{axis: {phase: {quantity: {"values", "exponent"}}}} of those axes that are complete."""
+  """{axis: {phase: {quantity: {"values", "exponent"}}}} of the axes whose points are all measured.
+
+  `measured` is {name of a point: result of `measure_point`}.
+  """
   result = {}
   for axis, (field, factors) in AXES.items():
     names = [Point(field, factor).name for factor in factors]
@@ -133,10 +143,10 @@ def _short(quantity: str, value: float) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-  """Measures what the file `args.json` lacks, each point in a process of its own.
+  """Measures the points that the file `args.json` lacks, each in a process of its own.
 
   Raises:
-    InputError: a point failed, or the file is of another measurement.
+    InputError: a point failed, or the file has other settings.
   """
   settings = {"shape": args.shape, "workload": dataclasses.asdict(workloads.SHAPES[args.shape])}
   settings |= {name: getattr(args, name) for name in ("dtype", "remat", "repeats")}
@@ -171,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _in_process(args: argparse.Namespace, name: str, folder: pathlib.Path) -> dict[str, Any]:
-  """A point, measured in a process with as many CPU devices as it needs."""
+  """Measures a point in a new process, with as many CPU devices as the point needs."""
   count = points()[name].devices
   environ = os.environ | {
     "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")

@@ -1,4 +1,4 @@
-"""A joint iteration on random weights, phase by phase: what runs, its seconds and their rates."""
+"""Times an iteration of UniGRPO on random weights, phase by phase."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from unigrpo_jax.tools import workloads
 
 
 class Bench:
-  """A network with random weights, and what an iteration runs.
+  """A network with random weights, and all that an iteration needs.
 
   Attributes:
-    timer: seconds of the phases since it was read.
-    compiled: by phase, the seconds that each of its runs compiled.
+    timer: seconds of the phases since it was last read.
+    compiled: {phase: [seconds that each of its runs spent compiling]}.
   """
 
   def __init__(
@@ -47,7 +47,17 @@ class Bench:
     updates: Collection[str] = tuple(workloads.TRAINED), devices: Sequence | None = None,
     attention: str = "auto",
   ):
-    """`updates` of TRAINED are run, on `devices`; by default all of them, on one device."""
+    """Initialises the weights.
+
+    Args:
+      work: what an iteration consists of.
+      dtype: of activations and of the matmul.
+      remat: one of `layers.REMAT`.
+      compiling: running timer of compilations.
+      updates: which updates to run, keys of `workloads.TRAINED`.
+      devices: None: one device.
+      attention: the attention backend.
+    """
     config = functools.partial(
       workloads.training_config, work, dtype, remat, attention=attention
     )
@@ -69,7 +79,7 @@ class Bench:
       self.params, self.opt_states[name] = first.params, first.opt_state
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    # It starts at zero, and then there is no velocity and no gradient to what lies under it.
+    # The velocity head is initialised to 0, where it passes no gradient to the layers below it.
     kernel = self.params["llm2vae"]["kernel"]
     self.params["llm2vae"]["kernel"] = jax.device_put(0.02 * draw(*kernel.shape), kernel.sharding)
     self.adv = draw(work.group)
@@ -79,7 +89,7 @@ class Bench:
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
-    """Times a phase, and the matmul before it: the machine's load changes within a round."""
+    """Times a phase, and a matmul just before it, as the machine's load changes within a round."""
     with self._timed("matmul"):
       for _ in range(workloads.MATMULS):
         jax.block_until_ready(self.product(self.matrix))
@@ -111,8 +121,8 @@ class Bench:
     experience = self.algorithm.experience([episode], [prompt], key).replace(adv=adv, valid=valid)
     metrics = {"tokens": int(episode.text.mask.sum())}
     for name, update in self.updates.items():
-      # Each starts from the policy that sampled; the last one's result samples next.
-      alone = len(self.updates) == 1  # and then the policy's memory may be its own
+      # Each update starts from the policy that sampled; the last one's result samples next.
+      alone = len(self.updates) == 1  # Then the update may take over (donate) the policy's memory.
       params = self.params if alone else jax.tree.map(jnp.copy, self.params)
       before = types.TrainState(jnp.int32(number), params, self.opt_states[name], ema=None)
       with self.timed(name):
@@ -126,9 +136,13 @@ class Bench:
 def rounds(
   bench: Bench, repeats: int, failure: str, deadline: float = math.inf
 ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-  """Yields (metrics, seconds by phase) of the round that compiles and of `repeats` more.
+  """Runs a round that compiles and `repeats` more; yields (metrics, seconds by phase) of each.
 
-  None begins after `deadline`, by `time.monotonic`; `failure` says what an error means.
+  Args:
+    bench: what is run.
+    repeats: rounds after the one that compiles.
+    failure: begins the message of an InputError: what was not measured.
+    deadline: value of `time.monotonic()` after which no round begins.
   """
   with sharding.activate(bench.mesh), errors.at(failure):
     for number in range(repeats + 1):
@@ -140,7 +154,7 @@ def rounds(
 
 
 def medians(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """Of each phase of a joint iteration, without the round that compiled."""
+  """{phase of a joint iteration: median seconds}, without the first round, which compiled."""
   return {
     phase: statistics.median(each[f"seconds/{phase}"] for each in seconds[1:])
     for phase in workloads.JOINT_ITERATION
@@ -151,10 +165,16 @@ def in_process(
   args: argparse.Namespace, what: str, flags: Sequence[str],
   environ: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-  """The JSON that a benchmark with `flags`, in a process of its own, writes.
+  """Runs the benchmark in a new process; returns the JSON that it writes.
+
+  Args:
+    args: whose repeats, dtype and remat are passed on.
+    what: is measured, for the error message.
+    flags: further ones.
+    environ: environment of the process; None: this one's.
 
   Raises:
-    InputError: it failed; `what` names it.
+    InputError: it failed.
   """
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "bench.json"
@@ -170,16 +190,17 @@ def in_process(
 def measure(
   name: str, work: workloads.Workload, *, repeats: int, dtype: str, remat: str
 ) -> dict[str, Any]:
-  """Times a workload; returns its part of the JSON file.
+  """Times a workload; returns its part of the JSON report.
 
   Args:
-    name, work: of the shape.
+    name: of the workload.
+    work: the workload.
     repeats: rounds after the one that compiles.
     dtype: of activations and of the matmul.
-    remat: what the backward pass computes again, one of `layers.REMAT`.
+    remat: what the backward pass recomputes, one of `layers.REMAT`.
 
   Raises:
-    InputError: the trainer does not compute what the sampler did.
+    InputError: an update was rejected: values are not finite, or sampler and trainer differ.
   """
   load = os.getloadavg()[0]
   seconds, metrics = [], []  # of each round
@@ -211,8 +232,8 @@ def summary(
 
   Args:
     work: what was timed.
-    seconds: of each phase, a number a round.
-    compiled: seconds that each phase compiled.
+    seconds: {phase: [seconds of each round]}.
+    compiled: {phase: seconds of compiling}.
   """
   median = {phase: statistics.median(values) for phase, values in seconds.items()}
   flops = workloads.phase_flops(work)
@@ -250,13 +271,13 @@ def summary(
 
 
 def peak_memory() -> int:
-  """Largest resident memory of this process so far, in bytes; compiling included."""
+  """Largest resident memory of this process so far, in bytes, including compilation."""
   used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return used if sys.platform == "darwin" else used * 1024
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """A measured shape as text."""
+  """The result of `measure` as text."""
   work = workloads.Workload(**result["workload"])
   lines = [
     f"{result['shape']}: {work.layers} layers x {work.width}, vocabulary {work.vocab}; one prompt "
@@ -288,7 +309,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-  """What the numbers were measured with."""
+  """Software, device and settings of a measurement, for its JSON report."""
   return {
     "date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "backend": jax.default_backend(),
     "device": jax.devices()[0].device_kind, "cpus": len(os.sched_getaffinity(0))

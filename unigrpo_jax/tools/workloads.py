@@ -1,4 +1,4 @@
-"""What the benchmark times: shapes, their configuration, and their FLOPs by formula."""
+"""The workloads of the benchmark: their shapes, configs, and FLOPs by formula."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from unigrpo_jax.tools import flops
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """What is timed.
+  """What is timed: a group of trajectories of one prompt.
 
   Attributes:
     layers, width, heads, kv_heads, ffn, vocab: sizes of the network.
-    system, prompt, tokens: of text: system prompt, prompt, reasoning.
-    latents: tokens of an image, a square number.
-    points: of the time grid; one velocity evaluation less.
-    window: SDE steps.
-    group: trajectories.
+    system, prompt, tokens: number of tokens of system prompt, prompt and reasoning.
+    latents: latent tokens of an image, a square number.
+    points: of the time grid; there is one denoising step less.
+    window: number of SDE steps.
+    group: number of trajectories.
   """
 
   layers: int
@@ -53,18 +53,19 @@ ITERATION = (*ROLLOUT, "image_update", "text_update")
 JOINT_ITERATION = (*ROLLOUT, "joint_update")
 PHASES = (*ITERATION, "joint_update")
 TOTALS = {"rollout": ROLLOUT, "iteration": ITERATION, "joint_iteration": JOINT_ITERATION}
-# What each update trains.
+# {update: parameter groups that it trains}.
 TRAINED = {
   "image_update": ("gen",), "text_update": ("und",), "joint_update": ("und", "gen"),
 }
 MATMUL_SIDE = 2048
 MATMULS = 2  # before each phase
-# The terminator, read as the last row of the embeddings; no sampled id is ever equal to it.
+# Id of the terminator: no sampled id equals it, so every reasoning has full length. As an index it
+# is the last row of the embeddings.
 NEVER = -1
 
 
 def network_config(work: Workload) -> config_lib.BagelConfig:
-  """Sizes of the network; the ViT, which takes no part, as small as can be."""
+  """The network's sizes; the ViT is not used, so it is as small as possible."""
   return config_lib.BagelConfig(
     llm=config_lib.LLMConfig(
       hidden_size=work.width, intermediate_size=work.ffn, num_layers=work.layers,
@@ -79,11 +80,11 @@ def network_config(work: Workload) -> config_lib.BagelConfig:
 
 
 def network(work: Workload, spec: state.NetworkSpec, devices: Sequence) -> state.Network:
-  """The network of a workload on devices, without weights."""
+  """The network of a workload, on devices but without weights, with a stub of a tokenizer."""
   folder = folders.ModelFolder(None, "official", None, network_config(work))
 
   def encode(text: str) -> list[int]:
-    """Random ids; with the two markers as many as the workload says, whatever the text."""
+    """Random ids for any text; with its two markers it is as long as the workload says."""
     count = (work.system if text == tokenizer.SYSTEM_PROMPT_GEN else work.prompt) - 2
     return np.random.default_rng(count).integers(3, work.vocab - 3, count).tolist()
 
@@ -98,7 +99,7 @@ def training_config(
   work: Workload, dtype: str, remat: str, trained: Collection[str] = ("und", "gen"), *,
   attention: str = "auto",
 ):
-  """`configs/unigrpo.py` with one epoch of one microbatch, and nothing that needs a reference."""
+  """`configs/unigrpo.py` for a workload: one epoch, one microbatch, no reference policy."""
   config = config_files.load(f"{config_files.FOLDER / 'unigrpo.py'}:no_regulariser")
   pixels = math.isqrt(work.latents) * network_config(work).latent_stride
   config.update(dict(
@@ -118,7 +119,7 @@ def training_config(
 
 
 def phase_flops(work: Workload) -> dict[str, int]:
-  """Model FLOPs of each phase, all trajectories of the group together."""
+  """{phase: model FLOPs}, of all trajectories of the group together."""
   sizes = flops.Sizes.of(network_config(work))
   before = work.system + work.prompt
   context = before + work.tokens
