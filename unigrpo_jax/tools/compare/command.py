@@ -3,13 +3,14 @@
   python -m unigrpo_jax.compare --workdir=runs/compare
 
 Every method and seed is a run of `unigrpo_jax.train` in a folder of its own, with the same start,
-reward, prompts and budget; its last checkpoint and the best by the learned reward are evaluated on
-the test prompts, with guidance and without. Rows that share checkpoints are trained once. Runs take
-a core each, as many at a time as --jobs says. An interrupted comparison is resumed by the same
-command; what is finished is only read.
+reward, prompts and budget. Its last checkpoint and its best one by the learned reward are evaluated
+on the test prompts, with and without guidance. Rows that share checkpoints are trained once. --jobs
+runs at a time, each on a core of its own. The same command resumes an interrupted comparison, and
+does not repeat what is finished.
 
-Into the workdir: results.md, the tables; results.json, every number and the hashes of what it is
-of; curves.json, what the runs logged; figures/; and runs/, models/, evaluations/, logs/.
+It writes into the workdir: results.md, the tables; results.json, all numbers with the hashes of
+checkpoints and configs; curves.json, what the runs logged; figures/; and runs/, models/,
+evaluations/, logs/.
 """
 
 from __future__ import annotations

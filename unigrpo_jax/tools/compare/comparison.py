@@ -1,4 +1,4 @@
-"""A comparison in its folder: what is left to do, and what its finished parts say."""
+"""A comparison in its folder: the jobs that are left, and the record of those that are finished."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from unigrpo_jax.tools.compare import (
 )
 
 FACTORS = (1 / 3, 1.0, 3.0)  # of the learning rates in a sweep
-# Validations of the small world's runs, by which their best checkpoint is chosen.
+# Validation of IconWorld's runs, which chooses their best checkpoint.
 VALIDATION = ("--config.eval.every=8", "--config.eval.prompts=100")
-# Expected seconds on one idle core, for the time that is left: an iteration of 192 trajectories and
-# an image of an evaluation, without and with thinking; guidance makes the image longer.
+# Expected seconds on one idle core, to estimate the time that is left: of an iteration of 192
+# trajectories and of an image of an evaluation, {thinking: seconds}; and a factor for guidance.
 ITERATION, IMAGE, GUIDANCE = {False: 5.5, True: 8.2}, {False: 0.034, True: 0.055}, 1.5
-PROCESS, MEASURE = 50.0, 60.0  # a process until it has compiled; image statistics of a run
-SHEET, SHEETS = 6, (2, 6, 7, 8)  # prompts of a sheet of samples, and the sheets' figures
+PROCESS, MEASURE = 50.0, 60.0  # start and compilation of a process; image statistics of a run
+SHEET, SHEETS = 6, (2, 6, 7, 8)  # prompts per sheet of samples, and the figures' numbers
 
 
 class Comparison:
-  """See `command`.
+  """The comparison of `command`: methods x seeds, each trained, exported and evaluated.
+
+  All state is in the workdir's files. `jobs` compares them with what is wanted, and `record` reads
+  the finished ones.
 
   Attributes:
     failed: {job: why it failed}.
@@ -47,6 +50,19 @@ class Comparison:
     self, workdir: pathlib.Path, *, names: Sequence[str], seeds: Sequence[int], variants: str,
     start: str, bagel: str, sweep: bool, benchmark: scores.Benchmark, overrides: Sequence[str],
   ):
+    """Checks nothing yet; see `check`.
+
+    Args:
+      workdir: folder of everything.
+      names: of the methods; the methods that they start from are added.
+      seeds: of the runs of each method.
+      variants: of all configs.
+      start: folder of the checkpoint that all methods start from.
+      bagel: folder of the model before supervised training; "": it is not evaluated.
+      sweep: whether to choose each method's learning rates first, by the first seed.
+      benchmark: how checkpoints are evaluated.
+      overrides: the user's `--config.KEY=VALUE`.
+    """
     self.failed: dict[str, str] = {}
     self._workdir, self._names, self._seeds = workdir, methods.with_starts(names), list(seeds)
     self._variants, self._start, self._bagel = variants, start, bagel
@@ -56,11 +72,11 @@ class Comparison:
     self._made = functools.lru_cache(maxsize=None)(self._make_training)
 
   def check(self) -> None:
-    """Refuses what cannot be run, before anything is.
+    """Checks all runs before the first one begins.
 
     Raises:
-      InputError: a config is impossible, a folder holds a run of another one, or a model's folder
-        or the learned reward is missing.
+      InputError: a config is impossible, a folder holds a run of another config, or the folder of a
+        model or of the learned reward is missing.
     """
     for flag, folder in (("--start", self._start), ("--bagel", self._bagel)):
       if folder:
@@ -76,7 +92,7 @@ class Comparison:
   # --- What there is to do.
 
   def jobs(self) -> list[processes.Job]:
-    """Everything that is not done, in the order in which it should begin."""
+    """All jobs that are not done, in the order in which they should begin."""
     return [
       *self._evaluations_without_training(),
       *(job for name in self._names for job in self._sweep_jobs(name)),
@@ -84,7 +100,7 @@ class Comparison:
     ]
 
   def _prepare(self, name: str, seed: int, rate: float) -> runs.Training:
-    """The run of a method, a seed and a factor of the learning rates."""
+    """The run of a method with a seed and a factor `rate` of the learning rates."""
     init_from, start = self._start, methods.ALL[name].start
     if start:
       init_from = str(self._model(self._tag(start, seed, self.chosen(start) or 1.0), runs.LAST))
@@ -100,19 +116,20 @@ class Comparison:
     )
 
   def training(self, name: str, seed: int) -> runs.Training | None:
-    """The run of a method with a seed; None while its learning rates are not known."""
+    """The run of a method with a seed; None until the sweep has chosen its learning rates."""
     rate = self.chosen(name)
     return None if rate is None else self._prepare(name, seed, rate)
 
   def chosen(self, name: str) -> float | None:
-    """The factor of a method's learning rates; None while the sweep goes on."""
+    """The chosen factor of a method's learning rates; None until its sweep is finished."""
     if not self._sweep:
       return 1.0
     found = self._swept(name)
     return max(found, key=found.get) if len(found) == len(FACTORS) else None
 
   def _swept(self, name: str) -> dict[float, float]:
-    """{factor: learned reward on validation after the last iteration} of the finished runs."""
+    """{factor: learned reward on validation after the last iteration} of the sweep's finished runs.
+    """
     start = methods.ALL[name].start
     if start and self.chosen(start) is None:
       return {}
@@ -124,6 +141,7 @@ class Comparison:
     return made
 
   def _sweep_jobs(self, name: str) -> Iterator[processes.Job]:
+    """The unfinished trainings of a method's sweep; none while its start's sweep goes on."""
     start = methods.ALL[name].start
     if not self._sweep or self.chosen(name) is not None:
       return
@@ -133,10 +151,10 @@ class Comparison:
         yield self._train_job(training, f"{training.name}, learning rates x {rate:.3g}")
 
   def _jobs_of(self, name: str, seed: int) -> Iterator[processes.Job]:
-    """The training of a method with a seed, and the evaluations of its checkpoints."""
+    """What is left to do for a method and a seed: its training, or what follows it."""
     training = self.training(name, seed)
     if training is None:
-      if seed != self._seeds[0]:  # That seed is one of the sweep.
+      if seed != self._seeds[0]:  # The sweep itself trains the first seed.
         yield self._wait(f"{name}, seed {seed}", self._prepare(name, self._seeds[0], 1.0))
       return
     if not training.is_done():
@@ -163,6 +181,7 @@ class Comparison:
         yield self._job(f"{training.name}: {which} checkpoint", commands, self._cost(modes))
 
   def _evaluations_without_training(self) -> Iterator[processes.Job]:
+    """Evaluations of the start and of the model before it."""
     for name, folder in ((methods.SFT, self._start), (methods.BAGEL, self._bagel)):
       out, modes = self._evaluation(name.lower()), methods.evaluated_modes(name, self._rows)
       if folder and not scores.read(out):
@@ -170,6 +189,7 @@ class Comparison:
         yield self._job(name, [command], self._cost(modes))
 
   def _train_job(self, training: runs.Training, name: str) -> processes.Job:
+    """A training; ready once the checkpoint that it starts from is exported."""
     start = methods.ALL[training.method].start
     ready = True
     if start:
@@ -178,6 +198,7 @@ class Comparison:
     return self._job(name, [training.command()], _training_cost(training), ready)
 
   def _wait(self, name: str, like: runs.Training) -> processes.Job:
+    """A placeholder for a training that waits for the sweep; it counts in the time that is left."""
     return self._job(name, [], _training_cost(like), ready=False)
 
   def _job(self, name: str, commands, cost: float, ready: bool = True) -> processes.Job:
@@ -185,12 +206,14 @@ class Comparison:
     return processes.Job(name, commands, log, cost, ready)
 
   def _cost(self, modes: Sequence[str]) -> float:
+    """Expected seconds of an evaluation in these modes."""
     images = self._benchmark.prompts * self._benchmark.images
     return PROCESS + images * sum(
       IMAGE["think" in mode] * (GUIDANCE if "guidance" in mode else 1.0) for mode in modes
     )
 
   def _tag(self, name: str, seed: int, rate: float) -> str:
+    """The name of a run's folder."""
     return f"{methods.slug(name)}_{seed}" + (f"_x{rate:.3g}" if rate != 1 else "")
 
   def _model(self, tag: str, which: str) -> pathlib.Path:
@@ -202,7 +225,7 @@ class Comparison:
   # --- What the finished parts say.
 
   def write(self) -> str:
-    """Writes results.json, results.md and curves.json; returns the page of tables."""
+    """Writes results.json, results.md and curves.json; returns the tables as Markdown."""
     record = measured.plain(self.record())
     text = tables.text(record)
     with errors.storage(self._workdir):
@@ -214,7 +237,7 @@ class Comparison:
     return text
 
   def draw(self) -> list[pathlib.Path]:
-    """Draws the figures of what is recorded, and returns their files."""
+    """Draws the figures for which there are data; returns their files."""
     logged, place = self._comparable_curves(), self._workdir / "figures"
     charts = {
       "figure3": figures.learning(logged), "figure4": figures.guidance(logged),
@@ -230,13 +253,16 @@ class Comparison:
     return [paths[name] for name, chart in charts.items() if figures.write(chart, paths[name])]
 
   def _comparable_curves(self) -> dict[str, dict[str, Any]]:
-    """Of `curves.record`, without the seeds that are still trained where others of the method are
-    done: a mean over seeds ends where one of them does."""
+    """`curves.record` without unfinished seeds, where another seed of the method is finished.
+
+    Otherwise the mean over seeds would end where the shortest one does.
+    """
     return curves.record({
       name: [run for run in of if run.is_done()] or of for name, of in self._trainings().items()
     })
 
   def _statistics(self) -> dict[str, Any]:
+    """{method: {seed: what `measure` wrote}}."""
     return {
       name: {str(run.seed): config_lib.read_json(run.folder / measure.FILE)
              for run in of if (run.folder / measure.FILE).exists()}
@@ -244,8 +270,10 @@ class Comparison:
     }
 
   def _samples(self) -> dict[str, dict[str, tuple[pathlib.Path, str]]]:
-    """{row of the tables: {prompt: (picture, reasoning)}} of the first seed's last checkpoints,
-    with guidance."""
+    """{row of the tables: {prompt: (file of the picture, reasoning)}}.
+
+    They are of the first seed's last checkpoint, with guidance.
+    """
     made = {}
     for row in self._rows:
       tag = row.trained.lower()
@@ -264,11 +292,12 @@ class Comparison:
     return {name: of for name, of in made.items() if of}
 
   def _trainings(self) -> dict[str, list[runs.Training]]:
+    """{method: its runs, by seed}, without those whose learning rates are not chosen yet."""
     made = {name: [self.training(name, seed) for seed in self._seeds] for name in self._names}
     return {name: [run for run in of if run is not None] for name, of in made.items()}
 
   def record(self) -> dict[str, Any]:
-    """Everything of the tables: scores, and the hashes of what they are of."""
+    """The contents of results.json: the scores of all rows, and the hashes of what was scored."""
     first = self._prepare(self._names[0], self._seeds[0], 1.0)
     config = first.settings
     b = self._benchmark
@@ -293,6 +322,7 @@ class Comparison:
     }
 
   def _row(self, row: methods.Row) -> dict[str, Any]:
+    """A row of the tables for `record`: its scores, checkpoints and notes."""
     method = methods.ALL.get(row.trained)
     made: dict[str, Any] = {
       "name": row.name, "extra": row.trained in methods.EXTRAS,
@@ -330,13 +360,18 @@ class Comparison:
     return made | {"note": "; ".join([diverged] if diverged else notes)}
 
   def _which(self, run: runs.Training, which: str) -> str:
+    """`which`, or LAST where the best checkpoint is the last one."""
     return runs.LAST if run.step(which) == run.step(runs.LAST) else which
 
   def _at(self, run: runs.Training, which: str) -> pathlib.Path:
+    """The folder of the evaluation of a run's LAST or BEST checkpoint."""
     return self._evaluation(f"{run.folder.name}_{self._which(run, which)}")
 
   def _scored(self, row: methods.Row, which: str, found, identities) -> dict[str, Any]:
-    """The scores of a row, where there are any."""
+    """A row's scores of its checkpoints `which`; empty where none is evaluated.
+
+    `found` has the rows of each seed's evaluation, `identities` what each is of.
+    """
     found = [rows for rows in found if rows]
     if not found:
       return {"checkpoints": {}, "scores": {}}
@@ -356,10 +391,12 @@ class Comparison:
 
 
 def _training_cost(training: runs.Training) -> float:
+  """Expected seconds of a training."""
   return PROCESS + training.steps * ITERATION[methods.ALL[training.method].thinks]
 
 
 def _trained_from(row: methods.Row) -> str:
+  """What a row's checkpoint was trained from: "" for the released model."""
   if row.trained == methods.BAGEL:
     return ""
   if row.trained == methods.SFT:

@@ -1,4 +1,4 @@
-"""What the runs of a comparison logged, as the figures are drawn from it."""
+"""The logged curves of a comparison's runs, from which its figures are drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unigrpo_jax.tools.compare import runs
 
 
 def record(trainings: Mapping[str, Sequence[runs.Training]]) -> dict[str, dict[str, Any]]:
-  """{method: {seed: see `of_run`}} of the runs that have begun."""
+  """{method: {seed: curves, see `of_run`}} of the runs that have begun."""
   made = {
     method: {str(run.seed): of_run(run) for run in of if run.rows()}
     for method, of in trainings.items()
@@ -19,8 +19,13 @@ def record(trainings: Mapping[str, Sequence[runs.Training]]) -> dict[str, dict[s
 
 
 def of_run(run: runs.Training) -> dict[str, Any]:
-  """{"training": {reward: [[iteration, mean], ...]}, "validation": {mode: {reward: ...}},
-  "flow_mse": [[iteration, value], ...], "velocity_evaluations": an iteration's in the rollout}.
+  """The curves of one run.
+
+  Returns:
+    {"training": {reward: [[iteration, mean], ...]},
+     "validation": {mode: {reward: [[iteration, mean], ...]}},
+     "flow_mse": [[iteration, value], ...],
+     "velocity_evaluations": number of them in the rollout of an iteration}.
   """
   training: dict[str, list] = {}
   validation: dict[str, dict[str, list]] = {}
@@ -45,7 +50,7 @@ def of_run(run: runs.Training) -> dict[str, Any]:
 
 
 def velocity_evaluations(config: Mapping[str, Any]) -> int:
-  """Of an iteration's rollout: guidance takes two a step."""
+  """Number of velocity evaluations in a rollout of one iteration; guidance needs two per step."""
   rollout = config["rollout"]
   images = config["prompts_per_step"] * config["group_size"]
   guided = rollout["cfg_text_scale"] > 1

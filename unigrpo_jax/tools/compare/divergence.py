@@ -1,4 +1,4 @@
-"""What the tables say in place of UniFPO's scores where it diverged."""
+"""The note that replaces UniFPO's scores in the tables where it diverged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NOT_FINITE, _STEP = "not finite", re.compile(r"step (\d+):")  # of the line tha
 def note(method: str, trainings: Sequence[runs.Training], failed: Mapping[str, str]) -> str:
   """"k of n seeds diverged, at iterations ..., by (...)"; "" where none did.
 
-  The rule was fixed before any run, see `verdict.verdict`, and holds for UniFPO alone: the paper
-  leaves its cells empty.
+  The rule, `verdict.verdict`, was fixed before any run. It applies to UniFPO alone, whose cells the
+  paper leaves empty.
 
   Args:
-    method: of `methods.ALL`.
-    trainings: of its seeds.
-    failed: {run: why it ended}.
+    method: a key of `methods.ALL`.
+    trainings: its runs.
+    failed: {name of a run: why it failed}.
   """
   if not method.startswith(methods.UNIFPO):
     return ""

@@ -1,6 +1,6 @@
-"""Figures 3, 4 and 5 of the paper and sheets of samples, from what a comparison recorded.
+"""Figures 3, 4 and 5 of the paper and sheets of samples, from the records of a comparison.
 
-Every function returns a figure, or None where nothing of it was recorded.
+Every function that draws returns a figure, or None where there are no data for it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ REGULARISERS = {
 }
 MARKERS = ("o", "s", "^")
 STRICT = "iconworld_strict"
-BOUNDS = (0.5, 2.0)  # Beyond these times the start's, a statistic is out of bounds.
+BOUNDS = (0.5, 2.0)  # Usual range of a statistic, as multiples of its value before training.
 Curves = Mapping[str, Mapping[str, Any]]  # see `curves.record`
 
 
 def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
-  """Writes a figure as PNG; False for None."""
+  """Writes a figure as PNG; returns whether there was one."""
   if chart is None:
     return False
   with errors.storage(path):
@@ -47,9 +47,9 @@ def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
 def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | None:
   """Figure 3: the learned reward and the verifier's, in training and on validation.
 
-  Training is the rollout's mean (SDE, no guidance), validation is drawn by the ODE without
-  guidance. Thin: each seed's iterations; thick: the mean over seeds, of training its moving
-  average; bands: from the lowest to the highest seed.
+  Training shows the rollouts' means (SDE, no guidance), validation pictures of the ODE without
+  guidance. Thin lines are single seeds; thick ones the mean over seeds, smoothed in training; bands
+  reach from the lowest to the highest seed.
   """
   seeds = list(curves.get(method, {}).values())
   if not seeds or not any(run["training"] for run in seeds):
@@ -69,8 +69,8 @@ def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | N
 def guidance(curves: Curves) -> figure.Figure | None:
   """Figure 4: training with and without guidance; both are validated with it.
 
-  Its rollouts have guidance, so its training reward is of other pictures; a velocity with guidance
-  takes two evaluations of the network.
+  Training rewards of the two are not comparable, since only one has guidance in its rollouts. A
+  velocity with guidance takes two evaluations of the network, hence the curves by cost.
   """
   kinds = {
     label: list(curves[name].values())
@@ -95,17 +95,17 @@ def guidance(curves: Curves) -> figure.Figure | None:
   right.set_title("the same by cost")
   middle.set_xlabel("iteration", loc="right")
   right.set_xlabel("million velocity evaluations", loc="right")
-  return _finish(chart, (left,))  # whose legend is that of all
+  return _finish(chart, (left,))  # one legend is enough
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
 def regularisers(
   curves: Curves, statistics: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 ) -> figure.Figure | None:
-  """Figure 5: learned reward against verifier and image statistics, a dot an evaluation.
+  """Figure 5: learned reward against the verifier's score and image statistics.
 
-  Statistics are over those before the first iteration; outside `BOUNDS`, or where the verifier's
-  score falls, quality degrades. Colour: the iteration.
+  Each dot is an evaluation, its colour the iteration. Statistics are divided by their values before
+  the first iteration. Outside `BOUNDS`, or where the verifier's score falls, quality degrades.
 
   Args:
     curves: see `curves.record`.
@@ -160,9 +160,9 @@ def regularisers(
 
 
 def at_equal_reward(curves: Curves) -> dict[str, float]:
-  """{regulariser: strict score at the reward that all of them reach}, by linear interpolation.
+  """{regulariser: strict score at the highest learned reward that all of them reach}.
 
-  Of the means over seeds; the reward is the lowest of the methods' highest ones.
+  By linear interpolation of the means over seeds, where a method first reaches that reward.
   """
   lines = {}
   for label, method in REGULARISERS.items():
@@ -188,11 +188,11 @@ def at_equal_reward(curves: Curves) -> dict[str, float]:
 def sheet(
   columns: Mapping[str, Mapping[str, tuple[pathlib.Path, str]]], prompts: Sequence[str]
 ) -> figure.Figure | None:
-  """Samples with their thoughts: a row a prompt, a column a method (figures 2 and 6 to 8).
+  """Samples with their reasonings, one row per prompt, one column per method (figures 2, 6 to 8).
 
   Args:
-    columns: {method: {prompt: (picture, its reasoning or "")}}, all from the same noise.
-    prompts: rows.
+    columns: {method: {prompt: (file of the picture, reasoning or "")}}, all from the same noise.
+    prompts: the rows.
   """
   columns = {name: of for name, of in columns.items() if any(prompt in of for prompt in prompts)}
   if not columns or not prompts:
@@ -202,7 +202,7 @@ def sheet(
     (name, prompt): charts.wrapped(of[prompt][1], 34, most=6)
     for name, of in columns.items() for prompt in prompts if prompt in of
   }
-  below = 0.08 * max(len(text.split("\n")) for text in thoughts.values())  # inches; of a row
+  below = 0.08 * max(len(text.split("\n")) for text in thoughts.values())  # inches, per row
   above = 0.1 + 0.13 * max(len(title.split("\n")) for title in titles.values())
   chart = figure.Figure(
     figsize=(2.2 + 1.25 * len(columns), (1.3 + below) * len(prompts) + above), dpi=DPI,
@@ -250,7 +250,7 @@ def _finish(chart: figure.Figure, panels) -> figure.Figure:
 
 
 def _mode(seeds: Sequence[Mapping[str, Any]], guided: bool) -> str:
-  """The first mode of the validation, with guidance or without; "" where there is none."""
+  """The first mode of the validation with or without guidance; "" where there is none."""
   modes = [mode for run in seeds for mode in run["validation"]]
   return next((mode for mode in modes if ("guidance" in mode) == guided), "")
 
@@ -259,7 +259,10 @@ def _draw(
   panel: matplotlib.axes.Axes, seeds: Sequence[Sequence[Sequence[float]]], label: str,
   line: str = "-", smooth: bool = False,
 ) -> None:
-  """One quantity: the mean over seeds, thick, each seed thin, and a band between them."""
+  """Draws a quantity: each seed as a thin line, their mean as a thick one, their range as a band.
+
+  `seeds` has the points [[x, value], ...] of each seed.
+  """
   seeds = [points for points in seeds if points]
   if not seeds:
     return
@@ -276,7 +279,10 @@ def _draw(
 def _mean(
   seeds: Sequence[Sequence[Sequence[float]]], smooth: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(x that all seeds have, mean over seeds, [seeds, x]); smoothed by a moving average or not."""
+  """(x that all seeds have [X], mean over seeds [X], values [seeds, X]).
+
+  With `smooth`, values are exponential moving averages.
+  """
   by_seed = [dict(map(tuple, points)) for points in seeds]
   x = [step for step in by_seed[0] if all(step in of for of in by_seed)]
   rows = np.array([[of[step] for step in x] for of in by_seed], float)
@@ -285,5 +291,5 @@ def _mean(
       weight = total = 0.0
       for place, value in enumerate(row):
         total, weight = DECAY * total + value, DECAY * weight + 1
-        row[place] = total / weight  # without the start's bias
+        row[place] = total / weight  # corrects the bias at the start
   return np.array(x), rows.mean(axis=0), rows

@@ -1,8 +1,8 @@
 """Measures image statistics of a run's evaluations.
 
-Of the pictures that the evaluations saved (config.eval.keep, config.eval.images), by the network
-that the run started from. Writes RUN/statistics.json: {step: {statistic: mean}}; see
-`benchmarks/statistics.py`.
+They are of the pictures that the evaluations saved (config.eval.keep, config.eval.images). Latents
+and features are those of the network that the run started from. Writes RUN/statistics.json: {step:
+{statistic: mean}}; see `benchmarks/statistics.py`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ ROWS = 64  # pictures at once
 
 
 class Features:
-  """Latents and ViT features of pictures of one size."""
+  """Latents and ViT features of pictures of one size, by a network."""
 
   def __init__(self, folder: str):
-    """`folder`: of the network."""
+    """Loads the network's folder."""
     self._drawing = pipeline.Pipeline.open(folder).load()
 
   def latents(self, images: np.ndarray) -> np.ndarray:
-    """Posterior means of [N, H, W, 3] uint8, [N, ...] float32."""
+    """The VAE's posterior means of pictures [N, H, W, 3] uint8: [N, h, w, z] float32."""
     config, params = self._drawing.config.vae, self._drawing.params["vae"]
     height, width = (side // config.downsample for side in images.shape[1:3])
     no_noise = np.zeros((ROWS, height, width, config.z_channels), np.float32)
@@ -51,7 +51,7 @@ class Features:
     return self._in_parts(encode, np.stack([images_lib.to_array(image) for image in images]))
 
   def vit(self, images: np.ndarray) -> np.ndarray:
-    """Mean-pooled features of [N, H, W, 3] uint8, [N, F] float32."""
+    """Mean-pooled ViT features of pictures [N, H, W, 3] uint8: [N, F] float32."""
     config, params = self._drawing.config, self._drawing.params["bagel"]["vit"]
     tower = siglip.SigLIP(config.vit)
     apply = jax.jit(lambda *arrays: tower.apply({"params": params}, *arrays).mean(axis=1))
@@ -63,6 +63,7 @@ class Features:
     return self._in_parts(pooled, images)
 
   def _in_parts(self, function, rows: np.ndarray) -> np.ndarray:
+    """`function` of [N, ...], applied to ROWS rows at a time."""
     made = []
     for first in range(0, len(rows), ROWS):
       part = rows[first : first + ROWS]
@@ -74,13 +75,14 @@ class Features:
 def of_evaluation(
   folder: pathlib.Path, mode: str, features: Features, rendered: np.ndarray | None
 ) -> dict[str, float]:
-  """Means of the statistics over the saved pictures of a mode.
+  """{statistic: mean} over an evaluation's saved pictures of a mode; {} where there are none.
 
   Args:
     folder: of the evaluation.
-    mode: its name.
-    features: see `Features`.
-    rendered: ViT features of correct pictures of the same prompts; None: no Frechet distance.
+    mode: name of the mode.
+    features: computes latents and features.
+    rendered: ViT features of correct pictures of the same prompts, [M, F]; None: no Frechet
+      distance.
   """
   record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
   rows = [results_lib.Row(**row) for row in record["rows"]]
@@ -101,7 +103,7 @@ def of_evaluation(
 
 
 def render(split: str, count: int) -> np.ndarray:
-  """Correct pictures of IconWorld's first prompts, [count, 32, 32, 3] uint8."""
+  """Correct pictures of the first prompts of an IconWorld split, [count, 32, 32, 3] uint8."""
   rng = np.random.default_rng(0)
   return np.stack([
     renderer.render(example.scene, rng) for example in prompts.fixed(split, count)
@@ -109,10 +111,10 @@ def render(split: str, count: int) -> np.ndarray:
 
 
 def measure(run: pathlib.Path) -> dict[int, dict[str, float]]:
-  """{step: means} of all evaluations of a run, under the first mode of its validation.
+  """{step: {statistic: mean}} of a run's evaluations, in the first mode of its validation.
 
   Raises:
-    InputError: it is no run with evaluations.
+    InputError: `run` is not the workdir of a run.
   """
   if not (run / "config.json").is_file():
     raise errors.InputError(f"{run}: has no config.json; give the --workdir of a run")

@@ -1,8 +1,8 @@
 """The methods that are compared, and the rows of the paper's two tables.
 
-UniGRPO (arXiv 2603.23500), Tables 1 and 2. The column "Thinking" of the paper is how a checkpoint
-is evaluated: Bagel and SFT have no reinforcement learning, and ReFL has a row of its own that is
-trained with thinking.
+UniGRPO (arXiv 2603.23500), Tables 1 and 2. The paper's column "Thinking" is taken as how a
+checkpoint is evaluated: Bagel and SFT are not trained by reinforcement, and ReFL has a row of its
+own for training with thinking.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Method:
   """How a checkpoint is trained.
 
   Attributes:
-    config: name of its config file.
-    thinks: whether it reasons before it draws while it is trained.
-    variants: of the config, besides those that all methods share.
-    start: the method whose last checkpoint it starts from; "" for what all start from.
-    share: of the iterations.
+    config: name of its config file, without ".py".
+    thinks: whether it reasons before drawing during training.
+    variants: of the config, besides those shared by all methods.
+    start: method whose last checkpoint it starts from; "": the start shared by all methods.
+    share: its iterations as a multiple of the config's.
     overrides: `--config.KEY=VALUE`.
-    rate: factor of its learning rates, besides that of a sweep.
-    guided: whether its validation also has guidance.
+    rate: factor of its learning rates, besides the sweep's.
+    guided: whether its validation has a second mode, with guidance.
   """
 
   config: str
@@ -40,18 +40,18 @@ class Method:
 
   @property
   def modes(self) -> tuple[str, ...]:
-    """Of its validation; the first tells which checkpoint is the best."""
+    """Modes of its validation; the first one decides which checkpoint is the best."""
     mode = "think" if self.thinks else "plain"
     return (mode, f"{mode}+guidance") if self.guided else (mode,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of the tables: a checkpoint, evaluated with thinking or without."""
+  """A row of the tables: a checkpoint, evaluated with or without thinking."""
 
   name: str
-  trained: str  # a method, `BAGEL` or `SFT`
-  thinks: bool  # while it is evaluated
+  trained: str  # the checkpoint: of a method, `BAGEL` or `SFT`
+  thinks: bool  # during the evaluation
 
 
 REFL_THINK = "ReFL (w/ Thinking)"
@@ -70,7 +70,7 @@ METHODS = {
   UNIGRPO: Method("unigrpo", True, guided=True),
 }
 
-# Below the rule of the tables.
+# Methods that are not in the paper; their rows come last.
 EXTRAS = {
   "FlowGRPO trained with thinking": Method("flow_grpo", True),
   "AWM": Method("unigrpo", False, ("awm",)),
@@ -111,7 +111,7 @@ ROWS = (
 
 
 def extra_rows(names: Sequence[str]) -> tuple[Row, ...]:
-  """The rows of further methods: with thinking, and without where they are trained so."""
+  """The rows of `EXTRAS`: with thinking, and also without where it is trained without."""
   return tuple(
     Row(name, name, thinks) for name in names for thinks in (False, True)
     if thinks or not EXTRAS[name].thinks
@@ -119,7 +119,7 @@ def extra_rows(names: Sequence[str]) -> tuple[Row, ...]:
 
 
 def with_starts(names: Sequence[str]) -> list[str]:
-  """The methods `names` and those that they start from, which come first."""
+  """The methods `names`, each preceded by those that it starts from."""
   made: list[str] = []
   for name in names:
     chain = [name]
@@ -130,19 +130,19 @@ def with_starts(names: Sequence[str]) -> list[str]:
 
 
 def without_gradient() -> list[str]:
-  """The methods of the tables that need no gradient of the reward, from whatever they start."""
+  """The methods of the tables that, with their starts, need no gradient of the reward."""
   return [
     name for name in METHODS if not any(ALL[each].config == "refl" for each in with_starts([name]))
   ]
 
 
 def evaluated_modes(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
-  """How a checkpoint is evaluated for the rows, each also with guidance."""
+  """The modes in which a checkpoint is evaluated for its rows, with and without guidance."""
   kinds = dict.fromkeys("think" if row.thinks else "plain" for row in rows if row.trained == name)
   return tuple(mode for kind in kinds for mode in (f"{kind}+guidance", kind))
 
 
 def slug(name: str) -> str:
-  """A name as one of a folder."""
+  """The name of a method in names of files and folders."""
   words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
   return "_".join(words)

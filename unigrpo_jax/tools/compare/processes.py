@@ -1,4 +1,4 @@
-"""Processes that run beside each other, one core each, until nothing is left to do."""
+"""Runs jobs as processes, several at a time, each on a core of its own, until none is left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 
 PR_SET_PDEATHSIG = 1  # of Linux
-WAIT, REPORT = 0.5, 60.0  # seconds between two looks at the processes, and between two reports
+WAIT, REPORT = 0.5, 60.0  # seconds between polls of the processes, and between reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Job:
   """Commands that run one after the other.
 
   Attributes:
-    name: is printed, and unlike those of the other jobs.
-    commands: of processes; each must end with status 0.
-    log: file that gets what they print.
-    cost: expected relative duration.
-    ready: whether what it needs is there.
+    name: unique among the jobs; is printed.
+    commands: of the processes; the job fails if one does not end with status 0.
+    log: file to which their output is appended.
+    cost: expected duration, in any unit.
+    ready: whether it can begin now; what it needs may still be missing.
   """
 
   name: str
@@ -36,11 +36,17 @@ class Job:
 
 
 class Stopped(Exception):
-  """A signal ended the jobs, which saved themselves."""
+  """A signal stopped the jobs; they saved their state."""
 
 
 class _Running:
-  """A job on its core."""
+  """A running job.
+
+  Attributes:
+    job: the job.
+    core: of its processes; None: any.
+    status: exit status of the process that ended last.
+  """
 
   def __init__(self, job: Job, core: int | None, environment: Mapping[str, str]):
     self.job, self.core, self.status = job, core, 0
@@ -49,6 +55,7 @@ class _Running:
     self._begin()
 
   def _begin(self) -> None:
+    """Starts the process of the next command."""
     with self.job.log.open("ab") as log:
       self._process = subprocess.Popen(
         self._left.pop(0), env=dict(self._environment), stdin=subprocess.DEVNULL, stdout=log,
@@ -56,13 +63,13 @@ class _Running:
       )
 
   def _enter(self) -> None:
-    """In the new process: it ends, saving itself, when this one is killed; it gets its core."""
+    """Runs in the new process: it gets SIGTERM when its parent dies, and is bound to its core."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if self.core is not None:
       os.sched_setaffinity(0, {self.core})
 
   def ended(self) -> bool:
-    """Whether its last command has ended, or one failed; begins the next one."""
+    """Whether the job has ended, in failure or not; starts its next command when one is done."""
     status = self._process.poll()
     if status is None:
       return False
@@ -73,7 +80,7 @@ class _Running:
     return True
 
   def stop(self) -> None:
-    """Lets the process save itself and end, and begins no other."""
+    """Asks the process to save its state and end; starts no further command."""
     self._left.clear()
     if self._process.poll() is None:
       self._process.terminate()
@@ -89,17 +96,17 @@ def run(
   """Runs jobs until none is left that can be run.
 
   Args:
-    plan: all jobs that are not done, in the order in which they should begin; asked again whenever
-      one ends, as what it made may allow others.
-    cores: as many jobs run at a time, each on one of these; None: not bound to one.
+    plan: returns all jobs that are not done, in the order in which they should begin. It is called
+      again whenever a job ends, since that may allow new ones.
+    cores: so many jobs run at a time, each on one of these cores; None: on any core.
     environment: of the processes.
     on_end: called after each job.
 
   Returns:
-    {name: why it failed} of the jobs that did; others went on without them.
+    {name: why it failed} of the failed jobs; they do not stop the others.
 
   Raises:
-    Stopped: SIGTERM or SIGINT came; it was passed on, and all processes have ended.
+    Stopped: SIGTERM or SIGINT was received; it was passed on, and all processes have ended.
   """
   running: list[_Running] = []
   free = list(cores)
@@ -137,7 +144,7 @@ def run(
         on_end()
       if ended:
         left = list(plan())
-        for each in ended:  # One that ended well and left nothing would begin again for ever.
+        for each in ended:  # A job that succeeds but stays in the plan would be repeated endlessly.
           if each.job.name in {job.name for job in left} and each.job.name not in failed:
             failed[each.job.name] = last_line(each.job.log) or "it made nothing"
       if ended or time.monotonic() - reported > REPORT:
@@ -158,6 +165,10 @@ def run(
 def _progress(
   running: Sequence[_Running], done: int, left: int, done_cost: float, rest: float, seconds: float
 ) -> str:
+  """A report: jobs done and left, an estimate of the time, and the last line of each running job.
+
+  `done_cost` and `rest` are the costs of both, `seconds` the time so far.
+  """
   time_left = ""
   if done_cost:
     time_left = f", about {seconds / done_cost * rest / 60:.0f} min left"
@@ -167,7 +178,9 @@ def _progress(
 
 
 def last_line(log: pathlib.Path) -> str:
-  """The last line of a log with a letter or digit, at most 200 characters; of a bar its last state.
+  """The last line of a log with a letter or digit, at most 200 characters; "" without a log.
+
+  Of a progress bar that is its latest state.
   """
   if not log.exists():
     return ""
@@ -179,7 +192,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def cores(jobs: int) -> list[int | None]:
-  """A core for each of so many jobs; a single job has all of them."""
+  """A core for each of `jobs` jobs, or None (any core) where there is a single job."""
   if jobs == 1 or not hasattr(os, "sched_getaffinity"):
     return [None] * jobs
   available = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The one reward that all methods of a comparison are trained on."""
+"""The reward of a comparison, on which all of its methods are trained."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from unigrpo_jax import errors
 from unigrpo_jax.reward_models import learned
 from unigrpo_jax.tools.compare import methods, scores
 
-# Logged beside the learned reward: what it stands for.
+# Logged beside the learned reward, which stands for them.
 VERIFIER = ("iconworld_strict", "iconworld_soft", "iconworld_reasoning")
 
 
 def overrides(reward_model: str) -> list[str]:
-  """`--config.KEY=VALUE` that make a learned reward the only one that counts; [] for none."""
+  """`--config.KEY=VALUE` that make a learned reward the only one with a weight; [] without one."""
   if not reward_model:
     return []
   weights = {scores.REWARD_MODEL: 1.0} | dict.fromkeys(VERIFIER, 0.0)
@@ -26,12 +26,12 @@ def overrides(reward_model: str) -> list[str]:
 
 
 def described(config: Mapping[str, Any]) -> str:
-  """The rewards of a config with their weights."""
+  """A config's rewards with their weights, such as "0.5 ocr + 1 pickscore"."""
   return " + ".join(f"{weight:g} {name}" for name, weight in config["rewards"].items() if weight)
 
 
 def checksum(reward_model: str) -> str:
-  """Of a learned reward, which another question or other weights would change; "" for none.
+  """`learned.fingerprint` of the learned reward; "" without one.
 
   Raises:
     InputError: it is no folder of a learned reward.
@@ -43,10 +43,10 @@ def checksum(reward_model: str) -> str:
 
 
 def check(reward_model: str, names: Sequence[str]) -> None:
-  """Refuses a comparison whose methods cannot all be trained on the same reward.
+  """Checks that all methods can be trained on the same reward.
 
   Raises:
-    InputError: see `checksum`; or a method needs a gradient that the config's rewards have not.
+    InputError: see `checksum`; or a method needs the gradient of a reward, without a learned one.
   """
   checksum(reward_model)
   if not reward_model and (refl := [name for name in names if methods.ALL[name].config == "refl"]):

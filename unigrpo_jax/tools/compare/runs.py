@@ -1,4 +1,4 @@
-"""Trainings of the compared methods: what they are, whether they are done, and what they logged."""
+"""The training runs of a comparison: their configs, whether they are done, and what they logged."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Training:
 
   Attributes:
     name: "METHOD, seed SEED".
-    method: of `methods.ALL`.
+    method: a key of `methods.ALL`.
     seed: of the run.
-    rate: factor of the learning rates in the sweep.
+    rate: the sweep's factor of the learning rates.
     folder: its workdir.
-    steps: iterations.
-    mode: of its validation, by which the best checkpoint is chosen.
+    steps: number of iterations.
+    mode: of its validation, which decides the best checkpoint.
     arguments: of `unigrpo_jax.train`.
-    settings: its configuration, plain values.
+    settings: its config as plain values.
   """
 
   name: str
@@ -49,16 +49,17 @@ class Training:
   settings: Mapping[str, Any]
 
   def rows(self) -> dict[int, dict[str, float]]:
-    """{step: metrics} so far."""
+    """{step: metrics} of its log so far; {} before it begins."""
     log = self.folder / "metrics.jsonl"
     return metrics.by_step(metrics.read(log)[0]) if log.exists() else {}
 
   def validation(self) -> dict[int, float]:
-    """{step: mean learned reward of the validation prompts} so far."""
+    """{step: mean reward of the validation prompts in `mode`} so far."""
     key = f"eval/{self.mode}/reward"
     return {step: row[key] for step, row in self.rows().items() if key in row}
 
   def is_done(self) -> bool:
+    """Whether its last iteration is both validated and saved."""
     return self.steps in self.validation() and self.steps in self._saved()
 
   def _saved(self) -> set[int]:
@@ -67,7 +68,7 @@ class Training:
     return {int(place.name) for place in places if place.name.isdecimal()}
 
   def step(self, which: str) -> int:
-    """The step of the last checkpoint, or of the one that is best on validation."""
+    """The step of the checkpoint `which`, LAST or BEST (the highest reward on validation)."""
     if which == LAST:
       return self.steps
     saved, validation = self._saved(), self.validation()
@@ -77,12 +78,13 @@ class Training:
     return max(scored, key=lambda step: (scored[step], step), default=self.steps)
 
   def config_hash(self) -> str:
-    """16 hexadecimal digits of its configuration."""
+    """A hash of its config, 16 hexadecimal digits."""
     config = config_lib.read_json(self.folder / "config.json")
     text = json.dumps(config, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
   def command(self) -> list[str]:
+    """The command that trains it, or continues its training."""
     return [sys.executable, "-m", "unigrpo_jax.train", *self.arguments]
 
 
@@ -90,21 +92,21 @@ def prepare(
   method: str, seed: int, *, folder: pathlib.Path, init_from: str, variants: str,
   shared: Sequence[str], overrides: Sequence[str] = (), rate: float = 1.0,
 ) -> Training:
-  """The run of a method with a seed, in or from its folder.
+  """Describes the run of a method with a seed; it may have begun already.
 
   Args:
-    method: of `methods.ALL`.
+    method: a key of `methods.ALL`.
     seed: of prompts, samples and windows.
     folder: its workdir.
-    init_from: what it starts from.
-    variants: of its config, before its own.
-    shared: `--config.KEY=VALUE` of all methods, before the method's own.
-    overrides: the user's, after them.
+    init_from: folder of the checkpoint that it starts from.
+    variants: of its config; the method's own are added.
+    shared: `--config.KEY=VALUE` of all methods; the method's own come after these.
+    overrides: those of the user, which come last.
     rate: factor of the learning rates.
 
   Raises:
-    InputError: the config is impossible or does not evaluate the method, or the folder has a run of
-      another configuration.
+    InputError: the config is impossible or does not evaluate the method's mode, or the folder holds
+      a run of another config.
   """
   m = methods.ALL[method]
   variants = ",".join(filter(None, (variants, *m.variants)))
@@ -134,7 +136,10 @@ def prepare(
 
 
 def _check_same(folder: pathlib.Path, spec: rl.Spec) -> None:
-  """A finished run is not trained again, so it must have been trained with this configuration."""
+  """Raises InputError if the folder holds a run with another config.
+
+  A finished run is not trained again, so `train` itself would never notice.
+  """
   record = folder / "config.json"
   if record.exists():
     before, now = config_lib.read_json(record), spec.run.config
@@ -145,7 +150,7 @@ def _check_same(folder: pathlib.Path, spec: rl.Spec) -> None:
 
 
 def _moved(before: Mapping[str, Any], spec: rl.Spec, record: pathlib.Path) -> set[str]:
-  """What lies elsewhere than before the run, and is the same by its contents."""
+  """Keys of the config whose paths have changed since, but whose contents are the same."""
   pinned = config_lib.read_json(record).get("pinned", {}) if record.exists() else {}
   fingerprints: dict[str, Callable[[], str]] = {
     "init_from": lambda: fingerprint(spec.network.init_from),
@@ -161,5 +166,5 @@ def _moved(before: Mapping[str, Any], spec: rl.Spec, record: pathlib.Path) -> se
 
 @functools.lru_cache(maxsize=512)
 def fingerprint(folder: str) -> str:
-  """Of the weights of a model's folder."""
+  """Fingerprint of the weights in a model's folder."""
   return folders.open_folder(folder).fingerprint()

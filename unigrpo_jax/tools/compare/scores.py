@@ -1,4 +1,4 @@
-"""Test scores of checkpoints: how they are made, and what the rows of the tables say of them."""
+"""Test scores of checkpoints: how they are evaluated, and how a row of the tables sums them up."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ REWARD_MODEL = "reward_model"  # the learned reward's name
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """How checkpoints are evaluated, all alike.
+  """How all checkpoints are evaluated.
 
   Attributes:
-    prompts: of the test split: GenEval's, a sixth of each category.
-    ta_prompts: the first of these: the TA benchmark's.
-    images: of each prompt.
-    seed: of the noise, the same for all checkpoints, so that they can be compared by prompt.
-    reward_model: name or folder of the learned reward; "" for none.
+    prompts: number of prompts of the test split, for GenEval; all categories have equally many.
+    ta_prompts: number of the first of these, for TA.
+    images: images per prompt.
+    seed: of the noise; it is the same for all checkpoints, so that they can be compared by prompt.
+    reward_model: name or folder of the learned reward; "": none.
     arguments: further ones of `unigrpo_jax.evaluate`.
   """
 
@@ -39,12 +39,20 @@ class Benchmark:
 
   @property
   def name(self) -> str:
+    """Identifies the benchmark in names of folders."""
     return f"{self.prompts}x{self.images}_{self.seed}"
 
   def command(
     self, checkpoint: str, modes: Sequence[str], out: pathlib.Path, points: bool = False
   ) -> list[str]:
-    """Evaluates a model's folder; `points`: the learned reward answers exam points too."""
+    """The command that evaluates a checkpoint.
+
+    Args:
+      checkpoint: folder of the model.
+      modes: of the evaluation.
+      out: folder of the results.
+      points: whether the learned reward also answers exam points.
+    """
     names = [f"{measured.PREFIX}{name}" for name in ("strict", "soft", "geneval", "points")]
     if any(mode.startswith("think") for mode in modes):
       names.append(f"{measured.PREFIX}reasoning")
@@ -63,7 +71,7 @@ class Benchmark:
 
 
 def read(folder: pathlib.Path) -> tuple[results_lib.Row, ...]:
-  """The rows of an evaluation; () while there is none."""
+  """The rows of a finished evaluation; () where there is none."""
   path = folder / "results.json"
   return _read(path) if path.exists() else ()
 
@@ -78,18 +86,18 @@ def of_seeds(
   by_seed: Sequence[Sequence[results_lib.Row]], thinks: bool, guided: bool, ta_prompts: int,
   reference: Sequence[Sequence[results_lib.Row]] | None = None,
 ) -> dict[str, Any]:
-  """What a row of the tables says: of one checkpoint a seed, under one mode.
+  """The scores of a row of the tables: of one method in one mode, over its seeds.
 
-  Means are over seeds, images and prompts. Their standard errors are of the prompts, each seed's
-  images being further ones of its prompt; the seeds' own scores stand beside, with mean and t
-  interval, and the two are never mixed.
+  Means are over seeds, images and prompts. Their standard errors are over prompts: images of all
+  seeds count as further images of their prompt. Besides, "by_seed" has the score of each seed, and
+  "across_seeds" their mean and half the width of its t interval. The two are never mixed.
 
   Args:
     by_seed: rows of each seed's evaluation.
     thinks, guided: the mode.
     ta_prompts: see `Benchmark`.
-    reference: rows of the method that differences are taken to, under thinking and the same
-      guidance; paired by prompt, from the same noise.
+    reference: rows of each seed of the method to compare with, whose mode with thinking and the
+      same guidance is used; differences are paired by prompt. None: there are none.
   """
   chosen = [_of_mode(rows, thinks, guided) for rows in by_seed]
   pooled = [row for rows in chosen for row in rows]
@@ -145,7 +153,7 @@ def _means(rows: Sequence[results_lib.Row], name: str) -> dict[Any, float]:
 def _paired_categories(
   a: Sequence[results_lib.Row], b: Sequence[results_lib.Row]
 ) -> intervals.Estimate:
-  """The difference of GenEval's overall scores: the mean of the categories' differences."""
+  """The difference a - b of GenEval's overall scores: the mean of the categories' differences."""
   parts = []
   for category in dict.fromkeys(row.category for row in a):
     of_a, of_b = ([row for row in rows if row.category == category] for rows in (a, b))
@@ -156,7 +164,14 @@ def _paired_categories(
 def identity(
   training: runs.Training | None, model: str, benchmark: Benchmark, which: str
 ) -> dict[str, Any]:
-  """What a row's numbers are of: the hashes of checkpoint and config, the step, the noise."""
+  """What was evaluated: hashes of checkpoint and config, seed, step and noise.
+
+  Args:
+    training: None for a checkpoint that no run of the comparison made.
+    model: folder of the checkpoint.
+    benchmark: how it was evaluated.
+    which: `runs.LAST` or `runs.BEST`.
+  """
   return {
     "checkpoint": runs.fingerprint(model), "noise_seed": benchmark.seed,
   } | ({} if training is None else {
@@ -166,7 +181,7 @@ def identity(
 
 
 def agreement(folder: pathlib.Path) -> dict[str, Any]:
-  """{mode: agreement of the verifier and the learned reward on exam points} of an evaluation."""
+  """{mode: agreement of verifier and learned reward on exam points, see `ta.Agreement`}."""
   path = folder / "benchmarks.json"
   record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   return {

@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the comparison as Markdown, from its record."""
+"""The comparison's page in Markdown: Tables 1 and 2, notes, and further results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GUIDANCE = {True: "with guidance", False: "without guidance"}
 
 
 def text(record: Mapping[str, Any]) -> str:
-  """The whole page of a comparison's record; see `Comparison.record`."""
+  """The whole page; `record` is `Comparison.record` as plain JSON values."""
   parts = ["# Comparison", "", _how(record), ""]
   for which in (runs.LAST, runs.BEST):
     for guided in (True, False):
@@ -36,7 +36,10 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def table1(record: Mapping[str, Any], key: str) -> str:
-  """TA, GenEval and the learned reward of each row, by seed, and the difference to UniGRPO."""
+  """Table 1: TA, GenEval and the learned reward of each row, by seed, and differences to UniGRPO.
+
+  `key` selects checkpoints and guidance, "last, with guidance" for example.
+  """
   head = [
     "#", "method", "trained from", "trained thinking", "evaluated thinking", "TA", "GenEval",
     "learned reward", "TA by seed", "GenEval by seed", "TA − UniGRPO", "GenEval − UniGRPO",
@@ -56,7 +59,7 @@ def table1(record: Mapping[str, Any], key: str) -> str:
 
 
 def table2(record: Mapping[str, Any], key: str) -> str:
-  """GenEval by category; strict is without the objects that it forgives."""
+  """Table 2: GenEval by category; the strict score also counts extra objects as errors."""
   head = [
     "#", "method", "trained from", "trained thinking", "evaluated thinking",
     *(name.replace("_", " ") for name in geneval.CATEGORIES), "overall", "strict overall",
@@ -72,6 +75,7 @@ def table2(record: Mapping[str, Any], key: str) -> str:
 
 
 def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> str:
+  """A table with the columns that both share; `cells(row, scores)` returns the others."""
   lines: list[list[str]] = []
   numbered, extra = 0, False
   for row in record["rows"]:
@@ -89,7 +93,7 @@ def _table(record: Mapping[str, Any], key: str, head: Sequence[str], cells) -> s
 
 
 def estimate(part: Mapping[str, Any] | None, sign: bool = False) -> str:
-  """"0.512 ± 0.031", half a 95 % interval over prompts; a dash for nothing."""
+  """"0.512 ± 0.031", the mean and half its 95 % interval over prompts; a dash without a mean."""
   if part is None or part["mean"] is None:
     return DASH
   mean = f"{part['mean']:+.3f}" if sign else f"{part['mean']:.3f}"
