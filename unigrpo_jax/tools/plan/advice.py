@@ -1,4 +1,4 @@
-"""What to change first in a config that does not fit its chips."""
+"""Advice: which keys to change first in a config that does not fit its chips."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ from typing import Any
 from unigrpo_jax.tools.plan import chips, plans
 from unigrpo_jax.tools.plan import figures as figures_lib
 
-# What part of the update's own memory `remat="full"` frees, by the policy in its place; of full
-# fine-tuning compiled for v5p:4x4x4, but for that of "mlp", a guess between its neighbours.
+# {value of config.remat: share of the update's own memory that "full" would free in its place}.
+# Measured by compiling full fine-tuning for v5p:4x4x4; "mlp" is interpolated.
 FREED = {"attention": 0.4, "mlp": 0.5, "layer": 0.6, "none": 0.9}
 
 
 def lines(config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip) -> list[str]:
-  """The change that frees most first, as a command-line argument; empty if the plan fits."""
+  """Lines with changes as command-line arguments, the one that frees most first.
+
+  Args:
+    config: of the run.
+    plan: of the run on a topology.
+    figures: `figures.record` of the plan.
+    chip: of the topology.
+
+  Returns:
+    [] if the plan fits.
+  """
   if figures["fits"]:
     return []
   name = max(figures["peak"], key=figures["peak"].get)
   phase = plan.phases[name]
   if phase.exceeds is None:
     size = phase.bytes["results"] + phase.bytes["temporaries"]
-  else:  # The compiler does not name what it wanted besides the arguments.
+  else:  # Of a program that does not fit, the compiler reports only the total.
     size = phase.exceeds - figures_lib.held_beside(name, plan)
   excess = figures["peak"][name] - (1 - figures_lib.SPARE) * chip.hbm
   of_phase = _of_update if name in plans.UPDATE else _of_rollout
@@ -35,17 +45,19 @@ def lines(config, plan: plans.Plan, figures: Mapping[str, Any], chip: chips.Chip
   ]
 
 
-# Changes are (bytes that are freed on a chip, argument, note).
+# A change is (bytes that it frees on a chip, argument, note).
 def _of_update(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
-  """Changes for a phase of the update that needs `size` bytes besides the state, `excess` of them
-  too many."""
+  """Changes for a phase of the update.
+
+  `size` are the bytes that it needs besides the state, `excess` those that it needs too many.
+  """
   count = _halved(config.microbatch, 1, plan.mesh, size, excess)
   if count < config.microbatch:
     yield size * (1 - count / config.microbatch), f"--config.microbatch={count}", ""
 
 
 def _of_rollout(config, plan, size: float, excess: float) -> Iterator[tuple[float, str, str]]:
-  """Likewise for a phase of the rollout."""
+  """Changes for a phase of the rollout; arguments as in `_of_update`."""
   at_once, fsdp = config.rollout.prompts_at_once, plan.sampling_mesh["fsdp"]
   size += plan.held.get("cache", 0)
   count = _halved(at_once, config.group_size, plan.sampling_mesh, size, excess)
@@ -60,6 +72,7 @@ def _of_rollout(config, plan, size: float, excess: float) -> Iterator[tuple[floa
 
 
 def _of_both(config, plan) -> Iterator[tuple[float, str, str]]:
+  """Changes for any phase."""
   held, tensor = plan.held, plan.mesh["tensor"]
   if tensor < 4:
     yield held.get("sampler", 0) / 2, f"--config.mesh.tensor={2 * tensor}", ""
@@ -70,8 +83,11 @@ def _of_both(config, plan) -> Iterator[tuple[float, str, str]]:
 
 
 def _halved(count: int, rows: int, mesh, size: float, excess: float) -> int:
-  """`count` halved until that frees `excess` of the `size` bytes, which are in proportion to it,
-  while `rows` times it divides over the mesh."""
+  """`count`, halved until that frees `excess` bytes.
+
+  The `size` bytes are proportional to it. Halving stops when `rows` times the count would no longer
+  divide over the mesh.
+  """
   ways, left = mesh["data"] * mesh["fsdp"], count
   while size * (1 - left / count) < excess and left % 2 == 0 and left // 2 * rows % ways == 0:
     left //= 2

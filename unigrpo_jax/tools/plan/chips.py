@@ -1,4 +1,4 @@
-"""What a chip can do, as its maker says."""
+"""Peak figures of TPU chips, as published."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ GIB = 2**30
 class Chip:
   """Peak figures of one chip."""
 
-  name: str  # as topologies are named, "v5p"
-  flops: float  # bfloat16 products, FLOP/s
-  hbm: float  # bytes that programs may use
+  name: str  # in names of topologies, such as "v5p"
+  flops: float  # of bfloat16 products, FLOP/s
+  hbm: float  # memory that programs can use, bytes
   hbm_bandwidth: float  # bytes/s
-  axis_bandwidth: float  # bytes/s that leave it along an axis of the torus, both ways together
-  torus: int  # axes
+  axis_bandwidth: float  # sent along an axis of the torus, both directions together, bytes/s
+  torus: int  # number of the torus's axes
   source: str  # of the figures
 
 
-# Published: bfloat16 TFLOP/s, HBM GB/s, and the interconnect of a chip, of which an axis of the
-# torus has its part. `hbm` is the limit that the TPU compiler itself names when a program exceeds
-# it, a little less than what is published (95, 32, 16 GB).
+# Published figures, where each axis of the torus has its share of the chip's interconnect. `hbm` is
+# not the published size (95, 32, 16 GB) but the limit that the TPU compiler reports when a program
+# exceeds it.
 _DOCS = "cloud.google.com/tpu/docs/"
 CHIPS = {
   chip.name: chip for chip in (

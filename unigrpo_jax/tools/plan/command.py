@@ -1,4 +1,4 @@
-"""The command line of the planner."""
+"""The command line of the planner: `python -m unigrpo_jax.plan --help`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from unigrpo_jax.tools.plan import (
   topology,
 )
 
-BEST = 3
-RESULTS = pathlib.Path("plan_search.jsonl")
+BEST = 3  # default of --best
+RESULTS = pathlib.Path("plan_search.jsonl")  # default of --results
 
 DESCRIPTION = """\
 Compiles a training for chips that need not be there; prints what it needs of them, or with --search
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise errors.InputError(
       f"--config={args.config} has algorithm {config.algorithm}; only unigrpo can be planned"
     )
-  # There may be no chips here, and the compiler must not look for any.
+  # Keeps the TPU compiler from looking for chips, which need not exist.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   jax.config.update("jax_platforms", "cpu")
   spec = rl.read(config)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _search(args: argparse.Namespace, overrides: Sequence[str], config) -> None:
-  """Each topology's search, one after the other."""
+  """Searches each topology, one after the other."""
   store = search.Store(args.results)
   print(f"{args.results}: {len(store)} results so far", file=sys.stderr)
   for name in args.topology:
@@ -105,13 +105,13 @@ def _search(args: argparse.Namespace, overrides: Sequence[str], config) -> None:
 
 
 def _given(args: argparse.Namespace) -> dict[str, tuple]:
-  """The values that the command names, by dimension of the search."""
+  """{dimension of the search: values}, of those that the command names."""
   texts = {d.name: getattr(args, d.name) for d in search.DIMENSIONS}
   return {name: search.parse(name, text) for name, text in texts.items() if text is not None}
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Raises InputError for a flag without the one that it belongs to."""
+  """(arguments, overrides of the config); raises InputError for flags that do not go together."""
   args, overrides = _parser().parse_known_args(argv)
   of_search = {d.name: None for d in search.DIMENSIONS} | {"best": BEST, "results": RESULTS}
   of_page = {"phases": plans.PHASES, "texts": None, "json": None}

@@ -1,4 +1,4 @@
-"""The figures of a plan: bytes, FLOPs and seconds of one chip."""
+"""The figures of a plan: bytes, FLOPs and seconds per chip."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from unigrpo_jax.tools.plan import chips, hlo, plans
 
-SPARE = 0.1  # part of a chip's memory that a plan which fits leaves free
-# Splash attention, a head of T queries, S keys and size H: FLOPs as multiples of T S H. The
-# backward kernels compute the scores again.
+SPARE = 0.1  # A plan fits if it leaves this share of a chip's memory free.
+# FLOPs of splash attention's kernels, per head with T queries, S keys and size H, as multiples of
+# T S H. The backward kernels recompute the scores.
 _SPLASH = {"splash_mha_fwd": 4, "splash_mha_dkv": 8, "splash_mha_dq": 6}
+# What is held in all phases, and what else in some of them; see `plans.Plan.held`.
 _STATE = ("parameters", "optimizer", "moving average", "reference", "anchor", "reward_model",
           "rewards")
 _BESIDE = {
@@ -21,10 +22,12 @@ _BESIDE = {
 
 
 def record(plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
-  """All figures of a plan, as JSON: bytes, seconds of an iteration, and `_phase` of each phase.
+  """All figures of a plan as JSON values.
 
-  Of a plan of some phases alone, `fits` is about them, and there are no seconds of an iteration.
-  `spare` is the part of the memory that stays free.
+  These are, among others: "held", bytes by cause; "phases", see `_phase`; "peak", bytes of each
+  phase; "spare", the share of the memory that stays free; "fits"; "seconds" of an iteration at
+  best, None unless all phases were compiled and fit. If only some phases were compiled, "fits" is
+  about these.
   """
   phases = {name: _phase(phase, plan, chip) for name, phase in plan.phases.items()}
   peak = {name: _peak(phase, plan) for name, phase in plan.phases.items()}
@@ -43,21 +46,24 @@ def record(plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
 
 
 def held_beside(phase: str, plan: plans.Plan) -> float:
-  """Bytes that lie on a chip while a phase runs, besides its own; see `plans.Plan.held`."""
+  """Bytes on a chip while a phase runs, besides its own results and temporaries."""
   causes = _STATE + _BESIDE.get(phase, ("sampler", "cache", "recorded"))
   return sum(plan.held.get(cause, 0) for cause in causes)
 
 
 def _peak(phase: plans.Phase, plan: plans.Plan) -> float:
-  """Bytes on a chip while a phase runs."""
+  """All bytes on a chip while a phase runs."""
   if phase.exceeds is not None:
     return phase.exceeds
   return held_beside(phase.name, plan) + phase.bytes["results"] + phase.bytes["temporaries"]
 
 
 def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, Any]:
-  """All runs of a phase in an iteration, on one chip; `times` are what each resource alone takes at
-  its peak, and `seconds` the largest of them, as if all ran beside each other."""
+  """The figures of all runs of a phase in an iteration, on one chip.
+
+  "times" has the seconds that each resource alone would take at its peak, and "seconds" the largest
+  of them, as if all overlapped perfectly.
+  """
   figures = {"runs": phase.runs, "compile_seconds": phase.seconds, "exceeds": phase.exceeds}
   if phase.program is None:
     return figures | {"seconds": 0.0}
@@ -84,12 +90,12 @@ def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, 
 
 
 def _kernel_flops(program: hlo.Program) -> float:
-  """FLOPs of the kernels of one run: by formula, or by a kernel's author, or 0."""
+  """FLOPs of the kernels in one run: by formula, else as their authors noted, else 0."""
   return sum(call.times * (_splash_flops(call) or call.flops or 0) for call in program.custom_calls)
 
 
 def _splash_flops(call: hlo.CustomCall) -> float:
-  """Of splash attention, over padded lengths, as the kernel computes it."""
+  """FLOPs of a splash attention kernel, over padded lengths; 0 for other kernels."""
   factor = next((f for name, f in _SPLASH.items() if call.name.startswith(name)), 0)
   # Tables of blocks come first, then queries and keys: [..., heads, length, H].
   tensors = [array.dims for array in call.operands if array.dtype in ("bf16", "f32")]

@@ -1,7 +1,7 @@
-"""What a compiled XLA program does: its FLOPs, its memory traffic and its collectives.
+"""What a compiled XLA program does on one device: FLOPs, memory traffic and collectives.
 
-Read from the program's text, `compiled.as_text()`, for one device. XLA's own cost analysis counts
-the body of a loop once; here everything is counted as often as it runs.
+They are read from the program's text, `compiled.as_text()`. Unlike XLA's own cost analysis, which
+counts the body of a loop once, everything is counted as often as it runs.
 """
 
 from __future__ import annotations
@@ -24,38 +24,37 @@ _NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """An exchange between devices.
+  """A collective operation between devices."""
 
-  `groups` are positions of the devices that exchange with each other; of a collective-permute its
-  pairs of source and target.
-  """
-
-  kind: str  # of `KINDS`
-  bytes: float  # of the whole array on one device: the result of an all-gather, else the operands
+  kind: str  # one of `KINDS`
+  bytes: float  # on one device: of an all-gather's result, or of another collective's operands
+  # Positions of the devices in each group; for a collective-permute, pairs (source, target).
   groups: hlo_text.Groups
   times: float  # how often it runs
 
 
 @dataclasses.dataclass(frozen=True)
 class CustomCall:
-  """A call of a kernel, whose FLOPs the text does not say."""
+  """A call of a kernel, whose FLOPs cannot be read from the text."""
 
   name: str  # of the instruction
   operands: tuple[hlo_text.Array, ...]  # on one device
   times: float  # how often it runs
-  flops: float | None = None  # of one run, by its author (Pallas: `cost_estimate`)
+  flops: float | None = None  # of one run, if its author noted them (Pallas: `cost_estimate`)
 
 
 @dataclasses.dataclass
 class Program:
   """What one device does in one run of a program or of one of its computations.
 
-  `flops` are two for each multiply-add of a dot or convolution, its padding and holes not counted:
-  a TPU's batched products are such convolutions. `bytes` is an estimate of the traffic of main
-  memory: an instruction outside a fusion reads its operands and writes its results once, without
-  the padding of layouts. A slice or gather, alone or in a fusion, reads the size of its result; an
-  update in place reads and writes the update. Scalars, arrays in another memory (VMEM) and what
-  moves nothing are free. What a kernel or fusion reads twice is counted once.
+  `flops` counts two for each multiply-add of a dot or convolution, without the convolution's
+  padding and dilation: on TPUs, batched products are such convolutions.
+
+  `bytes` estimates the traffic of main memory. An instruction outside a fusion reads its operands
+  and writes its results once, without the padding of layouts. A slice or gather, alone or in a
+  fusion, reads as much as its result has; an update in place reads and writes just the update.
+  Scalars, arrays in another memory (VMEM) and instructions that move no data are free. What a
+  kernel or fusion reads twice is counted once.
   """
 
   flops: float = 0.0
@@ -64,7 +63,7 @@ class Program:
   custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
 
   def add(self, called: Program, times: float) -> None:
-    """Adds `times` runs of what is called."""
+    """Adds `times` runs of a program that is called."""
     self.flops += times * called.flops
     self.bytes += times * called.bytes
     for field in ("collectives", "custom_calls"):
@@ -74,17 +73,21 @@ class Program:
 
 
 def read(text: str, unknown_trips: float = 1) -> Program:
-  """What a compiled program does, from its `compiled.as_text()`.
+  """Reads what a compiled program does.
 
-  Loops count as often as they run, `unknown_trips` where the text does not say, their condition
-  once more than their body. Of a conditional the most expensive branch counts.
+  The body of a loop counts as often as it runs, and its condition once more. Of a conditional, the
+  most expensive branch counts.
+
+  Args:
+    text: `compiled.as_text()`.
+    unknown_trips: number of trips of loops for which the text does not have it.
   """
   entry, devices = hlo_text.parse(text)
   return _Reader(devices, unknown_trips).program(entry, fused=False)
 
 
 class _Reader:
-  """Adds up computations, each of them once."""
+  """Sums up the instructions of computations, each of which is read only once."""
 
   def __init__(self, devices: int, unknown_trips: float):
     self._devices = devices
@@ -92,7 +95,7 @@ class _Reader:
     self._programs: dict[tuple[str, bool], Program] = {}
 
   def program(self, computation: hlo_text.Computation, fused: bool) -> Program:
-    """One run of a computation; a fused one has no memory traffic inside."""
+    """One run of a computation; a fused one has no memory traffic of its own."""
     key = computation.name, fused
     if key not in self._programs:
       self._programs[key] = total = Program()
@@ -130,7 +133,7 @@ class _Reader:
     groups = hlo_text.groups(instruction.attribute(key), self._devices)
     size, sent = len(groups[0]), sum(operand.bytes for operand in instruction.operands)
     if kind == "all-reduce" and fused and size > 1:
-      # A TPU writes a reduce-scatter as a fusion of an all-reduce and a device's slice of it.
+      # On TPUs, a reduce-scatter is a fusion of an all-reduce with a slice of its result.
       if size * sum(result.bytes for result in computation.results) == sent:
         kind = "reduce-scatter"
     return Collective(kind, sent * size if kind == "all-gather" else sent, groups, 1)
@@ -143,15 +146,20 @@ def _custom_call(instruction: hlo_text.Instruction) -> CustomCall:
 
 
 def _weight(branch: Program) -> tuple[float, ...]:
-  """By which branches are compared."""
+  """A key that orders branches by cost."""
   return branch.flops, branch.bytes, sum(c.times * wire_bytes(c) for c in branch.collectives)
 
 
 def axes(groups: hlo_text.Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-  """The mesh axes, in order, that the groups of device positions, or pairs, run along.
+  """The mesh axes, in order, along which a collective communicates.
 
-  ("other",) where the groups are not those of whole axes, or, of pairs, some leave the mesh. Groups
-  of one device run along no axis.
+  Args:
+    groups: see `Collective`.
+    mesh_shape: {axis: size}.
+
+  Returns:
+    () where each group is a single device; ("other",) where the groups do not consist of whole
+    axes, or a device is not in the mesh.
   """
   if len({len(group) for group in groups}) > 1:
     return ("other",)
@@ -161,17 +169,17 @@ def axes(groups: hlo_text.Groups, mesh_shape: Mapping[str, int]) -> tuple[str, .
   places = np.array(np.unravel_index(ids, tuple(mesh_shape.values())))  # [axes, groups, devices]
   varies = (places != places[:, :, :1]).any(axis=(1, 2))
   names = tuple(axis for axis, along in zip(mesh_shape, varies) if along)
-  # In pairs a device sends to one and receives from another.
+  # In pairs, devices occur twice: as source and as target.
   are_pairs = np.unique(ids).size < ids.size
   fits = are_pairs or ids.shape[1] == math.prod(mesh_shape[axis] for axis in names)
   return names if fits else ("other",)
 
 
 def wire_bytes(collective: Collective) -> float:
-  """Bytes that a device sends in one run of a collective over n devices in a ring.
+  """Bytes that a device sends in one run of a collective, over a ring of n devices.
 
-  (n - 1) / n of the array for an all-gather, reduce-scatter or all-to-all, twice that for an
-  all-reduce, the array itself for a permute.
+  (n - 1) / n of the array for an all-gather, reduce-scatter or all-to-all; twice that for an
+  all-reduce; the whole array for a permute or broadcast.
   """
   if collective.kind in ("collective-permute", "collective-broadcast"):
     return collective.bytes

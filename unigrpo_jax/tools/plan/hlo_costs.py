@@ -1,4 +1,4 @@
-"""What one instruction of a compiled XLA program costs: FLOPs, bytes of memory, trips of a loop."""
+"""Costs of an instruction of a compiled XLA program: FLOPs, memory traffic, trips of a loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from unigrpo_jax.tools.plan import hlo_text
 
 NO_KERNELS = {"AllocateBuffer"}  # targets of custom calls that do nothing
-# What the compiler resolves before the program runs, or what is counted where it leads to.
+# Instructions without traffic: the compiler resolves them, or what they call is counted instead.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
   "async", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
@@ -29,7 +29,10 @@ def flops(instruction: hlo_text.Instruction) -> float:
 
 
 def _convolution(instruction: hlo_text.Instruction) -> float:
-  """Two for each product of a value of the input, which is no padding, and one of the kernel."""
+  """FLOPs of a convolution: two for each product of a kernel value and an input value.
+
+  Products with padding, or with the holes of a dilated input, are not counted.
+  """
   labels = re.split("_|->", instruction.attribute("dim_labels"))
   inputs, kernel, result = (
     dict(zip(label, value.arrays[0].dims))
@@ -53,9 +56,9 @@ def _convolution(instruction: hlo_text.Instruction) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _pairs(inputs, kernel, result, *, stride, pad, input_step, kernel_step) -> int:
-  """How many pairs of a result and a kernel position meet a value of the input, along one axis.
+  """Number of pairs (result position, kernel position) that use an input value, along one axis.
 
-  Result o and kernel position k meet the input where o stride + k kernel_step - pad is one of
+  Result o and kernel position k use an input value if o stride + k kernel_step - pad is one of
   0, input_step, ..., (inputs - 1) input_step.
   """
   common = math.gcd(stride, input_step)
@@ -98,12 +101,16 @@ def traffic(instruction: hlo_text.Instruction) -> float:
 
 
 def _in_main_memory(array: hlo_text.Array) -> bool:
-  """Scalars are not: a TPU keeps them in a memory of their own."""
+  """Whether an array is in main memory. Scalars are not: a TPU has a memory of their own for them.
+  """
   return array.space == 0 and bool(array.dims)
 
 
 def _bytes_read(value: hlo_text.Instruction) -> float:
-  """Bytes of `value` that the rest of a fused computation needs: at most all of it, once."""
+  """Bytes of `value`, a parameter of a fused computation, that the computation reads.
+
+  At most all of it, once.
+  """
   is_updated = value.source({"bitcast"}).opcode == "dynamic-update-slice"
   size = 0.0
   for user in value.users:
@@ -126,7 +133,7 @@ def _bytes_read(value: hlo_text.Instruction) -> float:
 
 
 def _bytes_written(fused: hlo_text.Computation) -> list[float]:
-  """Bytes that a fusion writes of each array of its result."""
+  """Bytes that a fusion writes to each array of its result."""
   sizes = []
   for result in fused.results:
     value = result.source({"bitcast"})
@@ -140,10 +147,10 @@ def _bytes_written(fused: hlo_text.Computation) -> list[float]:
 
 
 def trips(loop: hlo_text.Instruction) -> int | None:
-  """Trips of a "while"; None where the text does not say.
+  """Number of trips of a "while"; None where it cannot be read from the text.
 
-  Read from what XLA notes at the loop, or from its condition: a counter that starts at a constant
-  and grows by a constant, and is less than another.
+  It is what XLA noted at the loop, or follows from its condition, if that compares a counter, which
+  starts at a constant and grows by a constant, with a constant bound.
   """
   if known := _KNOWN_TRIPS.search(loop.attributes):
     return int(known[1])
@@ -164,13 +171,13 @@ def trips(loop: hlo_text.Instruction) -> int | None:
 
 
 def _initial(index: int, loop: hlo_text.Instruction) -> int | None:
-  """The integer at `index` of the tuple that a loop starts with."""
+  """The initial value of element `index` of a loop's tuple; None if it is no integer constant."""
   carry = loop.operands[0].source(_SAME_INTEGER)
   return _integer(carry.operands[index]) if carry.opcode == "tuple" else None
 
 
 def _step(index: int, loop: hlo_text.Instruction) -> int | None:
-  """What a trip adds to the element `index` of its tuple; None where that is not a constant."""
+  """What each trip adds to element `index` of a loop's tuple; None if it is no constant."""
   (body,) = loop.called("body")
   if body.root.opcode != "tuple":
     return None
@@ -192,11 +199,12 @@ def _step(index: int, loop: hlo_text.Instruction) -> int | None:
 
 
 def _index(element: hlo_text.Instruction) -> int:
+  """Which element a get-tuple-element takes."""
   return int(element.attribute("index"))
 
 
 def _integer(value: hlo_text.Instruction) -> int | None:
-  """The value of an integer constant."""
+  """The value of an integer constant, maybe copied or converted; None for anything else."""
   constant = value.source(_SAME_INTEGER)
   is_integer = constant.opcode == "constant" and re.fullmatch(r"-?\d+", constant.literal)
   return int(constant.literal) if is_integer else None

@@ -1,7 +1,7 @@
 """Parser for the text of a compiled XLA program: computations, instructions, shapes, groups.
 
-The text of a large program has several megabytes, and so may one line of it: every line is scanned
-a fixed number of times.
+The text of a large program, and even a single line of it, may have several megabytes, so every line
+is scanned a fixed number of times.
 """
 
 from __future__ import annotations
@@ -45,36 +45,38 @@ class Array:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Instruction:
-  """One line of a computation."""
+  """One instruction, a line of a computation."""
 
   name: str  # without the percent sign; unique in the program
-  opcode: str  # such as "dot"; of a "-start" the operation that it starts
-  arrays: tuple[Array, ...]  # the result, or a tuple's leaves; of a start, that of its "-done"
-  operands: tuple[Instruction, ...]  # of the same computation
+  opcode: str  # such as "dot"; without the "-start" of asynchronous operations
+  # The result, or the leaves of a tuple; of a "-start", the result of its "-done".
+  arrays: tuple[Array, ...]
+  operands: tuple[Instruction, ...]  # in the same computation
   attributes: str  # the rest of the line
-  literal: str  # value of a constant, number of a parameter; empty for other opcodes
-  is_root: bool  # whether it gives the computation's result
-  computations: dict[str, Computation]  # all those of the program, by name
-  users: list[Instruction] = dataclasses.field(default_factory=list)
+  literal: str  # value of a constant, or number of a parameter; "" for other opcodes
+  is_root: bool  # whether it is the computation's result
+  computations: dict[str, Computation]  # all computations of the program, by name
+  users: list[Instruction] = dataclasses.field(default_factory=list)  # whose operand it is
 
   @property
   def bytes(self) -> float:
+    """Size of all arrays of the result."""
     return sum(array.bytes for array in self.arrays)
 
   @functools.cached_property
   def target(self) -> str:
-    """What a custom call calls; empty for other opcodes."""
+    """The target of a custom call; "" for other opcodes."""
     is_call = self.opcode == "custom-call"
     return self.attribute("custom_call_target").strip('"') if is_call else ""
 
   def attribute(self, key: str) -> str:
-    """The value behind `key=`, up to the next comma outside brackets and quotes; "" without one."""
+    """The value after `key=`, up to the next comma outside brackets and quotes; "" without it."""
     match = re.search(rf"(?:^|[\s,]){key}=", self.attributes)
     if not match:
       return ""
     start, depth = match.end(), 0
     if self.attributes.startswith("mesh[", start):
-      # Axes of a mesh: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` is one value.
+      # Groups along mesh axes: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}` is one value.
       return self.attributes[start:self.attributes.index("}", start) + 1]
     for mark in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}()\[\],]', self.attributes[start:]):
       depth += (mark[0] in "{([") - (mark[0] in "})]")
@@ -83,11 +85,11 @@ class Instruction:
     return self.attributes[start:]
 
   def called(self, *keys: str) -> list[Computation]:
-    """The computations behind `key=` of each of `keys`."""
+    """The computations that the attributes `keys` name."""
     return [self.computations[name] for key in keys for name in _NAME.findall(self.attribute(key))]
 
   def source(self, through: Collection[str]) -> Instruction:
-    """The instruction that it copies: its first operand's source, if `through` has its opcode."""
+    """Follows first operands as long as the opcode is in `through`, such as copies."""
     value = self
     while value.opcode in through and value.operands:
       value = value.operands[0]
@@ -96,32 +98,37 @@ class Instruction:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Computation:
-  """Its instructions by name, in the order of the text."""
+  """A computation: a function that other instructions call, or the program itself."""
 
   name: str
-  instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+  instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)  # in text order
 
   @functools.cached_property
   def root(self) -> Instruction:
+    """The instruction that is the result."""
     return next(value for value in self.instructions.values() if value.is_root)
 
   @property
   def results(self) -> tuple[Instruction, ...]:
-    """The root, or the elements of the tuple that it is."""
+    """The root, or the operands of a root that makes a tuple."""
     return self.root.operands if self.root.opcode == "tuple" else (self.root,)
 
   @functools.cached_property
   def parameters(self) -> list[Instruction]:
-    """In the order in which a caller passes them."""
+    """The parameters, in the order in which a caller passes them."""
     parameters = [value for value in self.instructions.values() if value.opcode == "parameter"]
     return sorted(parameters, key=lambda parameter: int(parameter.literal))
 
 
 def parse(text: str) -> tuple[Computation, int]:
-  """The computation of a compiled program that runs first, and how many devices run it."""
+  """(the entry computation of a compiled program, number of devices that run it).
+
+  Raises:
+    ValueError: it is not the text of a compiled program.
+  """
   computations: dict[str, Computation] = {}
   entry = current = None
-  # A kernel's own metadata stands on lines of its own in the middle of an instruction.
+  # A kernel's metadata may break an instruction into several lines.
   for line in _CONTINUED.sub(" ", text).splitlines():
     if not line.startswith(" "):
       if line.endswith("{") and "->" in line:
@@ -141,12 +148,12 @@ def parse(text: str) -> tuple[Computation, int]:
 def _add_instruction(
   line: str, computation: Computation, computations: dict[str, Computation]
 ) -> None:
-  """Adds `[ROOT] %name = shape opcode(operands), attributes`."""
+  """Adds the instruction `[ROOT] %name = shape opcode(operands), attributes`."""
   name, _, rest = line.partition(" = ")
   end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
   opening = rest.index("(", end)
   opcode = rest[end:opening].strip()
-  # A literal may hold parentheses of its own, and is no operand.
+  # The literal of a constant may contain parentheses.
   closing = rest.index(")", opening) if opcode == "constant" else _closing(rest, opening)
   inside = rest[opening + 1:closing]
   instruction = Instruction(
@@ -161,7 +168,7 @@ def _add_instruction(
     operand.users.append(instruction)
   computation.instructions[instruction.name] = instruction
   if opcode.endswith("-done"):
-    # The tuple of a start also holds its operands and signals.
+    # The tuple of a "-start" also holds operands and semaphores, so its "-done" has the result.
     start = instruction.operands[0]
     while start.opcode.endswith("-update"):
       start = start.operands[0]
@@ -169,7 +176,7 @@ def _add_instruction(
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` closes."""
+  """Index of the parenthesis that closes the one at `start`."""
   depth = 0
   for mark in re.compile(r"[()]").finditer(text, start):
     depth += 1 if mark[0] == "(" else -1
@@ -189,14 +196,17 @@ def _arrays(shape: str) -> tuple[Array, ...]:
 
 
 def integers(text: str) -> list[int]:
+  """All integers in a text."""
   return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def groups(text: str, devices: int) -> Groups:
-  """Device positions of each group of a collective, of so many devices.
+  """The groups of a collective, as positions of devices.
 
-  The text of `replica_groups` or `source_target_pairs` is `{{0,1},{2,3}}`, `[4,2]<=[2,4]T(1,0)`,
-  or axes of a mesh; `{}` is one group of all.
+  Args:
+    text: of `replica_groups` or `source_target_pairs`: `{{0,1},{2,3}}`, `[4,2]<=[2,4]T(1,0)`, or
+      axes of a mesh; `{}` is one group of all devices.
+    devices: number of devices.
   """
   if text.startswith("["):
     shape, _, iota = text.partition("<=")
@@ -212,16 +222,16 @@ def _as_tuples(ids: np.ndarray, size: int) -> Groups:
 
 
 def _iota(text: str) -> np.ndarray:
-  """Device positions of `[4,2]T(1,0)`: counted up in that shape, then transposed."""
+  """Device positions `[4,2]T(1,0)`: 0, 1, 2, ... in that shape, transposed."""
   dims, order = _IOTA.search(text).groups()
   ids = np.arange(math.prod(integers(dims))).reshape(integers(dims))
   return ids.transpose(integers(order)) if order else ids
 
 
 def _mesh_groups(text: str) -> Groups:
-  """Groups of `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2,'b'}`.
+  """The groups `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2,'b'}`.
 
-  An axis of n that is given as (p)s is one of p x s x n/(p s), of which the middle one is meant.
+  Written as (p)s, an axis of size n is split into p x s x n/(p s), and its middle part is meant.
   """
   sizes = {name: int(size) for name, size in _MESH_AXIS.findall(text.split("]")[0])}
   device_ids = re.search(r"device_ids=\((.*)\) \{", text)
@@ -233,7 +243,7 @@ def _mesh_groups(text: str) -> Groups:
     (name, int(before or 1), int(size or sizes[name]))
     for name, before, size in _GROUP_AXIS.findall(text[text.rindex("{") + 1:text.rindex("}")])
   ]
-  dims, place = [], {}  # every axis cut where a part of it begins or ends
+  dims, place = [], {}  # every axis is split wherever a part of it begins or ends
   for name, size in sizes.items():
     parts = [(p, p * s) for other, p, s in grouped if other == name]
     for low, high in itertools.pairwise(sorted({1, size, *itertools.chain(*parts)})):

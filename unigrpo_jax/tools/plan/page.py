@@ -14,13 +14,20 @@ _TITLES = {
   "layout": "lay out", "read": "read", "decode": "think", "denoise": "draw", "vae": "decode images",
   "precompute": "precompute", "update": "update",
 }
-_MIN_BYTES = 1e7  # a chip sends in an iteration; less is not listed
+_MIN_BYTES = 1e7  # Collectives for which a chip sends less in an iteration are not listed.
 
 
 def render(
   name: str, figures: Mapping[str, Any], chip: chips.Chip, summary: Sequence[str] = ()
 ) -> str:
-  """One page about a topology, with `figures.record` and lines about the run below the title."""
+  """The page about a plan.
+
+  Args:
+    name: of the topology.
+    figures: `figures.record` of the plan.
+    chip: of the topology.
+    summary: lines about the run, below the title.
+  """
   mesh = _mesh(figures["mesh"])
   if figures["sampling_mesh"] != figures["mesh"]:
     mesh += f", sampling {_mesh(figures['sampling_mesh'])}"
@@ -58,7 +65,7 @@ def render(
 
 
 def comparison(records: Mapping[str, Mapping[str, Any]]) -> str:
-  """A line a topology: whether it fits, and what an iteration takes at best."""
+  """A table of topologies, `records` by name: whether each fits, and its speed at best."""
   rows = []
   for name, figures in records.items():
     count, rates = _count(figures), ("", "", "")
@@ -105,6 +112,7 @@ def _time_row(phase: str, values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
+  """A line that says whether a plan fits, and which phase needs most memory."""
   phase, peak = max(figures["peak"].items(), key=lambda item: item[1])
   spare, needs = figures["spare"], f"{_TITLES[phase]} needs {_gib(peak)} GiB"
   if figures["fits"]:
@@ -115,7 +123,7 @@ def verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
 
 
 def table(*rows: Sequence[str]) -> list[str]:
-  """Cells in columns: the first to the left, numbers to the right; short rows are filled up."""
+  """Lines of a table: the first column is left-aligned, others right-aligned; rows may be short."""
   columns = list(itertools.zip_longest(*rows, fillvalue=""))
   widths = [max(map(len, column)) for column in columns]
   return [

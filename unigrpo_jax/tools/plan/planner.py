@@ -1,4 +1,4 @@
-"""The programs of an iteration of UniGRPO, compiled for chips that need not be there."""
+"""Compiles the programs of an iteration of UniGRPO for chips that need not exist here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.tools import flops
 from unigrpo_jax.tools.plan import plans
 
-QUESTION_TOKENS = 16  # of what a reward model is asked, besides the prompt
+QUESTION_TOKENS = 16  # assumed length of a reward model's question, without the prompt
 
 
 class Planner:
-  """A run's programs, from its spec and the sizes of its network."""
+  """Plans a run from its spec and the sizes of its network."""
 
   def __init__(
     self, spec: rl.Spec, network: state.Network,
@@ -39,10 +39,10 @@ class Planner:
 
     Args:
       spec: of the run.
-      network: whose folder needs a config only, and whose mesh may be of chips that are not there.
+      network: its folder needs just a config, and its mesh may be of a topology that is only named.
       progress: called with the name of each program before it is compiled.
-      only: which phases are compiled.
-      texts: folder for the compiled texts; None saves none.
+      only: phases to compile.
+      texts: folder for the compiled programs' texts; None: they are not saved.
 
     Raises:
       InputError: the spec is impossible on this mesh.
@@ -56,7 +56,7 @@ class Planner:
     self.spec, self.network, self.mesh = spec, network, network.mesh
     self._progress, self._only, self._texts = progress, set(only), texts
     self._phases: dict[str, plans.Phase] = {}
-    # All before the mesh is active: there are no chips to compute anything on.
+    # All of this comes before the mesh is activated, on whose chips nothing can be computed.
     optimizer = spec.optimizer.make()
     layout = state.layout(
       network, optimizer, ema=spec.optimizer.ema_decay is not None,
@@ -74,7 +74,8 @@ class Planner:
     self.model_flops = self._model_flops()
 
   def _algorithm(self):
-    """The run's; a reward model has the sizes of the network, and parameters that are shapes."""
+    """The run's algorithm. ReFL's reward model gets the network's sizes, and shapes as parameters.
+    """
     network, spec = self.network, self.spec
     if not spec.by_gradient:
       return parts.make_algorithm(spec, network, self.rollout)
@@ -88,7 +89,7 @@ class Planner:
     return dataclasses.replace(made, ask=ask, fixed=fixed)
 
   def run(self) -> plans.Plan:
-    """Compiles the phases."""
+    """Compiles the phases; returns the plan."""
     s = self.state
     self._held = {
       name: bytes_on_chip(tree) for name, tree in (
@@ -123,9 +124,10 @@ class Planner:
     return taken
 
   def _compile_rollout(self) -> sampler_lib.Episode:
-    """The programs of a chunk; returns the shapes of what they give.
+    """Compiles the programs of a chunk; returns the shapes of their results.
 
-    What each reads comes from the one before it, laid out as the compiler left it.
+    The inputs of each program have the shardings that the compiler chose for the results of the
+    one before it.
     """
     batch, sampler = self.batch, self.rollout.sampler
     run = sampler.programs(batch, self.spec.rollout.sde)
@@ -146,7 +148,7 @@ class Planner:
         "decode", run.decode_text, params, contexts.main, randomness.text, active,
         trips=batch.settings.max_tokens,
       )
-      # An update in place: where it was not compiled, its layout is that from before.
+      # Decoding updates the cache in place: where it was not compiled, the sharding is as before.
       if "decode" in self._phases and self._phases["decode"].exceeds is None:
         contexts = contexts.replace(main=main)
     window = rl.window_steps(self.spec, 1)[:batch.rows]
@@ -160,14 +162,14 @@ class Planner:
     return sampler_lib.Episode(inputs, text, flow)
 
   def _randomness(self) -> sampler_lib.Randomness:
-    """Noise lies by rows; every device has all keys."""
+    """Shapes of the randomness: noise is sharded by rows, keys are replicated."""
     shapes = jax.eval_shape(lambda: self.rollout.randomness(jax.random.key(0), 0, self.batch))
     place = sharding.replicated(self.rollout.network.mesh)
     keys = {"text": _placed(shapes.text, place), "steps": _placed(shapes.steps, place)}
     return self._by_rows(shapes).replace(**keys)
 
   def _compile_vae(self) -> None:
-    """Decoding of as many images as `Sampler` gives the devices at once."""
+    """Compiles the decoding of as many images as `Sampler` decodes at once."""
     c, r, rows = self.network.config.vae, self.spec.rollout, self.batch.rows
     spread = sharding.along_all if rows % self.mesh.size == 0 else sharding.along_batch
     place = spread(self.rollout.network.mesh)
@@ -181,6 +183,7 @@ class Planner:
     )
 
   def _compile_update(self, chunk: sampler_lib.Episode) -> None:
+    """Compiles the two programs of the update, for the experience of chunks like this one."""
     def experience(inputs, text, flow):
       episode = self.rollout.for_update(sampler_lib.Episode(inputs, text, flow))
       prompts = [prompt_sets.Prompt("a", {})] * self.spec.prompts.per_step
@@ -203,17 +206,21 @@ class Planner:
   def _compile(
     self, name: str, fn: Callable, *args, runs: int | None = None, trips: int = 1, mesh=None
   ):
-    """The results of a program, as shapes with shardings; records its phase.
+    """Compiles a program, if its phase is wanted, and records the phase.
 
-    Results of what was not compiled, or does not fit, are laid out by rows. What decoding and
-    denoising read is always compiled with them, since only the compiler knows its layout.
+    "read" and "fork" are always compiled for decoding and denoising, which need the shardings of
+    their results.
 
     Args:
       name: of the phase, or "fork".
-      fn, *args: a jitted function, or a partial of one, and its arguments.
-      runs: in an iteration; None: one a chunk.
-      trips: of a loop that ends early.
-      mesh: along whose batch rows lie, by default that of sampling.
+      fn, *args: a jitted function, or a partial of one, and shapes of its arguments.
+      runs: number of runs in an iteration; None: one per chunk.
+      trips: number of trips of a loop that may end early.
+      mesh: see `_by_rows`.
+
+    Returns:
+      The results as shapes with shardings: the compiler's, or by rows where the program was not
+      compiled or does not fit.
     """
     results = None
     before = ("read", "fork") if {"decode", "denoise"} & self._only else ()
@@ -228,7 +235,7 @@ class Planner:
     return self._by_rows(jax.eval_shape(fn, *args), mesh) if results is None else results
 
   def _by_rows(self, tree: Any, mesh=None) -> Any:
-    """Shapes of arrays, each along the batch of a mesh, by default that of sampling, if it can."""
+    """Shapes of arrays, sharded by rows over the batch of a mesh; None: the mesh for sampling."""
     mesh = mesh or self.rollout.network.mesh
     place = lambda a: (
       sharding.row_sharding(mesh, a.shape[0]) if a.ndim else sharding.replicated(mesh)
@@ -236,10 +243,10 @@ class Planner:
     return jax.tree.map(lambda a: _placed(a, place(a)), tree)
 
   def _model_flops(self) -> dict[str, float]:
-    """Model FLOPs of the phases in an iteration; reasonings as long as they may be.
+    """{phase: model FLOPs of an iteration}, with reasonings of full length.
 
-    Those of the update contain the forward that remat "full" computes again, and nothing of what
-    the other policies do.
+    Those of the update include the forward pass that remat "full" repeats, but not the replays of
+    other policies.
     """
     spec, s, count = self.spec, self.spec.rollout.settings, self.spec.trajectories
     sizes, tokens = flops.Sizes.of(self.network.config), s.max_tokens if s.think else 0
@@ -250,7 +257,7 @@ class Planner:
     reads = parts.schedule(spec, self.mesh).group_parts * spec.rollout.prompt_copies(self.mesh)
     text = prefill * (reads * spec.prompts.per_step) + written
     image = velocity * (spec.steps_an_image * count)
-    # Under adapters, whose own products are not counted, the weights have no gradient.
+    # With adapters, whose own FLOPs are not counted, the weights have no gradient.
     trained = set() if spec.network.lora else spec.optimizer.trained & set(flops.PARTS)
     forwards = 1 + (spec.network.remat == "full")
     epoch = forwards * image.forward + image.backward(trained & {"gen", "latent"})
@@ -294,7 +301,7 @@ def _reward_model(network: state.Network) -> tuple[learned.RewardModel, Any]:
 
 
 def bytes_on_chip(tree: Any) -> int:
-  """Bytes that a chip holds of arrays with shardings."""
+  """Bytes on one chip of a tree of arrays, or shapes, with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -302,7 +309,7 @@ def bytes_on_chip(tree: Any) -> int:
 
 
 def _params(network: state.Network, part: str) -> Any:
-  """Parameters of the network, "bagel" without adapters, or of its autoencoder, "vae": shapes."""
+  """Shapes of the parameters of a part: "bagel", the network without adapters, or "vae"."""
   c, model = network.config, network.model.clone(lora=None)
   pixels = jnp.zeros((1, c.latent_stride, c.latent_stride, c.vae.in_channels))
   init, example = {

@@ -16,7 +16,7 @@ from unigrpo_jax.tools.plan import hlo
 
 UPDATE = ("precompute", "update")  # see `algorithms.update`
 PHASES = ("layout", "read", "decode", "denoise", "vae", *UPDATE)
-# What the compiler says of a program that does not fit.
+# The compiler's message about a program that does not fit.
 _EXCEEDED = re.compile(
   r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM)"
 )
@@ -25,46 +25,58 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """A program, and what an iteration asks of it.
+  """A compiled phase of an iteration."""
 
-  `bytes` are those of one run on one chip: {"arguments", "results", "temporaries"}; results that
-  take their argument's place are not counted again.
-  """
-
-  name: str  # of `PHASES`
-  runs: int  # of an iteration
-  model_flops: float | None  # of all its runs on all chips, by formula; None where there is none
-  program: hlo.Program | None  # what one run does on one chip; None where it did not compile
+  name: str  # one of `PHASES`
+  runs: int  # number of runs in an iteration
+  model_flops: float | None  # of all runs on all chips, by formula; None where there is none
+  program: hlo.Program | None  # what one run does on one chip; None where it does not fit
+  # {"arguments", "results", "temporaries"} of one run on one chip; {} where it does not fit.
+  # Results that replace an argument in place are not counted.
   bytes: Mapping[str, int]
-  exceeds: float | None  # bytes that the compiler wanted where it did not fit; None where it did
+  exceeds: float | None  # bytes that the compiler asked for where it does not fit, else None
   seconds: float  # of compiling
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The programs of a run on a topology.
+  """The compiled phases of a run on a topology.
 
-  `held` are bytes of each cause on one chip, all through: parameters, optimizer, moving average,
-  reference, anchor, reward_model (with the autoencoder, where a loss reads both), rewards
-  (those that score on the same chips, with what a call needs); and those of the
-  rollout: sampler (its copy of the parameters), cache, recorded; and precomputed, of the update.
+  Attributes:
+    mesh: of the phases in `UPDATE`, {axis: size}.
+    sampling_mesh: of the other phases, on the same chips.
+    held: {cause: bytes on one chip}. In all phases: "parameters", "optimizer", "moving average",
+      "reference", "anchor", "reward_model" (of ReFL, with the autoencoder) and "rewards" (those
+      that score on these chips, with what a call needs). In the rollout: "sampler" (its copy of the
+      parameters), "cache" and "recorded" (the experience so far). In the update: "recorded" and
+      "precomputed".
+    phases: by name.
+    trajectories: of an iteration.
   """
 
-  mesh: Mapping[str, int]  # of the phases of `UPDATE`, {axis: size}
-  sampling_mesh: Mapping[str, int]  # of the other phases, on the same chips
+  mesh: Mapping[str, int]
+  sampling_mesh: Mapping[str, int]
   held: Mapping[str, int]
-  phases: Mapping[str, Phase]  # by name
-  trajectories: int  # of an iteration
+  phases: Mapping[str, Phase]
+  trajectories: int
 
 
 def compile_phase(
   name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1,
   texts: pathlib.Path | None = None,
 ) -> tuple[Phase, Any]:
-  """Compiles `fn`, a jitted function or a partial of one, for `args`, shapes with shardings.
+  """Compiles the program of a phase.
 
-  `trips` are those of a loop that ends early; `texts` is a folder for the compiled text, NAME.txt.
-  Returns the phase, and the results as shapes with shardings; None if it does not fit.
+  Args:
+    name: of the phase.
+    fn: a jitted function, or a partial of one.
+    *args: its arguments, as shapes with shardings.
+    runs, model_flops: see `Phase`.
+    trips: number of trips of a loop that may end early.
+    texts: folder for the compiled program's text, NAME.txt; None: it is not saved.
+
+  Returns:
+    (the phase, the results as shapes with shardings; None if the program does not fit).
   """
   bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
   start = time.monotonic()

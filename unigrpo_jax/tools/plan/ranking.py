@@ -1,4 +1,4 @@
-"""The results of a search as text: the ranking, what to paste, and what was dropped."""
+"""The results of a search as text: the ranking, the arguments of the best, and what was dropped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def render(
   topology: str, candidates: Sequence[search.Result], dropped: Sequence[search.Result],
   config_point: search.Point,
 ) -> str:
-  """One page about a topology.
+  """The page about a topology.
 
   Args:
     topology: its name.
-    candidates: whole iterations, best first.
-    dropped: points with reasons.
-    config_point: the values of the config as it is, marked in the ranking.
+    candidates: whole iterations, the best first.
+    dropped: points that were dropped, with reasons.
+    config_point: the point of the config itself, which the ranking marks.
   """
   lines = [f"{topology}: {len(candidates)} candidates", ""]
   if candidates:
@@ -33,7 +33,8 @@ def render(
 
 
 def losses(candidates: Sequence[search.Result]) -> list[tuple[float, float]]:
-  """By what part of the best a candidate is slower: (by max, by sum); 0 is the best itself."""
+  """By what share each candidate is slower than the best: (by max, by sum), see `search.measure`.
+  """
   best = [min(result.times[measure] for result in candidates) for measure in (0, 1)]
   return [
     (result.times[0] / best[0] - 1, result.times[1] / best[1] - 1) for result in candidates
@@ -68,7 +69,7 @@ def _ranking(candidates, config_point) -> list[str]:
 
 
 def _to_paste(candidates) -> list[str]:
-  """The best, and the best by one of the measures where it is another."""
+  """The arguments of the best candidate, and of those that are best by max or by sum."""
   lost = losses(candidates)
   lines = []
   for place, result in enumerate(candidates):

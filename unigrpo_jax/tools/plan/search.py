@@ -1,8 +1,8 @@
-"""A search for the layout of a run on a topology: which values of some keys make it fastest.
+"""Searches the layout of a run on a topology: the values of some keys that make it fastest.
 
-The phases of sampling compile in seconds, so they are compiled for every layout; the update, which
-takes minutes, for the best of them alone. Each result is a line of a file, and is not compiled
-again by a search that finds it there.
+The phases of sampling compile in seconds, so they are compiled for every layout. The update takes
+minutes, so it is compiled only for the best of these. Results are stored as lines of a file; a
+search that finds a result there does not compile it again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import config_files, sections
 from unigrpo_jax.tools.plan import chips, page, plans
 
-# Decoding images is left out: it takes longest to compile, and no key of a search changes it much.
+# Decoding images is left out: it compiles slowly, and no key of the search changes it much.
 SAMPLING = ("layout", "read", "decode", "denoise")
 UPDATE = plans.UPDATE
-# Trajectories of a microbatch on one way of data x fsdp, where the command names no microbatches.
+# Trajectories of a microbatch per data x fsdp way that are tried by default.
 ROWS_OF_A_WAY = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-  """A key that is searched; another one is another line of `DIMENSIONS`.
+  """A key whose values are searched. To search another key, add it to `DIMENSIONS`.
 
   Attributes:
     name: of its flag and its column.
     key: of the config, dotted.
-    phases: those that depend on it; `SAMPLING`, `UPDATE` or both.
-    grows: a larger value needs more memory, so that one larger than what does not fit is dropped.
+    phases: the phases that depend on it: `SAMPLING`, `UPDATE` or both.
+    grows: whether memory grows with the value; then values above one that does not fit are dropped.
   """
 
   name: str
@@ -60,40 +60,41 @@ DIMENSIONS = (
   Dimension("remat", "remat", UPDATE),
   Dimension("microbatch", "microbatch", UPDATE, grows=True),
 )
-# The value of each dimension, by its name; of those of the update where it is about the update.
+# {name of a dimension: value}, of the dimensions that matter for the phases in question.
 Point = Mapping[str, Any]
-# The figures (`figures.record`) of some phases at a point. An InputError is a refusal.
+# (point, phases) -> `figures.record` of these phases; raises InputError for an impossible point.
 Compile = Callable[[Point, Sequence[str]], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Some phases, compiled at a point: what they take, or why the point is dropped."""
+  """The result of compiling some phases at a point."""
 
   point: Point
-  figures: Mapping[str, Any] | None
-  reason: str = ""
+  figures: Mapping[str, Any] | None  # `figures.record`; None where nothing was compiled
+  reason: str = ""  # why the point is dropped; "": it is not
 
   @property
   def times(self) -> tuple[float, float]:
-    """Seconds of an iteration: (all resources at once, one after the other); see `measure`."""
+    """Seconds of an iteration, (max, sum); see `measure`."""
     return measure(self.figures["phases"])
 
 
 def measure(phases: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
-  """Seconds of `figures.record(...)["phases"]`: (max, sum) of compute, HBM and interconnect.
+  """Seconds of all phases, (max, sum): `phases` is `figures.record(...)["phases"]`.
 
-  The first is what phases take where the three overlap perfectly, the second where they do not.
+  They are the maximum, and the sum, of the times of compute, HBM and interconnect in each phase: if
+  the three overlap perfectly, and if they do not overlap at all.
   """
   times = [phase["times"].values() for phase in phases.values()]
   return sum(map(max, times)), sum(map(sum, times))
 
 
 def parse(name: str, text: str) -> tuple[Any, ...]:
-  """The values of a flag such as --tensor=1,2,4, smallest first.
+  """The values of a flag such as --tensor=1,2,4, in ascending order.
 
   Raises:
-    InputError: one of them is no value of its key.
+    InputError: a value is impossible for the flag's key.
   """
   if name == "remat":
     for value in (values := text.split(",")):
@@ -112,9 +113,9 @@ class Space:
   """The points of a search.
 
   Attributes:
-    config: with all its other keys.
-    chips: of the topology.
-    given: the values that the command names, by dimension.
+    config: of the run.
+    chips: number of chips of the topology.
+    given: {name of a dimension: values}, of those that the command names.
   """
 
   config: Any
@@ -122,7 +123,8 @@ class Space:
   given: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
   def points(self, phases: Sequence[str], at: Point | None = None) -> Iterator[Point]:
-    """Of the dimensions that the phases depend on, but for those that `at` has already."""
+    """Yields all points of the dimensions that `phases` depend on, with the values in `at` fixed.
+    """
     free = [d for d in DIMENSIONS if set(phases) & set(d.phases) and d.name not in (at or {})]
 
     def extend(point, rest):
@@ -135,18 +137,18 @@ class Space:
     yield from extend(dict(at or {}), free)
 
   def of_config(self) -> Point:
-    """The config's own values."""
+    """The point of the config itself."""
     return {d.name: _section(self.config, d.key)[d.key.rpartition(".")[2]] for d in DIMENSIONS}
 
   def values(self, name: str, point: Point) -> tuple[Any, ...]:
-    """What a dimension is tried with at a point of those before it."""
-    if name == "rollout_tensor":  # Not more parts of a layer than in the update.
+    """The values to try of a dimension, given those of the dimensions before it."""
+    if name == "rollout_tensor":  # At most as many ways as in the update, and a divisor of them.
       sizes = self.given.get(name, (1, 2, 4))
       return tuple(size for size in sizes if point["tensor"] % size == 0)
     if name in self.given:
       return self.given[name]
     prompts, rows = self.config.prompts_per_step, self.config.group_size
-    if name == "tensor":  # More ways than key-value heads would copy them.
+    if name == "tensor":  # With more ways than key-value heads, these would be copied.
       return tuple(size for size in (1, 2, 4) if self.chips % size == 0)
     if name == "prompts_at_once":
       return tuple(prompts // part for part in (4, 2, 1) if prompts % part == 0)
@@ -163,10 +165,10 @@ def overrides(point: Point) -> list[str]:
 
 
 class Store:
-  """The results of searches, a line of JSON each; a line that a stop cut short is passed over."""
+  """The results of searches, in a file of JSON lines; a line that was cut off is ignored."""
 
   def __init__(self, path: pathlib.Path):
-    """Reads a file, if there is one.
+    """Reads the file, if it exists.
 
     Raises:
       InputError: it is no file of results.
@@ -190,9 +192,11 @@ class Store:
     return len(self._results)
 
   def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row that was added with a key; None where there is none."""
     return self._results.get(self._hash(key))
 
   def add(self, key: Mapping[str, Any], **values: Any) -> None:
+    """Appends a row with a key."""
     row = {"key": dict(key), **values}
     self._results[self._hash(key)] = row
     with self._path.open("a", encoding="utf-8") as file:
@@ -205,7 +209,7 @@ class Store:
 
 
 class Search:
-  """Compiles the points of a space for a topology."""
+  """Searches the points of a space on a topology."""
 
   def __init__(
     self, topology: str, space: Space, compile_point: Compile, store: Store,
@@ -215,20 +219,24 @@ class Search:
 
     Args:
       topology: such as "v5p:4x4x4".
-      space: its points.
-      compile_point: compiles some phases at a point.
-      store: results so far; new ones are added.
+      space: the points.
+      compile_point: compiles phases at a point.
+      store: earlier results; new ones are added.
       report: called with a line for each point.
-      best: for how many layouts of sampling the update is compiled.
+      best: number of layouts for which the update is compiled.
     """
     self._topology, self._space, self._compile = topology, space, compile_point
     self._store, self._report, self._best = store, report, best
     self._chip = chips.CHIPS[topology.partition(":")[0]]
 
   def run(self) -> tuple[list[Result], list[Result]]:
-    """Returns (candidates: whole iterations, best first; points that are dropped, with reasons)."""
+    """Runs the search.
+
+    Returns:
+      (candidates: whole iterations, the best first; points that were dropped, with reasons).
+    """
     sampled = self._stage(self._space.points(SAMPLING), SAMPLING)
-    # Of each layout of the update the fastest sampling: how it samples hardly changes the update.
+    # For each layout of the update only the fastest sampling, which hardly matters to the update.
     shared = [d.name for d in DIMENSIONS if set(UPDATE) <= set(d.phases) and d.phases != UPDATE]
     layouts: dict[tuple, Result] = {}
     for result in sorted((r for r in sampled if not r.reason), key=lambda r: sum(r.times)):
@@ -245,6 +253,7 @@ class Search:
     return sorted(candidates, key=lambda result: sum(result.times)), dropped
 
   def _stage(self, points, phases: Sequence[str]) -> list[Result]:
+    """The results of phases at all points, with a report on each."""
     results, points, began = [], list(points), time.monotonic()
     stage = "update" if phases == UPDATE else "sampling"
     for number, point in enumerate(points, 1):
@@ -260,7 +269,10 @@ class Search:
     return results
 
   def _result(self, point: Point, phases, before: Sequence[Result]) -> tuple[Result, str]:
-    """A point's result, and where it comes from; "" if it was compiled."""
+    """A point's result, and where it comes from ("": it was compiled now).
+
+    `before` are the results of this stage so far.
+    """
     smaller = _smaller(point, before)
     if smaller:
       return Result(point, None, f"more than {smaller}, which does not fit"), "not compiled"
@@ -282,8 +294,13 @@ class Search:
     return Result(point, figures, reason), source
 
   def _compiled(self, point: Point, phases):
-    """(figures or None, why it is refused, whether another start would find the same)."""
-    # Sampling does not depend on the microbatch, but no run may have one that does not divide.
+    """Compiles phases at a point.
+
+    Returns:
+      (figures, or None; why they are missing; whether that is final, so that it can be stored).
+    """
+    # Sampling does not depend on the update's keys, but a run needs possible values of these too,
+    # so they are tried one after another.
     others = [d for d in DIMENSIONS if d.name not in point]
     for whole in self._space.points(UPDATE, point):
       try:
@@ -298,7 +315,7 @@ class Search:
     return None, f"refused: {refusal}", is_about_point
 
   def _key(self, point: Point, phases) -> dict[str, Any]:
-    """What is compiled: the whole config, but for keys that the phases do not depend on."""
+    """Identifies what is compiled: topology, phases, point, the config's other keys, versions."""
     config = sections.plain(self._space.config)
     for dimension in DIMENSIONS:
       _section(config, dimension.key).pop(dimension.key.rpartition(".")[2])
@@ -310,7 +327,7 @@ class Search:
 
 
 def versions() -> dict[str, str]:
-  """Of what compiles."""
+  """Versions of jax and of the TPU compiler ("" without one)."""
   try:
     libtpu = importlib.metadata.version("libtpu")
   except importlib.metadata.PackageNotFoundError:
@@ -319,10 +336,10 @@ def versions() -> dict[str, str]:
 
 
 def chip_count(topology: str) -> int:
-  """Chips of a topology such as "v5p:4x4x4", from its name.
+  """The number of chips of a topology such as "v5p:4x4x4", from its name.
 
   Raises:
-    InputError: it is no such name.
+    InputError: the name is malformed, or of another kind of chip.
   """
   kind, _, shape = topology.partition(":")
   sizes = shape.split("x")
@@ -335,15 +352,16 @@ def chip_count(topology: str) -> int:
 
 
 def describe(point: Point) -> str:
+  """A point in words."""
   return ", ".join(f"{name} {value}" for name, value in point.items())
 
 
 def compiler(config: str, arguments: Sequence[str], topology: str) -> Compile:
-  """Compiles in processes of their own, which give back their memory and may crash.
+  """A `Compile` that runs each compilation in a new process, which frees its memory and may crash.
 
   Args:
     config: of the command line, FILE.py:VARIANTS.
-    arguments: its overrides.
+    arguments: overrides of the config.
     topology: such as "v5p:4x4x4".
   """
   config_files.load(config, arguments)
@@ -367,12 +385,12 @@ def compiler(config: str, arguments: Sequence[str], topology: str) -> Compile:
 
 
 def _section(config: Any, key: str) -> Any:
-  """The section of a config in which a dotted key lies."""
+  """The section of a config that contains a dotted key."""
   return functools.reduce(operator.getitem, key.split(".")[:-1], config)
 
 
 def _smaller(point: Point, results: Sequence[Result]) -> str:
-  """The point that does not fit and needs less than this one, in words; "" for none."""
+  """A point among `results` that does not fit and needs less memory, in words; "" without one."""
   grows = [d.name for d in DIMENSIONS if d.grows and d.name in point]
   for result in results:
     differs = [name for name in point if result.point.get(name) != point[name]]
@@ -385,7 +403,7 @@ def _smaller(point: Point, results: Sequence[Result]) -> str:
 
 
 def _together(sampled: Result, updated: Result) -> Result:
-  """The phases of an iteration from those of its two halves."""
+  """A whole iteration: the phases of sampling and of the update."""
   figures = {
     name: {**sampled.figures[name], **updated.figures[name]} for name in ("phases", "peak")
   }

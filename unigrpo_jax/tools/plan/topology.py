@@ -1,4 +1,4 @@
-"""A run on a TPU topology that is only named."""
+"""Networks on TPU topologies that are only named, without any TPU."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ INSTALL = 'install the TPU compiler, pip install "jax[tpu]"'
 
 
 def devices(name: str) -> tuple[chips.Chip, list]:
-  """The chip and the devices of a topology such as "v5p:4x4x4".
+  """(the chip, the devices) of a topology such as "v5p:4x4x4".
 
   Raises:
-    InputError: no compiler, or no such topology.
+    InputError: the TPU compiler is not installed, or there is no such topology.
   """
   kind, _, shape = name.partition(":")
   if kind not in chips.CHIPS or not shape:
@@ -42,7 +42,7 @@ def devices(name: str) -> tuple[chips.Chip, list]:
 def open_network(
   spec: state.NetworkSpec, chip: chips.Chip, chip_devices: list
 ) -> state.Network:
-  """A network, by default BAGEL-7B-MoT, on devices that may not be there; without weights."""
+  """The network of a spec, or BAGEL-7B-MoT, on the devices of a topology; without weights."""
   if spec.init_from:
     network = state.open_network(spec, chip_devices)
   else:
@@ -52,7 +52,7 @@ def open_network(
 
 
 def stub_tokenizer() -> tokenizer_lib.Tokenizer:
-  """The special ids of BAGEL-7B-MoT; of texts it knows the length of the system prompt alone."""
+  """A stub with BAGEL-7B-MoT's special ids; it knows only the length of the system prompt."""
   lengths = {tokenizer_lib.SYSTEM_PROMPT_GEN: 46}
   return tokenizer_lib.Tokenizer(
     None, im_start=151644, im_end=151645, vision_start=151652, vision_end=151653, size=151665,
@@ -61,7 +61,7 @@ def stub_tokenizer() -> tokenizer_lib.Tokenizer:
 
 
 def summary(spec: rl.Spec) -> list[str]:
-  """What an iteration of the run is."""
+  """Lines that describe an iteration of the run."""
   r, s, lora = spec.rollout, spec.rollout.settings, spec.network.lora
   text = f"{s.max_tokens} tokens of reasoning" if s.think else "no reasoning"
   method = f"LoRA of rank {lora.rank}" if lora else "full fine-tuning"
