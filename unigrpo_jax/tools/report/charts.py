@@ -1,4 +1,4 @@
-"""Charts of the run report: matplotlib figures, as SVG images that a page can hold."""
+"""Charts of the run report: matplotlib figures as SVG images that can be embedded in a page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGE, SMALL = (4.2, 2.6), (3.2, 1.8)
 
 
 class Line(NamedTuple):
-  """Values y [N] at x [N], NaN for a gap, with a band or an interval from low to high."""
+  """Values y at x, with a band or interval from low to high, [N] each; y is NaN at a gap."""
 
   x: np.ndarray
   y: np.ndarray
@@ -30,10 +30,10 @@ class Line(NamedTuple):
 
 
 def binned(series: Sequence[tuple[float, float]], limit: int) -> Line:
-  """At most `limit` means of consecutive (x, value), with bands from their least to their largest.
+  """Averages a series [(x, value)] in at most `limit` bins, with bands from minimum to maximum.
 
-  All bins have equally many values, and their middle as x. A value that is not finite is left out;
-  a bin of none is a gap.
+  All bins but the last have equally many values; x is the middle of a bin. Values that are not
+  finite are left out; a bin without any others is a gap.
   """
   size = max(1, -(-len(series) // limit))
   bins = []
@@ -50,9 +50,18 @@ def line_chart(
   lines: Mapping[str, Line], intervals: Mapping[str, Line], *, x_range: tuple[float, float],
   x_label: str, size: tuple[float, float] = LARGE, log: bool = False,
 ) -> str | None:
-  """Lines with bands, and marks with intervals, by name: a data URI, or None without a value.
+  """Draws a line chart.
 
-  The x axis reaches over `x_range`. `size` is in inches. `log` needs values above zero.
+  Args:
+    lines: {name: values with a band}, drawn as lines.
+    intervals: {name: values with intervals}, drawn as marks.
+    x_range: of the x axis.
+    x_label: of the x axis.
+    size: width and height in inches.
+    log: logarithmic y axis; needs values above 0.
+
+  Returns:
+    A data URI; None where there is no value.
   """
   everything = [*lines.values(), *intervals.values()]
   if not any(np.isfinite(line.y).any() for line in everything):
@@ -69,16 +78,17 @@ def line_chart(
 def draw_lines(
   axes: matplotlib.axes.Axes, lines: Mapping[str, Line], intervals: Mapping[str, Line]
 ) -> None:
-  """Draws lines with bands, and marks with intervals, by name; y begins at 0 at the least."""
+  """Draws `lines` and `intervals` of `line_chart`; y begins at 0 or above if no value is negative.
+  """
   for name, (x, y, low, high) in lines.items():
-    # A value between two gaps is a dot, and so is each of a short line.
+    # Dots mark single values between gaps, and all values of a short line.
     gaps = np.pad(np.isnan(y), 1, constant_values=True)
     dots = np.flatnonzero(gaps[:-2] & gaps[2:] | (len(x) <= 20)).tolist()
     [drawn] = axes.plot(x, y, marker="o", markersize=3, markevery=dots, label=name)
     if (low < high).any():
       axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
   for name, (x, y, low, high) in intervals.items():
-    # An end may lie on the wrong side of the mean by a rounding error.
+    # Rounding may put an end of an interval on the wrong side of the mean.
     reach = np.maximum([y - low, high - y], 0)
     axes.errorbar(x, y, reach, marker="o", markersize=4, linewidth=1, capsize=2, label=name)
   everything = [*lines.values(), *intervals.values()]
@@ -89,7 +99,7 @@ def draw_lines(
 
 @matplotlib.rc_context(fname=STYLE)
 def stacked_chart(parts: Mapping[str, Line], *, x_label: str, y_label: str) -> str:
-  """Bars at the same x, one part on the other, as a data URI."""
+  """Draws a stacked bar chart; returns a data URI. All parts must have the same x."""
   heights = np.array([line.y for line in parts.values()])
   x = next(iter(parts.values())).x
   half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
@@ -110,7 +120,7 @@ def _axes(size: tuple[float, float], x_label: str, x_range: tuple[float, float])
 
 
 def set_axes(axes: matplotlib.axes.Axes, x_label: str, x_range: tuple[float, float]) -> None:
-  """Few round ticks, the x label at the right, and a margin around `x_range`."""
+  """Sets a few round ticks, the x label at the right, and a margin around `x_range`."""
   round_steps = [1, 2, 5, 10]
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_steps, integer=True))
   axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_steps))
@@ -120,9 +130,9 @@ def set_axes(axes: matplotlib.axes.Axes, x_label: str, x_range: tuple[float, flo
 
 
 def wrapped(text: str, width: int, most: int | None = None) -> str:
-  """Text in lines of some characters' width, at most so many of them, for Matplotlib to write."""
+  """Wraps a text for Matplotlib: at most `most` lines of at most `width` characters."""
   lines = textwrap.wrap(text, width, max_lines=most, placeholder=" …")
-  return "\n".join(lines).replace("$", r"\$")  # A dollar sign would begin a formula.
+  return "\n".join(lines).replace("$", r"\$")  # A plain dollar sign would begin a formula.
 
 
 def _data_uri(chart: figure.Figure) -> str:

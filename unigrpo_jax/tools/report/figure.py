@@ -1,4 +1,4 @@
-"""One picture of a run: the reward, and the same prompts before and after; for pages and slides."""
+"""One picture of a run, for web pages and slides: its reward, and prompts before and after."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from unigrpo_jax.data import atomic, tokenizer
 from unigrpo_jax.tools.report import charts, page, samples, workdir
 
 FORMATS = ("png", "svg", "pdf")
-ROWS, COLUMNS = 2, 4  # of prompts
-CHANGED = 0.4  # how much the reward of a prompt that is shown differs at least
-SIZE, DPI = (11, 9.4), 130  # inches
+ROWS, COLUMNS = 2, 4  # of the prompts that are shown
+CHANGED = 0.4  # least change of the reward of a prompt that is shown
+SIZE, DPI = (11, 9.4), 130  # inches, dots per inch
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
 def draw(run: workdir.Run, out: pathlib.Path) -> None:
-  """Writes the picture, in the format that the ending of `out` names.
+  """Writes the picture of a run to `out`, whose suffix is one of FORMATS.
 
   Raises:
-    InputError: another ending, the run was not evaluated twice, or `out` cannot be written.
+    InputError: `out` has another suffix or cannot be written, or the run was not evaluated twice.
   """
   kind = out.suffix.removeprefix(".")
   errors.choose("the ending of --figure", kind, FORMATS)
@@ -84,7 +84,7 @@ def _reward(sample: workdir.Sample, name: str) -> float:
 
 
 def _show(cell: matplotlib.axes.Axes, sample: workdir.Sample, title: str) -> None:
-  """A sample's picture, unless it is damaged, its title above and its reasoning below."""
+  """Draws a sample: its picture, unless that is damaged, a title above and its reasoning below."""
   with contextlib.suppress(Exception):  # Pillow raises many kinds for damaged files.
     with PIL.Image.open(io.BytesIO(sample.image.read_bytes())) as image:
       cell.imshow(image.convert("RGB"), interpolation="nearest")
@@ -93,7 +93,8 @@ def _show(cell: matplotlib.axes.Axes, sample: workdir.Sample, title: str) -> Non
 
 
 def _write(cell: matplotlib.axes.Axes, text: str, *, width: int, above: bool) -> None:
-  """Text of some characters' width, above the cell and its title, or below the cell."""
+  """Writes a text, wrapped at `width` characters, above the cell and its title, or below the cell.
+  """
   cell.annotate(
     charts.wrapped(text, width), (0, 1 if above else 0), (0, 14 if above else -3),
     xycoords="axes fraction", textcoords="offset points", va="bottom" if above else "top",

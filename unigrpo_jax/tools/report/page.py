@@ -1,4 +1,4 @@
-"""The page: one HTML text of a run, with nothing outside of it."""
+"""The report of a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from unigrpo_jax.benchmarks import intervals
 from unigrpo_jax.runtime import metrics
 from unigrpo_jax.tools.report import charts, samples, workdir
 
-# Points of a large and of a small chart; more steps than that are averaged.
+# Points of a large and of a small chart; longer series are averaged.
 LARGE, SMALL = 200, 80
-# Groups of small charts: title, what a healthy run shows, which metrics. A metric belongs to the
-# first group that matches, else to a group named by its prefix.
+# Groups of small charts: (title, explanation, regular expression of metrics). A metric belongs to
+# the first group that matches, else to a group named by its prefix.
 HEALTH = (
   ("Drift", "Between the sampler's and the trainer's own values.", r"^drift"),
   ("Importance ratios", "1 before the first update of an iteration, close to it after.", r"ratio"),
@@ -32,14 +32,14 @@ HEALTH = (
   ("Groups", "A group whose rewards are all equal teaches nothing.", r"^groups/"),
   ("Speed", "", r"per_second$"),
 )
-# Metrics with a section of their own.
+# Prefixes of metrics with sections of their own.
 ELSEWHERE = ("reward/", "eval/", "seconds/", "share/")
-# What evaluations call the weighted sum, which training logs as reward/mean and reward/std.
+# Name of the weighted sum in evaluations; training logs it as reward/mean and reward/std.
 TOTAL = "reward"
 
 
 def render(run: workdir.Run) -> str:
-  """The whole page of `run`."""
+  """The HTML of the page."""
   unit = "iteration" if any(k.startswith(("reward/", "eval/")) for k in run.keys) else "step"
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True,
@@ -53,8 +53,14 @@ def render(run: workdir.Run) -> str:
 
 
 def headline(run: workdir.Run) -> tuple[str, str, list] | None:
-  """(reward, mode, evaluations) of the first reward that was evaluated twice, in the config's first
-  mode, by which the best checkpoint is chosen; else in one that thinks."""
+  """The result to show first: of the first reward that was evaluated at least twice.
+
+  Its mode is the first one in the config (which decides the best checkpoint) that was evaluated,
+  else one with thinking, else any.
+
+  Returns:
+    (reward, mode, [(step, scores of the prompts)]); None where no reward was evaluated twice.
+  """
   configured = [mode.replace(" ", "") for mode in (run.config.get("eval") or {}).get("modes", ())]
   for reward in reward_names(run):
     modes = run.evaluated(reward)
@@ -66,7 +72,10 @@ def headline(run: workdir.Run) -> tuple[str, str, list] | None:
 
 
 def training(run: workdir.Run) -> tuple[float, float, int] | None:
-  """Mean training reward of the first and last tenth (single steps are noisy), and their steps."""
+  """(mean training reward of the first tenth of all steps, of the last tenth, steps of a tenth).
+
+  None for fewer than two steps.
+  """
   values = run.finite("reward/mean")
   tenth = max(1, len(values) // 10)
   ends = (values[:tenth], values[-tenth:])
@@ -74,12 +83,12 @@ def training(run: workdir.Run) -> tuple[float, float, int] | None:
 
 
 def seconds(run: workdir.Run, phase: str) -> datetime.timedelta:
-  """Wall time of a phase, all steps together."""
+  """Wall time of a phase in all steps together."""
   return datetime.timedelta(seconds=round(math.fsum(run.finite(f"seconds/{phase}"))))
 
 
 def reward_names(run: workdir.Run) -> list[str]:
-  """Rewards that were evaluated or logged: what is trained on, then what it is made of."""
+  """Names of the rewards that were evaluated or logged; the weighted sum first."""
   samples_of_all = (sample for samples in run.evaluations.values() for sample in samples)
   names = [name for sample in samples_of_all for name in sample.rewards]
   for key in run.keys:
@@ -91,14 +100,14 @@ def reward_names(run: workdir.Run) -> list[str]:
 
 
 def reward_chart(run: workdir.Run, name: str, unit: str) -> str | None:
-  """A reward in training, and in evaluations by mode with intervals."""
+  """The chart of a reward in training, and in evaluations by mode with intervals; see `charts`."""
   return charts.line_chart(*reward_lines(run, name), x_range=run.steps, x_label=unit)
 
 
 def reward_lines(
   run: workdir.Run, name: str
 ) -> tuple[dict[str, charts.Line], dict[str, charts.Line]]:
-  """The lines and intervals of `reward_chart`, by what they are called in it."""
+  """(lines, intervals) of `reward_chart`, by their names in the legend."""
   training = charts.binned(run.series("reward/mean" if name == TOTAL else f"reward/{name}"), LARGE)
   std = charts.binned(run.series("reward/std"), LARGE).y
   if name == TOTAL and len(std) == len(training.y):
@@ -111,7 +120,7 @@ def reward_lines(
 
 
 def health(run: workdir.Run, unit: str) -> dict[str, tuple[str, list[tuple]]]:
-  """Title -> (hint, charts as (metric, chart, caption)) of metrics without a section of theirs."""
+  """{title: (explanation, [(metric, chart, caption)])} of the metrics without their own section."""
   groups: dict[str, tuple[str, list[tuple]]] = {title: (hint, []) for title, hint, _ in HEALTH}
   for key in run.keys:
     if key.startswith(ELSEWHERE):
@@ -132,10 +141,15 @@ def health(run: workdir.Run, unit: str) -> dict[str, tuple[str, list[tuple]]]:
 
 
 def timings(run: workdir.Run, unit: str) -> dict[str, Any] | None:
-  """Seconds by phase: a stacked chart, and rows (phase, median, share of all time)."""
-  # Compiling happens within the other phases, and evaluations are between the iterations.
+  """Seconds by phase, for the page.
+
+  Returns:
+    {"chart": stacked chart, "rows": [(phase, median, share of all time)], "median": of a step,
+    "first_is_left_out": whether the first step, which compiles, was left out}; None without phases.
+  """
+  # Compilation happens within other phases, and evaluations between iterations.
   apart = ("total", "compile", "evaluate")
-  # seconds/reward/NAME are parts of phases.
+  # Without seconds/reward/NAME, which are parts of phases.
   keys = [
     key for key in run.keys if re.fullmatch("seconds/[^/]+", key) and key.split("/")[1] not in apart
   ]

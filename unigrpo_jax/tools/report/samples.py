@@ -1,4 +1,4 @@
-"""The same prompts before and after: pictures, reasoning and rewards, and a table by category."""
+"""The same prompts before and after training: pictures, reasonings, rewards, means by category."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import PIL.Image
 from unigrpo_jax.benchmarks import intervals
 from unigrpo_jax.tools.report import workdir
 
-SHOWN, SHOWN_OF_MODE = 24, 4  # Prompts in all, and those of one mode at least.
-SMALL, SIDE = 256, 384  # Pixels of a side: up to SMALL, a picture is embedded as it is.
-ALL = "all"  # categories
+SHOWN, SHOWN_OF_MODE = 24, 4  # Prompts shown in all modes together, and at least in each mode.
+# Pictures with sides of up to SMALL pixels are embedded as they are, larger ones reduced to SIDE.
+SMALL, SIDE = 256, 384
+ALL = "all"  # all categories together
 
 
 def estimate(scores: Sequence[float]) -> str:
-  """Mean and 95 % interval of the finite scores; the mean alone of one, a dash for none."""
+  """Mean and 95 % interval of the finite scores; the mean alone for one score, a dash for none."""
   finite = [score for score in scores if math.isfinite(score)]
   if not finite:
     return "–"
@@ -28,13 +29,13 @@ def estimate(scores: Sequence[float]) -> str:
 
 
 def ends(run: workdir.Run) -> list[int]:
-  """Steps of the first and the last evaluation; one or none where there are no more."""
+  """The steps of the first and the last evaluation; fewer where there are not two."""
   steps = list(run.evaluations)
   return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
 
 
 def by_mode(run: workdir.Run) -> dict[str, list[list[workdir.Sample]]]:
-  """Mode -> a list of samples for each of `ends`."""
+  """{mode: [samples of each evaluation in `ends`]}."""
   both = [run.evaluations[step] for step in ends(run)]
   return {
     mode: [[sample for sample in samples if sample.mode == mode] for samples in both]
@@ -43,7 +44,7 @@ def by_mode(run: workdir.Run) -> dict[str, list[list[workdir.Sample]]]:
 
 
 def by_category(run: workdir.Run, rewards: Sequence[str]) -> list[tuple]:
-  """Rows (mode, category, prompts, an estimate for each reward and end)."""
+  """Rows (mode, category, number of prompts, [estimate of each reward at each of `ends`])."""
   rows = []
   for mode, both in by_mode(run).items():
     categories = sorted({sample.category for samples in both for sample in samples})
@@ -58,7 +59,7 @@ def by_category(run: workdir.Run, rewards: Sequence[str]) -> list[tuple]:
 
 
 def cards(run: workdir.Run) -> dict[str, list[tuple[workdir.Sample, ...]]]:
-  """Mode -> the first prompts with a picture or a text: a sample of each end."""
+  """{mode: [samples of a prompt at `ends`]}, of the first prompts with a picture or a text."""
   cards = {}
   for mode, both in by_mode(run).items():
     pairs = [pair for pair in zip(*both) if len({sample.prompt for sample in pair}) == 1]
@@ -68,7 +69,10 @@ def cards(run: workdir.Run) -> dict[str, list[tuple[workdir.Sample, ...]]]:
 
 
 def data_uri(path: pathlib.Path) -> str | None:
-  """A picture: a small one as PNG, byte for byte, a large one scaled, as JPEG; None if damaged."""
+  """A picture file as data URI; None if it is damaged.
+
+  A small PNG file is embedded unchanged; a large picture is reduced and becomes a JPEG.
+  """
   try:
     data = path.read_bytes()
     with PIL.Image.open(io.BytesIO(data)) as image:

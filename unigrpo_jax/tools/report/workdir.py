@@ -1,4 +1,4 @@
-"""What a run left in its folder, read tolerantly: a missing piece becomes a note, not an error."""
+"""Reads what a run left in its folder; a missing or damaged piece becomes a note, not an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unigrpo_jax.runtime import metrics
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One prompt under one mode of the evaluation after `step`: reasoning, rewards, picture file."""
+  """One prompt in one mode of the evaluation after `step`; its picture is a file."""
 
   step: int
   mode: str
@@ -28,14 +28,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything that the page shows."""
+  """The contents of a run's folder."""
 
-  name: str  # of its folder, and the run's own
-  rows: list[dict[str, float]]  # of metrics, one per step
-  config: dict[str, Any]  # empty where there is none
-  info: dict[str, Any]  # versions, devices and the like; empty where there is none
+  name: str  # of the folder, and of the run
+  rows: list[dict[str, float]]  # metrics, one row per step
+  config: dict[str, Any]  # {} where it is missing
+  info: dict[str, Any]  # versions, devices and the like; {} where they are missing
   evaluations: dict[int, list[Sample]]  # by step, in order
-  notes: list[str]  # sentences on what is missing or unreadable
+  notes: list[str]  # sentences about what is missing or unreadable
 
   @property
   def keys(self) -> list[str]:
@@ -49,16 +49,17 @@ class Run:
     return min(steps), max(steps)
 
   def series(self, key: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric; NaN where it was not finite."""
+    """[(step, value)] of a metric; values need not be finite."""
     return [(row["step"], row[key]) for row in self.rows if key in row]
 
   def finite(self, key: str) -> list[float]:
-    """The finite values of one metric, by step."""
+    """The finite values of a metric, in order of steps."""
     return [value for _, value in self.series(key) if math.isfinite(value)]
 
   def evaluated(self, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
-    """Mode -> [(step, scores)] of a reward: those of every prompt where the evaluation was saved,
-    else its mean, from `eval/<mode>/<reward>`.
+    """{mode: [(step, scores)]} of a reward.
+
+    Scores are those of all prompts where the evaluation was saved, else the logged mean alone.
     """
     modes: dict[str, dict[int, Sequence[float]]] = {}
     for key in self.keys:
@@ -76,10 +77,10 @@ class Run:
 
 
 def read(folder: pathlib.Path) -> Run:
-  """Reads a working folder.
+  """Reads the workdir of a run.
 
   Raises:
-    InputError: the folder has no metrics.
+    InputError: it has no metrics.
   """
   path = folder / "metrics.jsonl"
   if not path.is_file():
@@ -101,7 +102,7 @@ def read(folder: pathlib.Path) -> Run:
 
 
 def _json(path: pathlib.Path, name: str, notes: list[str]) -> dict[str, Any]:
-  """The object in a JSON file; where there is none, an empty one and a note that says `name`."""
+  """The object in a JSON file; where it cannot be read, {} and a note about `name`."""
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, dict):
@@ -115,14 +116,14 @@ def _json(path: pathlib.Path, name: str, notes: list[str]) -> dict[str, Any]:
 
 
 def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
-  """What one evaluation saved."""
+  """The samples that an evaluation saved in a folder."""
   name = f"evaluations/{folder.name}/results.json"
   results = _json(folder / "results.json", name, notes)
   rows = results["rows"] if isinstance(results.get("rows"), list) else []
   samples = [
     Sample(
       step=int(folder.name),
-      # As configs and metrics name it.
+      # Without spaces, as in configs and metrics.
       mode=str(row.get("mode", "all")).replace(" ", ""),
       category=str(row.get("category", "all")),
       prompt=str(row.get("prompt", "")),
@@ -141,7 +142,7 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
 
 
 def _inside(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
-  """A file of the folder; None for no name and for one that leads out of it."""
+  """The path of a file in the folder; None without a name, or where it leads outside."""
   if not isinstance(name, str) or not name or "\0" in name:
     return None
   path = (folder / name).resolve()

@@ -1,4 +1,4 @@
-"""Questions of many threads, answered by one model: those that wait together, together."""
+"""Answers questions of many threads by one model; questions that wait together are batched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unigrpo_jax.episodes import requests as requests_lib
 
 _log = logging.getLogger(__name__)
 
-TOP = 20  # Likeliest tokens that are recorded, at most; always, so that there is one program.
+TOP = 20  # Number of likeliest tokens that are recorded; always, so that one program is enough.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Question:
   """A request and how it is sampled.
 
   Attributes:
-    request: of the pipeline.
-    max_tokens: of the answer.
-    temperature: 0 is greedy.
-    top: likeliest tokens to tell of each token of the answer, at most `TOP`; None: not even its
-      own probability.
+    request: for the pipeline.
+    max_tokens: length limit of the answer.
+    temperature: of sampling; 0 is greedy.
+    top: number of likeliest tokens to report for each token of the answer, at most `TOP`; None: no
+      probabilities at all.
   """
 
   request: requests_lib.Request
@@ -36,7 +36,8 @@ class Question:
 
   @property
   def settings(self) -> requests_lib.Settings:
-    """With room for a power of two of tokens: each number is a program of its own."""
+    """Settings of the pipeline. Lengths are rounded up to a power of two: each compiles a program.
+    """
     return requests_lib.Settings(
       understand=True, max_tokens=power_of_two(self.max_tokens), temperature=self.temperature,
       top=TOP,
@@ -45,15 +46,15 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What the model said.
+  """The model's answer.
 
   Attributes:
-    text: decoded.
-    ids: of it, without the terminator.
-    top: the likeliest (id, log-probability) pairs, `TOP` of each id; of the terminator where the
-      answer is empty.
-    finished: whether it ended by itself.
-    prompt_tokens: of the question, its picture's patches included.
+    text: the answer, decoded.
+    ids: its tokens, without the terminator.
+    top: the `TOP` likeliest (id, log-probability) pairs at each token; for an empty answer those at
+      the terminator.
+    finished: whether it ended by its terminator; False: it was cut.
+    prompt_tokens: length of the question, including the picture's patches.
   """
 
   text: str
@@ -64,22 +65,23 @@ class Answer:
 
 
 class Batches:
-  """Runs a pipeline in one thread, which takes what waits whenever it is free."""
+  """Runs a pipeline in a thread of its own, which batches the questions that are waiting."""
 
   def __init__(self, pipeline: pipeline_lib.Pipeline, batch_size: int):
+    """Starts the thread; `batch_size` is the largest number of questions of a batch."""
     self.pipeline, self._batch_size = pipeline, batch_size
     self._waiting: collections.deque[tuple[Question, futures.Future]] = collections.deque()
     self._changed = threading.Condition()
     threading.Thread(target=self._work, name="batches", daemon=True).start()
 
   def ask(self, question: Question) -> Answer:
-    """Waits for the answer.
+    """Waits for the answer to a question.
 
     Raises:
       InputError: the request is impossible: too long, or its picture too narrow.
       RuntimeError: the model failed.
     """
-    # Alone first: one that is impossible would take its batch with it.
+    # Prepared alone first, since an impossible request would make its whole batch fail.
     alone = self.pipeline.prepare([question.request], question.settings)
     tokens = sum(int(text.mask[0].sum()) for text in alone.texts.values())
     tokens += 0 if alone.patches is None else int(alone.patches.mask[0].sum()) + 2
@@ -90,10 +92,11 @@ class Batches:
     return self._answer(question, future.result(), tokens)
 
   def _answer(self, question: Question, result: pipeline_lib.Result, tokens: int) -> Answer:
+    """The answer of a result, cut to the question's `max_tokens`."""
     ids = result.ids[:-1] if result.finished else result.ids
     finished = result.finished and len(result.ids) <= question.max_tokens
     text = result.text
-    if len(ids) > question.max_tokens:  # The program had more room.
+    if len(ids) > question.max_tokens:  # The program's limit is a power of two.
       ids = ids[: question.max_tokens]
       text = self.pipeline.network.tokenizer.decode(ids)
     return Answer(text, ids, result.top[: max(len(ids), 1)], finished, tokens)
@@ -111,7 +114,8 @@ class Batches:
           future.set_exception(RuntimeError(errors.describe(error)))
 
   def _take(self) -> list[tuple[Question, futures.Future]]:
-    """The first that waits and those that can run with it, in their order."""
+    """Removes and returns the first waiting question, with others that fit into one batch with it.
+    """
     key = lambda question: (question.settings, question.request.image is None)
     first = key(self._waiting[0][0])
     taken, others = [], collections.deque()
@@ -123,7 +127,7 @@ class Batches:
 
   def _run(self, batch: list[tuple[Question, futures.Future]]) -> None:
     requests = [question.request for question, _ in batch]
-    # Filled up to a power of two: each number of rows is a program of its own.
+    # Filled up to a power of two, since each number of rows compiles a program.
     rows = power_of_two(len(requests))
     results = self.pipeline.run(self.pipeline.prepare(requests, batch[0][0].settings, rows))
     for (_, future), result in zip(batch, results):
@@ -131,5 +135,5 @@ class Batches:
 
 
 def power_of_two(count: int) -> int:
-  """The least one that is not below `count`."""
+  """The smallest power of two that is at least `count`."""
   return 1 << (count - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Requests and answers of the OpenAI protocol, as far as a BAGEL's understanding goes."""
+"""Requests and answers of the OpenAI protocol, as far as a BAGEL can answer them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unigrpo_jax.episodes import requests as requests_lib
 from unigrpo_jax.rewards import wire
 from unigrpo_jax.tools.serve import batches
 
-# Keys that would change an answer and that there is nothing for, with the values that change none.
+# Keys that are not supported, with the values that are accepted because they change nothing.
 WITHOUT = {
   "n": (1,), "stream": (False,), "top_p": (1,), "stop": ([],), "tools": ([],),
   "response_format": ({"type": "text"},), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -31,20 +31,20 @@ _MESSAGE = (
 
 
 class NoModel(Exception):
-  """A request asks for a model that there is not."""
+  """A request names a model that this server does not have."""
 
 
 def read(body: bytes, model: str, max_tokens: int) -> batches.Question:
-  """The question of a request's body.
+  """Reads the question in a request's body.
 
   Args:
     body: any bytes.
-    model: the only name that a request may give.
-    max_tokens: of an answer, at most, and where a request says none.
+    model: the only model's name.
+    max_tokens: largest and default length limit of an answer.
 
   Raises:
-    NoModel: it asks for another model.
-    InputError: it is not such a request, or asks for what there is not; one line says what.
+    NoModel: the request names another model.
+    InputError: it is malformed, or asks for something that is not supported; one line says what.
   """
   try:
     given = json.loads(body)
@@ -70,6 +70,7 @@ def read(body: bytes, model: str, max_tokens: int) -> batches.Question:
 
 
 def _read_top(given: Mapping[str, Any]) -> int | None:
+  """`Question.top` of a request."""
   top, wanted = given.get("top_logprobs"), given.get("logprobs") or False
   if not isinstance(wanted, bool):
     raise errors.InputError(f"logprobs={errors.shown(wanted)} must be true or false")
@@ -80,6 +81,7 @@ def _read_top(given: Mapping[str, Any]) -> int | None:
 
 
 def _read_message(messages: Any) -> tuple[str, PIL.Image.Image | None]:
+  """(text, picture or None) of a request's only message."""
   try:
     (message,) = messages
     content = message["content"]
@@ -98,6 +100,7 @@ def _read_message(messages: Any) -> tuple[str, PIL.Image.Image | None]:
 
 
 def _read_image(url: str) -> PIL.Image.Image:
+  """The picture in a data URL."""
   head, _, data = url.partition(";base64,")
   if head not in ("data:image/png", "data:image/jpeg"):
     raise errors.InputError(
@@ -116,7 +119,7 @@ def write(
   question: batches.Question, answer: batches.Answer, model: str,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> dict[str, Any]:
-  """The chat completion of an answer."""
+  """The chat completion, as JSON values, for an answer to a question."""
   logprobs = None
   if question.top is not None:
     logprobs = {"content": [
@@ -140,8 +143,11 @@ def write(
 def _token(
   tokenizer: tokenizer_lib.Tokenizer, pairs: tuple[tuple[int, float], ...], token: int, top: int
 ) -> dict[str, Any]:
-  """A token's entry; one that was sampled though it is not among the likeliest has the least of
-  their log-probabilities, which its own is below."""
+  """The entry of a token in "logprobs".
+
+  `pairs` are the likeliest (id, log-probability). A sampled token that is not among them gets the
+  least of their log-probabilities, an upper bound of its own.
+  """
   def entry(item: int, logprob: float) -> dict[str, Any]:
     text = tokenizer.decode([item])
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

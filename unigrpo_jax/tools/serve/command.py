@@ -1,4 +1,4 @@
-"""The server of `unigrpo_jax.serve`."""
+"""The server of `unigrpo_jax.serve`: a BAGEL that answers by the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -20,16 +20,23 @@ MODELS, CHAT = "/v1/models", "/v1/chat/completions"
 
 
 class Server(listening.Server):
-  """Answers by `batches`, as a model of a name."""
+  """Serves a model under a name."""
 
   def __init__(self, name: str, batches: batches_lib.Batches, max_tokens: int, **options: Any):
-    """`max_tokens`: of an answer, at most; `options` are those of `listening.Server`."""
+    """Listens.
+
+    Args:
+      name: of the model.
+      batches: answers questions.
+      max_tokens: largest length limit of an answer.
+      options: of `listening.Server`.
+    """
     self.name, self.batches, self.max_tokens = name, batches, max_tokens
     super().__init__(Handler, **options)
 
 
 class Handler(listening.Handler):
-  """One request."""
+  """Answers one request."""
 
   server: Server
 
