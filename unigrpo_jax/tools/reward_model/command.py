@@ -1,13 +1,13 @@
-"""Makes a learned reward: a BAGEL that says how likely "yes" is when asked whether a picture shows
-a prompt.
+"""Makes a learned reward: a BAGEL that judges whether a picture shows a prompt, by the probability
+of its answer "yes".
 
   make       IconWorld's triples of picture, prompt and answer, for training and for validation
   train      supervised training on the answers
   calibrate  asks the trained network about the validation triples; fits the temperature tau
-  measure    what it gets right, by source and category, and the gates; writes the folder of --out
+  measure    its accuracy by source and category, and the gates; writes the folder of --out
 
-Each stage goes on where it was interrupted, and one that is done is read again. Without a stage,
-all of them run. The last prints a page; its status is 1 where a gate is missed.
+Each stage continues where it was interrupted, and is not repeated once it is done. Without a stage,
+all of them run. The last one prints a page; if a gate is missed, the status is 1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ examples:
     --config=configs/sft.py:reward_model --config.init_from=BAGEL-7B-MoT \\
     --train_file=pairs/train.jsonl --validation_file=pairs/held_out.jsonl
 """
-COMPARED = 96  # pictures whose scores as floats and as uint8 are compared
+COMPARED = 96  # number of pictures whose scores as floats and as uint8 are compared
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,8 +93,11 @@ class Stages:
   """The stages of one workdir; see the module's docstring."""
 
   def __init__(self, args: argparse.Namespace, overrides: Sequence[str]):
-    """Raises InputError where the arguments are impossible, or not those that the workdir began
-    with."""
+    """Checks the arguments.
+
+    Raises:
+      InputError: they are impossible, or differ from those that the workdir was begun with.
+    """
     self._args, self._workdir = args, args.workdir
     self._config = config_files.load(args.config, overrides)
     self._iconworld = args.train_file is None
@@ -108,7 +111,7 @@ class Stages:
     self._check_same()
 
   def _check_same(self) -> None:
-    """Records what the stages depend on; refuses to go on with something else."""
+    """Records what the stages depend on; raises InputError where that has changed."""
     args = self._args
     now = {"init_from": self._config.init_from, "question": self._question}
     now |= {name: str(getattr(args, name)) for name in (
@@ -129,14 +132,14 @@ class Stages:
     run_lib.write_json(record, now)
 
   def run(self) -> None:
-    """Runs the stages asked for."""
+    """Runs the requested stages, until a signal stops one of them."""
     for stage in STAGES if self._args.stage == ALL else (self._args.stage,):
       print(f"{stage}:", flush=True)
       if getattr(self, f"_{stage}")() is False:
         return  # A signal stopped it.
 
   def _triples(self, split: str) -> triples_lib.Triples:
-    """IconWorld's triples of a split, made where they are not there."""
+    """IconWorld's triples of a split; made if they do not exist yet."""
     args, validation = self._args, split == "validation"
     return making.make(
       self._workdir, self._config.init_from, split,
@@ -180,7 +183,7 @@ class Stages:
     return self._trained.exists()
 
   def _asked(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
-    """The trained model at tau = 1, its parameters, the validation triples, and their margins."""
+    """(trained model at tau = 1, its parameters, validation triples, `measuring.ask` of them)."""
     if not self._trained.exists():
       raise errors.InputError(
         f"{self._trained}: there is no trained network; run the stage train first, with the same "

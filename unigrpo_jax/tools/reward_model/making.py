@@ -1,4 +1,4 @@
-"""The stage make: IconWorld's triples, of scenes and of what a checkpoint draws."""
+"""The stage make: triples of IconWorld, from rendered scenes and from pictures of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from unigrpo_jax.tools.reward_model import triples as triples_lib
 
 CHUNK, GROUP = 16, 12  # prompts that are drawn together, and pictures of each
 SPLITS = ("train", "validation", "test")
-POLICY, LATE, SCENES = range(3)  # purposes of randomness
-USES = 2.0  # How often a policy's picture may be used, on average: 4 triples have 2 pictures.
+POLICY, LATE, SCENES = range(3)  # parts of random seeds: what they are for
+USES = 2.0  # How often a policy's picture is used, on average; 4 triples have 2 pictures.
 ROUND_TRIP_BATCH = 64
 
 
@@ -28,17 +28,17 @@ def path_of(workdir: pathlib.Path, split: str) -> pathlib.Path:
 def make(
   workdir: pathlib.Path, policy: str, split: str, *, count: int, group_prompts: int, seed: int,
 ) -> triples_lib.Triples:
-  """Makes about `count` triples of a split, or reads them where they were made before.
+  """Makes about `count` triples of a split, or reads them if they were made before.
 
-  What a policy drew is kept a chunk at a time: a stage that was killed goes on from there.
+  Drawn pictures are saved after each chunk, from where a stage that was killed continues.
 
   Args:
-    workdir: holds the files.
+    workdir: of the files.
     policy: folder of the checkpoint that draws.
     split: of IconWorld's prompts.
-    count: of triples, by the shares of `world.SOURCES`.
-    group_prompts: so many prompts' pictures are triples too, each with its own prompt alone, as in
-      a rollout; source "group".
+    count: number of triples, divided among sources by `world.SOURCES`.
+    group_prompts: the drawn pictures of so many prompts become further triples (source "group"),
+      each with just its own prompt, as in a rollout.
     seed: of everything.
   """
   target = path_of(workdir, split)
@@ -72,12 +72,12 @@ def _draw(
   painter: pictures.Painter, workdir: pathlib.Path, split: str, modes: Sequence[pictures.Mode],
   purpose: int, seed: int,
 ) -> Iterator[tuple[prompts.Example, list[world.Picture]]]:
-  """(Example, its pictures) of one chunk a mode."""
+  """Draws one chunk of prompts per mode, or reads it; yields (example, its pictures)."""
   label = f"{split}: " + ("late steps" if purpose == LATE else "policy")
   for number, mode in progress.each(enumerate(modes), len(modes), label, unit="chunks"):
     key = (seed, SPLITS.index(split), purpose, number)
     rng = np.random.default_rng(key)
-    # The same number of each category in every few chunks.
+    # Categories take turns, also across chunks.
     categories = [prompts.CATEGORIES[(number * CHUNK + i) % len(prompts.CATEGORIES)]
                   for i in range(CHUNK)]
     examples = [prompts.sample(rng, split, category) for category in categories]
@@ -94,7 +94,11 @@ def collect(
   painter: pictures.Painter, split: str, drawn: Sequence[Any], late: Sequence[Any], *, count: int,
   group_prompts: int, seed: int,
 ) -> triples_lib.Triples:
-  """The triples of a split: blocks until each cell of source and category is full, then groups."""
+  """The triples of a split: blocks for each source and category, then the groups.
+
+  `drawn` and `late` are (example, pictures) of the policy's finished pictures and of its late
+  steps.
+  """
   rng = np.random.default_rng((seed, SPLITS.index(split), SCENES))
   rows = triples_lib.Collected()
   by_category = lambda drawn: {
@@ -139,7 +143,7 @@ def _blocks(
   source: str, category: str, wanted: int, attempt, painter: pictures.Painter,
   rng: np.random.Generator,
 ) -> Iterator[world.Block]:
-  """`wanted` blocks of a cell; fewer where the policy's pictures do not give them."""
+  """Yields `wanted` blocks of a source and category, or fewer if too many attempts fail."""
   made, tries = 0, 0
   pending: list[world.Block] = []
   while made < wanted and tries < world.TRIES * wanted:
@@ -164,7 +168,8 @@ def _blocks(
 def _round_trips(
   painter: pictures.Painter, blocks: Sequence[world.Block], rng: np.random.Generator
 ) -> list[world.Block]:
-  """Blocks as the autoencoder gives them back; without those whose answers it changed."""
+  """Blocks with pictures encoded and decoded by the VAE, but for those whose answers this changes.
+  """
   seen = list(dict.fromkeys(picture for block in blocks for picture, *_ in block.triples))
   filled = [seen[i % len(seen)].pixels for i in range(2 * ROUND_TRIP_BATCH)]  # one shape
   back = painter.round_trip(np.stack(filled), rng.integers(2**31, size=2))

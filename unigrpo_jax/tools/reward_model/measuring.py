@@ -1,4 +1,4 @@
-"""The stages calibrate and measure: a temperature, what a model gets right, gates, its folder."""
+"""The stages calibrate and measure: temperature, metrics and gates of a model, and its folder."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ from unigrpo_jax.runtime import checksums, folders, sharding, state
 from unigrpo_jax.tools.reward_model import triples as triples_lib
 from unigrpo_jax.tools.reward_model import world
 
-MOST_AT_ONCE, BATCH_PIXELS = 96, 2**20  # pictures that are scored together
-HIDDEN_PROMPT, GREY = "it", 128  # What stands where a prompt or a picture is hidden.
+MOST_AT_ONCE, BATCH_PIXELS = 96, 2**20  # most pictures, and pixels, scored together
+HIDDEN_PROMPT, GREY = "it", 128  # what replaces a hidden prompt, and the pixels of a hidden picture
 ASCENT_PICTURES, ASCENT_STEPS, ASCENT_STEP = 48, 20, 0.02  # see `ascent`
-CALIBRATED_ON = ("policy", "group")  # sources: renders are easier
-# Name -> (key of the metrics, least value); see `gates`.
+CALIBRATED_ON = ("policy", "group")  # sources for the temperature; rendered scenes are easier
+# {gate: (key of the metrics, least value)}; see `gates`.
 GATES = {
   "AUC of renders": ("render", 0.95), "AUC of round trips": ("vae", 0.95),
   "AUC of policy pictures": ("policy", 0.85), "AUC within groups": ("group_auc", 0.80),
 }
-MOST_ONE_SIDED = 0.55
+MOST_ONE_SIDED = 0.55  # largest AUC with the picture or the prompt hidden
 
 
 def open_trained(
   folder: pathlib.Path | str, *, question: str, vit_max: int | None, prompt_form: str
 ) -> tuple[learned.RewardModel, Any]:
-  """The reward model of a trained network, at tau = 1, and its parameters."""
+  """The reward model of a trained network, with tau = 1, and its parameters.
+
+  Arguments are those of `learned.RewardModel`; `vit_max` None: the checkpoint's.
+  """
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   network = state.open_for_sampling(folder, mesh=mesh)
   yes_id, no_id = learned.answer_ids(network.tokenizer)
@@ -53,9 +56,9 @@ def open_trained(
 def margins(
   model: learned.RewardModel, params: Any, pixels: np.ndarray, prompts: Sequence[str], label: str
 ) -> np.ndarray:
-  """z of N pictures and prompts, at tau = 1: [N] float32.
+  """The margins z (`readout.margin`) of N pictures and prompts, at tau = 1: [N] float32.
 
-  `pixels` [N, H, W, 3] are uint8, or float32 in [-1, 1].
+  `pixels` [N, H, W, 3] are uint8, or float32 in [-1, 1]. `label` is that of the progress bar.
   """
   plain = dataclasses.replace(model, tau=1.0, readout="logit")
   questions, found = plain.questions(prompts), []
@@ -75,10 +78,11 @@ def margins(
 def ask(
   model: learned.RewardModel, params: Any, triples: triples_lib.Triples, target: pathlib.Path
 ) -> dict[str, np.ndarray]:
-  """The margins of all triples, kept in an .npz file; [N] float32 by what was asked.
+  """The margins of all triples; saved in `target`, an .npz file, and read from it the next time.
 
-  "z"; "no_picture" and "no_prompt" with one of the two hidden; "verbatim" about the user's own
-  prompt, NaN where there is none.
+  Returns:
+    {"z": as they are; "no_picture", "no_prompt": with one of the two hidden; "verbatim": about the
+    user's own words, NaN where there are none}, [N] float32 each.
   """
   if target.exists():
     with np.load(target, allow_pickle=False) as arrays:
@@ -105,7 +109,7 @@ def ask(
 
 
 def temperature(triples: triples_lib.Triples, found: Mapping[str, np.ndarray]) -> float:
-  """The tau that minimises the log loss on a policy's pictures; on all where there are none."""
+  """The tau with the least log loss on a policy's pictures, or on all where there are none."""
   rows = np.isin(triples.source, CALIBRATED_ON)
   rows = rows if rows.any() else np.ones(len(triples), bool)
   return metrics.best_temperature(found["z"][rows], triples.yes[rows])
@@ -114,13 +118,20 @@ def temperature(triples: triples_lib.Triples, found: Mapping[str, np.ndarray]) -
 def measure(
   triples: triples_lib.Triples, found: Mapping[str, np.ndarray], tau: float
 ) -> dict[str, Any]:
-  """What is reported of a reward model: see `page`."""
+  """The metrics of a reward model, as JSON values; see `page`.
+
+  Args:
+    triples: N triples.
+    found: their margins; see `ask`.
+    tau: the temperature.
+  """
   part = lambda rows: metrics.summary(found["z"][rows], triples.yes[rows], tau)
   by = lambda labels, among: {
     str(name): part(among & (labels == name)) for name in np.unique(labels[among])
   }
   grouped = triples.group >= 0
-  # Nonsense is never right, so a picture alone tells; within blocks neither side does.
+  # Without nonsense, whose answer follows from the picture alone. In other blocks, neither picture
+  # nor prompt alone tells the answer.
   blocks = ~grouped & (triples.source != "nonsense")
   alone = lambda name, rows: metrics.auc(found[name][rows], triples.yes[rows])
   within, groups = metrics.group_auc(
@@ -145,7 +156,7 @@ def measure(
 
 
 def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
-  """(Name, value, bound, whether it holds) of each gate that there are triples for."""
+  """[(name, value, bound, whether it holds)] of the gates for which there are triples."""
   result = []
   for name, (key, least) in GATES.items():
     value = measured["group_auc"] if key == "group_auc" else (
@@ -156,7 +167,7 @@ def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
   for name, words in (("no_picture", "picture"), ("no_prompt", "prompt")):
     value = measured["one_sided"][name]["blocks"]
     if not np.isnan(value):
-      # A score that ranks the wrong way round tells as much.
+      # An AUC below 1/2 reveals as much as one above.
       value = max(value, 1 - value)
       holds = value <= MOST_ONE_SIDED
       result.append((f"AUC with the {words} hidden", value, MOST_ONE_SIDED, holds))
@@ -164,7 +175,7 @@ def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
 
 
 def page(measured: Mapping[str, Any]) -> str:
-  """Markdown: the gates, and tables by source, by category and by both."""
+  """The page in Markdown: the gates, and metrics by source, by category and by both."""
   lines = ["# A reward model's answers\n", "| gate | value | bound | |", "| --- " * 4 + "|"]
   for name, value, bound, holds in gates(measured):
     sign = "at most" if bound == MOST_ONE_SIDED else "at least"
@@ -200,7 +211,9 @@ def _rows(parts: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
 def float_uint8(
   model: learned.RewardModel, params: Any, decoded: np.ndarray, prompts: Sequence[str]
 ) -> float:
-  """Largest difference of the score of pictures as the decoder gives them and as uint8 files."""
+  """The largest difference between scores of decoded pictures, [N, H, W, 3] float32, and of their
+  uint8 versions.
+  """
   levels = np.asarray(vae_lib.to_uint8(decoded))
   scores = [
     metrics.probability(margins(model, params, pixels, prompts, "comparing"), model.tau)
@@ -210,10 +223,13 @@ def float_uint8(
 
 
 def ascent(model: learned.RewardModel, params: Any, seed: int) -> dict[str, tuple[float, float]]:
-  """What following the gradient in the pixels does to scenes with one thing wrong.
+  """Gradient ascent in the pixels of scenes with one thing wrong: a test of adversarial pictures.
 
-  ASCENT_STEPS steps of root mean square ASCENT_STEP. Returns means before and after: "reward", of
-  the model, and "verifier", strict. Where only the first rises, these are its adversarial pictures.
+  It takes ASCENT_STEPS steps of root mean square ASCENT_STEP. If the model's reward rises but the
+  verifier's score does not, the model has adversarial pictures.
+
+  Returns:
+    {"reward": of the model, "verifier": the strict score}: (mean before, mean after).
   """
   rng = np.random.default_rng(seed)
   pictures, asked = [], []
@@ -248,10 +264,12 @@ def ascent(model: learned.RewardModel, params: Any, seed: int) -> dict[str, tupl
 def write_folder(
   trained: pathlib.Path, out: pathlib.Path, model: learned.RewardModel, measured: Mapping[str, Any]
 ) -> None:
-  """Makes a model's folder: the trained network with a reward.json; replaces one on success.
+  """Writes a reward model's folder: the trained network and a reward.json.
+
+  An existing folder is replaced once the new one is complete.
 
   Raises:
-    InputError: it cannot be made.
+    InputError: it cannot be written.
   """
   others = [path for path in sorted(trained.iterdir()) if path.is_file()]
   folders.check_target(

@@ -1,4 +1,4 @@
-"""Pictures that a policy draws, finished or as its late steps predict them, and VAE round trips."""
+"""Pictures by a policy: finished ones, predictions of late denoising steps, and VAE round trips."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import direct, flow
 
-NOISE = 0.8  # of the SDE, as UniGRPO samples
-SDE_STEPS, SDE_WITHIN = 3, 6  # steps with noise, and the first ones that they are among
-PREDICTIONS = 2  # of each picture, by late steps
+NOISE = 0.8  # noise level of the SDE, as in UniGRPO
+SDE_STEPS, SDE_WITHIN = 3, 6  # number of steps with noise, chosen from the first so many
+PREDICTIONS = 2  # number of late steps per picture whose predictions are kept
 GUIDANCE = 2.0
 
 
@@ -29,11 +29,11 @@ class Mode:
   """How a policy draws.
 
   Attributes:
-    think: it reasons first.
-    guided: with guidance.
-    points: of the time grid.
-    noisy: by the SDE.
-    late: what is kept is what late steps predict, not the finished picture.
+    think: whether it reasons first.
+    guided: whether guidance is used.
+    points: number of points of the time grid.
+    noisy: whether some steps are those of the SDE.
+    late: whether predictions of late steps are kept instead of the finished picture.
   """
 
   think: bool
@@ -43,7 +43,7 @@ class Mode:
   late: bool = False
 
 
-# Any two of these settings in all their combinations.
+# Any two of think, guided and (points, noisy) occur in all combinations.
 MODES = (
   Mode(think=True, guided=False, points=13, noisy=True),
   Mode(think=False, guided=True, points=13, noisy=True),
@@ -60,7 +60,7 @@ class Painter:
   """A checkpoint that draws prompts in groups."""
 
   def __init__(self, folder: str, devices=None):
-    """Raises InputError where the folder cannot be used; loads its weights."""
+    """Loads a checkpoint; raises InputError where its folder cannot be used."""
     mesh = sharding.make_mesh(devices=devices or jax.local_devices()[:1])
     self.network = state.open_for_sampling(folder, mesh=mesh)
     params = self.network.folder.load_params(
@@ -76,9 +76,16 @@ class Painter:
   def draw(
     self, examples: Sequence[Any], mode: Mode, *, group_size: int, seed: Sequence[int]
   ) -> np.ndarray:
-    """Pictures of examples with `prompt`: [P, n, H, W, 3] uint8.
+    """Draws pictures.
 
-    n is `group_size`, times `PREDICTIONS` where they are of late steps.
+    Args:
+      examples: P objects with `prompt`.
+      mode: how to draw.
+      group_size: trajectories per prompt.
+      seed: of everything.
+
+    Returns:
+      [P, n, H, W, 3] uint8, n = `group_size`, times `PREDICTIONS` in modes with `late`.
     """
     defaults, size = self.network.config.generation, renderer.SIZE
     settings = requests.Settings(
@@ -94,7 +101,7 @@ class Painter:
     steps, rows = mode.points - 1, len(examples) * group_size
     first, last, count = (0, SDE_WITHIN, SDE_STEPS * mode.noisy)
     if mode.late:
-      # An SDE without noise is the ODE, and records its steps.
+      # An SDE with noise level 0 is the ODE, of which it records steps.
       (first, last), count = direct.late_range(steps), PREDICTIONS
     window = np.stack([
       np.sort(rng.permutation(np.arange(first, last))[:count]) for _ in range(rows)
@@ -111,24 +118,25 @@ class Painter:
     return pixels.reshape(len(examples), -1, *pixels.shape[1:])
 
   def _predictions(self, recorded) -> np.ndarray:
-    """What each recorded step takes for the finished picture, x_t - t v: [B W, H, W, 3] uint8."""
+    """The finished picture that each recorded step predicts, x_t - t v: [B W, H, W, 3] uint8."""
     t, t_next = (a[..., None, None] for a in (recorded.t, recorded.t_next))
     v = (recorded.x_t - recorded.x_next) / (t - t_next)
     latents = direct.predict(recorded.x_t, v, recorded.t)
     return self._decode(latents.reshape(-1, *latents.shape[2:]))
 
   def _decode(self, latents: np.ndarray) -> np.ndarray:
+    """Latent tokens [B, I, C] -> pictures [B, H, W, 3] uint8."""
     config = self.network.config
     side = renderer.SIZE // config.latent_stride
     grids = vae_lib.unpack_latents(latents, side, side, config.latent_patch_size)
     return np.asarray(programs.decode_images(self._vae, self._vae_params, grids))
 
   def round_trip(self, pixels: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """What the autoencoder makes of pictures, [B, H, W, 3] uint8 in and out."""
+    """Pictures, [B, H, W, 3] uint8, after encoding and decoding by the VAE."""
     return np.asarray(vae_lib.to_uint8(self.decoded(pixels, seed)))
 
   def decoded(self, pixels: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """The same, as the decoder gives it: float32, about [-1, 1], not clipped."""
+    """The same as the decoder returns it: float32, about in [-1, 1], not clipped."""
     c = self.network.config.vae
     side = renderer.SIZE // c.downsample
     noise = np.random.default_rng(seed).standard_normal(

@@ -16,20 +16,29 @@ from unigrpo_jax.reward_models import learned, readout
 from unigrpo_jax.runtime import state
 from unigrpo_jax.supervised import corpus
 
-VOCABULARY_WEIGHT = 0.1  # of the first token's cross entropy over all tokens
+VOCABULARY_WEIGHT = 0.1  # weight of the first token's cross entropy over the whole vocabulary
 
 
 def answer_loss(
   model, params, batch: types.PackedBatch, share: dict[str, jax.Array], *, yes_id: int, no_id: int,
   vocabulary_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The loss of answers "yes" and "no", as a microbatch's share of the whole batch's mean.
+  """The loss of answers "yes" and "no": a microbatch's share of the whole batch's mean.
 
     L = -log sigmoid(s z) + vocabulary_weight ce_1 + sum_(k > 1) ce_k,   z = l_yes - l_no
 
-  s is 1 for "yes" and -1 for "no", ce_k the cross entropy of the answer's k-th token, its
-  terminator included, over all tokens. A row has one answer; `share` is that of
-  `step.supervised_loss`, of labels whose weights add up to 1 an answer.
+  s is 1 for "yes" and -1 for "no". ce_k is the cross entropy, over the whole vocabulary, of the
+  answer's k-th token, including its terminator.
+
+  Args:
+    model, params: the network.
+    batch: of sequences with one answer each.
+    share: see `step.supervised_loss`; the weights of an answer's labels add up to 1.
+    yes_id, no_id: first tokens of the answers.
+    vocabulary_weight: see above.
+
+  Returns:
+    (loss [], {"two_token", "accuracy", "ce": their shares of the batch's means}).
   """
   hidden, _ = model.apply({"params": params}, batch, method="packed")
   logits = model.apply({"params": params}, hidden, method="logits")  # [B, Y, V]
@@ -51,15 +60,15 @@ def train(
   config, workdir: pathlib.Path, examples: corpus.Corpus, *, vit_max: int | None,
   pinned: Mapping[str, Any], devices=None,
 ) -> types.TrainState:
-  """Trains by examples of answering; see `finetune.learn`.
+  """Trains the network on questions and answers; see `finetune.learn`.
 
   Args:
     config: see the reward model's variants of `configs/sft.py`.
-    workdir: holds the run's checkpoints and metrics.
-    examples: whose texts are "yes" and "no".
-    vit_max: longest side of what the ViT sees, pixels; None: the checkpoint's.
-    pinned: what else must be the same when the run continues.
-    devices: to train on; None: all of them.
+    workdir: of the run's checkpoints and metrics.
+    examples: their texts are "yes" and "no".
+    vit_max: longest side of the ViT's input, in pixels; None: the checkpoint's.
+    pinned: further values that must be the same when the run is resumed.
+    devices: to train on; None: all.
   """
   spec = sft.read(config)
   network = state.open_network(spec.network, devices)
@@ -75,7 +84,7 @@ def train(
 
 
 def _seeing(network: state.Network, vit_max: int) -> state.Network:
-  """The network with another longest side of what its ViT sees."""
+  """The network with another longest side of its ViT's input."""
   config = network.config
   config = dataclasses.replace(config, vit_image=learned.vit_rule(config, vit_max))
   return dataclasses.replace(network, folder=dataclasses.replace(network.folder, config=config))

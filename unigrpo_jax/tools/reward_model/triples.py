@@ -1,4 +1,4 @@
-"""Triples (picture, prompt, yes or no) in files, to learn from and to be measured by."""
+"""Triples (picture, prompt, yes or no) in files, for training and for measuring."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPECTED = (
   '"a red kite", "chosen": "a.png", "rejected": "b.png"}'
 )
 _KEYS = ("prompt", "image", "answer", "chosen", "rejected")
-BALANCE = 0.1  # How far the share of "yes" may be from a half.
+BALANCE = 0.1  # Most difference of the share of "yes" from 1/2.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,14 +29,14 @@ class Triples:
   """N triples of M pictures of one size.
 
   Attributes:
-    pixels: [M, H, W, 3] uint8.
-    image: which picture each triple has, [N] int32.
-    prompt: what is asked about it, [N] text.
-    yes: the right answer, [N] bool.
-    source: where the picture comes from, [N] text.
+    pixels: of the pictures, [M, H, W, 3] uint8.
+    image: number of each triple's picture, [N] int32.
+    prompt: what is asked about the picture, [N] text.
+    yes: whether the right answer is yes, [N] bool.
+    source: origin of the picture, a key of `world.SOURCES`, "group" or "file", [N] text.
     category: of the prompt, [N] text.
-    group: triples of one prompt of a policy have the same number, [N] int32; -1: of none.
-    verbatim: the user's prompt, which may be a riddle, [N] text; "" where there is none.
+    group: number of the prompt of a policy's pictures, equal for all of them, [N] int32; -1: none.
+    verbatim: the user's own words, which may be a riddle, [N] text; "": none.
   """
 
   pixels: np.ndarray
@@ -52,13 +52,13 @@ class Triples:
     return len(self.image)
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes an .npz file, whole or not at all."""
+    """Writes an .npz file atomically."""
     with errors.storage(path):
       atomic.write_binary(path, lambda file: np.savez_compressed(file, **vars(self)))
 
   @classmethod
   def load(cls, path: pathlib.Path) -> Triples:
-    """Raises InputError where the file is missing or damaged."""
+    """Reads an .npz file; raises InputError where it is missing or damaged."""
     try:
       with np.load(path, allow_pickle=False) as arrays:
         return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
@@ -72,7 +72,7 @@ class Triples:
       ) from None
 
   def balance(self) -> dict[tuple[str, str], tuple[int, int]]:
-    """{(source, category): (triples, those whose answer is yes)}."""
+    """{(source, category): (number of triples, number of those whose answer is yes)}."""
     cells: dict[tuple[str, str], tuple[int, int]] = {}
     for source, category, yes in zip(self.source, self.category, self.yes):
       count, positive = cells.get((str(source), str(category)), (0, 0))
@@ -81,7 +81,7 @@ class Triples:
 
 
 class Collected:
-  """Rows of `Triples` in the making."""
+  """Collects triples one by one."""
 
   def __init__(self):
     self._numbers: dict[Any, int] = {}  # of the pictures
@@ -91,11 +91,15 @@ class Collected:
     self, picture, prompt: str, yes: bool, *, source: str, category: str, group: int = -1,
     verbatim: str = "",
   ) -> None:
-    """Appends a triple; `picture` is the same object for all triples of it, and has `pixels`."""
+    """Appends a triple; fields as in `Triples`.
+
+    `picture` has `pixels`, and must be the same object in all triples of a picture.
+    """
     number = self._numbers.setdefault(picture, len(self._numbers))
     self._rows.append((number, prompt, yes, source, category, group, verbatim))
 
   def triples(self) -> Triples:
+    """All triples so far."""
     image, prompt, yes, source, category, group, verbatim = zip(*self._rows)
     text = lambda values: np.array(values, dtype=np.str_)
     return Triples(
@@ -106,7 +110,7 @@ class Collected:
 
 
 def learnt(triples: Triples, question: str, seed: int) -> corpus.Corpus:
-  """Triples as examples of answering: every epoch has each once, in an order of its own."""
+  """Triples as examples of answering; every epoch has each of them once, shuffled."""
   def example(number: int) -> corpus.Example:
     image = PIL.Image.fromarray(triples.pixels[triples.image[number]])
     return corpus.Example(
@@ -117,8 +121,7 @@ def learnt(triples: Triples, question: str, seed: int) -> corpus.Corpus:
 
 
 def _rows(path: pathlib.Path) -> list[tuple[str, str, pathlib.Path, bool]]:
-  """(Where, prompt, picture, whether the answer is yes) of a file of JSON lines; see `read_lines`.
-  """
+  """[(where, prompt, path of the picture, whether the answer is yes)]; see `read_lines`."""
   rows: list[tuple[str, str, str, bool]] = []
   for where, text in lines.read(path):
     row = lines.parse_object(text, where, _EXPECTED)
@@ -149,15 +152,22 @@ def _rows(path: pathlib.Path) -> list[tuple[str, str, pathlib.Path, bool]]:
 def read_lines(
   path: pathlib.Path | str, question: str, seed: int
 ) -> tuple[corpus.Corpus, int]:
-  """Examples of answering from a file of JSON lines; and how many there are.
+  """Reads examples of answering from a file of JSON lines.
 
-  A line is {"prompt", "image", "answer": "yes" or "no"}; or a pair {"prompt", "chosen", "rejected"}
-  of which the first picture shows the prompt and the second does not. Pictures are relative to the
-  file.
+  A line is {"prompt", "image", "answer": "yes" or "no"}, or a pair {"prompt", "chosen", "rejected"}
+  of pictures, of which just the first one shows the prompt. Paths are relative to the file.
+
+  Args:
+    path: of the file.
+    question: about a picture; contains "{prompt}".
+    seed: of the order.
+
+  Returns:
+    (the examples, their number).
 
   Raises:
-    InputError: a line is neither, a picture is not there, or the answers are not balanced: names
-      file, line and key. The corpus raises it for a picture that cannot be read.
+    InputError: a line is malformed, a picture is missing, or the answers are not balanced; names
+      file, line and key. Later the corpus raises it for a picture that cannot be read.
   """
   rows = _rows(files.path(path))
 
@@ -171,10 +181,10 @@ def read_lines(
 
 
 def load_lines(path: pathlib.Path | str) -> Triples:
-  """A file of JSON lines as triples, to be measured; see `read_lines`.
+  """Reads a file of JSON lines as triples to measure on; see `read_lines`.
 
   Raises:
-    InputError: also where pictures differ in size: they are scored in batches.
+    InputError: as in `read_lines`; or pictures, which are scored in batches, differ in size.
   """
   rows, pixels = _rows(files.path(path)), []
   for where, _, image, _ in rows:
@@ -196,7 +206,7 @@ def load_lines(path: pathlib.Path | str) -> Triples:
 
 
 def check_balance(where: str, yes: Sequence[bool]) -> None:
-  """Refuses answers of which far more are one than the other: a model would learn to guess it."""
+  """Raises InputError if one answer is much more frequent: a model would learn to guess it."""
   share = float(np.mean(yes))
   if abs(share - 0.5) > BALANCE:
     raise errors.InputError(

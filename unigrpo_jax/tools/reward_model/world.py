@@ -1,8 +1,8 @@
-"""Triples of IconWorld: a picture, what it is asked about, what the verifier says of its pixels.
+"""Triples of IconWorld, in blocks of four; the answers are the verifier's, from the pixels.
 
-They come in blocks of two pictures A, B and two prompts p, q, where A shows p and B shows q, but
-neither the other: four triples in which neither a picture nor a prompt alone tells the answer. Only
-nonsense, which shows nothing, stands beside pictures that do.
+A block has two pictures A, B and two prompts p, q: A shows p and not q, B shows q and not p. So in
+its four triples, neither the picture nor the prompt alone tells the answer. Blocks of nonsense are
+different: they pair two prompts with pictures that show them and with pictures that show nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import icons, plans, prompts, renderer, scenes, scoring, verifier
 
-# Where pictures come from -> share of the triples.
+# {source of pictures: share of the triples}.
 SOURCES = {
   "render": 0.15, "near_image": 0.20, "near_prompt": 0.15, "vae": 0.15, "policy": 0.25,
   "one_step": 0.05, "nonsense": 0.05,
 }
-TRIES = 400  # Draws for one block, after which it is one of another category.
+TRIES = 400  # Attempts per wanted block, after which a source and category is given up.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +32,12 @@ class Picture:
   found: Sequence[rules.Found]
 
   def shows(self, metadata: Mapping[str, Any]) -> bool:
-    """Whether it shows what metadata asks for and nothing else."""
+    """Whether it shows exactly what metadata asks for."""
     return scoring.score(self.found, metadata)[0] == 1
 
 
 def look(pixels: np.ndarray) -> Picture:
+  """A picture, [H, W, 3] uint8, with what the verifier finds in it."""
   return Picture(pixels, verifier.detect(pixels))
 
 
@@ -45,10 +46,10 @@ class Block:
   """Four triples of one category; see the module's docstring."""
 
   category: str
-  triples: tuple[tuple[Picture, Mapping[str, Any], bool], ...]
+  triples: tuple[tuple[Picture, Mapping[str, Any], bool], ...]  # (picture, metadata, answer)
 
   def redrawn(self, pictures: Mapping[Picture, Picture]) -> Block | None:
-    """The same with other pictures; None where one of them answers otherwise than its own."""
+    """The block with other pictures, {old: new}; None if one of them changes an answer."""
     triples = tuple((pictures[a], metadata, yes) for a, metadata, yes in self.triples)
     if all(picture.shows(metadata) == yes for picture, metadata, yes in triples):
       return Block(self.category, triples)
@@ -56,7 +57,7 @@ class Block:
 
 
 def pair(category: str, a: Picture, b: Picture, p: Any, q: Any) -> Block | None:
-  """A block; None where p, q are not there or do not tell the pictures apart."""
+  """The block of pictures a, b and metadata p, q; None if p or q is None, or answers are wrong."""
   if p is None or q is None:
     return None
   triples = ((a, p, True), (a, q, False), (b, q, True), (b, p, False))
@@ -66,7 +67,9 @@ def pair(category: str, a: Picture, b: Picture, p: Any, q: Any) -> Block | None:
 
 
 def describe(rng: np.random.Generator, picture: Picture, category: str) -> dict[str, Any] | None:
-  """Metadata that a picture satisfies, of this category where one does; None for no clear picture.
+  """Metadata that asks for exactly what a picture shows, if possible of this category.
+
+  None for a picture that is not clear.
   """
   found = list(picture.found)
   known = all(item.kind in scenes.KINDS and item.color in scenes.COLORS for item in found)
@@ -80,7 +83,7 @@ def describe(rng: np.random.Generator, picture: Picture, category: str) -> dict[
 def _options(
   rng: np.random.Generator, found: Sequence[rules.Found]
 ) -> list[dict[str, Any]]:
-  """Ways to ask for exactly what was found, one of each category that has one."""
+  """Metadata that asks for exactly what was found, one of each category that allows it."""
   order = [found[i] for i in rng.permutation(len(found))]
   kinds = list(dict.fromkeys(item.kind for item in order))
   counts = {kind: [item.color for item in order if item.kind == kind] for kind in kinds}
@@ -111,16 +114,16 @@ def _options(
 
 
 def render_block(rng: np.random.Generator, split: str, category: str) -> Block | None:
-  """Two examples' scenes and prompts."""
+  """A block of two examples' scenes and prompts."""
   one, other = (prompts.sample(rng, split, category) for _ in range(2))
   a, b = (look(renderer.render(example.scene, rng)) for example in (one, other))
   return pair(category, a, b, one.metadata, other.metadata)
 
 
 def near_image_block(rng: np.random.Generator, split: str, category: str) -> Block | None:
-  """An example's scene, and the same with one thing changed."""
+  """A block of an example's scene, and of the same scene with one thing changed."""
   example = prompts.sample(rng, split, category)
-  # Mostly alike but for the change: background, brightness and jitter too.
+  # In 70 % of the blocks, both are rendered with the same background, brightness and jitter.
   seeds = rng.integers(2**63, size=2)
   seeds[1] = seeds[int(rng.random() < 0.3)]
   a, b = (
@@ -131,7 +134,7 @@ def near_image_block(rng: np.random.Generator, split: str, category: str) -> Blo
 
 
 def near_prompt_block(rng: np.random.Generator, split: str, category: str) -> Block | None:
-  """An example's scene, and one of the same goal with one mistake in it."""
+  """A block of an example's scene, and of a scene for its goal with one mistake."""
   example = prompts.sample(rng, split, category)
   goal = plans.mistake(rng, example)
   a, b = (look(renderer.render(s, rng)) for s in (example.scene, prompts.place(rng, goal)))
@@ -144,8 +147,9 @@ MAKERS = {
 
 
 def changed(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
-  """A scene with one thing more or less, of another class or colour, or with two things' places or
-  colours swapped."""
+  """A scene with one change: a thing added, removed, or of another class or colour; or the places
+  or colours of two things swapped.
+  """
   things = list(scene.things)
   free = [cell for cell in scenes.CELLS if cell not in {thing.cell for thing in things}]
   kinds = ["kind", "color"] + ["more"] * 2 * bool(free) + ["less"] * (len(things) > 1)
@@ -185,9 +189,10 @@ def policy_block(
   rng: np.random.Generator, groups: Mapping[str, Sequence[tuple[Any, Sequence[Picture]]]],
   category: str,
 ) -> Block | None:
-  """Two pictures of one prompt, or now and then of two; asked about it and what they show instead.
+  """A block of two pictures by a policy, mostly of one prompt, sometimes of two.
 
-  `groups`: by category, (example, its pictures).
+  A picture's prompt is its example's if the picture shows that, else what it shows instead.
+  `groups` is {category: [(example, its pictures)]}.
   """
   if not groups.get(category):
     return None
@@ -208,9 +213,9 @@ def policy_block(
 def nonsense_block(
   rng: np.random.Generator, split: str, category: str, garbled: Sequence[Picture]
 ) -> Block | None:
-  """Two scenes that show their prompts, and two pictures that show nothing in their places.
+  """A block of two scenes with their prompts, and of two pictures that show nothing.
 
-  `garbled`: pictures of a policy that show nothing clear.
+  Half of the latter are taken from `garbled`, unclear pictures by a policy, if there are any.
   """
   triples = []
   for _ in range(2):
@@ -227,7 +232,7 @@ def nonsense_block(
 
 
 def nonsense(rng: np.random.Generator, shown: np.ndarray) -> np.ndarray:
-  """A picture [H, W, 3] uint8 that shows nothing: `shown` spoilt, or none at all."""
+  """A picture [H, W, 3] uint8 that shows nothing: `shown` destroyed, or a pattern."""
   size = renderer.SIZE
   plain = np.array(list(icons.BACKGROUNDS.values()), float)
   canvas = np.full((size, size, 3), plain[rng.integers(len(plain))])
