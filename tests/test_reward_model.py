@@ -150,11 +150,15 @@ def test_gates_and_page(triples):
   measured = measuring.measure(triples, found, tau=1.0)
   assert all(holds for *_, holds in measuring.gates(measured)) and measured["group_auc"] == 1
   assert "MISSED" not in measuring.page(measured)
+  measuring.check_gates(measured)
   found |= {"z": -right, "no_prompt": -right}
   measured = measuring.measure(triples, found, tau=1.0)
   missed = [name for name, *_, holds in measuring.gates(measured) if not holds]
   assert missed == [*measuring.GATES, "AUC with the prompt hidden"]
   assert measuring.page(measured).count("MISSED") == 5
+  with pytest.raises(measuring.MissedGates, match="^missed: AUC of renders, .* hidden; ") as error:
+    measuring.check_gates(measured)
+  assert error.value.status == 1  # as docs/reward_model.md says
 
 
 def test_the_temperature_is_that_of_a_policys_pictures(triples):

@@ -36,6 +36,12 @@ GATES = {
 MOST_ONE_SIDED = 0.55  # largest AUC with the picture or the prompt hidden
 
 
+class MissedGates(errors.InputError):
+  """A reward model misses some gates."""
+
+  status = 1
+
+
 def open_trained(
   folder: pathlib.Path | str, *, question: str, vit_max: int | None, prompt_form: str
 ) -> tuple[learned.RewardModel, Any]:
@@ -172,6 +178,15 @@ def gates(measured: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
       holds = value <= MOST_ONE_SIDED
       result.append((f"AUC with the {words} hidden", value, MOST_ONE_SIDED, holds))
   return result
+
+
+def check_gates(measured: Mapping[str, Any]) -> None:
+  """Raises MissedGates unless all gates hold."""
+  if missed := [name for name, *_, holds in gates(measured) if not holds]:
+    raise MissedGates(
+      f"missed: {', '.join(missed)}; train longer, or on more triples of the sources and "
+      "categories that the page shows to be low, before any reinforcement learning"
+    )
 
 
 def page(measured: Mapping[str, Any]) -> str:
