@@ -1,7 +1,7 @@
 """Rewards of finished samples, on the host; no module here imports jax."""
 
 # These register their rewards.
-from unigrpo_jax.rewards import geneval, http, iconworld, judge, ocr, protocols  # noqa: F401
+from unigrpo_jax.rewards import geneval, http, iconworld, judge, ocr, pixels, protocols  # noqa: F401
 from unigrpo_jax.rewards.base import (
   Reward,
   Sample,

@@ -1,4 +1,4 @@
-"""What a reward is, how one is made by name, and two simple rewards of pixels.
+"""What a reward is, how one is made by its name, and how it is called.
 
 Letters: N samples, H, W pixels.
 """
@@ -13,7 +13,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import io
 import json
 import logging
 import math
@@ -24,7 +23,6 @@ import traceback
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from unigrpo_jax import errors
 from unigrpo_jax.rewards import threads
@@ -490,24 +488,3 @@ class TimeLimited:
     """Closes the reward, if it has `close`."""
     if hasattr(self._reward, "close"):
       self._reward.close()
-
-
-@register("brightness")
-def brightness(samples: Sequence[Sample]) -> np.ndarray:
-  """Mean of all pixels and channels, from 0 (black) to 1 (white): [N] float32."""
-  return np.array([sample.image.mean() / 255 for sample in samples], np.float32)
-
-
-@register("jpeg_size")
-def jpeg_size(samples: Sequence[Sample], *, quality: int = 95) -> np.ndarray:
-  """Size of the picture as JPEG of `quality` 1 to 95, in kilobytes (1000 bytes): [N] float32.
-
-  A positive weight rewards detail, a negative one compressibility. Source: the
-  (in)compressibility tasks of DDPO, Black et al. (arXiv 2305.13301), section 5.1.
-  """
-  sizes = []
-  for sample in samples:
-    file = io.BytesIO()
-    PIL.Image.fromarray(sample.image).save(file, "JPEG", quality=quality)
-    sizes.append(file.tell() / 1000)
-  return np.array(sizes, np.float32)
