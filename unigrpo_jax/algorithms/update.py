@@ -41,7 +41,7 @@ class Schedule:
   minibatches: int  # optimizer steps per epoch
   microbatches: int  # per minibatch; their gradients add up
   old_values: str  # one of OLD_VALUES
-  # A microbatch holds at most one group_parts-th of a group, and reads the group's prompt anew.
+  # Parts that each group is cut into, in different microbatches; each part reads the prompt once.
   # Divides `microbatches` and the group's size.
   group_parts: int = 1
 

@@ -240,10 +240,10 @@ def _finished(chunks: Sequence[futures.Future[Pending]], seconds: float) -> bool
   end = time.monotonic() + seconds
   if futures.wait(chunks, seconds).not_done:
     return False
-  return all(_wait(part, end - time.monotonic()) for part in _read(chunks))
+  return all(_is_scored(part, end - time.monotonic()) for part in _successful(chunks))
 
 
-def _wait(part: Pending, seconds: float) -> bool:
+def _is_scored(part: Pending, seconds: float) -> bool:
   """Whether a chunk's scores and statistics are done; waits at most `seconds` for each."""
   images = [] if part.images is None else [part.images]
   return part.scores.wait(seconds) and not futures.wait(images, seconds).not_done
@@ -253,14 +253,15 @@ def _awaited(chunks: Sequence[futures.Future[Pending]]) -> str:
   """What `_finished` waits for, in words for the user."""
   if not all(chunk.done() for chunk in chunks):
     return "images"
-  names = _names([name for part in _read(chunks) for name in part.scores.awaited()])
+  names = _names([name for part in _successful(chunks) for name in part.scores.awaited()])
   return names or "statistics of images"
 
 
-def _read(chunks: Sequence[futures.Future[Pending]]) -> list[Pending]:
-  """Of the chunks, which are done, those whose reading did not fail."""
+def _successful(chunks: Sequence[futures.Future[Pending]]) -> list[Pending]:
+  """The chunks (all done) whose trajectories could be read from the devices."""
   return [chunk.result() for chunk in chunks if chunk.exception() is None]
 
 
 def _names(awaited: Sequence[str]) -> str:
+  """Names of rewards, for a message."""
   return ", ".join(f"reward {name}" for name in dict.fromkeys(awaited))

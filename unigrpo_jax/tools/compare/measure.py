@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import json
 import pathlib
 import sys
 
@@ -84,15 +83,11 @@ def of_evaluation(
     rendered: ViT features of correct pictures of the same prompts, [M, F]; None: no Frechet
       distance.
   """
-  record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-  rows = [results_lib.Row(**row) for row in record["rows"]]
+  _, rows = results_lib.read(folder) or ({}, [])
   rows = [row for row in rows if row.image and row.mode == mode]
   if not rows:
     return {}
-  images = []
-  for row in rows:
-    with PIL.Image.open(folder / row.image) as image:
-      images.append(np.asarray(image.convert("RGB")))
+  images = [results_lib.read_picture(folder / row.image) for row in rows]
   values = [statistics.of_image(image) for image in images]
   made = {name: float(np.mean([of[name] for of in values])) for name in statistics.NAMES}
   latents = features.latents(np.stack(images))

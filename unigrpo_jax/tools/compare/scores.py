@@ -72,14 +72,13 @@ class Benchmark:
 
 def read(folder: pathlib.Path) -> tuple[results_lib.Row, ...]:
   """The rows of a finished evaluation; () where there is none."""
-  path = folder / "results.json"
-  return _read(path) if path.exists() else ()
+  return _read(folder) if (folder / results_lib.FINISHED).exists() else ()
 
 
 @functools.lru_cache(maxsize=128)
-def _read(path: pathlib.Path) -> tuple[results_lib.Row, ...]:
-  record = json.loads(path.read_text(encoding="utf-8"))
-  return tuple(results_lib.Row(**row) for row in record["rows"])
+def _read(folder: pathlib.Path) -> tuple[results_lib.Row, ...]:
+  _, rows = results_lib.read(folder)
+  return tuple(rows)
 
 
 def of_seeds(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import markdown
 from unigrpo_jax.benchmarks import measured as measured_lib
 from unigrpo_jax.data import atomic, locks, progress
 from unigrpo_jax.data import images as images_lib
@@ -191,20 +192,20 @@ def check_gates(measured: Mapping[str, Any]) -> None:
 
 def page(measured: Mapping[str, Any]) -> str:
   """The page in Markdown: the gates, and metrics by source, by category and by both."""
-  lines = ["# A reward model's answers\n", "| gate | value | bound | |", "| --- " * 4 + "|"]
+  rows = []
   for name, value, bound, holds in gates(measured):
     sign = "at most" if bound == MOST_ONE_SIDED else "at least"
-    lines.append(f"| {name} | {value:.3f} | {sign} {bound:.2f} | {'ok' if holds else 'MISSED'} |")
+    rows.append([name, f"{value:.3f}", f"{sign} {bound:.2f}", "ok" if holds else "MISSED"])
+  lines = ["# A reward model's answers\n", markdown.table(["gate", "value", "bound", ""], rows)]
   lines.append(
     f"\ntau {measured['tau']:.3f}; AUC within {measured['groups']} groups of a policy "
     f"{measured['group_auc']:.3f}, about the user's own prompts "
     f"{measured['group_auc_verbatim']:.3f}."
   )
   for what in ("sources", "categories", "cells"):
-    lines += [
-      f"\n| {what} | n | yes | accuracy | AUC | Brier | log loss | ECE |", "| --- " * 8 + "|",
-      *_rows(({"all": measured["all"]} if what == "sources" else {}) | measured[what]),
-    ]
+    parts = ({"all": measured["all"]} if what == "sources" else {}) | measured[what]
+    head = [what, "n", "yes", "accuracy", "AUC", "Brier", "log loss", "ECE"]
+    lines.append("\n" + markdown.table(head, _rows(parts)))
   if "float_uint8" in measured:
     lines.append(f"\nLargest |R(floats) - R(uint8)|: {measured['float_uint8']:.4f}.")
   if "ascent" in measured:
@@ -216,11 +217,12 @@ def page(measured: Mapping[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _rows(parts: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _rows(parts: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
+  """Cells of `metrics.summary` of each part."""
   keys = ("yes", "accuracy", "auc", "brier", "log_loss", "ece")
   for name, part in parts.items():
-    cells = " | ".join("" if np.isnan(part[key]) else f"{part[key]:.3f}" for key in keys)
-    yield f"| {name} | {part['n']} | {cells} |"
+    cells = ["" if np.isnan(part[key]) else f"{part[key]:.3f}" for key in keys]
+    yield [name, str(part["n"]), *cells]
 
 
 def float_uint8(
