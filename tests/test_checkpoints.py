@@ -3,9 +3,11 @@
 import asyncio
 import concurrent.futures
 import logging
+import os
 import pathlib
 import resource
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,17 @@ def _damage(step, kind):
   else:
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
+
+
+def test_saves_leave_no_threads_and_no_open_files(tmp_path):
+  saving = checkpoints.TrainCheckpoints(tmp_path / "run", keep=1)
+  held = []
+  for step in range(1, 8):
+    saving.save(step, {"a": jnp.zeros(3)}, {"step": step})
+    # One save is under way.
+    held.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+  saving.close()
+  assert max(held[4:]) <= max(held[:4])
 
 
 def test_closing_removes_what_a_killed_process_had_yet_to_remove(three):

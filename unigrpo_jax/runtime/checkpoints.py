@@ -152,6 +152,7 @@ class TrainCheckpoints:
     drop_lost_traces()
     self._folder = files.path(folder).absolute()
     self._unsealed: int | None = None
+    self._saving: Any = None  # Orbax's response to the last save
     self._names = _ReadableNames()
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
@@ -250,10 +251,20 @@ class TrainCheckpoints:
     """
     with writing(self._checkpointer.directory, errors.Storage):
       # A failed save must not go unnoticed until the run needs it.
-      self._checkpointer.wait()
+      self._wait()
       self._seal()
-      self._checkpointer.save_async(step, _kept(state), custom_metadata=dict(record), force=True)
+      self._saving = self._checkpointer.save_async(
+        step, _kept(state), custom_metadata=dict(record), force=True
+      )
       self._unsealed = step
+
+  def _wait(self) -> None:
+    """Waits for the save under way and for removals; raises what failed."""
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      # Ends the save's event loop as well, its thread and files, which Orbax's `wait` leaves open.
+      saving.result()
+    self._checkpointer.wait()
 
   def _seal(self) -> None:
     """Keeps the checksums of what was saved last, beside it, once it is complete."""
@@ -311,7 +322,7 @@ class TrainCheckpoints:
     Removes what is not kept: a process may have been killed after a save and before that.
     """
     with writing(self._checkpointer.directory, errors.Storage):
-      self._checkpointer.wait()
+      self._wait()
       self._seal()
       found = self._checkpointer.checkpoints
       context = ocp.training.preservation_policies.PreservationContext()
