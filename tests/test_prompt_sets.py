@@ -12,6 +12,7 @@ from tests import refusals
 from unigrpo_jax import errors
 from unigrpo_jax.data import __main__ as command
 from unigrpo_jax.data import progress, prompt_folders, prompts
+from unigrpo_jax.recipe import config_files, parts, rl
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As in GenEval's evaluation_metadata.jsonl.
@@ -422,3 +423,15 @@ def test_words_are_the_same_on_every_machine_and_begin_alike_whatever_the_count(
   assert made == list(prompts.generated("words", "test"))[:3]
   assert prompts.PromptSet(made).fingerprint() == "7ffe4b6aa35ee07d"
   assert len(prompts.open_set("words", "test")) == 1000
+
+
+def test_prompts_that_the_default_reward_cannot_score_are_refused():
+  """Before anything is sampled."""
+  config = config_files.load("configs/unigrpo.py")
+  others = prompts.PromptSet([("a red car", {})] * 3)
+  parts.check_prompts(rl.read(config), prompts.open_set("iconworld", "train"))
+  with pytest.raises(errors.InputError, match="iconworld_soft scores .* 3 of the first 3 prompts"):
+    parts.check_prompts(rl.read(config), others)
+  for weights in ({"brightness": 1.0}, {"brightness": 1.0, "iconworld_soft": 0.0}):
+    config.rewards = weights
+    parts.check_prompts(rl.read(config), others)

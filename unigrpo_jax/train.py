@@ -54,6 +54,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     prompt_set = prompts_lib.open_set(spec.prompts.source, spec.prompts.split)
     prompt_set = prompt_set.without_tags(spec.prompts.held_out_tags)
     prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
+    parts.check_prompts(spec, prompt_set)
     reward_fns = parts.make_scorer(spec.rewards)
     pinned = state.pinned(spec.network, network) | reward_fns.fingerprints()
     pinned |= {"prompts": prompt_set.fingerprint()} | parts.pinned(spec)

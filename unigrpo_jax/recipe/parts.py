@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import base, update
@@ -31,6 +32,7 @@ TEXT_DRIFT = {"float32": 1.2e-6, "bfloat16": 5.7e-3}
 STEP_ERROR = {"float32": 8.2e-8, "bfloat16": 8.5e-3}
 PERCENTILE_99 = 2.58  # of the absolute value of a normal variable, in standard deviations
 MARGIN = 3  # times what was measured
+FIRST_PROMPTS = 64  # of a set, that say whether IconWorld's verifier can score it
 
 
 def check_fits(spec: rl.Spec, network: state.Network) -> None:
@@ -112,6 +114,30 @@ def make_scorer(spec: rl.RewardsSpec) -> rewards.Scorer:
   return rewards.Scorer(
     made, spec.weights, threads=spec.threads, max_failed_fraction=spec.max_failed_fraction
   )
+
+
+def check_prompts(spec: rl.Spec, prompts: Sequence[Any]) -> None:
+  """Refuses prompts that IconWorld's verifier, the default reward, cannot score.
+
+  Before anything is sampled; `prompts` have `prompt` and `metadata`.
+
+  Raises:
+    InputError: of the first ones, more have no score than may fail.
+  """
+  r, count = spec.rewards, min(len(prompts), FIRST_PROMPTS)
+  blank = np.zeros((32, 32, 3), np.uint8)
+  first = [prompts[i] for i in range(count)]
+  samples = [rewards.Sample(one.prompt, blank, "", one.metadata) for one in first]
+  for name, weight in r.weights.items():
+    kind = r.options.get(name, {}).get("kind", name)
+    if weight and kind.startswith("iconworld_"):
+      missing = int(np.isnan(rewards.evaluate(rewards.make(kind), samples).values).sum())
+      if missing > r.max_failed_fraction * count:
+        raise errors.InputError(
+          f"config.rewards: {name} scores scenes of IconWorld, for which {missing} of the first "
+          f"{count} prompts of config.prompts.source={spec.prompts.source} do not ask; set "
+          "config.rewards"
+        )
 
 
 def pinned(spec: rl.Spec) -> dict[str, Any]:
