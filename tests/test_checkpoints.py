@@ -247,3 +247,14 @@ def test_a_large_file_is_known_by_its_size_and_ends(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(damaged)
     with pytest.raises(errors.Damaged, match="is damaged: (a has|the checksum of a)"):
       checksums.verify(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": []}', '{"a": [1]}', '{"a": 1}', "[" * 100_000])
+def test_damaged_checksums_are_damage(tmp_path, text):
+  (tmp_path / "a").write_text("x")
+  (tmp_path / checksums.FILE).write_text(text)
+  if text == "[]":
+    (tmp_path / checksums.FILE).unlink()
+    (tmp_path / checksums.FILE).mkdir()
+  with pytest.raises(errors.Damaged, match="is damaged: checksums.json cannot be read"):
+    checksums.verify(tmp_path)

@@ -159,6 +159,16 @@ def test_load_refuses_a_truncated_image(kind, tmp_path):
   assert "not readable as an image (" in load_refusal(path)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError])
+def test_load_refuses_what_a_decoder_cannot_read_for_whatever_reason(error, tmp_path, monkeypatch):
+  def fail(*_):
+    raise error("no such frame")
+
+  source(1).save(tmp_path / "image.png")
+  monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", fail)
+  assert "no such frame" in load_refusal(tmp_path / "image.png")
+
+
 def test_load_refuses_a_decompression_bomb(tmp_path, monkeypatch):
   source(0).save(tmp_path / "bomb.png")
   monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 600)  # the image has 660: Pillow only warns

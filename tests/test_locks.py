@@ -128,7 +128,15 @@ def test_a_holder_that_goes_while_it_is_watched(tmp_path):
     pass
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": 3}'])
+@pytest.mark.parametrize("changes", [{"pid": 0}, {"pid": -1}, {"pid": 10**30}, {"pid": "x"},
+                                     {"beat": None, "machine": "elsewhere"}])
+def test_a_lock_of_no_process_is_no_obstacle(tmp_path, changes):
+  _left_by(tmp_path, **changes)
+  with _hold(tmp_path):
+    pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": 3}', "[" * 100_000])
 def test_a_damaged_lock_is_no_obstacle(tmp_path, text):
   locks.inside(tmp_path).write_text(text)
   with _hold(tmp_path):

@@ -4,14 +4,16 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax import evaluate, rewards
+from unigrpo_jax import errors, evaluate, rewards
 from unigrpo_jax.benchmarks import evaluation, official, results
 from unigrpo_jax.geneval import prompts
+from unigrpo_jax.tools import rescore
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -150,3 +152,28 @@ def test_seeds_of_pictures_never_overlap():
     for k in (0, 1, 3, evaluation.MOST_IMAGES - 1)
   }
   assert len(seeds) == 16 and max(seeds) < 2**32 and evaluation.image_seed(7, 5, 2) == 12 + 2**21
+
+
+@pytest.mark.parametrize("name", ["unfinished.jsonl", "results.json"])
+@pytest.mark.parametrize("rows", ["5", "null", "[5]", '[{"a": 1}]', "[" * 100_000])
+def test_damaged_results_are_named_in_a_line(tmp_path, name, rows):
+  text = '{"of": "x"}\n' + rows + "\n"
+  (tmp_path / name).write_text(text if name == "unfinished.jsonl" else '{"rows": ' + rows + "}")
+  with pytest.raises(errors.InputError, match=name):
+    results.read(tmp_path)
+  (tmp_path / name).write_text("null\n[]\n" if name == "unfinished.jsonl" else "null")
+  with pytest.raises(errors.InputError, match=name):
+    results.read(tmp_path)
+
+
+def test_what_is_waited_for_is_named(monkeypatch, capsys):
+  def slow(samples):
+    time.sleep(0.5)
+    return [1.0] * len(samples)
+
+  monkeypatch.setattr(rescore, "WAITING_SECONDS", 0.1)
+  one = rewards.Scorer({"taste": slow}, {"taste": 1.0})
+  scores = rescore.wait(one.submit([rewards.Sample("", np.zeros((1, 1, 3), np.uint8))]))
+  assert scores["taste"].values == [1]
+  assert "waiting for reward taste, after 0 s\n" in capsys.readouterr().err
+  one.close()

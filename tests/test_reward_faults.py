@@ -194,6 +194,11 @@ def test_a_concurrent_reward_is_called_again_at_once():
   reward.go.set()
 
 
+@pytest.mark.parametrize("kind", [5, None, ("http",), {}])
+def test_a_kind_is_text(kind):
+  assert "must be text" in refusal(rewards.make, kind)
+
+
 def test_a_limit_is_an_option_of_any_reward():
   reward = rewards.make("brightness", time_limit=60)
   scores = reward([rewards.Sample("", np.full((1, 1, 3), 255, np.uint8))])

@@ -240,6 +240,8 @@ def test_others_need_a_token():
     assert "--token_env" in refusal(serve.Server, {"r": shared.value}, host=host)
   serve.Server({"r": shared.value}, host="0.0.0.0", token="t0ken").server_close()
   serve.Server({"r": shared.value}, host="localhost").server_close()
+  for host in ("a..b", "\xe9..x"):
+    assert "--host=" in refusal(serve.Server, {"r": shared.value}, host=host, token="t0ken")
 
 
 def test_a_port_that_is_taken(serving):

@@ -114,6 +114,16 @@ def test_printing_goes_on_whatever_a_reward_does_to_the_streams(tmp_path):
   assert "reward r gave 1 NaN: ValueError: no score" in ended.stderr
 
 
+def test_too_little_memory_is_one_line():
+  code = """if True:
+    import numpy
+    from unigrpo_jax import errors
+    errors.report(lambda: numpy.zeros(2**55))"""
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert ended.returncode == 1 and ended.stderr.startswith("error: too little memory (Unable to")
+  assert ended.stderr.count("\n") == 1
+
+
 def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
   code = """if True:
     import os, sys

@@ -251,6 +251,9 @@ def report(main: Callable[[], Any]) -> Any:
     print(f"error: {line(error)}", file=sys.stderr)
     status = error.status
     sys.exit(status)
+  except MemoryError as error:
+    print(f"error: too little memory ({line(error)}); give smaller numbers", file=sys.stderr)
+    sys.exit(status)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     status = 130

@@ -323,7 +323,8 @@ def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict
   whole = text.split("\n")[:-1]  # What follows the last end of a line was cut off by a kill.
   try:
     about, *batches = [json.loads(line) for line in whole] or [{}]
-  except ValueError:
+    dict(about), [Row(**row) for batch in batches for row in batch]
+  except (ValueError, TypeError, RecursionError):
     raise errors.InputError(f"{path}: damaged; delete it to begin the evaluation anew") from None
   return about, batches
 
@@ -344,7 +345,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
   try:
     record = json.loads(path.read_text(encoding="utf-8"))
     return record, [Row(**row) for row in record.pop("rows")]
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise errors.InputError(
       f"{path}: not the results of an evaluation ({errors.first_line(error)})"
     ) from None

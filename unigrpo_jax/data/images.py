@@ -48,8 +48,10 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
     raise errors.InputError(
       f"{path}: more than {PIL.Image.MAX_IMAGE_PIXELS} pixels; give a smaller image"
     ) from None
+  except errors.InputError:
+    raise
   # Decoders report damaged data by whichever exception the damaged byte leads to.
-  except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+  except Exception as error:
     raise errors.InputError(
       f"{path}: not readable as an image ({getattr(error, 'strerror', None) or error}); give the "
       "path of an image, and copy it again if it is truncated or damaged"

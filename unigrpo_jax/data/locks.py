@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -252,9 +253,12 @@ def _read(path: pathlib.Path) -> Holder | None:
   """The holder; None where there is none, or nothing that can be read for a second."""
   for _ in range(10):
     try:
-      return Holder(**json.loads(path.read_text(encoding="utf-8")))
+      holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+      if not 0 < holder.pid < 2**31 or not 0 <= holder.beat < math.inf:
+        raise ValueError("no process")
+      return holder
     except FileNotFoundError:
       return None
-    except (ValueError, TypeError):  # It is being written, or damaged.
+    except (ValueError, TypeError, RecursionError):  # It is being written, or damaged.
       time.sleep(0.1)
   return None

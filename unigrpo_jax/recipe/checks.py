@@ -17,6 +17,8 @@ from unigrpo_jax.runtime import metrics, optim, state
 
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 MOST = 2**31 - 1  # Sizes and counts are 32-bit integers on the devices.
+MANY = 10**6  # More of something of which arrays are made is a mistake.
+_LEAST, _LARGEST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 
 
 class Kind(Protocol):
@@ -28,7 +30,7 @@ class Kind(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """A finite number within bounds, see `errors.require`; its value is a float."""
+  """A number within bounds, see `errors.require`, that float32 can hold; its value is a float."""
 
   low: float | None = None
   above: float | None = None
@@ -36,6 +38,12 @@ class Number:
 
   def read(self, name: str, value: Any) -> float:
     errors.require(name, _given(name, value, "a number"), **dataclasses.asdict(self))
+    size = abs(float(value))
+    if size > _LARGEST or 0 < size < _LEAST:
+      raise errors.InputError(
+        f"{name}={errors.shown(value)} must be 0, or of a size from {_LEAST:.2g} to "
+        f"{_LARGEST:.2g}, which float32 holds"
+      )
     return float(value)
 
 
@@ -200,6 +208,9 @@ def read(config: ConfigDict, keys: Keys, defaults: Mapping[str, Any]) -> ConfigD
     for section in sections:
       node = node.setdefault(section, {})
     node[name] = value
+  for key in ("b1", "b2"):
+    if np.float32(checked[key]) == 1:
+      raise errors.InputError(f"config.{key}={checked[key]} must be less than 1 in float32")
   return ConfigDict(checked, allow_dotted_keys=True)
 
 

@@ -53,7 +53,8 @@ DEFAULTS = {
   "refl.weight": 1.0, "refl.margin": 1.0, "refl.per_batch": False, "refl.sft_weight": 0.0,
   "refl.sft_config": "", "refl.gradient_steps": 1, "refl.direct_align": False,
 }
-_COUNT, _SCALE = checks.Integer(low=1), checks.Number(low=0)
+_COUNT, _SCALE = checks.Integer(low=1, high=checks.MANY), checks.Number(low=0)
+_POINTS = checks.Integer(low=2, high=100_000)  # of a time grid
 _TIMES = checks.Several(checks.Number(), 2)
 KEYS: checks.Keys = {
   "prompts.source": checks.Text(), "prompts.split": checks.Text(), "prompts_per_step": _COUNT,
@@ -66,10 +67,11 @@ KEYS: checks.Keys = {
   "advantage.eps": _SCALE, "advantage.clip": _SCALE,
   "rollout.think": checks.Flag(), "rollout.prompts_at_once": _COUNT,
   "rollout.layout": checks.OneOf(tuple(sharding.LAYOUTS)),
-  "rollout.tensor": checks.Integer(low=0), "rollout.prompt_tokens": checks.Integer(low=3),
+  "rollout.tensor": checks.Integer(low=0),
+  "rollout.prompt_tokens": checks.Integer(low=3, high=checks.MANY),
   "rollout.max_tokens": _COUNT, "rollout.temperature": checks.Number(above=0),
   "rollout.height": _COUNT, "rollout.width": _COUNT,
-  "rollout.num_timesteps": checks.Integer(low=2), "rollout.shift": checks.Number(above=0),
+  "rollout.num_timesteps": _POINTS, "rollout.shift": checks.Number(above=0),
   "rollout.sde": checks.OneOf(sde.KINDS), "rollout.noise_level": _SCALE,
   "rollout.window": checks.OneOf(windows.CONVENTIONS),
   "rollout.window_range": checks.Several(checks.Integer(low=0), 2),
@@ -105,12 +107,12 @@ KEYS: checks.Keys = {
   "refl.gradient_steps": checks.Integer(low=0), "refl.direct_align": checks.Flag(),
   "refl.sft_weight": _SCALE, "refl.sft_config": checks.Text(),
   "epochs": _COUNT, "minibatches": _COUNT, "old_values": checks.OneOf(update.OLD_VALUES),
-  "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0),
+  "drift.text": _SCALE, "drift.flow": _SCALE, "lora.rank": checks.Integer(low=0, high=checks.MANY),
   "lora.adapter": checks.Text(), "pictures_every": checks.Integer(low=0),
   "lora.alpha": checks.Number(above=0), "eval.every": checks.Integer(low=0),
   "eval.source": checks.Text(), "eval.split": checks.Text(), "eval.prompts": _COUNT,
   "eval.batch_size": _COUNT, "eval.modes": checks.Several(checks.Text()),
-  "eval.num_timesteps": checks.Integer(low=2), "eval.temperature": _SCALE,
+  "eval.num_timesteps": _POINTS, "eval.temperature": _SCALE,
   "eval.cfg_text_scale": _SCALE, "eval.cfg_interval": _TIMES,
   "eval.cfg_renorm": checks.OneOf(flow.RENORMS), "eval.keep": checks.Integer(low=0),
   "eval.images": checks.Integer(low=1, high=evaluation.MOST_IMAGES),
@@ -310,6 +312,9 @@ def read(config: ConfigDict) -> Spec:
   sections.fill_rank(config)
   c, r, e = config, config.rollout, config.eval
   by_gradient = c.flow.train and c.flow.objective in GRADIENT_OBJECTIVES
+  errors.require(
+    "config.prompts_per_step x group_size", c.prompts_per_step * c.group_size, high=checks.MANY
+  )
   combinations.check(c, forward=c.flow.objective in FORWARD_OBJECTIVES, by_gradient=by_gradient)
   spec = Spec(
     seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,

@@ -166,6 +166,8 @@ def make_part(
 
 
 def _make(name: str, options: Mapping[str, Any]) -> Reward:
+  if not isinstance(name, str):
+    raise errors.InputError(f"reward={errors.shown(name)} must be text: a name or module:function")
   module, _, attribute = name.partition(":")
   if "/" in module or module.endswith(".py"):
     folder, _, file = module.rpartition("/")

@@ -84,7 +84,9 @@ class Server:
     try:
       parts = urllib.parse.urlsplit(url)
       host, port = parts.hostname, parts.port
-    except (ValueError, AttributeError, TypeError) as error:
+      (host or "").encode("idna")
+      http.client.HTTPConnection(host or "", port)  # refuses spaces
+    except (ValueError, AttributeError, TypeError, http.client.InvalidURL) as error:
       raise errors.InputError(f"url of {what}: {error}") from None
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
       raise errors.InputError(f"url={url!r} of {what} must be like http://host:8901")

@@ -69,7 +69,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
       super().__init__((host, port), handler)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # a name that is none
       raise errors.InputError(
         f"--host={host} --port={port}: {error}; choose another, or --port=0 for any"
       ) from None

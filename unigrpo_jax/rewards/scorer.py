@@ -245,7 +245,7 @@ class Scorer:
       recent, self._recent = self._recent, {}
     return max(
       recent.values(), key=lambda failure: (failure.count, failure.temporary),
-      default=Failure(0, False, "unknown"),
+      default=Failure(0, False, "no reward failed: their weighted sum is beyond float32"),
     )
 
   def check(

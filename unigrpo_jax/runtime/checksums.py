@@ -31,10 +31,10 @@ def verify(folder: pathlib.Path) -> None:
     raise errors.Damaged(f"{folder} is damaged: it is empty")
   try:
     values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    expected = {str(name): tuple(value) for name, value in values.items()}
+    expected = {str(name): (size, crc) for name, (size, crc) in values.items()}
   except FileNotFoundError:
     return
-  except (AttributeError, TypeError, ValueError):
+  except (AttributeError, TypeError, ValueError, RecursionError, IsADirectoryError):
     raise errors.Damaged(f"{folder} is damaged: {FILE} cannot be read") from None
   found = _files(folder)
   for name, value in expected.items():

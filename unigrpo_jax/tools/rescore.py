@@ -8,6 +8,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
+import time
 from typing import Any
 
 from unigrpo_jax import errors, rewards
@@ -18,7 +20,9 @@ from unigrpo_jax.data import prompts as prompts_lib
 from unigrpo_jax.geneval import prompts as geneval_prompts
 from unigrpo_jax.rewards import arguments
 from unigrpo_jax.rewards import iconworld as iconworld_rewards
+from unigrpo_jax.rewards import scorer as scorer_lib
 
+WAITING_SECONDS = 30.0  # From one line about a reward that is waited for to the next.
 # Flags about how pictures are drawn, which existing pictures do not take.
 _OF_DRAWING = ("adapter", "samples", "modes", "size", "keep_official")
 
@@ -67,7 +71,7 @@ def score_pictures(args: argparse.Namespace) -> None:
         scores = iconworld_rewards.score(samples)
         details: list[dict[str, Any]] = [{} for _ in batch]
       else:
-        given = scorer.submit(samples).scores()
+        given = wait(scorer.submit(samples))
         scores = {name: part.values for name, part in given.items()}
         details = [results_lib.details_of(given, i) for i in range(len(batch))]
       batch = results_lib.scored(batch, scores, details)
@@ -94,6 +98,15 @@ def score_pictures(args: argparse.Namespace) -> None:
     settings=settings, observers=observers,
     names=list(reasons), of_geneval=not of_iconworld and measured.is_geneval(made),
   )
+
+
+def wait(pending: scorer_lib.Pending) -> Mapping[str, rewards.Scores]:
+  """The scores; prints which rewards are waited for, now and then."""
+  start = time.monotonic()
+  while not pending.wait(WAITING_SECONDS):
+    names, seconds = ", ".join(pending.awaited()), time.monotonic() - start
+    print(f"waiting for reward {names}, after {seconds:.0f} s", file=sys.stderr, flush=True)
+  return pending.scores()
 
 
 def read_pictures(
