@@ -35,7 +35,8 @@ SMALL = {
   "rollout.window_size": 1, "text.chunk": 8, "epochs": 1, "rewards": {"brightness": 1.0},
   "checkpoint_every": 1, "keep_checkpoints": 2, "ema_decay": 0.9, "warmup_steps": 0,
   # Of 24 tokens, in programs that are not optimised: more rounding than a training's limit allows.
-  "drift.text": 1e-4, "schedule": "constant", "eval.every": 3, "eval.prompts": 2, "eval.batch_size": 2,
+  "drift.text": 1e-4, "schedule": "constant",
+  "eval.every": 3, "eval.prompts": 2, "eval.batch_size": 2,
   "eval.num_timesteps": 4, "eval.keep": 1, "eval.modes": ("think",), "export_dtype": "float32",
 }
 # (what is entered and left, where it is): functions and methods.
