@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -139,7 +141,8 @@ if __name__ == "__main__":
   errors.report(main)
 """)
   ended = subprocess.run(
-    [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100
+    [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100,
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
   )
   assert (ended.returncode, ended.stdout) == (1, "saved\n"), ended.stderr
   assert "error: the reward hangs" in ended.stderr and "Traceback" not in ended.stderr

@@ -69,7 +69,7 @@ def user_rewards(tmp_path, monkeypatch):
   ("user_rewards.sound:Score", {"scale": "1"}, "scale='1' must be a number"),
   ("user_rewards.sound:Score", {"skale": 1}, "unexpected keyword argument 'skale'"),
   ("user_rewards.sound:sharp", {"radius": (1,)}, "radius=(1,) must be a number"),
-  ("jpeg_size", {"quality": "high"}, "quality='high' must be a number"),
+  ("jpeg_size", {"quality": "high"}, "quality='high' must be an integer"),
   (":Score", {}, "must be module:function"), ("user_rewards:", {}, "must be module:function"),
   (".sound:Score", {}, "must be module:function"), ("a..b:Score", {}, "there is no module 'a'"),
   ("sound.py:Score", {}, "is a path; write sound:Score, with its folder in .*PYTHONPATH=. python"),

@@ -129,7 +129,7 @@ def writing(path: pathlib.Path, kind: type[errors.InputError] | None = None) -> 
 def first_line(error: BaseException) -> str:
   """What went wrong, without the files and the settings that TensorStore adds."""
   line = (str(error).strip() or type(error).__name__).splitlines()[0]
-  line = re.split(r" \[\w+=| See full TensorStore details", line)[0]
+  line = re.split(r" \[[\w ]+=| See full TensorStore details", line)[0]
   line = re.sub(r' "/[^"]*":?', "", line)
   return line if len(line) <= 200 else f"{line[:60]} ... {line[-130:]}"
 
