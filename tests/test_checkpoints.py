@@ -166,13 +166,15 @@ def _damage(step, kind):
 
 def test_saves_leave_no_threads_and_no_open_files(tmp_path):
   saving = checkpoints.TrainCheckpoints(tmp_path / "run", keep=1)
-  held = []
-  for step in range(1, 8):
+  threads, opened = [], []
+  for step in range(1, 25):
     saving.save(step, {"a": jnp.zeros(3)}, {"step": step})
-    # One save is under way.
-    held.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+    threads.append(threading.active_count())
+    opened.append(len(os.listdir("/proc/self/fd")))
   saving.close()
-  assert max(held[4:]) <= max(held[:4])
+  # Those of the save under way, and what ends of earlier tests, come and go.
+  for held in (threads, opened):
+    assert min(held[12:]) < min(held[:4]) + 8
 
 
 def test_closing_removes_what_a_killed_process_had_yet_to_remove(three):
