@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.geneval import classes
+from unigrpo_jax.recipe import rl
 from unigrpo_jax.reward_models.clip import colors, convert, host, preprocess
 from unigrpo_jax.reward_models.clip import config as config_lib
 from unigrpo_jax.rewards import colors as geneval_colors
@@ -312,9 +313,10 @@ def test_a_plan_counts_the_rewards_on_its_own_chips(monkeypatch):
   taken = lambda reward, options, device, devices: 100 + options.get("batch_size", 16) / devices
   monkeypatch.setattr(host, "device_bytes", taken)
   device = lambda host: types.SimpleNamespace(process_index=host)
-  spec = types.SimpleNamespace(
+  spec = rl.RewardsSpec(
     weights={"ocr": 1.0, "pickscore": 1.0, "far": 0.0, "l14": 0.0},
     options={"far": {"kind": "http"}, "l14": {"kind": "clip", "batch_size": 8}},
+    threads=1, normalise=False, max_failed_fraction=0.0, watch_images=False,
   )
   assert planner.clip_bytes(spec, [device(h) for h in (3, 3, 3, 3, 4)]) == 104 + 102
 

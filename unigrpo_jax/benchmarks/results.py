@@ -277,36 +277,30 @@ class Unfinished:
     """
     self._folder, self._path = folder, folder / UNFINISHED
     self._about = json.loads(json.dumps(about))
-    self.rows: list[Row] = []
-    before, batches = _read_unfinished(self._path)
-    if not batches:
-      return
-    for key in self._about | before:
+    before, self._batches = _read_unfinished(self._path)
+    self.rows = [row for batch in self._batches for row in batch]
+    for key in self._about | before if self._batches else ():
       if before.get(key) != self._about.get(key):
         raise errors.InputError(
           f"--out={folder} holds an unfinished evaluation of {key}="
           f"{errors.shown(before.get(key))}, not {errors.shown(self._about.get(key))}: end it with "
           f"the flags that it began with, give another --out, or delete {self._path}"
         )
-    self._batches = batches
-    self.rows = [Row(**row) for batch in batches for row in batch]
 
   def begin(self) -> None:
     """Writes the file anew with the batches so far, without a line that a kill cut off."""
     with errors.storage(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
       atomic.remove_unfinished(self._folder / "images")
-      batches = self._batches if self.rows else []
-      lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in (self._about, *batches)]
-      atomic.write_text(self._path, "".join(lines))
+      lines = [json.dumps(self._about, ensure_ascii=False), *map(_line, self._batches)]
+      atomic.write_text(self._path, "".join(f"{line}\n" for line in lines))
 
   def add(self, rows: Sequence[Row]) -> None:
     """Appends the rows of a batch; removes the results of an older evaluation, if there are any."""
     with errors.storage(self._folder):
       for name in (FINISHED, "results.md", "benchmarks.json"):
         (self._folder / name).unlink(missing_ok=True)
-      text = json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
-      files.append_text(self._path, text + "\n")
+      files.append_text(self._path, _line(rows) + "\n")
 
   def end(self) -> None:
     """Deletes the file; to be called after the results were saved."""
@@ -314,7 +308,12 @@ class Unfinished:
       self._path.unlink(missing_ok=True)
 
 
-def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+def _line(rows: Sequence[Row]) -> str:
+  """A batch as a line of UNFINISHED."""
+  return json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
+
+
+def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[Row]]]:
   """(what identifies the evaluation, rows of each batch) of a file; ({}, []) without one."""
   if not path.exists():
     return {}, []
@@ -323,10 +322,9 @@ def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[dict
   whole = text.split("\n")[:-1]  # What follows the last end of a line was cut off by a kill.
   try:
     about, *batches = [json.loads(line) for line in whole] or [{}]
-    dict(about), [Row(**row) for batch in batches for row in batch]
+    return dict(about), [[Row(**row) for row in batch] for batch in batches]
   except (ValueError, TypeError, RecursionError):
     raise errors.InputError(f"{path}: damaged; delete it to begin the evaluation anew") from None
-  return about, batches
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
@@ -341,7 +339,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
   path = folder / FINISHED
   if not path.exists():
     about, batches = _read_unfinished(folder / UNFINISHED)
-    return (about, [Row(**row) for batch in batches for row in batch]) if batches else None
+    return (about, [row for batch in batches for row in batch]) if batches else None
   try:
     record = json.loads(path.read_text(encoding="utf-8"))
     return record, [Row(**row) for row in record.pop("rows")]

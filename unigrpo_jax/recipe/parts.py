@@ -128,9 +128,8 @@ def check_prompts(spec: rl.Spec, prompts: Sequence[Any]) -> None:
   blank = np.zeros((32, 32, 3), np.uint8)
   first = [prompts[i] for i in range(count)]
   samples = [rewards.Sample(one.prompt, blank, "", one.metadata) for one in first]
-  for name, weight in r.weights.items():
-    kind = r.options.get(name, {}).get("kind", name)
-    if weight and kind.startswith("iconworld_"):
+  for name, kind in r.kinds.items():
+    if r.weights[name] and kind.startswith("iconworld_"):
       missing = int(np.isnan(rewards.evaluate(rewards.make(kind), samples).values).sum())
       if missing > r.max_failed_fraction * count:
         raise errors.InputError(

@@ -140,6 +140,11 @@ class RewardsSpec:
   max_failed_fraction: float
   watch_images: bool
 
+  @property
+  def kinds(self) -> dict[str, str]:
+    """{name of a reward: the reward it is an instance of}, for which the option `kind` stands."""
+    return {name: self.options.get(name, {}).get("kind", name) for name in self.weights}
+
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageSpec:

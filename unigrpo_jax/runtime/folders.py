@@ -9,7 +9,6 @@ A converted folder holds
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -84,19 +83,17 @@ class ModelFolder:
       shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {}
     try:
-      with self.open_params(parts) as reader, contextlib.ExitStack() as stack:
+      with self.open_params(parts) as reader:
         leaves = [leaf for leaf in reader.leaves if not set(without).intersection(leaf.path)]
-        bar = stack.enter_context(progress.bar(
-          sum(math.prod(leaf.shape) * reader.dtype(leaf).itemsize for leaf in leaves),
-          "loading", unit="B", enabled=jax.process_index() == 0,
-        ))
-        for leaf in leaves:
-          is_tree = not isinstance(shardings, jax.sharding.Sharding)
-          arrays[leaf.path] = weights.load(
-            reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
-            weights.lookup(shardings, leaf.path) if is_tree else shardings,
-          )
-          bar.update(math.prod(leaf.shape) * reader.dtype(leaf).itemsize)
+        size = sum(math.prod(leaf.shape) * reader.dtype(leaf).itemsize for leaf in leaves)
+        with progress.bar(size, "loading", unit="B", enabled=jax.process_index() == 0) as bar:
+          for leaf in leaves:
+            is_tree = not isinstance(shardings, jax.sharding.Sharding)
+            arrays[leaf.path] = weights.load(
+              reader, leaf, dtype.get(leaf.path[0]) if isinstance(dtype, dict) else dtype,
+              weights.lookup(shardings, leaf.path) if is_tree else shardings,
+            )
+            bar.update(math.prod(leaf.shape) * reader.dtype(leaf).itemsize)
     except jax.errors.JaxRuntimeError as error:
       if not checkpoints.is_full(error):
         raise

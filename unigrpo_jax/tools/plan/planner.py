@@ -111,7 +111,7 @@ class Planner:
     """What the rewards that run on the training's own devices take of the one that has most."""
     devices = list(self.mesh.devices.flat)
     taken = clip_bytes(self.spec.rewards, devices)
-    if "reward_model" in kinds(self.spec.rewards).values():
+    if "reward_model" in self.spec.rewards.kinds.values():
       self._progress("reward_model")
       spec = dataclasses.replace(self.spec.network, lora=None, mesh=dict(data=1, fsdp=1, tensor=1))
       folder, tokenizer = self.network.folder, self.network.tokenizer
@@ -276,17 +276,12 @@ class Planner:
     }
 
 
-def kinds(spec: rl.RewardsSpec) -> dict[str, str]:
-  """{name of a reward: what it is an instance of}."""
-  return {name: spec.options.get(name, {}).get("kind", name) for name in spec.weights}
-
-
 def clip_bytes(spec: rl.RewardsSpec, devices: Sequence[Any]) -> int:
   """What CLIPs that score on a training's own devices take of each of them."""
   own = sum(device.process_index == devices[0].process_index for device in devices)
   return sum(
     clip_host.device_bytes(kind, spec.options.get(name, {}), devices[0], own)
-    for name, kind in kinds(spec).items() if kind in clip_host.RELEASES
+    for name, kind in spec.kinds.items() if kind in clip_host.RELEASES
   )
 
 
