@@ -330,6 +330,8 @@ def test_a_tpu_vm_asks_for_its_neighbours(attributes, starts):
 @pytest.mark.parametrize("given, words", [
   (("a:1", None, 0), "give all of --coordinator, --processes and --process"),
   (("a", 2, 0), "--coordinator=a must be HOST:PORT"),
+  (("a:65536", 2, 0), "--coordinator=a:65536 must be HOST:PORT"),
+  (("a:\u0663", 2, 0), "--coordinator=a:\u0663 must be HOST:PORT"),
   (("a:1", 2, 2), "--process=2 must be at least 0 and at most 1"),
 ])
 def test_impossible_flags_are_refused(given, words):

@@ -15,7 +15,7 @@ import pytest
 from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import errors, rewards
-from unigrpo_jax.rewards import base, threads
+from unigrpo_jax.rewards import base, making, threads
 
 
 class Unprintable(BaseException):
@@ -291,7 +291,46 @@ def test_a_place_leaves_the_kind_of_an_error():
   ],
 )
 def test_what_trying_again_may_cure(error, temporary):
-  assert base.is_temporary(error) == temporary
+  assert making.is_temporary(error) == temporary
+
+
+def test_a_sample_keeps_its_image_and_the_metadata_of_its_prompt():
+  image, metadata = np.zeros((2, 2, 3), np.uint8), {"include": [{"class": "kite"}]}
+  sample = rewards.Sample("a kite", image, None, metadata)
+
+  def paints(samples):
+    samples[0].metadata["include"][0]["class"] = "boat"
+    samples[0].image[:] = 1
+    return np.ones(1)
+
+  with pytest.raises(ValueError, match="read-only"):
+    rewards.evaluate(paints, [sample])
+  assert not sample.image.any() and metadata == {"include": [{"class": "kite"}]}
+  image[:] = 2  # its owner may
+  assert sample.image.all()
+
+
+def test_a_reward_does_not_move_the_program(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(errors, "_started_in", str(tmp_path))
+  errors._say_moved.cache_clear()
+  (tmp_path / "other").mkdir()
+  sample = rewards.Sample("a kite", np.zeros((2, 2, 3), np.uint8))
+
+  def moves(samples):
+    os.chdir("other")
+    return np.ones(1)
+
+  for _ in range(2):
+    rewards.evaluate(moves, [sample])
+    assert pathlib.Path.cwd() == tmp_path
+  with pytest.raises(errors.InputError), making.made("no"):
+    os.chdir("other")
+    raise ValueError
+  assert pathlib.Path.cwd() == tmp_path
+  assert capsys.readouterr().err == (
+    f"note: a reward changed the current folder; it is {tmp_path} again\n"
+  )
 
 
 def test_a_pool_runs_calls_in_order_and_keeps_nothing():

@@ -13,7 +13,7 @@ import pytest
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.iconworld import plans, prompts, renderer, verifier
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import making
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAN = np.nan
@@ -82,7 +82,7 @@ def test_options_leave_the_attributes_of_a_function():
 
 
 def test_registered_names(monkeypatch):
-  monkeypatch.setattr(base, "_registered", dict(base._registered))
+  monkeypatch.setattr(making, "_registered", dict(making._registered))
   assert rewards.register("shifted")(shifted) is shifted
   rewards.register("shifted")(shifted)  # A notebook runs its cells again.
   assert "shifted" in rewards.names()

@@ -300,9 +300,13 @@ def _end_soon(status: int) -> None:
   threading.Thread(target=watch, name="ending", daemon=True).start()
 
 
+_started_in: str | None = None  # The current folder when the program began.
+
+
 def _require_folder() -> None:
+  global _started_in
   try:
-    os.getcwd()
+    _started_in = os.getcwd()
   except OSError as error:
     raise InputError(
       f"the current folder cannot be used ({error.strerror}); change to another"
@@ -340,14 +344,29 @@ def make_streams_safe() -> None:
 _safe_streams: dict[str, _Stream] = {}
 
 
-def reopen_streams() -> None:
-  """Puts a safe stream back in the place of one that is closed.
+def undo_changes() -> None:
+  """Undoes what the code of a reward did to the program.
 
-  A reward closes it, or leaves one: two that each redirect to a file of their own at a time do.
+  - A safe stream comes back in the place of one that is closed. A reward closes it, or leaves one:
+    two that each redirect to a file of their own at a time do.
+  - The current folder is again that in which the program began, since its paths are relative to it.
   """
   for name, safe in _safe_streams.items():
     if getattr(getattr(sys, name), "closed", False):
       setattr(sys, name, safe)
+  if _started_in is None:
+    return
+  with contextlib.suppress(OSError):  # A folder that is gone is not the one that is wanted.
+    if os.path.samefile(os.curdir, _started_in):
+      return
+  with contextlib.suppress(OSError):
+    os.chdir(_started_in)
+    _say_moved()
+
+
+@functools.cache
+def _say_moved() -> None:
+  print(f"note: a reward changed the current folder; it is {_started_in} again", file=sys.stderr)
 
 
 class _Stream(io.TextIOWrapper):

@@ -2,16 +2,8 @@
 
 # These register their rewards.
 from unigrpo_jax.rewards import geneval, http, iconworld, judge, ocr, pixels, protocols  # noqa: F401
-from unigrpo_jax.rewards.base import (
-  Reward,
-  Sample,
-  Scores,
-  evaluate,
-  make,
-  names,
-  register,
-  score_encodable,
-)
+from unigrpo_jax.rewards.base import Reward, Sample, Scores, evaluate, score_encodable
+from unigrpo_jax.rewards.making import make, names, register
 from unigrpo_jax.rewards.scorer import RESERVED, Failure, Scorer
 
 __all__ = [

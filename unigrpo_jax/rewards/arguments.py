@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import json
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import base, making
 
 
 def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -> None:
@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser, *, required: bool, default: str = "") -
   parser.add_argument(
     "--rewards", nargs="+", required=required, metavar="[NAME=]REWARD",
     help=f"what scores the pictures; REWARD is module:function, the URL of a server that has NAME, "
-    f"or one of {', '.join(base.names())}{default}",
+    f"or one of {', '.join(making.names())}{default}",
   )
   parser.add_argument(
     "--reward_options", default="{}", metavar="JSON",
@@ -61,7 +61,7 @@ def make(items: Sequence[str], options: str) -> dict[str, base.Reward]:
     if served:
       reward_options = {"reward": name} | reward_options | {"url": reward}
       reward = "http"
-    rewards[name] = base.make(reward, **reward_options)
+    rewards[name] = making.make(reward, **reward_options)
   if by_name:
     raise errors.InputError(
       f"--reward_options has {', '.join(by_name)}, which --rewards does not name"

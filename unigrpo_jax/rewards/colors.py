@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax.geneval import classes, rules
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import making
 
 NAMED = {
   "hsv": "unigrpo_jax.rewards.colors:Hsv",
@@ -38,8 +38,8 @@ class Colors(Protocol):
 
 
 def make(name: str, options: Mapping[str, Any]) -> Colors:
-  """Makes a method by its name in `NAMED`, or "module:Class"; raises InputError as `base.make`."""
-  return base.make_part("color", name, NAMED, options)
+  """Makes a method by its name in `NAMED`, or "module:Class"; InputError as `making.make`."""
+  return making.make_part("color", name, NAMED, options)
 
 
 def templates(color: str, kind: str) -> list[str]:

@@ -11,12 +11,12 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.geneval import classes, rules
-from unigrpo_jax.rewards import base, colors, detectors
+from unigrpo_jax.rewards import base, colors, detectors, making
 
 RELATIONS = ("left of", "right of", "above", "below")
 
 
-@base.register("geneval")
+@making.register("geneval")
 class GenEval:
   """Scores how well a picture shows what its prompt's metadata asks for; see `rules.verdict`.
 

@@ -14,7 +14,7 @@ import urllib.parse
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base, exchange, served, wire
+from unigrpo_jax.rewards import base, exchange, making, served, wire
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ ANNOUNCEMENT = 1 << 20  # Most bytes of a server's description of itself.
 SETTINGS_SECONDS = 5.0  # Time limit of asking for that description just for `settings`.
 
 
-@base.register("http")
+@making.register("http")
 @dataclasses.dataclass(eq=False)
 class Http(served.Served):
   """A reward that `rewards.serve` serves. Rewards of one server and equal options share requests.

@@ -15,18 +15,18 @@ import numpy as np
 
 from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import plans, points, riddles, scenes, scoring, verifier
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import base, making
 
 REWARDS = ("strict", "soft", "geneval", "points", "reasoning")
 
 
-@base.register("iconworld_strict")
+@making.register("iconworld_strict")
 def strict(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the image shows exactly what the prompt asks for, else 0."""
   return _scores(samples, lambda sample: scoring.score(detect(sample), sample.metadata)[0])
 
 
-@base.register("iconworld_soft")
+@making.register("iconworld_soft")
 def soft(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32 in [0, 1]: the share of the prompt's demands that are met, less for extra objects.
 
@@ -35,7 +35,7 @@ def soft(samples: Sequence[base.Sample]) -> np.ndarray:
   return _scores(samples, lambda sample: scoring.score(detect(sample), sample.metadata)[1])
 
 
-@base.register("iconworld_geneval")
+@making.register("iconworld_geneval")
 def official(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: GenEval's verdict, 1 or 0, which ignores objects that were not asked for."""
   return _scores(
@@ -43,7 +43,7 @@ def official(samples: Sequence[base.Sample]) -> np.ndarray:
   )
 
 
-@base.register("iconworld_points")
+@making.register("iconworld_points")
 def exam(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32 in [0, 1]: the share of the exam points that the image meets; see `points`."""
   return _scores(
@@ -51,7 +51,7 @@ def exam(samples: Sequence[base.Sample]) -> np.ndarray:
   )
 
 
-@base.register("iconworld_reasoning")
+@making.register("iconworld_reasoning")
 def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
   """[N] float32: 1 where the reasoning ends in the plan of a correct scene, else 0.
 
@@ -66,7 +66,7 @@ def reasoning(samples: Sequence[base.Sample]) -> np.ndarray:
 
 def score(samples: Sequence[base.Sample]) -> dict[str, np.ndarray]:
   """{name: [N] float32} of all `REWARDS`, without their prefix "iconworld_"."""
-  return {name: base.make(f"iconworld_{name}")(samples) for name in REWARDS}
+  return {name: making.make(f"iconworld_{name}")(samples) for name in REWARDS}
 
 
 # What was detected in each sample: its rewards share it, whichever is called first.

@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base, threads
+from unigrpo_jax.rewards import base, making, threads
 
 SECONDS = 60.0  # Time limit of one call of a program.
 SMALLEST = 256  # Pictures are enlarged until their shorter side has at least so many pixels.
@@ -205,7 +205,7 @@ _readings: weakref.WeakKeyDictionary[base.Sample, dict[str, futures.Future]] = (
 _readings_lock = threading.Lock()
 
 
-@base.register("ocr")
+@making.register("ocr")
 class Ocr:
   """How much of the text that a prompt quotes can be read: [N] float32, see `score`.
 

@@ -8,16 +8,16 @@ import io
 import numpy as np
 import PIL.Image
 
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import base, making
 
 
-@base.register("brightness")
+@making.register("brightness")
 def brightness(samples: Sequence[base.Sample]) -> np.ndarray:
   """Mean of all pixels and channels, from 0 (black) to 1 (white): [N] float32."""
   return np.array([sample.image.mean() / 255 for sample in samples], np.float32)
 
 
-@base.register("jpeg_size")
+@making.register("jpeg_size")
 def jpeg_size(samples: Sequence[base.Sample], *, quality: int = 95) -> np.ndarray:
   """Size of the picture as JPEG of `quality` 1 to 95, in kilobytes (1000 bytes): [N] float32.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base, exchange, served, wire
+from unigrpo_jax.rewards import base, exchange, making, served, wire
 
 JSON = {"Content-Type": "application/json"}
 ANSWER, ANSWER_A_SAMPLE = 65_536, 16_384  # Most bytes of an answer, and more for each sample.
@@ -70,7 +70,7 @@ class _Json(served.Served):
     raise NotImplementedError
 
 
-@base.register("unirl")
+@making.register("unirl")
 @dataclasses.dataclass(eq=False)
 class UniRL(_Json):
   """A reward of UniRL's reward service: POST {url}/score.
@@ -131,7 +131,7 @@ def _unirl(reward: UniRL, result, failed) -> tuple[float, dict[str, Any]]:
   return value, {"metrics": found} if len(found) > 1 else {}
 
 
-@base.register("flow_factory")
+@making.register("flow_factory")
 @dataclasses.dataclass(eq=False)
 class FlowFactory(_Json):
   """The reward of a Flow-Factory reward server: POST {url}/compute. Metadata is not sent."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import base, making
 from unigrpo_jax.rewards import threads as threads_lib
 
 # Names that no reward may have, as the log has metrics reward/mean, reward/std, eval/MODE/reward.
@@ -137,7 +137,7 @@ class Scorer:
     """{"reward_options.NAME": fingerprint} of the rewards that have one, for `Run`'s `pinned`."""
     found = {}
     for name, reward in self._rewards.items():
-      with base.made(f"reward {name} has no fingerprint"):
+      with making.made(f"reward {name} has no fingerprint"):
         text = getattr(reward, "fingerprint", None)
       if text is not None and not isinstance(text, str):
         raise errors.InputError(
@@ -180,7 +180,7 @@ class Scorer:
           seconds.update(dict.fromkeys(names, time.monotonic() - start))
     except BaseException as error:  # In a thread, SystemExit or KeyboardInterrupt is the reward's.
       trace, missing = error, np.full(len(samples), np.nan, np.float32)
-      scores = base.Scores(missing, errors.describe(error), base.is_temporary(error))
+      scores = base.Scores(missing, errors.describe(error), making.is_temporary(error))
       given = [scores] * len(names)
     for name, scores in zip(names, given):
       if scores.reason is not None:

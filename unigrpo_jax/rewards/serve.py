@@ -11,7 +11,7 @@ import urllib.parse
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import arguments, base, connection, listening, wire
+from unigrpo_jax.rewards import arguments, base, connection, listening, making, wire
 
 DESCRIPTION = """Serves rewards over HTTP, for `http` rewards of a training run elsewhere.
 
@@ -116,7 +116,7 @@ def warmed(rewards: Mapping[str, base.Reward]) -> Mapping[str, base.Reward]:
   """
   sample = base.Sample("a grey square", np.full((256, 256, 3), 127, np.uint8))
   for name, reward in rewards.items():
-    with base.made(f"reward {name} failed at a grey image"):
+    with making.made(f"reward {name} failed at a grey image"):
       base.evaluate(reward, [sample])
   return rewards
 

@@ -65,8 +65,8 @@ def start(
     raise errors.InputError("give all of --coordinator, --processes and --process, or none")
   else:
     address, _, port = coordinator.rpartition(":")
-    if not address or not port.isdigit():
-      raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT")
+    if not address or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+      raise errors.InputError(f"--coordinator={coordinator} must be HOST:PORT, a port up to 65535")
     errors.require("--processes", processes, low=1)
     errors.require("--process", process, low=0, high=processes - 1)
   # JAX's own handler would swallow a SIGTERM that comes before the run's handler is set.

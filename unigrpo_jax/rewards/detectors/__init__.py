@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from unigrpo_jax.geneval import rules
-from unigrpo_jax.rewards import base
+from unigrpo_jax.rewards import making
 
 NAMED = {"nanodet": "unigrpo_jax.rewards.detectors.nanodet:NanoDet"}
 
@@ -35,6 +35,6 @@ class Detector(Protocol):
 
 
 def make(name: str, options: Mapping[str, Any]) -> Detector:
-  """Makes a detector by its name in `NAMED`, or "module:Class"; raises InputError as `base.make`.
+  """Makes a detector by its name in `NAMED`, or "module:Class"; raises InputError as `making.make`.
   """
-  return base.make_part("detector", name, NAMED, options)
+  return making.make_part("detector", name, NAMED, options)

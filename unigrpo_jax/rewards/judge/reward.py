@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.rewards import base, connection, exchange, threads
+from unigrpo_jax.rewards import base, connection, exchange, making, threads
 from unigrpo_jax.rewards.judge import answers, cache, chat, forms
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _RED, _BLUE = ((220, 20, 20), (20, 20, 220))
 _OF_CHAT = ("token_key", "text_first", "extra")  # Fields of `chat.Chat` on which answers depend.
 
 
-@base.register("judge")
+@making.register("judge")
 class Judge:
   """Scores pictures by asking a model about them, on any server of the OpenAI protocol.
 
