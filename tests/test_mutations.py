@@ -314,6 +314,23 @@ def test_many_damaged_files(name, folder, golden):
   _check(name, folder, golden, int(os.environ.get("MUTATIONS", 1000 if name in SLOW else 10_000)))
 
 
+# One mutation in hundreds: each was a traceback.
+RARE = [
+  ("results.json", '"images/plain_00000.png"', '"\\ud800"'),
+  ("results.json", '"images/plain_00000.png"', '"\\u0000"'),
+  ("tokenizer_config.json", '"model_max_length": ', '"model_max_length": [], "was": '),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), RARE)
+def test_what_rare_mutations_found(name, old, new, folder, golden):
+  path, load = KINDS[name](folder, golden)
+  text = path.read_text(encoding="utf-8")
+  assert text.count(old) == 1
+  path.write_text(text.replace(old, new), encoding="utf-8")
+  load()
+
+
 def test_the_mutations_reach_what_they_damage():
   rng = random.Random(0)
   text = json.dumps(EVALUATION)

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import types
 from typing import Any
 import unicodedata
@@ -124,7 +125,10 @@ def _load_bpe(folder: pathlib.Path, class_name: str, files: str) -> Tokenizer:
   """Through transformers, by a class that is named here: no folder chooses which code runs."""
   try:
     backend_class = getattr(import_transformers(), class_name)
-    backend = backend_class.from_pretrained(folder, local_files_only=True)
+    # A limit of the folder would only be warned of, and may be of any kind.
+    backend = backend_class.from_pretrained(
+      folder, local_files_only=True, model_max_length=sys.maxsize
+    )
     vocabulary = backend.get_vocab()
   # The parser is a Rust extension that raises bare Exception.
   except Exception as error:

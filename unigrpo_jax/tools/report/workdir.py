@@ -143,7 +143,10 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
 
 def _inside(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
   """The path of a file in the folder; None without a name, or where it leads outside."""
-  if not isinstance(name, str) or not name or "\0" in name:
+  if not isinstance(name, str) or not name:
     return None
-  path = (folder / name).resolve()
+  try:
+    path = (folder / name).resolve()
+  except ValueError:  # A null or half a character: no file has such a name.
+    return None
   return path if path.is_relative_to(folder.resolve()) else None
