@@ -319,6 +319,7 @@ RARE = [
   ("results.json", '"images/plain_00000.png"', '"\\ud800"'),
   ("results.json", '"images/plain_00000.png"', '"\\u0000"'),
   ("tokenizer_config.json", '"model_max_length": ', '"model_max_length": [], "was": '),
+  ("checkpoint metadata", '"metrics"', '"\\ud800"'),
 ]
 
 

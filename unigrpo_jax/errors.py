@@ -31,6 +31,10 @@ class InputError(Exception):
 
   status = 2
 
+  def __str__(self) -> str:
+    # Half a character, of a damaged file or of a file's name, is no text that could be printed.
+    return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class Diverged(InputError):
   """A policy whose numbers are not finite: its state is not worth saving."""
