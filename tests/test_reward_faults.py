@@ -312,7 +312,7 @@ def test_a_sample_keeps_its_image_and_the_metadata_of_its_prompt():
 
 def test_a_reward_does_not_move_the_program(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(errors, "_started_in", str(tmp_path))
+  monkeypatch.setattr(errors, "_home", str(tmp_path))
   errors._say_moved.cache_clear()
   (tmp_path / "other").mkdir()
   sample = rewards.Sample("a kite", np.zeros((2, 2, 3), np.uint8))
@@ -331,6 +331,17 @@ def test_a_reward_does_not_move_the_program(tmp_path, monkeypatch, capsys):
   assert capsys.readouterr().err == (
     f"note: a reward changed the current folder; it is {tmp_path} again\n"
   )
+
+
+def test_the_folder_is_the_callers_after_a_program(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("make_streams_safe", "_end_soon"):  # They are for the rest of the process.
+    monkeypatch.setattr(errors, name, lambda *_: None)
+  errors.report(lambda: None)
+  (tmp_path / "other").mkdir()
+  os.chdir("other")
+  rewards.evaluate(lambda samples: np.ones(1), [rewards.Sample("a kite", np.zeros((2, 2, 3)))])
+  assert pathlib.Path.cwd() == tmp_path / "other"
 
 
 def test_a_pool_runs_calls_in_order_and_keeps_nothing():

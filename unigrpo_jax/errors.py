@@ -242,10 +242,11 @@ def report(main: Callable[[], Any]) -> Any:
   Printing raises nothing within, see `make_streams_safe`, and the program ends soon after, see
   `_end_soon`. Returns what it returns.
   """
+  global _home
   make_streams_safe()
   status: Any = 1
   try:
-    _require_folder()
+    _home = _current_folder()
     with storage(did="used"):
       result = main()
     status = 0
@@ -266,6 +267,7 @@ def report(main: Callable[[], Any]) -> Any:
     status = error.code if isinstance(error.code, int) else int(error.code is not None)
     raise
   finally:
+    _home = None
     _end_soon(status)
 
 
@@ -304,13 +306,12 @@ def _end_soon(status: int) -> None:
   threading.Thread(target=watch, name="ending", daemon=True).start()
 
 
-_started_in: str | None = None  # The current folder when the program began.
+_home: str | None = None  # While `report` runs: the folder that was current when it began.
 
 
-def _require_folder() -> None:
-  global _started_in
+def _current_folder() -> str:
   try:
-    _started_in = os.getcwd()
+    return os.getcwd()
   except OSError as error:
     raise InputError(
       f"the current folder cannot be used ({error.strerror}); change to another"
@@ -353,24 +354,28 @@ def undo_changes() -> None:
 
   - A safe stream comes back in the place of one that is closed. A reward closes it, or leaves one:
     two that each redirect to a file of their own at a time do.
-  - The current folder is again that in which the program began, since its paths are relative to it.
+  - Within `report` the current folder is again that in which it began, since the program's paths
+    are relative to it.
   """
   for name, safe in _safe_streams.items():
     if getattr(getattr(sys, name), "closed", False):
       setattr(sys, name, safe)
-  if _started_in is None:
+  # Of another thread's reward `report` may have ended meanwhile.
+  if (home := _home) is None:
     return
-  with contextlib.suppress(OSError):  # A folder that is gone is not the one that is wanted.
-    if os.path.samefile(os.curdir, _started_in):
-      return
-  with contextlib.suppress(OSError):
-    os.chdir(_started_in)
-    _say_moved()
+  try:
+    moved = not os.path.samefile(os.curdir, home)
+  except OSError:  # A folder that is gone is not the one that is wanted.
+    moved = True
+  if moved:
+    with contextlib.suppress(OSError):
+      os.chdir(home)
+      _say_moved(home)
 
 
 @functools.cache
-def _say_moved() -> None:
-  print(f"note: a reward changed the current folder; it is {_started_in} again", file=sys.stderr)
+def _say_moved(home: str) -> None:
+  print(f"note: a reward changed the current folder; it is {home} again", file=sys.stderr)
 
 
 class _Stream(io.TextIOWrapper):
