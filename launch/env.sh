@@ -46,10 +46,9 @@ case $backend in
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} ;;
   cpu)
     # A program's temporaries are one large block, which glibc maps anew for every run of it and gives
-    # back after: each page costs a fault. From one heap that is never trimmed there are none; memory
-    # stays at its peak. In huge pages there are fewer faults until then. docs/bench.md has figures.
-    export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1}
-    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} ;;
+    # back after: each page costs a fault. From a heap that is never trimmed there are none; memory
+    # stays at its peak. As many heaps as glibc likes: in one, threads that compile or run small
+    # operations wait for each other. docs/bench.md has figures.
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1} ;;
   *) echo "error: launch/env.sh $backend: the backend is tpu, gpu or cpu" >&2; exit 2 ;;
 esac

@@ -15,7 +15,7 @@ import pytest
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 from unigrpo_jax.models import safetensors_files
-from unigrpo_jax.runtime import conversion, folders
+from unigrpo_jax.runtime import conversion, folders, stored_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -174,6 +174,27 @@ def test_folder_that_is_made_again_while_it_is_removed(tmp_path):
   atomic._remove(folder)
   writer.join()
   assert not folder.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_written_ends_however_often_it_is_interrupted(fails):
+  ended = []
+
+  def write():
+    for _ in range(3):
+      time.sleep(0.05)
+      os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    ended.append(True)
+    if fails:
+      raise OSError("disk")
+
+  with pytest.raises(KeyboardInterrupt):
+    stored_params._uninterrupted(write)
+  assert ended
+  if fails:
+    with pytest.raises(ZeroDivisionError):
+      stored_params._uninterrupted(lambda: 1 / 0)
 
 
 def test_ignored_signals_stay_ignored():

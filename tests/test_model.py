@@ -339,3 +339,26 @@ def test_layers_one_after_the_other_are_the_loop(config, model, params):
   (looped, loop), (straight, text) = read(False), read(True)
   assert " while(" in loop and " while(" not in text
   np.testing.assert_allclose(straight[:, :4], looped[:, :4], atol=ATOL)
+
+
+def test_layers_are_taken_apart_and_put_together_again(config, model, params):
+  """Where they are unrolled; their gradient is put together once, not added up by layer."""
+  ids, mask = _pad([[5, 6, 7, 8]], 6)
+  looped, straight = (
+    model.clone(lowering=lowering.Lowering(unroll=unroll), remat="none") for unroll in (False, True)
+  )
+  stacked = params["bagel"]
+  assert looped.unstacked(stacked) is stacked and looped.stacked(stacked) is stacked
+  apart = straight.unstacked(stacked)
+  chex.assert_trees_all_equal(straight.stacked(apart), stacked)
+
+  def loss(params):
+    read = functools.partial(straight.apply, {"params": params}, method="read_text")
+    context, _ = read(ids, mask)
+    return read(ids, mask, context)[1].sum()
+
+  gradient = jax.jit(jax.grad(loss))
+  got, want = straight.stacked(gradient(apart)), gradient(stacked)
+  for off, of in zip(*map(jax.tree.leaves, (jax.tree.map(jnp.subtract, got, want), want))):
+    assert jnp.linalg.norm(off) <= 2e-6 * jnp.linalg.norm(of)
+  assert " pad(" not in gradient.lower(stacked).as_text("hlo")  # nothing as large as all layers

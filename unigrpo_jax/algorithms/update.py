@@ -142,9 +142,10 @@ def make_update(
   total = schedule.minibatches * schedule.microbatches
 
   run = lambda model, params, micro: replay.replay(model, params, micro, grid, algorithm.replay)
+  learning = model.for_gradients()
 
   def loss_fn(learner, trained_params, frozen, micro, old, weights, is_first_epoch):
-    output = run(model.for_gradients(), optim.join(trained_params, frozen), micro)
+    output = run(learning, optim.join(trained_params, frozen), micro)
     return learner.loss(output, micro, old, weights, grid, is_first_epoch)
 
   def precompute(state: types.TrainState, experience: types.Experience):
@@ -188,9 +189,8 @@ def make_update(
       micro, old_here = jax.tree.map(lambda a: a[place], (micros, old))
       is_first = index < schedule.minibatches if schedule.old_values == "first_epoch" else None
       loss_of = lambda *arguments: loss_fn(learner, *arguments, is_first)
-      arguments = (
-        *optim.split(state.params, trained), (micro, old_here, algorithm.weights(micro))
-      )
+      params = optim.split(learning.unstacked(state.params), trained)
+      arguments = (*params, (micro, old_here, algorithm.weights(micro)))
       grads, (terms, new_values, signals) = accumulate(loss_of, *arguments)
       metrics = {f"loss/{name}": values.sum() for name, values in terms.items()}
       if algorithm.term_norms_every and "regulariser" in terms:
@@ -208,7 +208,7 @@ def make_update(
         metrics["loss/total"] += sum(losses.values())
       metrics |= _summaries(signals, micro, algorithm.replay)
       new_state, norms = apply_gradients(
-        state, grads, optimizer, ema_decay=ema_decay, trained=trained
+        state, learning.stacked(grads), optimizer, ema_decay=ema_decay, trained=trained
       )
       metrics |= norms
       # From the first step with a number that is not finite, or with too much drift between sampler

@@ -201,7 +201,7 @@ def reasoning_tokens(sampled: types.TextRollout, config: ReplayConfig):
 def constant_understanding(params: Mapping[str, Any]):
   """`params` with gradients stopped at the understanding expert and at the token embeddings."""
   def stop(path, leaf):
-    keys = [entry.key for entry in path]
+    keys = [entry.key for entry in path if hasattr(entry, "key")]  # Not those of `Unstacked`.
     constant = keys[0] == "embed_tokens" or (keys[0] in ("layers", "norm") and keys[1] == "und")
     return jax.lax.stop_gradient(leaf) if constant else leaf
 

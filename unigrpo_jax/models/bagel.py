@@ -9,8 +9,6 @@ length, an image by one. Time runs from data (t = 0) to noise (t = 1); dx/dt = n
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 
 import chex
 from flax import linen as nn
@@ -71,6 +69,22 @@ class Bagel(nn.Module):
     unroll = self.lowering.unroll or self.lowering.unroll_gradients
     return self.clone(lowering=dataclasses.replace(self.lowering, unroll=unroll))
 
+  def unstacked(self, params):
+    """Parameters, or gradients of them, with the layers taken apart where they are unrolled.
+
+    The network takes them as it takes stacked ones. Taken apart outside a loop, the layers are the
+    same program but for its arguments, and XLA compiles what they have in common once.
+    """
+    if not self.lowering.unroll:
+      return params
+    return {**params, "layers": layers.unstack(params["layers"])}
+
+  def stacked(self, params):
+    """Undoes `unstacked`."""
+    if not self.lowering.unroll:
+      return params
+    return {**params, "layers": layers.stack(params["layers"])}
+
   def __call__(self, batch: types.PackedBatch):
     """Touches every parameter; for `init`."""
     hidden, velocity = self.packed(batch)
@@ -127,10 +141,11 @@ class Bagel(nn.Module):
     run = lambda params, *args: block.apply({"params": params}, *args)
     policy = layers.REMAT[self.remat]
     run = run if policy is None else jax.checkpoint(run, policy=policy)
+    apart = layers.unstack((self.variables["params"]["layers"], context_kvs))
     kvs = []
     for layer in range(self.config.llm.num_layers):
-      pick = functools.partial(jax.tree.map, operator.itemgetter(layer))
-      xs, kv = run(pick(self.variables["params"]["layers"]), xs, pick(context_kvs), layout)
+      params, context_kv = layers.of_layer(apart, layer)
+      xs, kv = run(params, xs, context_kv, layout)
       kvs.append(kv)
     return xs, jax.tree.map(lambda *a: jnp.stack(a), *kvs)
 

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +190,42 @@ def scan_layers(block, length: int, *, in_axes, remat: str = "full", unroll: boo
     variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length,
     unroll=length if unroll else 1, metadata_params={nn.PARTITION_NAME: "layers"},
   )
+
+
+@struct.dataclass
+class Unstacked:
+  """One array [...] of each layer, in the place of one [layers, ...]."""
+
+  arrays: tuple[jax.Array, ...]
+
+
+def _map_unstacked(fn, tree):
+  return jax.tree.map(fn, tree, is_leaf=lambda leaf: isinstance(leaf, Unstacked))
+
+
+def unstack(tree):
+  """Takes the layers of a tree's arrays [layers, ...] apart; those that are stay.
+
+  Their gradients are put together once. That of an index is as large as the whole stack, and
+  those of all layers are added up.
+  """
+  def apart(leaf):
+    if isinstance(leaf, Unstacked):
+      return leaf
+    parts = jax.lax.split(leaf, (1,) * len(leaf))
+    return Unstacked(tuple(jnp.squeeze(part, 0) for part in parts))
+
+  return _map_unstacked(apart, tree)
+
+
+def of_layer(tree, layer: int):
+  """One layer's arrays of what `unstack` returns."""
+  return _map_unstacked(lambda leaf: leaf.arrays[layer], tree)
+
+
+def stack(tree):
+  """Undoes `unstack`."""
+  return _map_unstacked(lambda leaf: jnp.stack(leaf.arrays), tree)
 
 
 class Table(nn.Module):

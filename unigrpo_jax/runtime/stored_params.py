@@ -7,7 +7,7 @@ a parameter twice while writing it, and one of a 7B model is 3.5 GiB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import math
@@ -63,11 +63,10 @@ class Writer:
     small = {name: np.zeros(1, array.dtype) for name, array in arrays.items()}
     with checkpoints.writing(self._path):
       checkpoints.drop_lost_traces()
-      # In a thread, which Ctrl-C does not reach: Orbax would continue in the background.
-      with _orbax_lock, concurrent.futures.ThreadPoolExecutor(1) as thread:
-        thread.submit(
-          ocp.save, checkpoints.for_orbax(self._path), traverse_util.unflatten_dict(small)
-        ).result()
+      with _orbax_lock:
+        _uninterrupted(lambda: ocp.save(
+          checkpoints.for_orbax(self._path), traverse_util.unflatten_dict(small)
+        ))
       context, making = tensorstore.Context(), tensorstore.Transaction(atomic=True)
       futures = {
         name: tensorstore.open(
@@ -171,6 +170,24 @@ class Reader:
 
   def __exit__(self, *_: object) -> None:
     self._stores.clear()
+
+
+def _uninterrupted(call: Callable[[], Any]) -> None:
+  """Calls in a thread, which Ctrl-C does not reach; one that comes meanwhile is raised at its end.
+
+  However often it comes: Orbax would go on adding files to a folder that is about to be removed.
+  """
+  interrupt = None
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    future = thread.submit(call)
+    while not future.done():
+      try:
+        concurrent.futures.wait([future])
+      except KeyboardInterrupt as error:
+        interrupt = error
+  if interrupt is not None:
+    raise interrupt
+  future.result()
 
 
 def _spec(path: pathlib.Path, name: weights.Path) -> dict[str, Any]:

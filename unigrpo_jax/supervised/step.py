@@ -72,16 +72,18 @@ def make_supervised_step(
     (state, batches) -> (state, metrics); `batches` is a PackedBatch with a leading axis of
     microbatches.
   """
+  learning = model.for_gradients()
+
   def loss_fn(trained_params, frozen, batch, share):
     params = optim.join(trained_params, frozen)
-    return loss(model.for_gradients(), params, batch, share, **weights)
+    return loss(learning, params, batch, share, **weights)
 
   def step(state: types.TrainState, batches: types.PackedBatch):
     grads, terms = update.accumulate(
-      loss_fn, *optim.split(state.params, trained), (batches, shares(batches))
+      loss_fn, *optim.split(learning.unstacked(state.params), trained), (batches, shares(batches))
     )
     state, norms = update.apply_gradients(
-      state, grads, optimizer, ema_decay=ema_decay, trained=trained
+      state, learning.stacked(grads), optimizer, ema_decay=ema_decay, trained=trained
     )
     return state, {name: values.sum() for name, values in terms.items()} | norms
 
