@@ -46,8 +46,8 @@ def _through_autoencoder(rng, example):
   pixels = images.to_array(renderer.render(example.scene, rng))[None]
   side = pixels.shape[1] // vae.config.downsample
   noise = rng.standard_normal((1, side, side, vae.config.z_channels), np.float32)
-  latents = programs.encode_images(vae, params, pixels, noise)
-  return np.asarray(programs.decode_images(vae, params, latents))[0]
+  latents = programs.encode_images("cpu")(vae, params, pixels, noise)
+  return np.asarray(programs.decode_images("cpu")(vae, params, latents))[0]
 
 
 def _packed(rng, things):

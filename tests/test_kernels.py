@@ -33,7 +33,7 @@ def _problem(lengths, *, rows=4, queries=40, key_rows=None, seed=0):
   for count, length in zip(key_rows or [rows] * len(lengths), lengths):
     order = rng.integers(types.OWN, 2 * LAST, (count, length)).astype(np.int32)
     order[:, -1] = types.UNSEEN
-    keys = normal(count, length, KV_HEADS, HEAD_DIM), normal(count, length, KV_HEADS, HEAD_DIM)
+    keys = normal(count, KV_HEADS, length, HEAD_DIM), normal(count, KV_HEADS, length, HEAD_DIM)
     parts.append(attention.Keys(*keys, jnp.asarray(order)))
   return q, jnp.asarray(reach), parts
 
@@ -125,8 +125,8 @@ def test_lowers_for_a_tpu_at_the_released_sizes():
   """Forward and backward, among the latents of 1,024 pixels and the patches of 980."""
   for length, context, heads, kv_heads, width in ((4098, 1534, 28, 4, 128), (4900, 0, 16, 16, 72)):
     array = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
-    keys = [array(n, kv_heads, width) for n in (length, context) if n]
-    order = [jax.ShapeDtypeStruct(k.shape[:2], jnp.int32) for k in keys]
+    keys = [array(kv_heads, n, width) for n in (length, context) if n]
+    order = [jax.ShapeDtypeStruct((1, k.shape[2]), jnp.int32) for k in keys]
 
     def loss(q, keys, order, reach):
       parts = [attention.Keys(k, k, o) for k, o in zip(keys, order)]

@@ -105,7 +105,7 @@ def test_blocked_attention(many, scores, loops, monkeypatch):
   reach[1, 2] = types.BLIND
 
   def attend(q, *keys):
-    parts = [attention.Keys(k, v, order) for k, v, order in zip(keys[::2], keys[1::2], orders)]
+    parts = [attention.Keys.of(k, v, order) for k, v, order in zip(keys[::2], keys[1::2], orders)]
     return attention.attend(q, jnp.asarray(reach), parts, precision="highest", backend="blocked")
 
   def dense(q, *keys):
@@ -124,7 +124,7 @@ def test_blocked_attention_never_transposes_scores():
   order, reach = np.zeros((2, 90), np.int32), np.zeros((2, 80), np.int32)
 
   def loss(q, k, v):
-    parts = [attention.Keys(k, v, jnp.asarray(order))]
+    parts = [attention.Keys.of(k, v, jnp.asarray(order))]
     out = attention.attend(q, jnp.asarray(reach), parts, precision="highest", backend="blocked")
     return jnp.sum(out**2)
 

@@ -70,7 +70,7 @@ def test_forked_rows_equal_rows_of_their_own(config, call, grown):
   np.testing.assert_allclose(got, want, atol=ATOL)
   np.testing.assert_array_equal(forked.position, whole.position)
   # Nothing was copied: the prefix has the two rows that were read.
-  assert forked.prefix.k.shape[1] == 2 and forked.k.shape[2] == 6
+  assert forked.prefix.k.shape[1] == 2 and forked.k.shape[3] == 6
 
 
 @pytest.mark.parametrize("moment", [0, 1], ids=["within the prefix", "at the fork"])

@@ -97,6 +97,25 @@ def test_greedy_takes_the_lowest_id_among_ties():
   np.testing.assert_allclose(logp, np.log(np.e**2 / (1 + 2 * np.e**2)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [2, 10, 640])
+def test_draws_are_those_of_jax(vocab):
+  """Rounded scores have ties, and impossible tokens are never drawn."""
+  rng = np.random.default_rng(vocab)
+  logits = jnp.asarray(np.round(rng.normal(size=(50, vocab)), 1), jnp.float32)
+  logits = logits.at[:, vocab // 2 + 1 :].set(-jnp.inf)
+  keys = _keys(range(50))
+  ids, _ = text.sample_tokens(logits, keys, 1.0)
+  assert ids.tolist() == jax.vmap(jax.random.categorical)(keys, logits).tolist()
+  ids, _ = text.sample_tokens(logits, keys, 0.0)
+  assert ids.tolist() == logits.argmax(axis=1).tolist()
+
+
+def test_a_row_that_is_not_a_number_has_a_token_and_says_so():
+  logits = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 9.0, 1.0]])
+  ids, logp = text.sample_tokens(logits, _keys([0, 1]), 0.0)
+  assert ids.tolist() == [2, 1] and np.isnan(logp[0]) and np.isfinite(logp[1])
+
+
 def test_draws_follow_the_distribution():
   """20,000 draws from softmax([0, 1, 2]): within five standard deviations of its probabilities."""
   count, logits = 20_000, jnp.array([0.0, 1.0, 2.0])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unigrpo_jax.episodes import programs
 from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.models import vae
 from unigrpo_jax.runtime import folders
@@ -66,6 +67,24 @@ def test_recorded_padded_batch(encode, recorded):
   moments = encode(recorded["in_padded_images"])
   latents = vae.latents_from_moments(*moments, recorded["in_padded_noise"], **UNITS)
   np.testing.assert_allclose(latents, recorded["out_padded_latent"], **TOLERANCE)
+
+
+def test_its_programs_convolve_on_all_cores_of_a_cpu(params, recorded, encode, decode):
+  """By Eigen, whose convolutions stay operations of their own; every caller has the same program.
+  """
+  pixels = jnp.asarray(recorded["in_image0"])
+  mean, _ = encode(pixels)
+  encode_images, decode_images = programs.encode_images("cpu"), programs.decode_images("cpu")
+  latents = encode_images(vae.VAE(CONFIG), params, pixels, jnp.zeros_like(mean))
+  np.testing.assert_allclose(
+    latents, vae.latents_from_moments(mean, None, None, **UNITS), **TOLERANCE
+  )
+  images = decode_images(vae.VAE(CONFIG), params, latents).astype(int)
+  assert np.abs(images - vae.to_uint8(decode(latents)).astype(int)).max() <= 1
+  for program, inputs in ((encode_images, (pixels, latents)), (decode_images, (latents,))):
+    text = program.lower(vae.VAE(CONFIG), params, *inputs).compile().as_text()
+    assert " convolution(" in text and "ynn" not in text
+  assert programs.decode_images("cpu") is decode_images is not programs.decode_images("tpu")
 
 
 def test_parameter_tree_is_the_checkpoint_s(params):

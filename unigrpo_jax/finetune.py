@@ -161,16 +161,17 @@ def make_encoder(folder: folders.ModelFolder) -> feed.EncodeFn:
   launch in different orders wait for each other in a deadlock. The first device is the default of
   small programs.
   """
-  encoder = vae.VAE(folder.config.vae)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[-1])
-  params = folder.load_params(dtype=jnp.float32, parts=("vae",), shardings=device)["vae"]
+  encoder, device = vae.VAE(folder.config.vae), jax.local_devices()[-1]
+  encode_images = programs.encode_images(device.platform)
+  where = jax.sharding.SingleDeviceSharding(device)
+  params = folder.load_params(dtype=jnp.float32, parts=("vae",), shardings=where)["vae"]
 
   def encode(pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
     count, height, width, _ = pixels.shape
     # Few shapes, whatever the number of images: filled up to a multiple of 16, or to what fits.
     fill = min(count + -count % 16, max(programs.VAE_PIXELS // (height * width), 1))
     rows = np.arange(fill) % count
-    latents = programs.encode_images(encoder, params, pixels[rows], noise[rows])
+    latents = encode_images(encoder, params, pixels[rows], noise[rows])
     return np.asarray(vae.pack_latents(latents, folder.config.latent_patch_size))[:count]
 
   return encode

@@ -48,8 +48,8 @@ class Context:
   image of n tokens fills n + 2 slots and advances the position by 1.
   """
 
-  k: chex.Array  # keys after head norm and RoPE, [L, B, S, K, H]
-  v: chex.Array  # [L, B, S, K, H]
+  k: chex.Array  # keys after head norm and RoPE, [L, B, K, S, H]
+  v: chex.Array  # [L, B, K, S, H]
   order: chex.Array  # place of each key in its sequence, [B, S] int32; `UNSEEN` where there is none
   position: chex.Array  # next RoPE position id of each row, [B] int32
   cursor: chex.Array  # next free slot, [] int32

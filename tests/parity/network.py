@@ -236,7 +236,7 @@ def cached(context: types.Context, layer: int) -> tuple[np.ndarray, np.ndarray, 
   lengths = (order != types.UNSEEN).sum(1)
   slots = np.argsort(order, axis=1, kind="stable")
   pick = lambda cache: np.concatenate(
-    [np.asarray(cache[layer, b])[slots[b, :n]] for b, n in enumerate(lengths)]
+    [np.asarray(cache[layer, b])[:, slots[b, :n]].swapaxes(0, 1) for b, n in enumerate(lengths)]
   )
   return pick(context.k), pick(context.v), lengths
 

@@ -1,4 +1,7 @@
-"""The device programs that every use of BAGEL consists of; each is one jitted function."""
+"""The device programs that every use of BAGEL consists of; each is one jitted function.
+
+Those of the autoencoder are one for each platform: `decode_images("tpu")`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 from unigrpo_jax import types
 from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.models import bagel as bagel_lib
+from unigrpo_jax.models import lowering
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.sampling import flow, sde, text
 
@@ -163,7 +167,14 @@ def _velocity_fn(model, params, contexts: Contexts, grid, guidance) -> flow.Velo
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _for_platform(fn):
+  """Platform -> `fn(vae, params, ...)` jitted for it, always the same function."""
+  return functools.cache(lambda platform: jax.jit(
+    fn, static_argnums=0, compiler_options=lowering.CONVOLUTIONS.get(platform)
+  ))
+
+
+@_for_platform
 def encode_images(vae: vae_lib.VAE, params, pixels, noise):
   """Encodes images: pixels [M, H, W, 3] in [-1, 1] -> posterior samples [M, h, w, z] float32.
 
@@ -175,7 +186,7 @@ def encode_images(vae: vae_lib.VAE, params, pixels, noise):
   return vae_lib.latents_from_moments(mean, logvar, noise, scale=scale, shift=shift)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_for_platform
 def decode_images(vae: vae_lib.VAE, params, latents):
   """Decodes images: latents [M, h, w, z] -> pixels [M, H, W, 3] uint8."""
   return vae_lib.to_uint8(vae.apply({"params": params}, latents, method="decode"))

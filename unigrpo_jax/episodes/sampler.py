@@ -16,6 +16,7 @@ from unigrpo_jax import types
 from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import programs, requests
 from unigrpo_jax.episodes import script as script_lib
+from unigrpo_jax.models import lowering
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import text as text_lib
@@ -108,7 +109,11 @@ class Sampler:
       lambda params: jax.tree.map(lambda a: a.astype(self.model.dtype), params),
       out_shardings=self.layout,
     )
-    self.decode_images = functools.partial(programs.decode_images, self.vae)
+    platform = lowering.platform(self.mesh)
+    self.encode_images, self.decode_images = (
+      functools.partial(program(platform), self.vae)
+      for program in (programs.encode_images, programs.decode_images)
+    )
 
   def cast_and_reshard(self, params):
     """Parameters of a training state as `sample` takes them; copied only if they differ."""
@@ -249,7 +254,7 @@ class Sampler:
       # Spread over the devices; images are repeated until every device has equally many.
       filled = np.arange(len(rows) + -len(rows) % self.mesh.size) % len(rows)
       spread = [sharding.put(a[filled], sharding.along_all(self.mesh)) for a in (pixels, noise)]
-      encoded = programs.encode_images(self.vae, self.vae_params, *spread)
+      encoded = self.encode_images(self.vae_params, *spread)
       encoded = sharding.fetch(encoded)[: len(rows)]
       for row, tokens in zip(rows, vae_lib.pack_latents(encoded, c.latent_patch_size)):
         latents[row] = np.asarray(tokens)

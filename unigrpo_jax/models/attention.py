@@ -14,15 +14,21 @@ from unigrpo_jax.models import kernels, plain
 
 
 class Keys(NamedTuple):
-  """One part of the keys: `k`, `v` [Bk, S, K, H] and `order` [Bk, S] int32 (see types.Tokens).
+  """One part of the keys: `k`, `v` [Bk, K, S, H] and `order` [Bk, S] int32 (see types.Tokens).
 
   Each part serves B / Bk consecutive rows of queries, so that the images of a group share their
-  context without a copy of it.
+  context without a copy of it. Heads lead, as products need them: a cache that is read for each
+  token is not transposed for each.
   """
 
   k: chex.Array
   v: chex.Array
   order: chex.Array
+
+  @classmethod
+  def of(cls, k, v, order) -> Keys:
+    """From `k`, `v` [Bk, S, K, H]."""
+    return cls(*(jnp.moveaxis(a, 1, 2) for a in (k, v)), order)
 
 
 def attend(
@@ -52,7 +58,7 @@ def attend(
     if backend == "cudnn":
       return kernels.cudnn(q, reach, parts)
   if in_cache := backend == "blocked":
-    query_block = plain.query_block(q.shape[2], sum(part.k.shape[1] for part in parts))
+    query_block = plain.query_block(q.shape[2], sum(part.order.shape[1] for part in parts))
   attend_some = plain.attend_in_cache if in_cache else plain.attend
   attend_block = lambda q, reach: attend_some(q, reach, parts, precision)
   blocks = -(-length // query_block)

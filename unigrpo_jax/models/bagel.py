@@ -138,7 +138,7 @@ class Bagel(nn.Module):
     block = mot.Block(
       self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
     )
-    run = lambda params, *args: block.apply({"params": params}, *args)
+    run = jax.jit(lambda params, *args: block.apply({"params": params}, *args))
     policy = layers.REMAT[self.remat]
     run = run if policy is None else jax.checkpoint(run, policy=policy)
     apart = layers.unstack((self.variables["params"]["layers"], context_kvs))
@@ -308,7 +308,7 @@ def empty_context(
 ) -> types.Context:
   """A context of `rows` empty sequences with room for `capacity` tokens each."""
   llm = config.llm
-  shape = (llm.num_layers, rows, capacity, llm.num_kv_heads, llm.head_dim)
+  shape = (llm.num_layers, rows, llm.num_kv_heads, capacity, llm.head_dim)
   # Spread from the start: an empty cache that every device held whole would be the largest array.
   by_row = lambda a: nn.with_logical_constraint(a, ("batch", "length")[: a.ndim])
   return types.Context(
@@ -321,8 +321,8 @@ def empty_context(
 
 
 def _spread(cache):
-  """Keys or values of all layers, [L, B, S, K, H], along the devices."""
-  return nn.with_logical_constraint(cache, ("layers", "batch", "length", "kv_heads", "head_dim"))
+  """Keys or values of all layers, [L, B, K, S, H], along the devices."""
+  return nn.with_logical_constraint(cache, ("layers", "batch", "kv_heads", "length", "head_dim"))
 
 
 def fork(
@@ -357,7 +357,7 @@ def _extend(context: types.Context, kv, order, advance) -> types.Context:
   chex.assert_axis_dimension_gteq(context.order, 1, order.shape[1])
 
   def write(cache, new):
-    return _spread(jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, at, 0, 0)))
+    return _spread(jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, 0, at, 0)))
 
   return context.replace(
     k=write(context.k, kv[0]), v=write(context.v, kv[1]),

@@ -41,6 +41,7 @@ def cudnn(q, reach, parts, *, implementation: str = "cudnn"):
   chex.assert_rank([q, reach], [4, 2])
   length = q.shape[1]
   k, v, order = _own_keys(parts, q.shape[0])
+  k, v = (jnp.moveaxis(a, 1, 2) for a in (k, v))
   visible = order[:, None, :] <= reach[:, :, None]
   # With a mask, cuDNN has no gradient for odd lengths.
   q, k, v, mask = (_pad(a, 2) for a in (q, k, v, visible))
@@ -64,16 +65,17 @@ def splash(q, reach, parts, *, interpret: bool = False):
   if mesh.empty or mesh.size == 1:
     return local(q, reach, parts)
   batch = _mesh_axes(mesh, "batch", rows)
-  heads = _mesh_axes(mesh, "kv_heads", parts[0][0].shape[2])
+  heads = _mesh_axes(mesh, "kv_heads", parts[0][0].shape[1])
   # Shared keys too few to be divided over the devices are repeated before they are divided.
   parts = [
     part if _mesh_axes(mesh, "batch", len(part[2])) == batch else _repeat(part, rows)
     for part in parts
   ]
-  by_row, by_head = PartitionSpec(batch), PartitionSpec(batch, None, heads)
+  by_row, of_keys = PartitionSpec(batch), PartitionSpec(batch, heads)
+  of_queries = PartitionSpec(batch, None, heads)
   return jax.shard_map(
-    local, in_specs=(by_head, by_row, [(by_head, by_head, by_row)] * len(parts)),
-    out_specs=by_head,
+    local, in_specs=(of_queries, by_row, [(of_keys, of_keys, by_row)] * len(parts)),
+    out_specs=of_queries,
     # The kernel does not say how its outputs vary over the mesh.
     check_vma=False,
   )(q, reach, parts)
@@ -92,9 +94,9 @@ def _repeat(part, rows: int):
 
 
 def _own_keys(parts, rows: int):
-  """All keys of each row of queries: k, v [B, S, K, H] and order [B, S]."""
+  """All keys of each row of queries: k, v [B, K, S, H] and order [B, S]."""
   parts = zip(*(_repeat(part, rows) for part in parts))
-  return tuple(jnp.concatenate(arrays, axis=1) for arrays in parts)
+  return tuple(map(jnp.concatenate, parts, (2, 2, 1)))
 
 
 def _splash_on_one(q, reach, parts, interpret: bool):
@@ -106,8 +108,8 @@ def _splash_on_one(q, reach, parts, interpret: bool):
   key_block = block_size(order.shape[1], KEY_BLOCK)
   # The kernel does not scale. The second rounding of q is as large as the first one was.
   q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
-  q = _heads_first(q, query_block)
-  k, v = _heads_first(k, key_block), _heads_first(v, key_block)
+  q = _pad(jnp.moveaxis(q, 1, 2), query_block, axis=2)
+  k, v = (_pad(a, key_block, axis=2) for a in (k, v))
   shape = (q.shape[2], k.shape[2])
   kernel = splash_attention.make_splash_mha(
     splash_attention.MultiHeadMask([splash_attention.FullMask(shape)] * num_heads),
@@ -138,11 +140,8 @@ def block_size(length: int, largest: int) -> int:
   return min(range(LANES, largest + 1, LANES), key=lambda size: (cost(size), -size))
 
 
-def _pad(a, multiple: int):
-  """`a` [B, T, ...] with zeros up to a multiple of positions."""
-  return jnp.pad(a, ((0, 0), (0, -a.shape[1] % multiple)) + ((0, 0),) * (a.ndim - 2))
-
-
-def _heads_first(a, block: int):
-  """[B, T, N, H] -> [B, N, T, H], padded to whole blocks."""
-  return jnp.moveaxis(_pad(a, block), 2, 1)
+def _pad(a, multiple: int, axis: int = 1):
+  """`a` with zeros up to a multiple of positions along an axis."""
+  room = [(0, 0)] * a.ndim
+  room[axis] = (0, -a.shape[axis] % multiple)
+  return jnp.pad(a, room)

@@ -15,6 +15,9 @@ from unigrpo_jax import errors
 
 # How attention may be computed, by name: "auto" is for `choose` to decide.
 ATTENTION = ("auto", "plain", "blocked", "splash", "cudnn")
+# XLA's options for a program of convolutions, by platform. On CPUs those of the library that XLA
+# calls by default run on one core, those of Eigen on all.
+CONVOLUTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 # What a kernel runs on.
 _PLATFORMS = {"blocked": "cpu", "splash": "tpu", "cudnn": "gpu"}
 
@@ -37,6 +40,11 @@ class Lowering:
   own_gradients: bool = False
 
 
+def platform(mesh: jax.sharding.Mesh) -> str:
+  """That of a mesh's devices: "cpu", "gpu" or "tpu"."""
+  return mesh.devices.flat[0].platform
+
+
 def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
   """The lowering for the devices of a mesh and a dtype of activations.
 
@@ -52,11 +60,11 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
     InputError: the attention asked for is none of these devices', or not of this dtype.
   """
   errors.choose("config.attention", attention, ATTENTION)
-  platform, exact = mesh.devices.flat[0].platform, jnp.dtype(dtype) == jnp.float32
-  wanted = _PLATFORMS.get(attention, platform)
-  if platform != wanted:
+  given, exact = platform(mesh), jnp.dtype(dtype) == jnp.float32
+  wanted = _PLATFORMS.get(attention, given)
+  if given != wanted:
     raise errors.InputError(
-      f"config.attention={attention!r} runs on a {wanted}, but the devices are {platform}; set auto"
+      f"config.attention={attention!r} runs on a {wanted}, but the devices are {given}; set auto"
     )
   if attention in ("splash", "cudnn") and exact:
     raise errors.InputError(
@@ -66,10 +74,10 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
     raise errors.InputError(
       f"config.attention='blocked' is for one device, but there are {mesh.size}; set auto"
     )
-  on_cpu = platform == "cpu"
+  on_cpu = given == "cpu"
   if attention == "auto":
     kernel = {"tpu": not exact and "splash", "cpu": mesh.size == 1 and "blocked"}
-    attention = kernel.get(platform) or "plain"
+    attention = kernel.get(given) or "plain"
   return Lowering(
     attention, unroll=on_cpu and mesh.size > 1, unroll_gradients=on_cpu,
     own_gradients=on_cpu and exact,

@@ -50,14 +50,14 @@ class Attention(nn.Module):
     self.q_norm, self.k_norm = norm(), norm()
 
   def project(self, x, position):
-    """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]; k as it is cached."""
+    """x [B, T, D] -> q [B, T, N, H], k and v [B, K, T, H] as they are cached."""
     theta = self.config.rope_theta
     q = attention.rotate(self.q_norm(self.q(x)), position, theta).astype(self.dtype)
     k = attention.rotate(self.k_norm(self.k(x)), position, theta).astype(self.dtype)
-    v = self.v(x)
+    k, v = (jnp.moveaxis(a, 1, 2) for a in (k, self.v(x)))
     q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
-    k = nn.with_logical_constraint(k, ("batch", "length", "kv_heads", "head_dim"))
-    v = nn.with_logical_constraint(v, ("batch", "length", "kv_heads", "head_dim"))
+    k = nn.with_logical_constraint(k, ("batch", "kv_heads", "length", "head_dim"))
+    v = nn.with_logical_constraint(v, ("batch", "kv_heads", "length", "head_dim"))
     return ad_checkpoint.checkpoint_name((q, k, v), "attention")
 
 
@@ -136,13 +136,13 @@ class Block(nn.Module):
     self.und, self.gen = Expert(*kinds), Expert(*kinds)
 
   def __call__(self, xs, context_kvs, layout: Layout):
-    """xs {expert: [B, T, D] or None}, context_kvs (k, v) [Bc, S, K, H] each -> (xs, kv or None)."""
+    """xs {expert: [B, T, D] or None}, context_kvs (k, v) [Bc, K, S, H] each -> (xs, kv or None)."""
     # In this order everywhere: a dict that has been through a pytree comes back sorted.
     streams = {e: layout.streams[e] for e in EXPERTS if layout.streams[e] is not None}
     experts = {"und": self.und, "gen": self.gen}
     with jax.named_scope("project"):
       projected = [experts[e].project(xs[e], s.position) for e, s in streams.items()]
-    q, k, v = (_join(parts) for parts in zip(*projected))
+    q, k, v = map(_join, zip(*projected), (1, 2, 2))
     parts = [attention.Keys(k, v, _join([s.order for s in streams.values()]))]
     parts += [attention.Keys(*kv, order) for kv, order in zip(context_kvs, layout.context_orders)]
     with jax.named_scope("attend"):
@@ -158,6 +158,6 @@ class Block(nn.Module):
     return xs, (k, v) if layout.keep_kv else None
 
 
-def _join(arrays):
-  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
+def _join(arrays, axis: int = 1):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 

@@ -62,7 +62,7 @@ def _partial_softmax(q, reach, keys, precision, sum_of):
   finite_peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
   weights = jnp.exp(scores - finite_peak[..., None])
   out = _product(precision)(
-    "bkgts,bksh->bkgth", weights.astype(keys.v.dtype), jnp.moveaxis(keys.v, 1, 2)
+    "bkgts,bksh->bkgth", weights.astype(keys.v.dtype), keys.v
   )
   by_query = functools.partial(_by_query, rows=q.shape[0])
   return by_query(peak), by_query(sum_of(weights)), by_query(out)
@@ -70,8 +70,7 @@ def _partial_softmax(q, reach, keys, precision, sum_of):
 
 def _scores(q, reach, keys, precision):
   """Scaled scores [Bk, K, N/K, (B/Bk) T, S] float32, -inf where a query does not see a key."""
-  k = jnp.moveaxis(keys.k, 1, 2)
-  scores = _product(precision)("bkgth,bksh->bkgts", _by_key(q, keys), k)
+  scores = _product(precision)("bkgth,bksh->bkgts", _by_key(q, keys), keys.k)
   visible = keys.order[:, None, :] <= reach.reshape(len(keys.order), -1)[:, :, None]
   return jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
 
@@ -90,7 +89,7 @@ def _by_key(a, keys):
   Rows that share a context become longer queries. Heads lead everywhere, so that the products come
   out as they are needed: to transpose the scores costs as much as to compute them.
   """
-  key_rows, _, kv_heads, _ = keys.k.shape
+  key_rows, kv_heads, _, _ = keys.k.shape
   a = a.reshape(key_rows, -1, kv_heads, a.shape[2] // kv_heads, *a.shape[3:])
   return jnp.moveaxis(a, 1, 3)
 
@@ -104,9 +103,8 @@ def _by_query(a, rows: int):
 def _concatenate(parts, rows: int):
   """Parts as one, with a row of keys for every row of queries."""
   repeat = lambda a: jnp.repeat(a, rows // a.shape[0], axis=0)
-  return type(parts[0])(
-    *(jnp.concatenate([repeat(a) for a in arrays], axis=1) for arrays in zip(*parts))
-  )
+  joined = lambda arrays, axis: jnp.concatenate([repeat(a) for a in arrays], axis)
+  return type(parts[0])(*map(joined, zip(*parts), (2, 2, 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,14 +157,13 @@ def _backward_block(precision, q, reach, parts, out, log_total, dout):
   dq, dparts = 0.0, []
   for keys in parts:
     by_key = functools.partial(_by_key, keys=keys)
-    k, v = jnp.moveaxis(keys.k, 1, 2), jnp.moveaxis(keys.v, 1, 2)
     dout_by_key = by_key(dout).astype(q.dtype)
     weights = jnp.exp(_scores(q, reach, keys, precision) - by_key(log_total)[..., None])
-    dweights = product("bkgth,bksh->bkgts", dout_by_key, v)
+    dweights = product("bkgth,bksh->bkgts", dout_by_key, keys.v)
     dscores = (weights * (dweights - by_key(delta)[..., None])).astype(q.dtype)
-    dq += _by_query(product("bkgts,bksh->bkgth", dscores, k), q.shape[0])
+    dq += _by_query(product("bkgts,bksh->bkgth", dscores, keys.k), q.shape[0])
     dk = product("bkgth,bkgts->bkhs", by_key(q), dscores) * scale
     dv = product("bkgth,bkgts->bkhs", dout_by_key, weights.astype(q.dtype))
-    across = lambda a, like: jnp.moveaxis(a, (1, 3), (2, 1)).astype(like.dtype)
+    across = lambda a, like: a.swapaxes(2, 3).astype(like.dtype)
     dparts.append(type(keys)(across(dk, keys.k), across(dv, keys.v), None))
   return (dq * scale).astype(q.dtype), None, dparts

@@ -45,7 +45,7 @@ class Attention(nn.Module):
     order = jnp.where(mask, 0, types.UNSEEN)
     reach = jnp.where(mask, types.EVERYTHING, types.BLIND)
     out = attention.attend(
-      q, reach, [attention.Keys(k, v, order)],
+      q, reach, [attention.Keys.of(k, v, order)],
       precision=layers.matmul_precision(self.dtype), query_block=QUERY_BLOCK,
       backend=self.lowering.attention, one_reach=True,
     )

@@ -113,7 +113,7 @@ class MidAttention(nn.Module):
     order = jnp.zeros((num_images, height * width), jnp.int32)
     reach = jnp.full_like(order, types.EVERYTHING)
     out = attention.attend(
-      q, reach, [attention.Keys(k, v, order)], precision=PRECISION, query_block=QUERY_BLOCK
+      q, reach, [attention.Keys.of(k, v, order)], precision=PRECISION, query_block=QUERY_BLOCK
     )
     return x + conv_1x1(channels, name="proj_out")(out.reshape(x.shape))
 

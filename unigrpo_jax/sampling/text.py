@@ -31,11 +31,23 @@ def sample_tokens(logits, keys, temperature: float):
   logits = logits.astype(jnp.float32)
   if temperature > 0:
     logits = logits / temperature
-    ids = jax.vmap(jax.random.categorical)(keys, logits)
+    # What `jax.random.categorical` draws.
+    draw = lambda key: jax.random.gumbel(key, logits.shape[1:])
+    ids = _first_largest(logits + jax.vmap(draw)(keys))
   else:
-    ids = jnp.argmax(logits, axis=-1)
+    ids = _first_largest(logits)
   logp = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=-1)[:, 0]
-  return ids.astype(jnp.int32), logp
+  return ids, logp
+
+
+def _first_largest(scores):
+  """The lowest index of each row's largest value: [B, V] -> [B] int32; V - 1 where it is NaN.
+
+  Two reductions of one array each; XLA's CPU backend does not vectorise that of `jnp.argmax`.
+  """
+  last = scores.shape[1] - 1
+  largest = scores == scores.max(axis=1, keepdims=True)
+  return jnp.where(largest, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=1)
 
 
 def sample(

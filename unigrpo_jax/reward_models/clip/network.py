@@ -46,7 +46,7 @@ class Attention(nn.Module):
     order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     reach = order if self.causal else jnp.full_like(order, T)
     out = attention.attend(
-      q, reach, [attention.Keys(k, v, order)], precision=jax.lax.Precision.HIGHEST
+      q, reach, [attention.Keys.of(k, v, order)], precision=jax.lax.Precision.HIGHEST
     )
     return _linear(D, name="out_proj")(out.reshape(B, T, D))
 

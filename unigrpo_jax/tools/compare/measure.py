@@ -44,8 +44,10 @@ class Features:
     height, width = (side // config.downsample for side in images.shape[1:3])
     no_noise = np.zeros((ROWS, height, width, config.z_channels), np.float32)
 
+    program = programs.encode_images(jax.default_backend())
+
     def encode(pixels):
-      return programs.encode_images(vae.VAE(config), params, pixels, no_noise)
+      return program(vae.VAE(config), params, pixels, no_noise)
 
     return self._in_parts(encode, np.stack([images_lib.to_array(image) for image in images]))
 

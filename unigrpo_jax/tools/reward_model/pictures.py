@@ -14,6 +14,7 @@ from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.episodes import programs, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.iconworld import renderer
+from unigrpo_jax.models import lowering
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import direct, flow
@@ -129,7 +130,12 @@ class Painter:
     config = self.network.config
     side = renderer.SIZE // config.latent_stride
     grids = vae_lib.unpack_latents(latents, side, side, config.latent_patch_size)
-    return np.asarray(programs.decode_images(self._vae, self._vae_params, grids))
+    return np.asarray(self._run(programs.decode_images, grids))
+
+  def _run(self, program, *arrays):
+    """A program of the autoencoder."""
+    platform = lowering.platform(self.network.mesh)
+    return program(platform)(self._vae, self._vae_params, *arrays)
 
   def round_trip(self, pixels: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """Pictures, [B, H, W, 3] uint8, after encoding and decoding by the VAE."""
@@ -143,5 +149,5 @@ class Painter:
       (len(pixels), side, side, c.z_channels), np.float32
     )
     given = np.stack([images_lib.to_array(image) for image in pixels])
-    latents = programs.encode_images(self._vae, self._vae_params, given, noise)
+    latents = self._run(programs.encode_images, given, noise)
     return np.asarray(self._decode_floats(self._vae_params, latents))
