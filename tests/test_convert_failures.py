@@ -202,6 +202,28 @@ def test_what_is_written_ends_however_often_it_is_interrupted(fails):
       stored_params._uninterrupted(lambda: 1 / 0)
 
 
+def test_a_commit_is_waited_for_however_often_it_is_interrupted(tmp_path):
+  ended = []
+
+  class Commit:
+    def exception(self):
+      for _ in range(3):
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+      ended.append(True)
+
+  arrays = {("a",): stored_params.NewArray((2,), (2,), np.dtype(np.float32))}
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      with stored_params.Writer(tmp_path / "params", arrays) as writer:
+        writer._commit = Commit()
+        raise KeyboardInterrupt
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert ended
+
+
 def test_ignored_signals_stay_ignored():
   """Under nohup a closing terminal does not stop the conversion."""
   before, terminate = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)

@@ -20,6 +20,7 @@ from unigrpo_jax import types
 from unigrpo_jax.episodes import script as script_lib
 from unigrpo_jax.losses import text as text_losses
 from unigrpo_jax.models import bagel as bagel_lib
+from unigrpo_jax.models import layers
 from unigrpo_jax.sampling import direct, flow
 
 # Where gradients of the flow objective go; see `ReplayConfig.routing`.
@@ -201,7 +202,7 @@ def reasoning_tokens(sampled: types.TextRollout, config: ReplayConfig):
 def constant_understanding(params: Mapping[str, Any]):
   """`params` with gradients stopped at the understanding expert and at the token embeddings."""
   def stop(path, leaf):
-    keys = [entry.key for entry in path if hasattr(entry, "key")]  # Not those of `Unstacked`.
+    keys = layers.path_keys(path)
     constant = keys[0] == "embed_tokens" or (keys[0] in ("layers", "norm") and keys[1] == "und")
     return jax.lax.stop_gradient(leaf) if constant else leaf
 

@@ -164,6 +164,14 @@ def without(params: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
   }
 
 
+def path_keys(path: Sequence[Any]) -> list[str]:
+  """The names along the path of a parameter in a tree, of `jax.tree_util`.
+
+  Without the entries that are none: of parameters boxed with their axis names, and of `Unstacked`.
+  """
+  return [entry.key for entry in path if hasattr(entry, "key")]
+
+
 # What a layer keeps for its backward pass besides its input, by the name of the policy: the rest is
 # computed again. Names are those of `checkpoint_name` in `mot` and `kernels`.
 _only = jax.checkpoint_policies.save_only_these_names

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unigrpo_jax.models import layers
+
 # Group -> its top-level parameters of the network; layers and norms belong to their expert's.
 GROUPS = {
   "und": (), "gen": (),
@@ -29,14 +31,12 @@ def trained(learning_rate: Mapping[str, float]) -> set[str]:
 def groups(params: Mapping[str, Any]) -> Any:
   """The tree of `params` with each leaf's group in its place; LoRA adapters alone are an expert's.
   """
-  # Parameters still boxed with their axis names have a further entry, which is no key.
-  keys = lambda path: [entry.key for entry in path if hasattr(entry, "key")]
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  adapted = any(keys(path)[-1] in _ADAPTERS for path, _ in leaves)
+  adapted = any(layers.path_keys(path)[-1] in _ADAPTERS for path, _ in leaves)
   group_of = {name: group for group, names in GROUPS.items() for name in names}
 
   def label(path, _) -> str:
-    name, *rest = keys(path)
+    name, *rest = layers.path_keys(path)
     if name in ("layers", "norm"):
       return "base" if adapted and rest[-1] not in _ADAPTERS else rest[0]
     if name not in group_of:

@@ -107,9 +107,8 @@ class Writer:
           self._start_commit()
           self._commit.result()
     finally:
-      # Left alone, it would go on adding files to a folder that is about to be removed.
       if self._commit is not None:
-        self._commit.exception()
+        _uninterrupted(self._commit.exception)
 
 
 class Reader:
@@ -175,7 +174,8 @@ class Reader:
 def _uninterrupted(call: Callable[[], Any]) -> None:
   """Calls in a thread, which Ctrl-C does not reach; one that comes meanwhile is raised at its end.
 
-  However often it comes: Orbax would go on adding files to a folder that is about to be removed.
+  However often it comes: what writes would go on adding files to a folder that is about to be
+  removed.
   """
   interrupt = None
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
