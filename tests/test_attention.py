@@ -95,7 +95,7 @@ def test_large_scores_do_not_overflow():
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
   rng = np.random.default_rng(6)
   x, y = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 16)), jnp.float32)
-  at = lambda a, p: attention.rotate(a, jnp.array([[p]]), 1e4)[0, 0, 0]
+  at = lambda a, p: attention.rotate(a, attention.rotation(jnp.array([[p]]), 16, 1e4))[0, 0, 0]
   np.testing.assert_allclose(jnp.linalg.norm(at(x, 9)), jnp.linalg.norm(x), rtol=1e-6)
   np.testing.assert_allclose(at(x, 9) @ at(y, 4), at(x, 25) @ at(y, 20), rtol=1e-4)
   np.testing.assert_allclose(at(x, 0), x[0, 0, 0], rtol=1e-6)

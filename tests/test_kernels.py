@@ -169,6 +169,7 @@ def test_the_lowering_fits_the_devices_and_the_dtype():
     assert chosen.unroll == (platform == "cpu" and devices > 1)
     assert chosen.unroll_gradients == (platform == "cpu")
     assert chosen.own_gradients == (platform == "cpu" and dtype == "float32")
+    assert chosen.keep_angles == (platform == "cpu")
   for name, platform, dtype, devices, words in (
     ("splash", "cpu", "bfloat16", 1, "config.attention='splash' runs on a tpu"),
     ("cudnn", "tpu", "bfloat16", 1, "config.attention='cudnn' runs on a gpu"),

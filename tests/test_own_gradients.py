@@ -13,7 +13,9 @@ from unigrpo_jax.models import attention, layers, lowering, plain
 
 # Of the norm of a gradient.
 EXACT = 2e-6
-CPU = lowering.Lowering("blocked", unroll_gradients=True, own_gradients=True)
+CPU = lowering.Lowering(
+  "blocked", unroll_gradients=True, own_gradients=True, keep_angles=True
+)
 
 
 def _normal(rng, *shape):
@@ -60,7 +62,8 @@ def test_gated():
   )
 
 
-def test_rotate():
+@pytest.mark.parametrize("keep", [False, True])
+def test_rotate(keep):
   rng = np.random.default_rng(2)
   position = np.array([[0, 1, 7, 300]])
 
@@ -74,7 +77,9 @@ def test_rotate():
   # The angles themselves are float32's.
   x = _normal(rng, 3, 4, 2, 16)
   grad = lambda fn: jax.grad(lambda x: jnp.sum(fn(x) * x[:, ::-1]))(x)
-  got = grad(lambda x: attention.rotate(x, jnp.asarray(position), 1e4))
+  by = attention.rotation(jnp.asarray(position), 16, 1e4, keep=keep)
+  chex.assert_trees_all_equal(by, attention.rotation(jnp.asarray(position), 16, 1e4))
+  got = grad(lambda x: attention.rotate(x, by))
   np.testing.assert_allclose(got, grad(rotate), atol=3e-5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import chex
@@ -78,27 +77,44 @@ def attend(
   return out.reshape(out.shape[0], blocks * size, *out.shape[3:])[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rotate(x, position, theta: float):
+class Rotation(NamedTuple):
+  """Cosines and sines of the angles by which tokens are rotated, [B, T, 1, H/2] float32 each."""
+
+  cos: chex.Array
+  sin: chex.Array
+
+
+def rotation(position, head_dim: int, theta: float, *, keep: bool = False) -> Rotation:
+  """The rotation of tokens at positions [B, T] int32, by the frequencies theta^(-2j/H).
+
+  Angles at bf16 would merge neighbouring positions beyond 256. With `keep` both are computed once:
+  XLA's CPU backend computes an elementwise operand again for each of its uses, cosines too, but
+  keeps the result of a product.
+  """
+  half = head_dim // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position.astype(jnp.float32)[..., None, None] * frequency
+  tables = jnp.cos(angle), jnp.sin(angle)
+  if keep:
+    same = jnp.eye(half, dtype=jnp.float32)
+    tables = (jnp.matmul(table, same, precision="highest") for table in tables)
+  return Rotation(*tables)
+
+
+@jax.custom_vjp
+def rotate(x, by: Rotation):
   """Rotary position embedding of x [B, T, N, H] float32, half-split (Su et al. 2021, as in Qwen2).
 
-  The frequencies are theta^(-2j/H). Angles at bf16 would merge neighbouring positions beyond 256.
   Its gradient is the rotation back: JAX's would pad each half and add them.
   """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = position.astype(jnp.float32)[..., None, None] * frequency  # [B, T, 1, H/2]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = x[..., :half], x[..., half:]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1
+  )
 
 
-def _rotate_forward(x, position, theta):
-  return rotate(x, position, theta), position
+def _rotate_backward(by, dy):
+  return rotate(dy, Rotation(by.cos, -by.sin)), None
 
 
-def _rotate_backward(theta, position, dy):
-  return rotate(dy, -position, theta), None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
+rotate.defvjp(lambda x, by: (rotate(x, by), by), _rotate_backward)

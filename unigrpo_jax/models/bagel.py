@@ -9,6 +9,7 @@ length, an image by one. Time runs from data (t = 0) to noise (t = 1); dx/dt = n
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 from flax import linen as nn
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from unigrpo_jax import types
+from unigrpo_jax.models import attention, layers, mot, siglip
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import layers, mot, siglip
 from unigrpo_jax.models import lowering as lowering_lib
 
 # Modules that only draw: who reads and writes text can do without their parameters.
@@ -123,8 +124,13 @@ class Bagel(nn.Module):
     enter = lambda x: nn.with_logical_constraint(x.astype(self.dtype), axes)
     xs = {e: None if s is None else enter(s.x) for e, s in tokens.items()}
     parts = () if context is None else context.parts
+    rotation = functools.partial(
+      attention.rotation, head_dim=self.config.llm.head_dim, theta=self.config.llm.rope_theta,
+      keep=self.lowering.keep_angles,
+    )
     layout = mot.Layout(
       streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
+      rotations={e: None if s is None else rotation(s.position) for e, s in tokens.items()},
       context_orders=tuple(part.order for part in parts), keep_kv=keep_kv, one_reach=one_reach,
     )
     xs, kv = self._run_layers(xs, tuple((part.k, part.v) for part in parts), layout)

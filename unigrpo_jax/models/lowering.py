@@ -32,12 +32,14 @@ class Lowering:
     unroll_gradients: so are they where a gradient is taken.
     own_gradients: products and the gated activation have gradients of their own, which write no
       wide array in transposed order (`layers.product`, `layers.gated`); in float32.
+    keep_angles: cosines and sines of positions are kept in memory; see `attention.rotation`.
   """
 
   attention: str = "plain"
   unroll: bool = False
   unroll_gradients: bool = False
   own_gradients: bool = False
+  keep_angles: bool = False
 
 
 def platform(mesh: jax.sharding.Mesh) -> str:
@@ -80,5 +82,5 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
     attention = kernel.get(given) or "plain"
   return Lowering(
     attention, unroll=on_cpu and mesh.size > 1, unroll_gradients=on_cpu,
-    own_gradients=on_cpu and exact,
+    own_gradients=on_cpu and exact, keep_angles=on_cpu,
   )

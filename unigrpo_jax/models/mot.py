@@ -49,11 +49,10 @@ class Attention(nn.Module):
     norm = lambda: layers.RMSNorm(c.rms_norm_eps, wide, self.param_dtype)
     self.q_norm, self.k_norm = norm(), norm()
 
-  def project(self, x, position):
+  def project(self, x, rotation: attention.Rotation):
     """x [B, T, D] -> q [B, T, N, H], k and v [B, K, T, H] as they are cached."""
-    theta = self.config.rope_theta
-    q = attention.rotate(self.q_norm(self.q(x)), position, theta).astype(self.dtype)
-    k = attention.rotate(self.k_norm(self.k(x)), position, theta).astype(self.dtype)
+    q = attention.rotate(self.q_norm(self.q(x)), rotation).astype(self.dtype)
+    k = attention.rotate(self.k_norm(self.k(x)), rotation).astype(self.dtype)
     k, v = (jnp.moveaxis(a, 1, 2) for a in (k, self.v(x)))
     q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_dim"))
     k = nn.with_logical_constraint(k, ("batch", "kv_heads", "length", "head_dim"))
@@ -100,8 +99,8 @@ class Expert(nn.Module):
     kinds = (self.config, self.dtype, self.param_dtype, self.lora, self.own_gradients)
     self.attention, self.mlp = Attention(*kinds), GatedMLP(*kinds)
 
-  def project(self, x, position):
-    return self.attention.project(self.input_norm(x), position)
+  def project(self, x, rotation: attention.Rotation):
+    return self.attention.project(self.input_norm(x), rotation)
 
   def finish(self, x, attended):
     """Residual and MLP: x [B, T, D], attended [B, T, N, H] -> [B, T, D]."""
@@ -115,6 +114,7 @@ class Layout:
   """What every layer is told about the tokens, besides their activations."""
 
   streams: dict[str, types.Tokens | None]  # by expert, without embeddings
+  rotations: dict[str, attention.Rotation | None]  # of the streams' positions
   context_orders: tuple[chex.Array, ...]  # of the cached keys of each part, [Bc, S] int32
   keep_kv: bool = struct.field(pytree_node=False)  # whether layers return their keys and values
   one_reach: bool = struct.field(pytree_node=False, default=False)  # see `attention.attend`
@@ -141,7 +141,7 @@ class Block(nn.Module):
     streams = {e: layout.streams[e] for e in EXPERTS if layout.streams[e] is not None}
     experts = {"und": self.und, "gen": self.gen}
     with jax.named_scope("project"):
-      projected = [experts[e].project(xs[e], s.position) for e, s in streams.items()]
+      projected = [experts[e].project(xs[e], layout.rotations[e]) for e in streams]
     q, k, v = map(_join, zip(*projected), (1, 2, 2))
     parts = [attention.Keys(k, v, _join([s.order for s in streams.values()]))]
     parts += [attention.Keys(*kv, order) for kv, order in zip(context_kvs, layout.context_orders)]
