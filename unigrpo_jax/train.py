@@ -123,12 +123,12 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
         experience = update.precompute(train_state, experience)
       with run.timer("reward"):
         scores = rewards.gather(pending, len(batch), run.wait)  # the same on all hosts
-      # Compare within the group; a group with a failed reward is not valid, and counts nowhere.
-      adv, valid, metrics = compare_within_groups(scores, spec)
-      adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))
-      # Move both experts. Where a number is not finite, or the sampler was not this policy, nothing
-      # moves and the run ends with the reason.
-      with run.timer("update"):
+      with run.timer("update"):  # with what is left of the replay
+        # Compare within the group; a group with a failed reward is not valid, and counts nowhere.
+        adv, valid, metrics = compare_within_groups(scores, spec)
+        adv, valid = (sharding.put_rows(network.mesh, values) for values in (adv, valid))
+        # Move both experts. Where a number is not finite, or the sampler was not this policy,
+        # nothing moves and the run ends with the reason.
         experience = experience.replace(adv=adv, valid=valid)
         train_state, update_metrics = update(train_state, experience, next_examples())
       del experience, pending

@@ -232,7 +232,7 @@ class Planner:
       )
       if name in plans.PHASES:
         self._phases[name] = phase
-    return self._by_rows(jax.eval_shape(fn, *args), mesh) if results is None else results
+    return self._by_rows(plans.result_shapes(fn, *args), mesh) if results is None else results
 
   def _by_rows(self, tree: Any, mesh=None) -> Any:
     """Shapes of arrays, sharded by rows over the batch of a mesh; None: the mesh for sampling."""

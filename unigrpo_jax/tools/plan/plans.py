@@ -61,6 +61,20 @@ class Plan:
   trajectories: int
 
 
+def _method(fn: Callable, name: str) -> Callable:
+  """A method of a jitted function, with the arguments of `fn`, which is that or a partial of it."""
+  bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
+  return functools.partial(getattr(bound.func, name), *bound.args, **bound.keywords)
+
+
+def result_shapes(fn: Callable, *args) -> Any:
+  """Shapes of the results of a jitted function, or of a partial of one; nothing is compiled.
+
+  Unlike `jax.eval_shape`, of one with compiler options too.
+  """
+  return _method(fn, "eval_shape")(*args)
+
+
 def compile_phase(
   name: str, fn: Callable, *args, runs: int, model_flops: float | None, trips: int = 1,
   texts: pathlib.Path | None = None,
@@ -78,9 +92,8 @@ def compile_phase(
   Returns:
     (the phase, the results as shapes with shardings; None if the program does not fit).
   """
-  bound = fn if isinstance(fn, functools.partial) else functools.partial(fn)
   start = time.monotonic()
-  lowered = bound.func.lower(*bound.args, *args, **bound.keywords)
+  lowered = _method(fn, "lower")(*args)
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
