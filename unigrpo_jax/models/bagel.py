@@ -144,6 +144,7 @@ class Bagel(nn.Module):
     block = mot.Block(
       self.config.llm, self.dtype, self.param_dtype, self.lora, self.lowering, parent=None
     )
+    # Jitted, so that JAX traces layers of the same shapes once; XLA gets them one after the other.
     run = jax.jit(lambda params, *args: block.apply({"params": params}, *args))
     policy = layers.REMAT[self.remat]
     run = run if policy is None else jax.checkpoint(run, policy=policy)
