@@ -176,8 +176,16 @@ def test_folder_that_is_made_again_while_it_is_removed(tmp_path):
   assert not folder.exists()
 
 
+@pytest.fixture
+def interruptible():
+  """What is started in the background ignores Ctrl-C; under this it does not."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_is_written_ends_however_often_it_is_interrupted(fails):
+def test_what_is_written_ends_however_often_it_is_interrupted(interruptible, fails):
   ended = []
 
   def write():
@@ -189,20 +197,15 @@ def test_what_is_written_ends_however_often_it_is_interrupted(fails):
     if fails:
       raise OSError("disk")
 
-  # What is started in the background ignores this signal.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    with pytest.raises(KeyboardInterrupt):
-      stored_params._uninterrupted(write)
-  finally:
-    signal.signal(signal.SIGINT, before)
+  with pytest.raises(KeyboardInterrupt):
+    stored_params._uninterrupted(write)
   assert ended
   if fails:
     with pytest.raises(ZeroDivisionError):
       stored_params._uninterrupted(lambda: 1 / 0)
 
 
-def test_a_commit_is_waited_for_however_often_it_is_interrupted(tmp_path):
+def test_a_commit_is_waited_for_however_often_it_is_interrupted(interruptible, tmp_path):
   ended = []
 
   class Commit:
@@ -213,14 +216,10 @@ def test_a_commit_is_waited_for_however_often_it_is_interrupted(tmp_path):
       ended.append(True)
 
   arrays = {("a",): stored_params.NewArray((2,), (2,), np.dtype(np.float32))}
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    with pytest.raises(KeyboardInterrupt):
-      with stored_params.Writer(tmp_path / "params", arrays) as writer:
-        writer._commit = Commit()
-        raise KeyboardInterrupt
-  finally:
-    signal.signal(signal.SIGINT, before)
+  with pytest.raises(KeyboardInterrupt):
+    with stored_params.Writer(tmp_path / "params", arrays) as writer:
+      writer._commit = Commit()
+      raise KeyboardInterrupt
   assert ended
 
 

@@ -13,9 +13,7 @@ from unigrpo_jax.models import attention, layers, lowering, plain
 
 # Of the norm of a gradient.
 EXACT = 2e-6
-CPU = lowering.Lowering(
-  "blocked", unroll_gradients=True, own_gradients=True, keep_angles=True
-)
+CPU = lowering.Lowering("blocked", unroll_gradients=True, own_gradients=True, keep_angles=True)
 
 
 def _normal(rng, *shape):

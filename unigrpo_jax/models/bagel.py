@@ -129,7 +129,9 @@ class Bagel(nn.Module):
       keep=self.lowering.keep_angles,
     )
     layout = mot.Layout(
-      streams={e: None if s is None else s.replace(x=None) for e, s in tokens.items()},
+      streams={
+        e: None if s is None else s.replace(x=None, position=None) for e, s in tokens.items()
+      },
       rotations={e: None if s is None else rotation(s.position) for e, s in tokens.items()},
       context_orders=tuple(part.order for part in parts), keep_kv=keep_kv, one_reach=one_reach,
     )

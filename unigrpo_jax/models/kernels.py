@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from unigrpo_jax import types
+from unigrpo_jax.models import plain
 
 # Rows of keys are repeated for the rows of queries that share them, and the parts of the keys
 # concatenated: a temporary of one layer, 12 MB an image at 1024 pixels. Partial softmaxes could not
@@ -40,7 +41,7 @@ def cudnn(q, reach, parts, *, implementation: str = "cudnn"):
   """
   chex.assert_rank([q, reach], [4, 2])
   length = q.shape[1]
-  k, v, order = _own_keys(parts, q.shape[0])
+  k, v, order = plain.own_keys(parts, q.shape[0])
   k, v = (jnp.moveaxis(a, 1, 2) for a in (k, v))
   visible = order[:, None, :] <= reach[:, :, None]
   # With a mask, cuDNN has no gradient for odd lengths.
@@ -68,7 +69,7 @@ def splash(q, reach, parts, *, interpret: bool = False):
   heads = _mesh_axes(mesh, "kv_heads", parts[0][0].shape[1])
   # Shared keys too few to be divided over the devices are repeated before they are divided.
   parts = [
-    part if _mesh_axes(mesh, "batch", len(part[2])) == batch else _repeat(part, rows)
+    part if _mesh_axes(mesh, "batch", len(part[2])) == batch else plain.own_keys([part], rows)
     for part in parts
   ]
   by_row, of_keys = PartitionSpec(batch), PartitionSpec(batch, heads)
@@ -88,21 +89,10 @@ def _mesh_axes(mesh, name: str, size: int) -> tuple[str, ...] | None:
   return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
-def _repeat(part, rows: int):
-  """One part of the keys with a row of its own for every row of queries."""
-  return tuple(jnp.repeat(a, rows // a.shape[0], axis=0) for a in part)
-
-
-def _own_keys(parts, rows: int):
-  """All keys of each row of queries: k, v [B, K, S, H] and order [B, S]."""
-  parts = zip(*(_repeat(part, rows) for part in parts))
-  return tuple(map(jnp.concatenate, parts, (2, 2, 1)))
-
-
 def _splash_on_one(q, reach, parts, interpret: bool):
   """`splash` on one device."""
   rows, length, num_heads, head_dim = q.shape
-  k, v, order = _own_keys(parts, rows)
+  k, v, order = plain.own_keys(parts, rows)
   visible = order <= reach.max(axis=1, keepdims=True)  # [B, S]
   query_block = block_size(length, QUERY_BLOCK)
   key_block = block_size(order.shape[1], KEY_BLOCK)

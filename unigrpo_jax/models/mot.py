@@ -113,7 +113,7 @@ class Expert(nn.Module):
 class Layout:
   """What every layer is told about the tokens, besides their activations."""
 
-  streams: dict[str, types.Tokens | None]  # by expert, without embeddings
+  streams: dict[str, types.Tokens | None]  # by expert, without embeddings and positions
   rotations: dict[str, attention.Rotation | None]  # of the streams' positions
   context_orders: tuple[chex.Array, ...]  # of the cached keys of each part, [Bc, S] int32
   keep_kv: bool = struct.field(pytree_node=False)  # whether layers return their keys and values

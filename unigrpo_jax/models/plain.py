@@ -31,7 +31,8 @@ def attend_in_cache(q, reach, parts, precision):
     own = [part for part in parts if part.k.shape[0] == q.shape[0]]
     shared = [part for part in parts if part.k.shape[0] != q.shape[0]]
     # What rows share is often constant: in a group of its own, its gradient is not computed then.
-    parts = [_concatenate(group, q.shape[0]) for group in (own, shared) if group]
+    one = lambda group: type(group[0])(*own_keys(group, q.shape[0]))
+    parts = [one(group) for group in (own, shared) if group]
   return _attend_in_cache(precision, q, reach, parts)
 
 
@@ -100,11 +101,11 @@ def _by_query(a, rows: int):
   return a.reshape(rows, -1, a.shape[2] * a.shape[3], *a.shape[4:])
 
 
-def _concatenate(parts, rows: int):
-  """Parts as one, with a row of keys for every row of queries."""
+def own_keys(parts, rows: int):
+  """All keys of each row of queries: k, v [B, K, S, H] and order [B, S], for B = `rows`."""
   repeat = lambda a: jnp.repeat(a, rows // a.shape[0], axis=0)
   joined = lambda arrays, axis: jnp.concatenate([repeat(a) for a in arrays], axis)
-  return type(parts[0])(*map(joined, zip(*parts), (2, 2, 1)))
+  return tuple(map(joined, zip(*parts), (2, 2, 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
