@@ -1,5 +1,7 @@
 """ReFL's update of the golden BAGEL: what it moves, what it leaves, and that its cuts add up."""
 
+import types as types_lib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import pytest
 from tests import joint
 from unigrpo_jax import types
 from unigrpo_jax.algorithms import refl, update
-from unigrpo_jax.runtime import optim
+from unigrpo_jax.models import config as config_lib
+from unigrpo_jax.models import vae as vae_lib
+from unigrpo_jax.recipe import parts
+from unigrpo_jax.runtime import optim, sharding
 
 
 def reward(fixed, latents, question):
@@ -170,3 +175,23 @@ def test_direct_alignment_takes_the_noise_that_was_recorded(experience):
   np.testing.assert_allclose(noised.flow.x_t, expected, rtol=1e-6)
   alike = refl.noise_with_its_own(key, experience, times, True).only
   assert len(np.unique(alike.flow.t)) == 1
+
+
+def test_a_gradient_lies_as_the_networks_rows_do():
+  """Not as its images do, one a device: the network would be differentiated whole on each then."""
+  mesh = sharding.make_mesh(fsdp=4, tensor=2)
+  config = config_lib.VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=2)
+  network = types_lib.SimpleNamespace(
+    mesh=mesh,
+    config=types_lib.SimpleNamespace(vae=config, latent_stride=2, latent_patch_size=2),
+  )
+  model = types_lib.SimpleNamespace(score=lambda params, pixels, questions: pixels.mean((1, 2, 3)))
+  reward_fn = parts.reward_of_latents(network, model, (8, 8))
+  example = jnp.zeros((1, 8, 8, 3))
+  params = jax.eval_shape(vae_lib.VAE(config).init, jax.random.key(0), example)["params"]
+  rows = sharding.along_batch(mesh)
+  latents = jax.ShapeDtypeStruct((8, 16, 8), jnp.float32, sharding=rows)
+  gradient = jax.jit(jax.grad(lambda latents, fixed: reward_fn(fixed, latents, None).sum()))
+  with sharding.activate(mesh):
+    compiled = gradient.lower(latents, {"vae": params, "reward_model": None}).compile()
+  assert compiled.output_shardings.is_equivalent_to(rows, 3)

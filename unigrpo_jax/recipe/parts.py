@@ -281,6 +281,9 @@ def reward_of_latents(
   h, w = (side // c.latent_stride for side in size)
 
   def reward(fixed, latents, questions):
+    # Their gradient likewise: spread as images are, it would meet a network whose rows are not, and
+    # whose backward pass the partitioner would then have each device compute for all rows.
+    latents = jax.lax.with_sharding_constraint(latents, sharding.along_batch(mesh))
     grids = vae_lib.unpack_latents(latents, h, w, c.latent_patch_size)
     spread = sharding.along_all if len(grids) % mesh.size == 0 else sharding.along_batch
     grids = jax.lax.with_sharding_constraint(grids, spread(mesh))
