@@ -56,6 +56,40 @@ ENTRY %main (a: bf16[1024,512], b: bf16[512,1024]) -> (bf16[1024,256], bf16[256,
 }
 """  # noqa: E501
 
+GATHER_BESIDE_PRODUCTS = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%fused_computation.1 (input_0.1: bf16[256,512]) -> (bf16[256,512], bf16[1024,512]) {
+  %input_0.1 = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[1024,512]{1,0:T(8,128)(2,1)} all-gather(%input_0.1), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
+  ROOT %tuple.1 = (bf16[256,512]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) tuple(%input_0.1, %all-gather.1)
+}
+
+%async_collective_fusion.2 (input_0.2: bf16[256,512], input_1.2: bf16[64,128], input_2.2: bf16[128,32]) -> (bf16[64,32], bf16[1024,512]) {
+  %input_0.2 = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %input_1.2 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %input_2.2 = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(2)
+  %all-gather.2 = bf16[1024,512]{1,0:T(8,128)(2,1)} all-gather(%input_0.2), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
+  %dot.2 = bf16[64,32]{1,0:T(8,128)(2,1)} dot(%input_1.2, %input_2.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %tuple.2 = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) tuple(%dot.2, %all-gather.2)
+}
+
+%fused_computation.3 (input_0.3: bf16[256,512]) -> bf16[1024,512] {
+  %input_0.3 = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.3 = bf16[1024,512]{1,0:T(8,128)(2,1)} all-gather(%input_0.3), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (a: bf16[256,512], b: bf16[64,128], c: bf16[128,32]) -> (bf16[64,32], bf16[1024,512]) {
+  %a = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %c = bf16[128,32]{1,0:T(8,128)(2,1)} parameter(2)
+  %fusion.1 = (bf16[256,512]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) fusion(%a), kind=kCustom, calls=%fused_computation.1
+  %fusion.2 = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) fusion(%a, %b, %c), kind=kOutput, calls=%async_collective_fusion.2
+  %fusion.3 = bf16[1024,512]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%fused_computation.3
+  %get-tuple-element.1 = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.2), index=0
+  ROOT %tuple.3 = (bf16[64,32]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) tuple(%get-tuple-element.1, %fusion.3)
+}
+"""  # noqa: E501
+
 UPDATE_IN_PLACE = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %fused_computation.35.clone.1 (param_0.141: bf16[3,128,512], param_1.111: s32[], param_2.53: bf16[128,512]) -> bf16[3,128,512] {
@@ -142,6 +176,17 @@ def test_a_reduce_scatter_in_a_fusion():
   assert hlo.axes(collective.groups, {"fsdp": 2, "tensor": 2}) == ("fsdp",)
   assert hlo.wire_bytes(collective) == 2**20
   assert program.bytes == 2**20
+
+
+def test_a_gather_beside_products_counts_once():
+  """It starts in one fusion, goes on in that of a product, and ends in another one."""
+  program = hlo.read(GATHER_BESIDE_PRODUCTS)
+  (collective,) = program.collectives
+  assert (collective.kind, collective.bytes) == ("all-gather", 1024 * 512 * 2)
+  assert program.flops == 2 * 64 * 128 * 32
+  # Two that are not the same one.
+  other = GATHER_BESIDE_PRODUCTS.replace("channel_id=1", "channel_id=2", 1)
+  assert len(hlo.read(other).collectives) == 2
 
 
 def test_an_update_in_place_moves_the_update():

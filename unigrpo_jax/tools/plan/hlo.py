@@ -19,6 +19,7 @@ KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
   "ragged-all-to-all", "collective-broadcast",
 )
+_GOES_ON = "async_collective_fusion"  # names of computations in which a collective goes on
 _NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
 
 
@@ -99,12 +100,14 @@ class _Reader:
     key = computation.name, fused
     if key not in self._programs:
       self._programs[key] = total = Program()
+      counted: set[str] = set()
       for instruction in computation.instructions.values():
         if not instruction.opcode.endswith(("-done", "-update")):
-          self._add(instruction, computation, fused, total)
+          self._add(instruction, computation, fused, total, counted)
     return self._programs[key]
 
-  def _add(self, instruction, computation, fused: bool, total: Program) -> None:
+  def _add(self, instruction, computation, fused: bool, total: Program, counted: set[str]) -> None:
+    """Adds an instruction to `total`; `counted` are channels of its collectives within fusions."""
     opcode = instruction.opcode
     total.flops += hlo_costs.flops(instruction)
     if not fused:
@@ -123,9 +126,19 @@ class _Reader:
       branches = instruction.called("branch_computations", "true_computation", "false_computation")
       dearest = max((self.program(branch, fused) for branch in branches), key=_weight)
       total.add(dearest, 1)
-    elif opcode in ("fusion", "call", "async"):
+    elif opcode == "fusion":
+      for called in instruction.called("calls"):
+        part, channels = self.program(called, fused=True), _channels(called)
+        # A TPU's collective that runs beside products starts in one fusion, goes on in theirs and
+        # ends in another one. All of them have it.
+        if channels and (called.name.startswith(_GOES_ON) or channels <= counted):
+          part = dataclasses.replace(part, collectives=[])
+        else:
+          counted |= channels
+        total.add(part, 1)
+    elif opcode in ("call", "async"):
       for called in instruction.called("calls", "to_apply"):
-        total.add(self.program(called, fused or opcode == "fusion"), 1)
+        total.add(self.program(called, fused), 1)
 
   def _collective(self, instruction, computation, fused: bool) -> Collective:
     kind = instruction.opcode
@@ -137,6 +150,14 @@ class _Reader:
       if size * sum(result.bytes for result in computation.results) == sent:
         kind = "reduce-scatter"
     return Collective(kind, sent * size if kind == "all-gather" else sent, groups, 1)
+
+
+def _channels(fused: hlo_text.Computation) -> set[str]:
+  """Channels of the collectives of a fused computation."""
+  return {
+    instruction.attribute("channel_id") for instruction in fused.instructions.values()
+    if instruction.opcode in KINDS
+  } - {""}
 
 
 def _custom_call(instruction: hlo_text.Instruction) -> CustomCall:
