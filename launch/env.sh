@@ -3,8 +3,8 @@
 # What is already set in LIBTPU_INIT_ARGS or XLA_FLAGS stays and comes last, so it wins.
 # An unknown flag ends the program, so each is one that libtpu 0.0.42 or jaxlib 0.10.2 takes.
 #
-# Compiled, not timed: for two slices of v6e:4x4 the TPU's flags together turn a layer's gathers into
-# fusions with its matmuls; for one slice of v5p:4x4x4 the program is the same without them.
+# Compiled, not timed: the TPU's flags together turn a layer's gathers into fusions with its matmuls,
+# for one slice of v5p:4x4x4 as for two of v6e:4x4.
 backend=${1:?tpu, gpu or cpu}
 
 tpu_flags=(

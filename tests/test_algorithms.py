@@ -119,6 +119,16 @@ def test_an_update_with_a_number_that_is_not_finite_is_rejected(moves):
   assert (caught.value.state is None) == moves
 
 
+def test_both_programs_get_the_compilers_options():
+  run = update.Update(
+    lambda *_: {}, lambda state, *_: (state, {}), drift_limits={},
+    compiler_options={"xla_no_such_option": 1},
+  )
+  for program, inputs in ((run.jitted_precompute, (0, 0)), (run.jitted, (0, 0, None, None))):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+      program(*inputs)
+
+
 def test_an_error_before_the_update_costs_no_state():
   """One of the devices, which the host learns of late: the state is not donated before."""
   def fail(params):

@@ -14,7 +14,7 @@ import numpy as np
 
 from unigrpo_jax import types
 from unigrpo_jax.episodes import programs
-from unigrpo_jax.models import vae
+from unigrpo_jax.models import lowering, vae
 from unigrpo_jax.recipe import sft
 from unigrpo_jax.runtime import folders, hosts, sharding, state, stopping
 from unigrpo_jax.runtime import run as run_lib
@@ -82,6 +82,7 @@ def learn(
       ema_decay=spec.optimizer.ema_decay, **loss,
     ),
     donate_argnums=0, out_shardings=(layout.shardings, sharding.replicated(network.mesh)),
+    compiler_options=lowering.GATHERED_PARAMETERS.get(lowering.platform(network.mesh)),
   )
   run.print_start(train_state, spec.optimizer.learning_rate, [
     f"a step: {spec.sequences_per_step} sequences in "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -246,6 +247,7 @@ class Update:
   def __init__(
     self, precompute, update, *, row_sharding=None, out_shardings=None,
     drift_limits: Mapping[str, float], fixed: Any = None,
+    compiler_options: Mapping[str, Any] | None = None,
   ):
     """Jits both functions; compiles nothing yet.
 
@@ -254,9 +256,11 @@ class Update:
       row_sharding: sharding of what `precompute` returns.
       out_shardings: shardings of (state, metrics).
       fixed: parameters of frozen networks, `Algorithm.fixed`.
+      compiler_options: XLA's, of both.
     """
-    self.jitted_precompute = jax.jit(precompute, out_shardings=row_sharding)
-    self.jitted = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+    jit = functools.partial(jax.jit, compiler_options=compiler_options)
+    self.jitted_precompute = jit(precompute, out_shardings=row_sharding)
+    self.jitted = jit(update, donate_argnums=0, out_shardings=out_shardings)
     self._limits, self._fixed = drift_limits, fixed
 
   def precompute(

@@ -15,6 +15,7 @@ from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import base, update
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.losses import flow as flow_losses
+from unigrpo_jax.models import lowering
 from unigrpo_jax.models import vae as vae_lib
 from unigrpo_jax.recipe import config_files, rl, sft
 from unigrpo_jax.reward_models import learned
@@ -320,6 +321,7 @@ def make_update(
   return update.Update(
     *functions, fixed=algorithm.fixed, row_sharding=sharding.along_batch(network.mesh),
     out_shardings=(layout.shardings, sharding.replicated(network.mesh)), drift_limits=limits,
+    compiler_options=lowering.GATHERED_PARAMETERS.get(lowering.platform(network.mesh)),
   )
 
 
