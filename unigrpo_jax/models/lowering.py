@@ -19,7 +19,7 @@ ATTENTION = ("auto", "plain", "blocked", "splash", "cudnn")
 # calls by default run on one core, those of Eigen on all.
 CONVOLUTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 # XLA's options for a program whose products are with parameters that it gathers, by platform. For
-# TPUs it would cut such a product into one with each device's share, and gather a share while it
+# v5p it would cut such a product into one with each device's share, and gather a share while it
 # multiplies with another; but each reads and writes the sum so far in main memory, which takes
 # longer than to gather all of them first. This threshold, in MiB, says never.
 GATHERED_PARAMETERS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
