@@ -54,7 +54,7 @@ LIBRARIES = {
   "episodes": {"jax", "numpy", "flax.struct"},
   "reward_models": {"jax", "numpy", "flax", "scipy", "PIL", "tokenizers"},
   "algorithms": {"jax", "numpy", "flax.struct", "optax"},
-  "rewards": {"numpy", "PIL", "rapidocr_onnxruntime"},
+  "rewards": {"numpy", "PIL", "rapidocr_onnxruntime", "threadpoolctl"},
   "supervised": {"jax", "numpy", "PIL", "optax"},
   "benchmarks": {"numpy", "PIL", "scipy"},
   "recipe": {"jax", "numpy", "optax", "absl", "ml_collections"},

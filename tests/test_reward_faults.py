@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from tests import reward_requests as shared
 from tests.refusals import refusal
@@ -251,6 +252,14 @@ def test_a_pool_has_no_more_threads_than_calls():
   assert threading.active_count() <= before + 1
   pool.close()
   assert pool.join(10)
+
+
+def test_calls_in_a_pool_do_not_divide_their_products():
+  openblas = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+  with openblas.limit(limits=2):
+    assert {library["num_threads"] for library in openblas.info()} == {2}
+    threads.Pool(2, "test").close()
+    assert {library["num_threads"] for library in openblas.info()} == {1}
 
 
 # The status says whether to try again.

@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Any
 
+import threadpoolctl
+
 
 def start(call: Callable[..., Any], *args: Any, name: str) -> futures.Future:
   """Calls `call(*args)` in a new thread called `name`; returns its future."""
@@ -23,9 +25,15 @@ def start(call: Callable[..., Any], *args: Any, name: str) -> futures.Future:
 
 
 class Pool:
-  """Runs calls in a fixed number of threads, in the order in which they were submitted."""
+  """Runs calls in a fixed number of threads, in the order in which they were submitted.
+
+  From then on numpy multiplies in the thread that calls it: its library would divide a product over
+  all cores, and threads of its own wait by spinning, for cores that have other calls to make or,
+  without an accelerator, a network to compute.
+  """
 
   def __init__(self, threads: int, name: str):
+    threadpoolctl.ThreadpoolController().select(internal_api="openblas").limit(limits=1)
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._closing, self._closed = threading.Lock(), False
     self._threads, self._name, self._workers = threads, name, []
