@@ -45,10 +45,11 @@ case $backend in
     # A network that NCCL cannot use is named in the log, not only felt as slowness.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} ;;
   cpu)
-    # A program's temporaries are one large block, which glibc maps anew for every run of it and gives
-    # back after: each page costs a fault. From a heap that is never trimmed there are none; memory
-    # stays at its peak. As many heaps as glibc likes: in one, threads that compile or run small
-    # operations wait for each other. docs/bench.md has figures.
+    # glibc would map each larger array anew and give it back after: each page costs a fault. From
+    # heaps that are never trimmed there are none, and memory stays at its peak. Blocks beyond 64 MiB,
+    # as a program's temporaries may be, fit no thread's heap and are mapped anew all the same, but for
+    # a single heap: in that, threads that compile or run small operations wait for each other. So as
+    # many heaps as glibc likes. docs/bench.md has figures.
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1} ;;
   *) echo "error: launch/env.sh $backend: the backend is tpu, gpu or cpu" >&2; exit 2 ;;
 esac
