@@ -14,7 +14,10 @@ import threading
 import time
 from typing import Any
 
-import threadpoolctl
+try:
+  import threadpoolctl
+except ImportError:  # A reward server needs no more than numpy, scipy and Pillow.
+  threadpoolctl = None
 
 
 def start(call: Callable[..., Any], *args: Any, name: str) -> futures.Future:
@@ -29,11 +32,12 @@ class Pool:
 
   From then on numpy multiplies in the thread that calls it: its library would divide a product over
   all cores, and threads of its own wait by spinning, for cores that have other calls to make or,
-  without an accelerator, a network to compute.
+  without an accelerator, a network to compute. Without threadpoolctl numpy is left as it is.
   """
 
   def __init__(self, threads: int, name: str):
-    threadpoolctl.ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+    if threadpoolctl is not None:
+      threadpoolctl.ThreadpoolController().select(internal_api="openblas").limit(limits=1)
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._closing, self._closed = threading.Lock(), False
     self._threads, self._name, self._workers = threads, name, []
