@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.parity import __main__ as runner
-from tests.parity import cases, network, training
+from tests.parity import cases, network, refl, training
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.models import safetensors_files
@@ -175,6 +175,8 @@ def test_a_folder_without_recordings_is_an_input_error(tmp_path):
   ([3.0, 4.004], [3.0, 4.0], cases.GRADIENT, True),
   ([3.0, 4.006], [3.0, 4.0], cases.GRADIENT, False),
   ([1 + 2e-6], [1.0], cases.FORMULA, False),
+  ([2.0, 1.9e-5], [2.0, 0.0], refl.VALUE, True),
+  ([2.0, 2.1e-5], [2.0, 0.0], refl.VALUE, False),
   ([np.nan], [1.0], cases.MODEL, False),
   ([1.0], [np.nan], cases.MODEL, False),
   ([1.0, np.nan], [1.0, np.nan], cases.GRADIENT, False),

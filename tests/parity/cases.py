@@ -34,17 +34,19 @@ class Tolerance:
   Attributes:
     absolute, relative: of the rule above.
     of_norm: |.| is the L2 norm of the whole array instead of an element.
+    of_largest: |b| is that of the array's largest element.
   """
 
   absolute: float
   relative: float
   of_norm: bool = False
+  of_largest: bool = False
 
   def __str__(self) -> str:
     if not self.absolute and not self.relative:
       return "exact"
     absolute = [f"{self.absolute:.0e}"] if self.absolute else []
-    size = "norm" if self.of_norm else "|b|"
+    size = "norm" if self.of_norm else "max|b|" if self.of_largest else "|b|"
     relative = [f"{self.relative:.0e}*{size}"] if self.relative else []
     return "+".join(absolute + relative)
 
@@ -55,6 +57,7 @@ class Tolerance:
       return 0.0, 0.0, True
     difference = np.abs(a - b)
     size = np.linalg.norm(b) if self.of_norm else np.abs(b)
+    size = np.max(size) if self.of_largest else size
     error = np.linalg.norm(difference) if self.of_norm else difference
     # Written so that a NaN on either side fails.
     agrees = bool(np.all(error <= self.absolute + self.relative * size))

@@ -11,7 +11,9 @@ from tests.parity import cases
 from unigrpo_jax.losses import refl as refl_losses
 from unigrpo_jax.sampling import direct, flow
 
-VALUE = cases.Tolerance(1e-6, 1e-5)
+# Terms of the recorded float32 sums cancel: where a value is near 0, exact arithmetic is as far
+# from it as elsewhere, by up to 8.2e-6 of the array's largest number (SRPO's image).
+VALUE = cases.Tolerance(0.0, 1e-5, of_largest=True)
 LOSS = cases.Tolerance(1e-9, 1e-5)
 GRADIENT = cases.Tolerance(1e-9, 1e-5, of_norm=True)
 # Of the FLUX autoencoder that SRPO decodes with: one latent token is 2 x 2 of its latents.
