@@ -9,7 +9,7 @@ import pytest
 
 from unigrpo_jax.episodes import programs
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.models import vae
+from unigrpo_jax.models import lowering, vae
 from unigrpo_jax.runtime import folders
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -85,6 +85,18 @@ def test_its_programs_convolve_on_all_cores_of_a_cpu(params, recorded, encode, d
     text = program.lower(vae.VAE(CONFIG), params, *inputs).compile().as_text()
     assert " convolution(" in text and "ynn" not in text
   assert programs.decode_images("cpu") is decode_images is not programs.decode_images("tpu")
+
+
+@pytest.mark.parametrize("options", lowering.CONVOLUTIONS.values(), ids=lowering.CONVOLUTIONS)
+def test_its_options_are_known(options):
+  """To JAX, or to XLA on a CPU; an unknown one is refused."""
+  compiled = lambda options: (
+    jax.jit(vae.convolve, compiler_options=options)
+    .lower(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))).compile()
+  )
+  compiled(options)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    compiled({f"no_{name}": value for name, value in options.items()})
 
 
 def test_parameter_tree_is_the_checkpoint_s(params):
