@@ -168,6 +168,36 @@ def test_of_a_stack_of_weights_a_trip_reads_its_layer():
   assert trips[0] - (trips[1] - trips[0]) < 8 * activation
 
 
+def test_the_compilers_estimate_counts_as_often_as_it_runs():
+  """A fusion of a loop: not what is fused, nor what the loop itself is noted to take."""
+  noted = lambda cycles: f'backend_config={{"estimated_cycles":"{cycles}"'
+  text = f"""HloModule jit_f, is_scheduled=true, num_partitions=1
+
+%fused (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  ROOT %sine = f32[8]{{0}} sine(%a), {noted(1000)}}}
+}}
+
+%body (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0}} parameter(0)
+  ROOT %fusion.1 = f32[8]{{0}} fusion(%b), kind=kLoop, calls=%fused, {noted(7)}}}
+}}
+
+%condition (c: f32[8]) -> pred[] {{
+  %c = f32[8]{{0}} parameter(0)
+  ROOT %go = pred[] custom-call(%c), custom_call_target="go", {noted(2)}}}
+}}
+
+ENTRY %main (d: f32[8]) -> f32[8] {{
+  %d = f32[8]{{0}} parameter(0)
+  %loop = f32[8]{{0}} while(%d), condition=%condition, body=%body, {noted(500)},"known_trip_count":{{"n":"10"}}}}
+  ROOT %negated = f32[8]{{0}} negate(%loop), {noted(30)}}}
+}}
+"""  # noqa: E501
+  assert hlo.read(text).cycles == 10 * 7 + 11 * 2 + 30
+  assert hlo.read(REDUCE_SCATTER).cycles == 0
+
+
 def test_a_reduce_scatter_in_a_fusion():
   """Of two arrays of 2**20 bytes at once; one of them lies in VMEM, and so do the results."""
   program = hlo.read(REDUCE_SCATTER)

@@ -62,7 +62,8 @@ def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, 
   """The figures of all runs of a phase in an iteration, on one chip.
 
   "times" has the seconds that each resource alone would take at its peak, and "seconds" the largest
-  of them, as if all overlapped perfectly.
+  of them, as if all overlapped perfectly. "cycles" are the compiler's own estimate; see
+  `hlo.Program`.
   """
   figures = {"runs": phase.runs, "compile_seconds": phase.seconds, "exceeds": phase.exceeds}
   if phase.program is None:
@@ -81,6 +82,7 @@ def _phase(phase: plans.Phase, plan: plans.Plan, chip: chips.Chip) -> dict[str, 
   model_flops, count = phase.model_flops, math.prod(plan.mesh.values())
   return figures | {
     "bytes": dict(phase.bytes), "flops": flops, "hbm_bytes": runs * program.bytes,
+    "cycles": runs * program.cycles,
     "model_flops": None if model_flops is None else model_flops / count,
     "collectives": [
       {"kind": kind, "axis": axis, "bytes": value} for (kind, axis), value in sorted(sent.items())

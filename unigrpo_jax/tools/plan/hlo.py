@@ -19,8 +19,10 @@ KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
   "ragged-all-to-all", "collective-broadcast",
 )
+_CALLS = ("while", "conditional", "call", "async")  # what they call is counted instead
 _GOES_ON = "async_collective_fusion"  # names of computations in which a collective goes on
 _NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
+_NOTED_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +58,21 @@ class Program:
   fusion, reads as much as its result has; an update in place reads and writes just the update.
   Scalars, arrays in another memory (VMEM) and instructions that move no data are free. What a
   kernel or fusion reads twice is counted once.
+
+  `cycles` adds up what the TPU compiler noted as its estimate for each instruction, as if they ran
+  one after the other. Kernels have none, nor has a program for another device.
   """
 
   flops: float = 0.0
   bytes: float = 0.0
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   custom_calls: list[CustomCall] = dataclasses.field(default_factory=list)
+  cycles: float = 0.0
 
   def add(self, called: Program, times: float) -> None:
     """Adds `times` runs of a program that is called."""
-    self.flops += times * called.flops
-    self.bytes += times * called.bytes
+    for field in ("flops", "bytes", "cycles"):
+      setattr(self, field, getattr(self, field) + times * getattr(called, field))
     for field in ("collectives", "custom_calls"):
       getattr(self, field).extend(
         dataclasses.replace(item, times=times * item.times) for item in getattr(called, field)
@@ -112,6 +118,8 @@ class _Reader:
     total.flops += hlo_costs.flops(instruction)
     if not fused:
       total.bytes += hlo_costs.traffic(instruction)
+      noted = _NOTED_CYCLES.search(instruction.attributes)
+      total.cycles += float(noted[1]) if noted and opcode not in _CALLS else 0.0
     if opcode in KINDS:
       total.collectives.append(self._collective(instruction, computation, fused))
     elif opcode == "custom-call" and instruction.target not in hlo_costs.NO_KERNELS:

@@ -44,9 +44,10 @@ def render(
       *(_memory_row(phase, values, figures["peak"][phase]) for phase, values in phases.items()),
     ),
     "", verdict(figures, chip), "",
-    "time of an iteration at the chip's peak figures, s; FLOPs of a chip",
+    "time of an iteration at the chip's peak figures, s; FLOPs of a chip; the compiler's estimate "
+    "of cycles without kernels",
     *table(
-      ("phase", "compute", "HBM", "interconnect", "PFLOP", "of model FLOPs"),
+      ("phase", "compute", "HBM", "interconnect", "PFLOP", "of model FLOPs", "Gcycles"),
       *(_time_row(phase, values) for phase, values in phases.items()),
     ),
     *iteration, "",
@@ -108,7 +109,8 @@ def _time_row(phase: str, values: Mapping[str, Any]) -> tuple[str, ...]:
   model = values["model_flops"]
   times = [f"{values['times'][name]:,.2f}" for name in ("compute", "hbm", "interconnect")]
   ratio = f"{values['flops'] / model:.2f}" if model else ""
-  return (_TITLES[phase], *times, f"{values['flops'] / 1e15:,.2f}", ratio)
+  cycles = f"{values['cycles'] / 1e9:,.2f}" if values["cycles"] else ""
+  return (_TITLES[phase], *times, f"{values['flops'] / 1e15:,.2f}", ratio, cycles)
 
 
 def verdict(figures: Mapping[str, Any], chip: chips.Chip) -> str:
