@@ -216,6 +216,17 @@ def test_phases_and_what_lies_between_them():
   assert timer.read_and_reset() == {"seconds/total": 2.0}
 
 
+def test_a_phase_begins_once_between_two_resets():
+  begun = []
+  timer = metrics.PhaseTimer(begins=begun.append)
+  for _ in range(2):
+    for phase in ("draw", "update", "draw"):
+      with timer(phase):
+        assert begun[-1] in ("draw", "update")
+    timer.read_and_reset()
+  assert begun == 2 * ["draw", "update"]
+
+
 def test_a_phase_that_fails_is_closed_and_one_may_be_taken_while_open():
   times = iter([0.0, 0.0, 1.0, 1.0, 3.0, 4.0, 5.0])
   timer = metrics.PhaseTimer(lambda: next(times))

@@ -336,14 +336,15 @@ def test_what_diverged_unseen_is_not_saved_at_an_end(network, tmp_path, end):
   assert _kept(tmp_path) == []
 
 
-def test_rows_between_two_that_are_logged(network, tmp_path):
-  """The first step of a start is logged, and again by no other."""
+def test_rows_between_two_that_are_logged(network, tmp_path, capsys):
+  """The first step of a start is logged, with its phases printed, and again by no other."""
   spec = _spec(log_every=4, evaluate_every=0, checkpoint_every=1)
   _train(network, tmp_path, spec, at=lambda place, step: (
     os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
   ))
   _train(network, tmp_path, spec)
   assert [row["step"] for row in _rows(tmp_path)] == [1, 3, 4, 5]
+  assert capsys.readouterr().out.count("first step: move\n") == 2
 
 
 def test_a_save_that_fails_ends_the_run_with_its_kind(network, tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def train(
       by = stream.next()
       made.raise_if_stopped()
       in_step(step)
-      train_state = moved(train_state, by)
+      with made.timer("move"):
+        train_state = moved(train_state, by)
       made.commit(train_state, metrics(step, by))
       made.evaluate(evaluate, train_state)
   made.finish(train_state)

@@ -213,8 +213,17 @@ class PhaseTimer:
   its result (`jax.block_until_ready`), otherwise the next one is charged for it.
   """
 
-  def __init__(self, now: Callable[[], float] = time.monotonic):
-    self._now = now
+  def __init__(
+    self, now: Callable[[], float] = time.monotonic,
+    begins: Callable[[str], None] = lambda phase: None,
+  ):
+    """Starts now.
+
+    Args:
+      now: the time in seconds.
+      begins: called with a phase that begins for the first time since the last reset.
+    """
+    self._now, self._begins = now, begins
     self._seconds: dict[str, float] = {}
     self._open: list[str] = []
     self._start = self._last = now()
@@ -223,6 +232,8 @@ class PhaseTimer:
   def __call__(self, phase: str) -> Iterator[None]:
     self._tick()
     self._open.append(phase)
+    if phase not in self._seconds:
+      self._begins(phase)
     self._seconds.setdefault(phase, 0.0)
     try:
       yield

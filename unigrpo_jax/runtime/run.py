@@ -120,7 +120,7 @@ class Run:
     Raises:
       InputError: hosts differ, or the folder or the place of the export cannot be used.
     """
-    self.step, self.timer = 0, metrics.PhaseTimer()
+    self.step, self.timer = 0, metrics.PhaseTimer(begins=self._say_phase)
     self._workdir, self._spec, self._network = workdir, spec, network
     self._positions, self._pinned = dict(positions or {}), dict(pinned or {})
     self._deferred = hosts.AgreedFlag(network.mesh) if deferred_stop else None
@@ -313,6 +313,11 @@ class Run:
         self._save()
       if stopped and self.step < self._spec.steps:
         raise stopping.Stopped
+
+  def _say_phase(self, phase: str) -> None:
+    """Prints where the first step is: its programs may take minutes to compile."""
+    if self.step + 1 == self._first_step:
+      hosts.print_first(f"first step: {phase}")
 
   def _agree_on_stop(self) -> bool:
     if self._deferred is None:
