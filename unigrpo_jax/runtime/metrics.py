@@ -233,8 +233,8 @@ class PhaseTimer:
     self._tick()
     self._open.append(phase)
     if phase not in self._seconds:
+      self._seconds[phase] = 0.0
       self._begins(phase)
-    self._seconds.setdefault(phase, 0.0)
     try:
       yield
     finally:

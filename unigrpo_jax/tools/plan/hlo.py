@@ -19,10 +19,8 @@ KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
   "ragged-all-to-all", "collective-broadcast",
 )
-_CALLS = ("while", "conditional", "call", "async")  # what they call is counted instead
 _GOES_ON = "async_collective_fusion"  # names of computations in which a collective goes on
 _NOTED_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"(-?\d+)"')
-_NOTED_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,9 @@ class Program:
 
   def add(self, called: Program, times: float) -> None:
     """Adds `times` runs of a program that is called."""
-    for field in ("flops", "bytes", "cycles"):
-      setattr(self, field, getattr(self, field) + times * getattr(called, field))
+    self.flops += times * called.flops
+    self.bytes += times * called.bytes
+    self.cycles += times * called.cycles
     for field in ("collectives", "custom_calls"):
       getattr(self, field).extend(
         dataclasses.replace(item, times=times * item.times) for item in getattr(called, field)
@@ -118,8 +117,7 @@ class _Reader:
     total.flops += hlo_costs.flops(instruction)
     if not fused:
       total.bytes += hlo_costs.traffic(instruction)
-      noted = _NOTED_CYCLES.search(instruction.attributes)
-      total.cycles += float(noted[1]) if noted and opcode not in _CALLS else 0.0
+      total.cycles += hlo_costs.cycles(instruction)
     if opcode in KINDS:
       total.collectives.append(self._collective(instruction, computation, fused))
     elif opcode == "custom-call" and instruction.target not in hlo_costs.NO_KERNELS:

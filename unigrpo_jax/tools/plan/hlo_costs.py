@@ -1,4 +1,4 @@
-"""Costs of an instruction of a compiled XLA program: FLOPs, memory traffic, trips of a loop."""
+"""Costs of an instruction of a compiled XLA program: FLOPs, memory traffic, cycles, trips."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import re
 from unigrpo_jax.tools.plan import hlo_text
 
 NO_KERNELS = {"AllocateBuffer"}  # targets of custom calls that do nothing
-# Instructions without traffic: the compiler resolves them, or what they call is counted instead.
+# Instructions without costs: the compiler resolves them, or what they call is counted instead.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
   "async", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
 }
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_NOTED_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME_INTEGER = {"copy", "bitcast", "convert", "reshape"}
 
@@ -98,6 +99,12 @@ def traffic(instruction: hlo_text.Instruction) -> float:
   ]
   sizes += [size for size, array in zip(writes, instruction.arrays) if _in_main_memory(array)]
   return sum(sizes)
+
+
+def cycles(instruction: hlo_text.Instruction) -> float:
+  """The TPU compiler's estimate for an instruction outside a fusion; 0 where it noted none."""
+  noted = _NOTED_CYCLES.search(instruction.attributes)
+  return float(noted[1]) if noted and instruction.opcode not in _FREE else 0.0
 
 
 def _in_main_memory(array: hlo_text.Array) -> bool:
