@@ -160,7 +160,7 @@ def test_the_lowering_fits_the_devices_and_the_dtype():
   for name, platform, dtype, devices, attends in (
     ("auto", "tpu", "bfloat16", 4, "splash"), ("auto", "tpu", "float32", 4, "plain"),
     ("auto", "gpu", "bfloat16", 4, "plain"), ("cudnn", "gpu", jnp.bfloat16, 4, "cudnn"),
-    ("auto", "cpu", "float32", 1, "blocked"), ("auto", "cpu", "bfloat16", 1, "blocked"),
+    ("auto", "cpu", "float32", 1, "blocked"), ("auto", "cpu", "bfloat16", 1, "plain"),
     ("auto", "cpu", "float32", 8, "plain"), ("plain", "tpu", "bfloat16", 4, "plain"),
   ):
     chosen = choose(name, platform, dtype, devices)
@@ -175,6 +175,7 @@ def test_the_lowering_fits_the_devices_and_the_dtype():
     ("cudnn", "tpu", "bfloat16", 1, "config.attention='cudnn' runs on a gpu"),
     ("splash", "tpu", "float32", 1, "config.attention='splash' is not exact in config.dtype="),
     ("blocked", "cpu", "float32", 8, "config.attention='blocked' is for one device, but there are"),
+    ("blocked", "cpu", "bfloat16", 1, "config.attention='blocked' is for config.dtype=float32"),
     ("flash", "cpu", "float32", 1, "config.attention='flash'"),
   ):
     assert words in refusals.refusal(choose, name, platform, dtype, devices)

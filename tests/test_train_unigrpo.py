@@ -352,6 +352,13 @@ def test_adapters_without_thinking_are_trained_and_exported(shallow, tmp_path):
   chex.assert_trees_all_equal(first.reference, last.params)  # its policy before the first step
 
 
+def test_a_run_in_bfloat16(shallow, tmp_path):
+  """On the backend that cannot multiply all pairs of bfloat16 arrays."""
+  _train(_config(shallow, steps=1, dtype="bfloat16", **{"eval.every": 0}), tmp_path)
+  [row] = rows_of(tmp_path)
+  assert row["grad_norm/und"] > 0 and row["grad_norm/gen"] > 0 and row["drift/text"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name, broken", [("nft", "rollout"), ("awm", "rollout"), ("fpo", "update")]

@@ -65,7 +65,7 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
   collectives of a loop and those beside it in order.
   `attention` is one of ATTENTION. The kernels of accelerators round the products of float32 arrays
   or do not take them, so "auto" has exact products there by the plain path. Blocks of rows are of
-  one device.
+  one device and of float32: XLA's CPU backend has not all of their products in bfloat16.
 
   Raises:
     InputError: the attention asked for is none of these devices', or not of this dtype.
@@ -85,9 +85,13 @@ def choose(attention: str, mesh: jax.sharding.Mesh, dtype) -> Lowering:
     raise errors.InputError(
       f"config.attention='blocked' is for one device, but there are {mesh.size}; set auto"
     )
+  if attention == "blocked" and not exact:
+    raise errors.InputError(
+      f"config.attention='blocked' is for config.dtype=float32, not {jnp.dtype(dtype)}; set auto"
+    )
   on_cpu = given == "cpu"
   if attention == "auto":
-    kernel = {"tpu": not exact and "splash", "cpu": mesh.size == 1 and "blocked"}
+    kernel = {"tpu": not exact and "splash", "cpu": exact and mesh.size == 1 and "blocked"}
     attention = kernel.get(given) or "plain"
   return Lowering(
     attention, unroll=on_cpu and mesh.size > 1, unroll_gradients=on_cpu,
