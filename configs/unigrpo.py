@@ -83,7 +83,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Text objective (eq 2)
   config.text = ConfigDict()
-  config.text.train = True  # False: FlowGRPO
+  config.text.train = True  # False, and learning_rate.und 0: FlowGRPO
   config.text.clip_low = 0.2  # how far a ratio may fall below 1
   config.text.clip_high = 0.2  # how far it may rise above 1
   config.text.dual_clip = 0.0  # more than 1; 0 for none
@@ -94,7 +94,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
   # Flow objective (eqs 5, 6 and 8)
   config.flow = ConfigDict()
-  config.flow.train = True  # False: TextGRPO
+  config.flow.train = True  # False, and learning_rate.gen 0: TextGRPO
   config.flow.weight = 1.0  # lambda of eq 7
   # "nft", "awm", "fpo" have variants, "refl" has configs/refl.py
   config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo", "refl"

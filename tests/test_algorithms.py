@@ -11,6 +11,7 @@ import pytest
 from tests import joint
 from unigrpo_jax import errors, types
 from unigrpo_jax.algorithms import update
+from unigrpo_jax.data import prompts
 from unigrpo_jax.episodes import rollout
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import config_files, parts, rl
@@ -55,6 +56,20 @@ def test_the_regularisers_weight_scales_as_the_ratios_do(tiny, objective):
 def test_the_drift_guard_acts_on_percentiles(tiny):
   spec = _spec("drift.text=0.25", "drift.flow=0.5")
   assert parts.drift_limits(spec, tiny) == {"drift/text_scaled_p99": 0.25, "drift/flow_p99": 0.5}
+
+
+def test_a_reward_models_questions_are_as_long_in_every_iteration(tiny):
+  """As the longest that the run will ask, so that the update compiles once."""
+  path = config_files.FOLDER / "refl.py"
+  spec = rl.read(config_files.load(f"{path}:tiny", ["--config.mesh.fsdp=1"]))
+  sampled = rollout.Rollout(tiny, None, spec.rollout)
+  prompt_set = prompts.PromptSet([("a kite", {}), (" ".join(["a kite"] * 20), {}), ("a cat", {})])
+  ask = parts.make_algorithm(spec, tiny, sampled, prompt_set).ask
+  short, long = (ask([prompt_set[number]]) for number in (0, 1))
+  assert short.ids.shape == long.ids.shape and short.lengths[0] < long.lengths[0] - 19
+  assert not short.ids[0, int(short.lengths[0]) :].any()
+  with pytest.raises(errors.InputError, match="a prompt is empty"):  # before anything is sampled
+    parts.make_algorithm(spec, tiny, sampled, prompts.PromptSet([("a kite", {}), (" ", {})]))
 
 
 @pytest.fixture(scope="module")

@@ -454,6 +454,7 @@ def test_rematerialisation_is_a_policy_by_name(name, read, value):
     ({"flow.objective": "awm", "flow.times": "stratified", "rollout.num_timesteps": 3},
      "config.flow.times and config.rollout.num_timesteps: .* leaves out .* use at least 3"),
     ({"rollout.sde": "cps", "rollout.window_range": (0, 24)}, "cps has no noise; .* at 23"),
+    ({"rollout.sde": "cps", "rollout.noise_level": 2.0}, "noise_level=2.0 must be less than 2 for"),
     ({"learning_rate.und": 0.0, "learning_rate.latent": 1e-5}, "give it one"),
   ],
 )
@@ -461,6 +462,27 @@ def test_impossible_pairs_are_refused(changes, words):
   config = _load(UNIGRPO).get_config()
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.InputError, match=words):
+    _read(config)
+
+
+@pytest.mark.parametrize("name, changes, idle", [
+  (UNIGRPO, {}, set()), (UNIGRPO, {"text.train": False}, {"und"}), (FLOW, {}, set()),
+  (UNIGRPO, {"text.train": False, "flow.routing": "full"}, set()), (TEXT, {}, set()),
+  (UNIGRPO, {"rollout.think": False, "learning_rate.text": 1e-6}, {"und", "text"}),
+  (UNIGRPO, {"flow.train": False, "learning_rate.latent": 1e-6}, {"gen", "latent"}),
+  (UNIGRPO, {"learning_rate.vit": 1e-6}, {"vit"}),
+])
+def test_groups_that_only_weight_decay_would_move_are_known(name, changes, idle):
+  config = _load(name).get_config()
+  config.update_from_flattened_dict(changes)
+  assert _read(config).idle == idle
+
+
+def test_what_lies_under_adapters_has_no_learning_rate():
+  config = _load(UNIGRPO).get_config("lora")
+  with config.unlocked():
+    config.learning_rate.base = 1e-6
+  with pytest.raises(errors.InputError, match="config.learning_rate='base' is none of und, gen"):
     _read(config)
 
 

@@ -70,7 +70,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     )
 
   # --- What learns: the algorithm's loss, replayed over microbatches, in one jitted update.
-  algorithm = parts.make_algorithm(spec, network, rollout)
+  algorithm = parts.make_algorithm(spec, network, rollout, prompt_set)
   optimizer = spec.optimizer.make()
   state_layout = state.layout(
     network, optimizer, ema=spec.optimizer.ema_decay is not None, reference=spec.copies_reference,

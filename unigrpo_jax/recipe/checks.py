@@ -170,7 +170,8 @@ KEYS: Keys = {
   "algorithm": Text(), "seed": Integer(**errors.SEED), "steps": Integer(low=1),
   "init_from": Text(), "random_init": Flag(), "export_to": Text(),
   "export_dtype": OneOf(EXPORT_DTYPES), "microbatch": Integer(low=1),
-  "learning_rate": Table(Number(low=0), tuple(optim.GROUPS)),
+  # "base" lies under adapters, in the network's dtype: it stays as it is.
+  "learning_rate": Table(Number(low=0), tuple(name for name in optim.GROUPS if name != "base")),
   "schedule": OneOf(("constant", "cosine")), "warmup_steps": Integer(low=0),
   "b1": Number(low=0, high=1), "b2": Number(low=0, high=1), "eps": Number(low=0),
   "weight_decay": Number(low=0), "clip_norm": Number(above=0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -180,12 +180,19 @@ def supervised(spec: rl.Spec) -> sft.Spec | None:
 
 
 def make_algorithm(
-  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout,
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, prompts: Iterable[Any] = (),
   reward_model: tuple[learned.RewardModel, Any] | None = None,
 ) -> base.Algorithm:
   """What is learnt from the trajectories that `sampled` gives.
 
-  `reward_model`, of a gradient of its reward, is one with its parameters; None: that of the config.
+  Args:
+    spec, network: of the run.
+    sampled: what samples.
+    prompts: of the whole run, with `prompt` and `metadata`; a reward's gradient asks about them.
+    reward_model: of a reward's gradient, with its parameters; None: that of the config.
+
+  Raises:
+    InputError: the reward model cannot be opened, or cannot be asked about one of the prompts.
   """
   f, settings, tokenizer = spec.flow, spec.rollout.settings, network.tokenizer
   of_sde = f.objective in rl.SDE_OBJECTIVES
@@ -209,7 +216,7 @@ def make_algorithm(
     anchor_weight=f.anchor_weight * (scale if of_sde else 1.0),
   )
   if spec.by_gradient:
-    return _by_gradient(spec, network, sampled, reward_model, common)
+    return _by_gradient(spec, network, sampled, prompts, reward_model, common)
   if of_sde:
     common |= dict(
       ratio=f.ratio, clip=f.clip * scale, grad_reweight=f.grad_reweight,
@@ -234,7 +241,7 @@ def make_algorithm(
 
 
 def _by_gradient(
-  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, reward_model, common
+  spec: rl.Spec, network: state.Network, sampled: rollout.Rollout, prompts, reward_model, common
 ) -> base.Algorithm:
   if reward_model is None:
     reward_model = learned.open_folder(spec.refl.reward_model, network.mesh)
@@ -250,15 +257,16 @@ def _by_gradient(
   parts = next(n for n in range(-(-share // at_once), share + 1) if share % n == 0)
   settings = spec.rollout.settings
   times = tuple(flow.time_grid(settings.num_timesteps, settings.shift).tolist())
+  words = lambda prompt: made.words(prompt.prompt, prompt.metadata)
+  # As long as the longest in every iteration, so that the update compiles once.
+  room = max((made.questions([words(prompt)]).ids.shape[1] for prompt in prompts), default=0)
   if spec.refl.gradient_steps != 1:
     last_times = times[spec.window.low :]
     common["replay"] = dataclasses.replace(common["replay"], last_times=last_times)
   return rl.GRADIENT_OBJECTIVES[spec.flow.objective](
     **common, align_times=times if spec.refl.direct_align else (), per_batch=spec.refl.per_batch,
     reward=reward_of_latents(network, made, size),
-    ask=lambda prompts: jax.tree.map(
-      put, made.questions([made.words(prompt.prompt, prompt.metadata) for prompt in prompts])
-    ),
+    ask=lambda prompts: jax.tree.map(put, made.questions([*map(words, prompts)], room)),
     parts=parts, ways=ways, weight=spec.refl.weight, margin=spec.refl.margin,
     fixed={"reward_model": params, "vae": sampled.sampler.vae_params},
   )
@@ -394,6 +402,9 @@ def describe(spec: rl.Spec, network: state.Network, train_state) -> list[str]:
     + (", reference" if train_state.reference is not None else "")
     + (", anchor)" if train_state.anchor is not None else ")"),
     f"tensor ways: {network.mesh.shape['tensor']} in the update, {ways} while sampling",
+  ] + [
+    f"warning: config.learning_rate.{group} is not 0, but no loss reaches these parameters: weight "
+    "decay alone moves them; set it to 0" for group in sorted(spec.idle)
   ]
 
 

@@ -275,6 +275,16 @@ class Spec:
     return self.text.train and self.rollout.settings.think
 
   @property
+  def idle(self) -> frozenset[str]:
+    """Groups of parameters with a learning rate, but no loss whose gradient reaches them."""
+    reached = {"und", "text"} if self.trains_text else set()
+    if self.flow.train:
+      reached |= {"gen", "latent", "tables"}
+      if self.flow.routing != "expert" or (self.by_gradient and self.refl.sft_weight):
+        reached |= {"und", "text"}
+    return frozenset(self.optimizer.trained - reached)
+
+  @property
   def steps_an_image(self) -> int:
     """Times at which a velocity of each image is trained."""
     if not self.flow.train:
@@ -440,6 +450,11 @@ def _check_steps(spec: Spec) -> None:
     return
   noise = spec.rollout.sde
   errors.require("config.rollout.noise_level", noise.noise_level, above=0)
+  if noise.kind == "cps" and noise.noise_level >= 2:
+    raise errors.InputError(
+      f"config.rollout.noise_level={noise.noise_level} must be less than 2 for config.rollout.sde="
+      "cps, whose noise is a sine of it"
+    )
   if noise.kind == "cps" and w.high >= points - 1:
     raise errors.InputError(
       f"config.rollout.window_range={(w.low, w.high)}: the last step of config.rollout.sde="

@@ -115,8 +115,10 @@ class RewardModel:
         return prompts_lib.plain(metadata)
     return prompt
 
-  def questions(self, prompts: Sequence[str]) -> Questions:
+  def questions(self, prompts: Sequence[str], room: int = 0) -> Questions:
     """The questions about B prompts (results of `words`), as NumPy arrays.
+
+    They are padded to the longest of them, or to `room` tokens where that is more.
 
     Raises:
       InputError: a prompt is empty, contains the quotation marks that surround it in the question,
@@ -124,6 +126,7 @@ class RewardModel:
     """
     rows = [self._encode(prompt) for prompt in prompts]
     ids, mask = requests.pad_rows(rows, BUCKET)
+    ids = np.pad(ids, ((0, 0), (0, max(room - ids.shape[1], 0))))
     return Questions(ids, mask.sum(axis=1).astype(np.int32))
 
   def _encode(self, prompt: str) -> list[int]:

@@ -80,7 +80,9 @@ class Planner:
     if not spec.by_gradient:
       return parts.make_algorithm(spec, network, self.rollout)
     reward_model, params = _reward_model(network)
-    made = parts.make_algorithm(spec, network, self.rollout, (reward_model, params))
+    made = parts.make_algorithm(
+      spec, network, self.rollout, reward_model=(reward_model, params)
+    )
     length = spec.rollout.prompt_tokens + QUESTION_TOKENS
     ask = lambda prompts: learned.Questions(
       np.zeros((len(prompts), length), np.int32), np.full(len(prompts), length, np.int32)
