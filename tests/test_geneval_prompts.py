@@ -83,6 +83,13 @@ def test_tags_are_held_out_of_training():
   assert "are all tags" in refusals.refusal(opened.without_tags, prompts.TAGS)
 
 
+def test_tags_that_are_numbers_or_missing_are_held_out_by_what_is_written_for_them():
+  tags = {"a": {"tag": 1}, "b": {"tag": "1"}, "c": {}, "d": {"tag": 2}}
+  tagged = prompt_sets.PromptSet([*tags.items()])
+  of = lambda *left_out: [prompt.prompt for prompt in tagged.without_tags(left_out)]
+  assert of("1") == ["c", "d"] and of("None", "2") == ["a", "b"]
+
+
 def test_an_evaluation_within_a_run_logs_each_tag():
   rows = [
     results.Row("think + guidance", tag, "p", None, {"geneval": value, "reward": value}, None, i)

@@ -91,10 +91,11 @@ class PromptSet:
     if not tags:
       return self
     records = [(prompt.prompt, prompt.metadata) for prompt in self]
-    present = dict.fromkeys(str(metadata.get("tag")) for _, metadata in records)
+    tag_of = lambda record: str(record[1].get("tag"))
+    present = dict.fromkeys(map(tag_of, records))
     for tag in tags:
       errors.choose("config.prompts.held_out_tags: a tag", tag, present)
-    kept = [record for record in records if record[1].get("tag") not in tags]
+    kept = [record for record in records if tag_of(record) not in tags]
     if not kept:
       raise errors.InputError(
         f"config.prompts.held_out_tags={','.join(tags)} are all tags of the prompts; leave one out"
