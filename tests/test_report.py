@@ -278,6 +278,22 @@ def test_no_metrics_is_one_line_and_status_2(tmp_path, capsys, content):
   assert "metrics.jsonl" in line
 
 
+def test_images_of_one_prompt_count_as_one_value(folder, tmp_path):
+  """Four equal images of each of ten prompts tell no more than one."""
+  shutil.copytree(folder, tmp_path / "run")
+  for path in (tmp_path / "run" / "evaluations").glob("*/results.json"):
+    saved = json.loads(path.read_text())
+    saved["rows"] = [
+      row | {"number": number % 10, "k": k, "metadata": {"tag": 1}}
+      for number, row in enumerate(saved["rows"]) for k in range(4)
+    ]
+    path.write_text(json.dumps(saved))
+  once, four = (workdir.read(place) for place in (folder, tmp_path / "run"))
+  assert four.evaluated("strict") == once.evaluated("strict")
+  assert samples.by_category(four, ["strict"]) == samples.by_category(once, ["strict"])
+  assert len(four.evaluations[50]) == 80
+
+
 def test_what_was_evaluated_joins_files_and_logged_means(tmp_path):
   rows = [{"step": 0, "eval/think+guidance/soft": 0.25}, {"step": 5, "eval/think/strict": 0.5}]
   _log(tmp_path, rows)

@@ -20,7 +20,7 @@ ALL = "all"  # all categories together
 
 
 def estimate(scores: Sequence[float]) -> str:
-  """Mean and 95 % interval of the finite scores; the mean alone for one score, a dash for none."""
+  """Mean and 95 % interval of the prompts' scores; the mean alone for one, a dash for none."""
   finite = [score for score in scores if math.isfinite(score)]
   if not finite:
     return "–"
@@ -51,10 +51,10 @@ def by_category(run: workdir.Run, rewards: Sequence[str]) -> list[tuple]:
     for category in [*categories, ALL] if len(categories) > 1 else categories:
       chosen = [[s for s in samples if category in (ALL, s.category)] for samples in both]
       estimates = [
-        estimate([s.rewards.get(name, math.nan) for s in samples])
-        for name in rewards for samples in chosen
+        estimate(workdir.prompt_scores(samples, name)) for name in rewards for samples in chosen
       ]
-      rows.append((mode, category, max(map(len, chosen)), estimates))
+      prompts = max(len({sample.key for sample in samples}) for samples in chosen)
+      rows.append((mode, category, prompts, estimates))
   return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 import dataclasses
 import json
 import math
@@ -10,17 +10,19 @@ import pathlib
 from typing import Any
 
 from unigrpo_jax import errors
+from unigrpo_jax.benchmarks import intervals
 from unigrpo_jax.runtime import metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One prompt in one mode of the evaluation after `step`; its picture is a file."""
+  """One image of a prompt in one mode of the evaluation after `step`; its picture is a file."""
 
   step: int
   mode: str
   category: str
   prompt: str
+  key: Hashable  # of the prompt: equal for all its images; see `results.Row.key`
   text: str | None
   rewards: dict[str, float]
   image: pathlib.Path | None
@@ -59,7 +61,8 @@ class Run:
   def evaluated(self, reward: str) -> dict[str, list[tuple[int, Sequence[float]]]]:
     """{mode: [(step, scores)]} of a reward.
 
-    Scores are those of all prompts where the evaluation was saved, else the logged mean alone.
+    Scores are those of all prompts, see `prompt_scores`, where the evaluation was saved, else the
+    logged mean alone.
     """
     modes: dict[str, dict[int, Sequence[float]]] = {}
     for key in self.keys:
@@ -70,10 +73,16 @@ class Run:
         modes[mode or "all"] = means
     for step, samples in self.evaluations.items():
       for mode in dict.fromkeys(sample.mode for sample in samples):
-        scores = [sample.rewards.get(reward, math.nan) for sample in samples if sample.mode == mode]
-        if finite := [score for score in scores if math.isfinite(score)]:
-          modes.setdefault(mode, {})[step] = finite
+        if scores := prompt_scores([one for one in samples if one.mode == mode], reward):
+          modes.setdefault(mode, {})[step] = scores
     return {mode: sorted(steps.items()) for mode, steps in modes.items() if steps}
+
+
+def prompt_scores(samples: Sequence[Sample], reward: str) -> list[float]:
+  """The mean of a reward over the images of each prompt that has a finite one."""
+  scores = [sample.rewards.get(reward, math.nan) for sample in samples]
+  scores = [score if math.isfinite(score) else math.nan for score in scores]
+  return list(intervals.prompt_means(scores, [sample.key for sample in samples]).values())
 
 
 def read(folder: pathlib.Path) -> Run:
@@ -127,6 +136,7 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
       mode=str(row.get("mode", "all")).replace(" ", ""),
       category=str(row.get("category", "all")),
       prompt=str(row.get("prompt", "")),
+      key=_key(place, row),
       text=row["text"] if isinstance(row.get("text"), str) else None,
       rewards={
         reward: score if type(score) in (int, float) else math.nan
@@ -134,11 +144,19 @@ def _samples(folder: pathlib.Path, notes: list[str]) -> list[Sample]:
       },
       image=_inside(folder, row.get("image")),
     )
-    for row in rows if isinstance(row, dict) for rewards in [row.get("rewards")]
+    for place, row in enumerate(rows) if isinstance(row, dict) for rewards in [row.get("rewards")]
   ]
   if results and not samples:
     notes.append(f"{name} holds no rows.")
   return samples
+
+
+def _key(place: int, row: dict[str, Any]) -> Hashable:
+  """What the images of a prompt have in common; a row without the prompt's number is one by itself.
+  """
+  if row.get("number") is None:
+    return place
+  return str(row.get("prompt", "")), json.dumps(row.get("metadata"), sort_keys=True)
 
 
 def _inside(folder: pathlib.Path, name: Any) -> pathlib.Path | None:
