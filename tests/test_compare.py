@@ -440,6 +440,22 @@ def test_a_signal_lets_the_runs_save_themselves_and_ends_the_comparison(tmp_path
   assert (out, err) == ("== x\nstopped\n", "") and (tmp_path / "saved").exists()
 
 
+def test_a_signal_while_jobs_are_started_reaches_all_of_them(tmp_path, monkeypatch):
+  begin = processes._Running._begin
+
+  def signalled(self):
+    begin(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(processes._Running, "_begin", signalled)
+  jobs = [_job(tmp_path, name, "import time; time.sleep(100)") for name in ("a", "b")]
+  start = time.monotonic()
+  with pytest.raises(processes.Stopped):
+    _run(tmp_path, jobs, cores=[None, None])
+  assert time.monotonic() - start < 50
+  assert (tmp_path / "a.log").exists() and not (tmp_path / "b.log").exists()
+
+
 def test_the_last_line_of_a_log(tmp_path):
   log = tmp_path / "log"
   assert processes.last_line(log) == ""

@@ -126,6 +126,8 @@ def run(
     while not stopped:
       names = {each.job.name for each in running} | failed.keys()
       for job in [job for job in left if job.ready and job.name not in names][: len(free)]:
+        if stopped:
+          break
         print(f"== {job.name}", flush=True)
         running.append(_Running(job, free.pop(0), environment))
       if not running:
@@ -154,6 +156,7 @@ def run(
   finally:
     if stopped:
       for each in running:
+        each.stop()  # One of them may have begun while the signal came.
         each.wait()
     for number, handler in handlers.items():
       signal.signal(number, handler)
