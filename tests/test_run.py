@@ -435,6 +435,16 @@ def test_a_cosine_fixes_the_number_of_steps():
     resumption.check(before, now, resumption.mutable_keys(before, now, {"steps"}), {})
 
 
+def test_another_kind_of_training_is_refused_by_name(network, tmp_path):
+  """Whose positions the checkpoints lack, and whose config has more keys that differ."""
+  _train(network, tmp_path, _spec(evaluate_every=0, config=CONFIG | {"algorithm": "sft"}))
+  other = _spec(evaluate_every=0, config=CONFIG | {"algorithm": "unigrpo", "advantage": 5.0})
+  made = run.Run(tmp_path, other, network, positions={"another_position": toy_run.Position()})
+  with pytest.raises(errors.InputError, match="^config.algorithm='unigrpo' but the run in the"):
+    made.restore(None, lambda: None)
+  assert _kept(tmp_path) == [STEPS]
+
+
 def test_what_is_pinned_stays(network, tmp_path):
   spec = _spec(evaluate_every=0)
   _train(network, tmp_path, spec, pinned={"prompts": "12ab"})

@@ -33,7 +33,8 @@ def check(
   before: Mapping[str, Any], now: Mapping[str, Any], mutable: Collection[str],
   defaults: Mapping[str, Any],
 ) -> None:
-  """Refuses to resume with another configuration; names the first key that differs.
+  """Refuses to resume with another configuration; names the first key that differs, `algorithm`
+  before all others.
 
   Args:
     before, now: the configurations, nested mappings.
@@ -41,7 +42,7 @@ def check(
     defaults: {dotted key: value} of keys that an older run lacks.
   """
   before, now = (traverse_util.flatten_dict(dict(config), sep=".") for config in (before, now))
-  for name in sorted(before.keys() | now.keys()):
+  for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "algorithm", name)):
     sections = name.split(".")
     if any(".".join(sections[: i + 1]) in mutable for i in range(len(sections))):
       continue

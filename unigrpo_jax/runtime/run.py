@@ -161,9 +161,11 @@ class Run:
     """
     def read(step: int) -> tuple[dict[str, Any], types.TrainState]:
       record = self._saved.record(step)
+      # Another kind of training has other positions: first what it is, then whether it is whole.
+      if "config" in record:
+        self._check(record)
       if missing := {"config", *self._positions} - record.keys():
         raise errors.Damaged(f"checkpoint {step} is damaged: it has no {', '.join(missing)}")
-      self._check(record)
       return record, self._saved.load(step, layout.abstract)
 
     record = {}
