@@ -332,6 +332,7 @@ def test_metrics_are_grouped_by_what_their_names_begin_or_end_with(tmp_path):
     "Drift": ["drift/text_mean", "drift/text_p99", "drift/ratio_of_something_new"],
     "Importance ratios": ["flow/log_ratio_p99", "text/ratio_mean"],
     "KL divergence": ["text/approx_kl", "text/kl_ref"],
+    "Pictures": ["images/saturation", "images/diversity"],
     "Losses": ["loss/total", "flow/mse", "ce"],
     "Other: unheard_of": ["unheard_of/a", "unheard_of/b"],
     "Other": ["alone"],
@@ -415,5 +416,10 @@ def test_one_picture_of_before_and_after(folder, tmp_path, capsys):
 
 def test_a_picture_needs_two_evaluations(tmp_path):
   _log(tmp_path, [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.6}])
+  draw = [str(tmp_path), f"--figure={tmp_path / 'a.png'}"]
   with pytest.raises(errors.InputError, match="no reward was evaluated twice"):
-    report.main([str(tmp_path), f"--figure={tmp_path / 'a.png'}"])
+    report.main(draw)
+  for config in ({"learning_rate": {}}, {"eval": {"every": 0}}):  # supervised; without evaluations
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.InputError, match="this run does not evaluate; leave out --figure"):
+      report.main(draw)

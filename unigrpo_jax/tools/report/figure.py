@@ -33,6 +33,8 @@ def draw(run: workdir.Run, out: pathlib.Path) -> None:
   kind = out.suffix.removeprefix(".")
   errors.choose("the ending of --figure", kind, FORMATS)
   headline = page.headline(run)
+  if headline is None and run.config and not (run.config.get("eval") or {}).get("every"):
+    raise errors.InputError(f"{run.name}: this run does not evaluate; leave out --figure")
   if headline is None:
     raise errors.InputError(
       f"{run.name}: no reward was evaluated twice; wait for the run's second evaluation"

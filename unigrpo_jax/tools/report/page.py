@@ -22,13 +22,15 @@ LARGE, SMALL = 200, 80
 # the first group that matches, else to a group named by its prefix.
 HEALTH = (
   ("Drift", "Between the sampler's and the trainer's own values.", r"^drift"),
-  ("Importance ratios", "1 before the first update of an iteration, close to it after.", r"ratio"),
+  ("Importance ratios", "1 before the first update of an iteration, close to it after.",
+   r"(^|[/_])ratio($|[/_])"),
   ("Clip fractions", "Share of tokens or steps whose ratio was clipped.", r"clip_fraction"),
   ("KL divergence", "How far an update moves the policy, by estimate.", r"(^|[/_])kl($|[/_])"),
   ("Entropy", "Of the sampled tokens; near zero the reasoning no longer varies.", r"entropy"),
   ("Lengths", "Tokens of the reasoning, and the share cut at the limit.", r"length|truncated"),
   ("Losses", "", r"^loss|loss$|(^|[/_])(ce|mse)$"),
   ("Gradient norms", "Before clipping.", r"grad_norm"),
+  ("Pictures", "Statistics of the pixels: a reward that is gamed shows here.", r"^images/"),
   ("Groups", "A group whose rewards are all equal teaches nothing.", r"^groups/"),
   ("Speed", "", r"per_second$"),
 )
