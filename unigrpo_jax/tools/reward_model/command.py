@@ -43,6 +43,11 @@ examples:
     --config=configs/sft.py:reward_model --config.init_from=BAGEL-7B-MoT \\
     --train_file=pairs/train.jsonl --validation_file=pairs/held_out.jsonl
 """
+DEFAULTS = {"triples": 30_000, "validation": 3000, "groups": 64, "seed": 0}
+# What the stages of a workdir depend on, with its kind.
+SAME = dict.fromkeys(("triples", "validation", "groups", "vit_max", "seed"), int) | {
+  "question": str, "train_file": files.path, "validation_file": files.path,
+}
 COMPARED = 96  # number of pictures whose scores as floats and as uint8 are compared
 
 
@@ -60,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       help="folder of the reward model, which the stage measure writes")
   add("--config", default="configs/sft.py:tiny_reward_model", metavar="FILE:VARIANT",
       help="config of the training (default: %(default)s)")
-  add("--triples", type=int, default=30_000,
-      help="IconWorld: triples to train on (default: %(default)s)")
-  add("--validation", type=int, default=3000,
-      help="IconWorld: triples to calibrate on and to measure (default: %(default)s)")
-  add("--groups", type=int, default=64,
-      help="IconWorld: prompts whose pictures are compared with each other (default: %(default)s)")
+  begun = "that of the workdir's stages"
+  add("--triples", type=int,
+      help=f"IconWorld: triples to train on (default: {begun}, or {DEFAULTS['triples']})")
+  add("--validation", type=int, help="IconWorld: triples to calibrate on and to measure "
+      f"(default: {begun}, or {DEFAULTS['validation']})")
+  add("--groups", type=int, help="IconWorld: prompts whose pictures are compared with each other "
+      f"(default: {begun}, or {DEFAULTS['groups']})")
   add("--train_file", type=files.path, metavar="FILE",
       help="JSON lines to train on in place of IconWorld; see docs/reward_model.md")
   add("--validation_file", type=files.path, metavar="FILE", help="the same, to measure on")
@@ -73,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       "IconWorld, another for models of the released size)")
   add("--vit_max", type=int,
       help="longest side of the picture that the ViT sees, pixels (default: the checkpoint's)")
-  add("--seed", type=int, default=0, help="seed of IconWorld's triples (default: %(default)s)")
+  add("--seed", type=int, help=f"seed of IconWorld's triples (default: {begun}, or "
+      f"{DEFAULTS['seed']})")
   args, overrides = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   errors.choose("STAGE", args.stage, (*STAGES, ALL))
   if args.stage in (ALL, "measure") and args.out is None:
@@ -100,6 +107,7 @@ class Stages:
     """
     self._args, self._workdir = args, args.workdir
     self._config = config_files.load(args.config, overrides)
+    self._take_recorded()
     self._iconworld = args.train_file is None
     self._question = args.question or (
       learned.TINY_QUESTION if self._iconworld else learned.QUESTION
@@ -110,30 +118,38 @@ class Stages:
       raise errors.InputError("--config.init_from is empty; give the BAGEL to train")
     self._check_same()
 
+  def _take_recorded(self) -> None:
+    """Gives the arguments that were left out what the workdir was begun with, or else DEFAULTS."""
+    self._record = self._workdir / "reward_model.json"
+    self._before: dict[str, str] = {}
+    if self._record.exists():
+      self._before = json.loads(self._record.read_text(encoding="utf-8"))
+    for name, kind in SAME.items():
+      if getattr(self._args, name) is None:
+        recorded = self._before.get(name, "None")
+        value = DEFAULTS.get(name) if recorded == "None" else kind(recorded)
+        setattr(self._args, name, value)
+
   def _check_same(self) -> None:
-    """Records what the stages depend on; raises InputError where that has changed."""
-    args = self._args
-    now = {"init_from": self._config.init_from, "question": self._question}
-    now |= {name: str(getattr(args, name)) for name in (
-      "triples", "validation", "groups", "train_file", "validation_file", "vit_max", "seed",
-    )}
-    record = self._workdir / "reward_model.json"
-    if record.exists():
-      before = json.loads(record.read_text(encoding="utf-8"))
-      for name, value in now.items():
-        if value != before.get(name):
-          raise errors.InputError(
-            f"{name}={value} but the stages in {self._workdir} have {before.get(name)}; give it "
-            "back its value, or choose a new --workdir"
-          )
-      return
-    run_lib.check_workdir(self._workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    run_lib.write_json(record, now)
+    """Raises InputError where what the stages depend on has changed."""
+    self._now = {"init_from": self._config.init_from} | {
+      name: str(getattr(self._args, name)) for name in SAME
+    } | {"question": self._question}
+    for name, value in self._now.items() if self._before else ():
+      if value != self._before.get(name):
+        raise errors.InputError(
+          f"{name}={value} but the stages in {self._workdir} have {self._before.get(name)}; give "
+          "it back its value, or choose a new --workdir"
+        )
 
   def run(self) -> None:
     """Runs the requested stages, until a signal stops one of them."""
-    for stage in STAGES if self._args.stage == ALL else (self._args.stage,):
+    stages = STAGES if self._args.stage == ALL else (self._args.stage,)
+    if not self._before and ("make" in stages or (not self._iconworld and "train" in stages)):
+      run_lib.check_workdir(self._workdir)
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      run_lib.write_json(self._record, self._now)
+    for stage in stages:
       print(f"{stage}:", flush=True)
       if getattr(self, f"_{stage}")() is False:
         return  # A signal stopped it.
