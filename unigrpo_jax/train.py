@@ -119,7 +119,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       experience = algorithm.experience(episodes, batch, key)
       del params, episodes, episode  # before the update needs the memory
       # While the last rewards end, the devices replay what needs no advantages: the reference.
-      with run.timer("update"):
+      with run.timer("precompute"):
         experience = update.precompute(train_state, experience)
       with run.timer("reward"):
         scores = rewards.gather(pending, len(batch), run.wait)  # the same on all hosts
