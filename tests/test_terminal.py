@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from unigrpo_jax.data import progress
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = r"""
 import logging, pathlib, sys
@@ -28,6 +30,13 @@ def main():
 
 errors.report(main)
 """
+
+
+def test_a_line_of_progress_is_not_repeated(capsys):
+  lines = progress._Lines()
+  for text in ("\ra: 1 of 2", "\n", "\ra: 1 of 2", "\ra: 2 of 2", "\n"):
+    lines.write(text)
+  assert capsys.readouterr().err == "a: 1 of 2\na: 2 of 2\n"
 
 
 def _run(tmp_path, redirect="", environ=(), wrong=False):

@@ -43,8 +43,12 @@ def each(items: Iterable[Any], total: int | None, label: str, *, unit: str) -> I
 
 
 class _Lines:
-  """A file for tqdm that makes a line of what it would draw in place."""
+  """A file for tqdm that makes a line of what it would draw in place, but not of the same again."""
+
+  def __init__(self):
+    self._last = ""
 
   def write(self, text: str) -> None:
-    if text.strip():
-      print(text.strip(), file=sys.stderr, flush=True)
+    if text.strip() not in ("", self._last):
+      self._last = text.strip()
+      print(self._last, file=sys.stderr, flush=True)

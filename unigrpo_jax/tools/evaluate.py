@@ -132,6 +132,10 @@ def evaluate(args: argparse.Namespace) -> None:
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
   """The modes and tasks to run; raises InputError for a task that needs IconWorld's prompts."""
   if args.prompts_from == prompts_lib.ICONWORLD:
+    for name in args.modes or ():
+      if name not in iconworld.TASKS:
+        with errors.at(f"--modes (which has {' and '.join(iconworld.TASKS)} besides)"):
+          evaluation.Mode.parse(name)
     return args.modes or ICONWORLD_MODES
   names = args.modes or DRAWING_MODES
   for name in iconworld.TASKS:
