@@ -17,7 +17,7 @@ import pytest
 
 from tests import reward_requests as shared
 from tests.refusals import refusal
-from unigrpo_jax import rewards
+from unigrpo_jax import errors, rewards
 from unigrpo_jax.iconworld import prompts, renderer
 from unigrpo_jax.rewards import arguments, base, serve, wire
 
@@ -60,6 +60,24 @@ def test_round_trip_equals_local_scores(serving):
   for name in names:
     np.testing.assert_array_equal(scores[name], local[name](samples))
   assert set(scores["iconworld_strict"]) == {0, 1}
+
+
+def test_what_cannot_score_is_refused_before_anything_is_drawn(serving):
+  server = serving({"red": shared.value, "blue": shared.value})
+
+  def ready(url, name, weight=1.0, **options):
+    made = {name: rewards.make("http", url=url, reward=name, retries=0, **options)}
+    rewards.Scorer(made | {"other": shared.value}, {name: weight, "other": 1.0}).ready()
+
+  ready(server.address, "red")
+  message = f"reward='rde' is none of those of {server.address}, which has blue, red"
+  assert refusal(ready, server.address, "rde") == message
+  assert refusal(ready, server.address, "rde", time_limit=5.0) == message
+  ready(server.address, "rde", weight=0.0)  # It is only logged.
+  with pytest.raises(errors.Unavailable, match="^reward red: http://127.*; start its server"):
+    ready("http://127.0.0.1:1", "red")
+  with pytest.raises(errors.InputError, match="reward red: .* status 401"):
+    ready(serving({"red": shared.value}, token="t0ken").address, "red", token="other")
 
 
 def test_what_there_is_to_get(serving):

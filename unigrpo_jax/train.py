@@ -56,6 +56,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     prompts = prompts_lib.PromptStream(prompt_set, spec.seed, spec.prompts.per_step)
     parts.check_prompts(spec, prompt_set)
     reward_fns = parts.make_scorer(spec.rewards)
+    reward_fns.ready()
     pinned = state.pinned(spec.network, network) | reward_fns.fingerprints()
     pinned |= {"prompts": prompt_set.fingerprint()} | parts.pinned(spec)
 

@@ -83,6 +83,7 @@ class Scores:
 #   close()         called from another thread; makes running calls return soon
 #   fingerprint     text that differs wherever scores may differ; a run refuses to continue with
 #                   another one
+#   ready()         raises InputError, before anything is drawn, where it could score nothing
 #   settings        {name: JSON value} on which scores depend, for reports
 #   joint           equal for rewards that one call can score together: then any of them has
 #                   score_together(rewards, samples) -> the `Scores` of each of `rewards`
@@ -281,6 +282,11 @@ class TimeLimited:
     if not self.concurrent:
       self._overdue = call
     raise TimeoutError(f"it took longer than time_limit={self._seconds:g} s")
+
+  def ready(self) -> None:
+    """Asks the reward, if it has `ready`."""
+    if hasattr(self._reward, "ready"):
+      self._reward.ready()
 
   def close(self) -> None:
     """Closes the reward, if it has `close`."""

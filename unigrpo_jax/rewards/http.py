@@ -64,6 +64,29 @@ class Http(served.Served):
         pass  # The requests will fail by themselves, with retries and reasons.
     return super().score_together(rewards, samples)
 
+  def ready(self) -> None:
+    """Asks the server whether it has this reward; an old one, which cannot say so, may have it.
+
+    Raises:
+      Unavailable: no server answers.
+      InputError: it has other rewards, or takes no requests with this token.
+    """
+    try:
+      names = self._announcement().get("rewards")
+    except exchange.Unreachable as error:
+      raise errors.Unavailable(
+        f"reward {self.reward}: {error}; start its server, then run the same command again"
+      ) from None
+    except exchange.Failed as error:
+      if error.status in (401, 403):
+        raise errors.InputError(f"reward {self.reward}: {error}") from None
+      return
+    if isinstance(names, list) and self.reward not in names:
+      served = ", ".join(map(str, names))[:200]
+      raise errors.InputError(
+        f"reward={self.reward!r} is none of those of {self._client.urls[0]}, which has {served}"
+      )
+
   def prepare(self) -> None:
     if self.encoding != "raw":
       self._announcement()

@@ -151,6 +151,18 @@ class Scorer:
     """{reward: settings} of the rewards that have `settings`; see `base.Reward`."""
     return base.settings_of(self._rewards)
 
+  def ready(self) -> None:
+    """Asks the rewards with a weight that can tell, `ready`, whether they can score at all.
+
+    Raises:
+      InputError: one cannot.
+      Unavailable: one cannot now.
+    """
+    for name, reward in self._rewards.items():
+      if self._weights[name] and hasattr(reward, "ready"):
+        with making.made(f"reward {name} is not ready"):
+          reward.ready()
+
   def submit(self, samples: Sequence[base.Sample]) -> Pending:
     """Begins to score samples in the threads; does not wait."""
     samples = tuple(samples)

@@ -149,7 +149,7 @@ def check_out(folder: pathlib.Path) -> None:
 
 
 def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
-  """A scorer of the rewards of `--rewards`; None without that flag."""
+  """A scorer of the rewards of `--rewards`, which are ready to score; None without that flag."""
   if args.rewards is None:
     if args.reward_options != "{}":
       raise errors.InputError("--reward_options needs --rewards")
@@ -159,7 +159,9 @@ def make_scorer(args: argparse.Namespace) -> rewards.Scorer | None:
     # When the command is repeated after a kill, only the missing answers are asked for.
     if hasattr(reward, "cache_in") and not files.is_object(args.out):
       reward.cache_in(args.out / f"{name}_answers.jsonl")
-  return rewards.Scorer(made, dict.fromkeys(made, 1.0))
+  scorer = rewards.Scorer(made, dict.fromkeys(made, 1.0))
+  scorer.ready()
+  return scorer
 
 
 def make_exam(
