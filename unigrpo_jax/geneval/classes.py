@@ -18,6 +18,8 @@ CLASSES = (
   "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator",
   "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
+# GenEval's name of a class that COCO names otherwise.
+RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 COLORS = (
   "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
 )
