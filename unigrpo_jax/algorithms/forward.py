@@ -122,7 +122,7 @@ class FPO(ForwardProcess):
 def noise_again(key, experience: types.Experience, draws: times.Times) -> types.Experience:
   """Replaces the recorded steps by W noised versions of the image, x_t = (1 - t) x_0 + t noise.
 
-  Fields that only an SDE has (`x_next`, `mean`, `logp`, `t_next`) become None.
+  Fields that only an SDE has are left out.
   """
   flow = experience.only.flow
   x_0 = flow.latents[:, None]
@@ -130,5 +130,5 @@ def noise_again(key, experience: types.Experience, draws: times.Times) -> types.
   t = draws.draw(t_key, len(x_0))
   noise = jax.random.normal(noise_key, (*t.shape, *x_0.shape[2:]))
   x_t = direct.noised(x_0, noise, t)
-  flow = flow.replace(x_t=x_t, x_next=None, mean=None, t=t, t_next=None, logp=None)
+  flow = types.FlowRollout(flow.latents, x_t=x_t, t=t)
   return experience.with_only(flow=flow, noise=noise)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+import json
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -53,6 +54,11 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 # The functions below take values of images. Images of one prompt are not independent, so the unit
 # of every standard error and interval is a prompt with its mean over images, m_p.
+
+
+def prompt_key(prompt: str, metadata: Any) -> Hashable:
+  """Identifies a prompt: equal for all its images, also if the prompt set repeats it."""
+  return prompt, json.dumps(metadata, sort_keys=True)
 
 
 class Estimate(NamedTuple):

@@ -69,7 +69,7 @@ class Row:
     """
     if self.number is None:
       return id(self)
-    return self.prompt, json.dumps(self.metadata, sort_keys=True)
+    return intervals.prompt_key(self.prompt, self.metadata)
 
 
 # Called after each batch with its rows and samples, on all hosts with those of all hosts.

@@ -380,10 +380,15 @@ def row_key(seed: int, purpose: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), ("text", "noise", "posterior").index(purpose))
 
 
-def pad_rows(rows: Sequence[Any], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-  """Stacks sequences of different lengths: ([B, T, ...] zero-padded, [B, T] bool mask)."""
+def pad_rows(
+  rows: Sequence[Any], multiple: int = 1, least: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Stacks sequences of different lengths: ([B, T, ...] zero-padded, [B, T] bool mask).
+
+  T is the longest one's, rounded up to a multiple, but at least `least`.
+  """
   arrays = [np.asarray(row) for row in rows]
-  length = -(-max(len(array) for array in arrays) // multiple) * multiple
+  length = max(-(-max(len(array) for array in arrays) // multiple) * multiple, least)
   kind = np.float32 if arrays[0].dtype.kind == "f" else np.int32
   out = np.zeros((len(arrays), length, *arrays[0].shape[1:]), kind)
   mask = np.zeros((len(arrays), length), bool)

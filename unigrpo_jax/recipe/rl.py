@@ -277,12 +277,17 @@ class Spec:
   @property
   def idle(self) -> frozenset[str]:
     """Groups of parameters with a learning rate, but no loss whose gradient reaches them."""
+    if self.by_gradient and self.refl.sft_weight:
+      return frozenset()  # The supervised loss reaches all of them.
     reached = {"und", "text"} if self.trains_text else set()
     if self.flow.train:
-      reached |= {"gen", "latent", "tables"}
-      if self.flow.routing != "expert" or (self.by_gradient and self.refl.sft_weight):
-        reached |= {"und", "text"}
+      reached |= {"und", "text", "gen", "latent", "tables"} - self._constant_in_flow
     return frozenset(self.optimizer.trained - reached)
+
+  @property
+  def _constant_in_flow(self) -> frozenset[str]:
+    """Groups of parameters at which the flow's gradient is stopped; see `ReplayConfig.routing`."""
+    return frozenset({"und", "text"} if self.flow.routing == "expert" else ())
 
   @property
   def steps_an_image(self) -> int:
@@ -296,8 +301,7 @@ class Spec:
     """Groups of parameters whose moving average holds the flow back: those that the flow trains."""
     if not (self.flow.train and self.flow.anchor_weight):
       return frozenset()
-    constant = {"und", "text"} if self.flow.routing == "expert" else set()
-    return frozenset(self.optimizer.trained - constant)
+    return frozenset(self.optimizer.trained - self._constant_in_flow)
 
   @property
   def needs_reference(self) -> bool:

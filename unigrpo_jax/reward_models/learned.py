@@ -125,8 +125,7 @@ class RewardModel:
         or is too long for the network. It is never cut, which would make it another question.
     """
     rows = [self._encode(prompt) for prompt in prompts]
-    ids, mask = requests.pad_rows(rows, BUCKET)
-    ids = np.pad(ids, ((0, 0), (0, max(room - ids.shape[1], 0))))
+    ids, mask = requests.pad_rows(rows, BUCKET, room)
     return Questions(ids, mask.sum(axis=1).astype(np.int32))
 
   def _encode(self, prompt: str) -> list[int]:

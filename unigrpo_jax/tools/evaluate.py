@@ -45,11 +45,13 @@ def evaluate(args: argparse.Namespace) -> None:
   """Draws and scores on all hosts; the first host prints and writes."""
   names = mode_names(args)
   tasks = {name: iconworld.TASKS[name] for name in iconworld.TASKS if name in names}
-  modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
+  of_iconworld = args.prompts_from == prompts_lib.ICONWORLD
+  others = f"--modes (which has {' and '.join(iconworld.TASKS)} besides)" if of_iconworld else ""
+  with errors.at(others):
+    modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
   if args.rewards and not modes:
     raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
   hosts.compare(vars(args) | {"process": None})
-  of_iconworld = args.prompts_from == prompts_lib.ICONWORLD
   with hosts.raise_on_all_hosts():
     examples = read_examples(args)
     scorer = rescore.make_scorer(args)
@@ -132,10 +134,6 @@ def evaluate(args: argparse.Namespace) -> None:
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
   """The modes and tasks to run; raises InputError for a task that needs IconWorld's prompts."""
   if args.prompts_from == prompts_lib.ICONWORLD:
-    for name in args.modes or ():
-      if name not in iconworld.TASKS:
-        with errors.at(f"--modes (which has {' and '.join(iconworld.TASKS)} besides)"):
-          evaluation.Mode.parse(name)
     return args.modes or ICONWORLD_MODES
   names = args.modes or DRAWING_MODES
   for name in iconworld.TASKS:

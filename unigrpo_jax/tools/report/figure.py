@@ -33,12 +33,12 @@ def draw(run: workdir.Run, out: pathlib.Path) -> None:
   kind = out.suffix.removeprefix(".")
   errors.choose("the ending of --figure", kind, FORMATS)
   headline = page.headline(run)
-  if headline is None and run.config and not (run.config.get("eval") or {}).get("every"):
-    raise errors.InputError(f"{run.name}: this run does not evaluate; leave out --figure")
   if headline is None:
-    raise errors.InputError(
-      f"{run.name}: no reward was evaluated twice; wait for the run's second evaluation"
-    )
+    evaluates = not run.config or (run.config.get("eval") or {}).get("every")
+    raise errors.InputError(f"{run.name}: " + (
+      "no reward was evaluated twice; wait for the run's second evaluation" if evaluates
+      else "this run does not evaluate; leave out --figure"
+    ))
   reward, mode, evaluated = headline
   before, after = evaluated[0][1], evaluated[-1][1]
   whole = figure.Figure(figsize=SIZE, dpi=DPI, facecolor="white")

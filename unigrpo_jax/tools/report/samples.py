@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 import io
-import math
 import pathlib
 
 import PIL.Image
@@ -21,11 +20,10 @@ ALL = "all"  # all categories together
 
 def estimate(scores: Sequence[float]) -> str:
   """Mean and 95 % interval of the prompts' scores; the mean alone for one, a dash for none."""
-  finite = [score for score in scores if math.isfinite(score)]
-  if not finite:
+  if not scores:
     return "–"
-  mean, low, high = intervals.interval(finite)
-  return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(finite) > 1 else f"{mean:.3f}"
+  mean, low, high = intervals.interval(scores)
+  return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(scores) > 1 else f"{mean:.3f}"
 
 
 def ends(run: workdir.Run) -> list[int]:

@@ -80,9 +80,9 @@ class Run:
 
 def prompt_scores(samples: Sequence[Sample], reward: str) -> list[float]:
   """The mean of a reward over the images of each prompt that has a finite one."""
-  scores = [sample.rewards.get(reward, math.nan) for sample in samples]
-  scores = [score if math.isfinite(score) else math.nan for score in scores]
-  return list(intervals.prompt_means(scores, [sample.key for sample in samples]).values())
+  scored = [one for one in samples if math.isfinite(one.rewards.get(reward, math.nan))]
+  scores, keys = [one.rewards[reward] for one in scored], [one.key for one in scored]
+  return list(intervals.prompt_means(scores, keys).values())
 
 
 def read(folder: pathlib.Path) -> Run:
@@ -156,7 +156,7 @@ def _key(place: int, row: dict[str, Any]) -> Hashable:
   """
   if row.get("number") is None:
     return place
-  return str(row.get("prompt", "")), json.dumps(row.get("metadata"), sort_keys=True)
+  return intervals.prompt_key(str(row.get("prompt", "")), row.get("metadata"))
 
 
 def _inside(folder: pathlib.Path, name: Any) -> pathlib.Path | None:

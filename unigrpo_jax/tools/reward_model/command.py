@@ -109,9 +109,9 @@ class Stages:
     self._config = config_files.load(args.config, overrides)
     self._take_recorded()
     self._iconworld = args.train_file is None
-    self._question = args.question or (
-      learned.TINY_QUESTION if self._iconworld else learned.QUESTION
-    )
+    if not args.question:
+      args.question = learned.TINY_QUESTION if self._iconworld else learned.QUESTION
+    self._question = args.question
     learned.check_question(self._question)
     self._trained = self._workdir / "trained"
     if not self._config.init_from:
@@ -134,7 +134,7 @@ class Stages:
     """Raises InputError where what the stages depend on has changed."""
     self._now = {"init_from": self._config.init_from} | {
       name: str(getattr(self._args, name)) for name in SAME
-    } | {"question": self._question}
+    }
     for name, value in self._now.items() if self._before else ():
       if value != self._before.get(name):
         raise errors.InputError(
