@@ -176,6 +176,21 @@ def test_metrics_are_appended_and_dropped_after_a_checkpoint(bucket):
   assert (bucket / "events").read_bytes() == b"ab"
 
 
+def test_events_of_a_long_run_go_to_several_objects(bucket, monkeypatch):
+  """Each row writes the last one anew as a whole; TensorBoard reads them in order of their names.
+  """
+  monkeypatch.setattr(event_files, "OBJECT_BYTES", 3)
+  file = event_files.EventFile(bucket / "events")
+  for row in (b"abc", b"d", b"efgh", b"i"):
+    file.write(row)
+    file.flush()
+  file.close()
+  file.raise_failed()
+  objects = sorted(path.name for path in bucket.iterdir())
+  assert objects == ["events", "events.000001", "events.000002"]
+  assert [(bucket / name).read_bytes() for name in objects] == [b"abcd", b"efgh", b"i"]
+
+
 def test_an_official_folder_is_read_by_ranges(bucket):
   files.upload(folders.TINY_FOLDER, bucket)
   opened, tiny = folders.open_folder(str(bucket)), folders.open_folder(folders.TINY)

@@ -252,6 +252,12 @@ def test_one_host_asks_nobody(monkeypatch):
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", None)
   assert hosts.any_host(True) and not hosts.any_host(False) and hosts.first()
   assert hosts.broadcast({"a": 1}) == {"a": 1} and hosts.gather_texts("x") == ["x"]
+
+
+def test_collectives_of_texts_have_few_lengths():
+  lengths = {len(hosts._padded(np.ones(size, np.uint8), size)) for size in range(1, 1001)}
+  assert lengths == {2**power for power in range(11)}
+  assert hosts._padded(np.ones(2, np.uint8), 5).tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
   rows = hosts.gather_rows([2, 0, 1], {"score": np.array([3.0, 1.0, 2.0])}, 3)
   np.testing.assert_array_equal(rows["score"], [1, 2, 3])
   assert list(hosts.share(3)) == [0, 1, 2]

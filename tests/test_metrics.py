@@ -140,6 +140,28 @@ def test_every_writer_gets_every_row(tmp_path, monkeypatch):
   assert opened["resume"] == "allow" and written == ({"loss": 0.5}, 5) and closed == "closed"
 
 
+def test_a_run_goes_on_without_wandb_where_that_fails(tmp_path, monkeypatch, capsys):
+  wandb = _Library()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  log = metrics.MetricsLog(["jsonl", "wandb"], tmp_path, "an_id", {})
+
+  def fail(*_, **__):
+    raise ConnectionResetError("the service\nis gone")
+
+  monkeypatch.setattr(wandb, "log", fail)
+  for step in (1, 2):
+    log.write(step, {"loss": 1.0})
+  log.close()
+  assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")[0]] == [1, 2]
+  assert wandb.calls[1:] == []  # It is not even closed, which might wait for what is gone.
+  message = capsys.readouterr().err
+  assert message.count("nothing more goes to W&B (ConnectionResetError: the service is gone)") == 1
+  log = metrics.MetricsLog(["wandb"], tmp_path, "an_id", {})
+  monkeypatch.setattr(wandb, "finish", fail)
+  log.close()
+  assert "nothing more goes to W&B" in capsys.readouterr().err
+
+
 @pytest.fixture
 def panel():
   """Two drawings of a prompt, as an evaluation gives them."""

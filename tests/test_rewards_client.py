@@ -183,6 +183,17 @@ def test_waits_grow_and_depend_on_the_seed(scripted, monkeypatch):
     assert min(2**k, 30) <= wait <= min(3 * 2**k, 30)
 
 
+def test_processes_do_not_all_turn_to_one_server_at_a_moment(monkeypatch):
+  firsts, waits = set(), set()
+  for process in range(40):
+    monkeypatch.setattr(connection.os, "getpid", lambda process=process: process)
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3, 4)]
+    client = connection.Client(urls, what="it")
+    firsts.add(client._next_server().at.url)
+    waits.add(client._jitter.random())
+  assert len(firsts) == 4 and len(waits) == 40
+
+
 def test_closing_ends_the_waiting(scripted):
   reward = shared.client(scripted(FAILED).url, backoff=20, retries=5)
   threading.Timer(0.05, reward.close).start()

@@ -7,12 +7,13 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import results as results_lib
-from unigrpo_jax.data import atomic, files
-from unigrpo_jax.models import weights
+from unigrpo_jax.data import atomic, files, images, lines, records
+from unigrpo_jax.models import config, safetensors_files, weights
 from unigrpo_jax.runtime import (
   checkpoints,
   conversion,
@@ -160,6 +161,54 @@ def test_an_empty_path_is_not_the_current_folder_and_a_tilde_is_the_home(monkeyp
   for name in ("a/~/b", "~b", "."):
     assert files.path(name) == pathlib.Path(name)
   assert files.local_path("~/a") == pathlib.Path("/home/someone/a")
+
+
+@pytest.mark.parametrize("read", [
+  lambda path: list(lines.read(path)),
+  lambda path: list(records.read(path)),
+  config.read_json,
+  images.load_rgb,
+  safetensors_files.SafetensorsFile,
+])
+def test_a_read_that_may_succeed_next_time_is_no_bad_input(tmp_path, monkeypatch, read):
+  """Launchers start a run again that ends with status 1, not one that ends with 2."""
+  path = tmp_path / "a.jsonl"
+  path.write_text("{}")
+
+  def fail(number):
+    def open_(*_, **__):
+      raise OSError(number, "it says so", str(path))
+    return open_
+
+  for number, status in ((errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2)):
+    with monkeypatch.context() as patched:
+      for name in ("open", "read_text"):
+        patched.setattr(pathlib.Path, name, fail(number))
+      patched.setattr(PIL.Image, "open", fail(number))
+      with pytest.raises(errors.InputError, match="a.jsonl: .*it says so") as refused:
+        read(path)
+    assert refused.value.status == status
+    assert not isinstance(refused.value, errors.Storage)  # After which a run saves nothing.
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+  saved = checkpoints.TrainCheckpoints(tmp_path / "checkpoints", keep=2)
+  for step in (1, 2):
+    saved.save(step, {"a": jnp.zeros(4)}, {"step": step})
+  saved.close()
+
+  def fail(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+  saved = checkpoints.TrainCheckpoints(tmp_path / "checkpoints", keep=2)
+  monkeypatch.setattr(saved._checkpointer, "metadata", fail)
+  with pytest.raises(errors.Storage, match="/2: cannot be read .Input/output error.; run the same"):
+    saved.newest(saved.record)
+  monkeypatch.setattr(saved._names, "unreadable", {2: OSError(errno.EIO, "Input/output error")})
+  with pytest.raises(errors.Storage, match="/2: cannot be read .Input/output error.; run the same"):
+    saved.newest(saved.record)
+  assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+  assert {"1", "2"} <= {path.name for path in (tmp_path / "checkpoints").iterdir()}
 
 
 def test_an_error_that_is_no_file_s_stays_what_it_is():

@@ -197,6 +197,12 @@ def of_storage(
   return kind(f"{f'{place}: ' if place else ''}cannot be {did} ({reason}); {advice}")
 
 
+def unreadable(error: Exception, path: Any, message: str) -> InputError:
+  """Of a read that failed: `Unavailable` where trying again may help, else bad input, `message`."""
+  failed = of_storage(error, path, "read")
+  return Unavailable(str(failed)) if isinstance(failed, Storage) else InputError(message)
+
+
 @contextlib.contextmanager
 def storage(path: Any = None, did: str = "written") -> Iterator[None]:
   """Raises `of_storage` of an `OSError` within; without `path`, of those that name a file or say

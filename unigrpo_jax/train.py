@@ -111,7 +111,9 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
       window = rl.window_steps(spec, step, sharding.batch_multiple(network.mesh))
       # Think and draw; each chunk is read and rewarded in threads while the next is drawn.
       params = rollout.sampler.cast_and_reshard(train_state.params)  # the network's dtype
-      batch, episodes, pending = prompts.next(), [], []
+      with hosts.raise_on_all_hosts():  # a host may fail to read its prompts
+        batch = prompts.next()
+      episodes, pending = [], []
       # A trajectory's randomness comes from the key and its number in the step.
       for chunk, first, episode in rollout.sample_chunks(params, batch, key, window, run.timer):
         pending.append(rewards.submit(chunk, episode, first))

@@ -52,9 +52,10 @@ def load_rgb(path: pathlib.Path | str) -> PIL.Image.Image:
     raise
   # Decoders report damaged data by whichever exception the damaged byte leads to.
   except Exception as error:
-    raise errors.InputError(
+    raise errors.unreadable(
+      error, path,
       f"{path}: not readable as an image ({getattr(error, 'strerror', None) or error}); give the "
-      "path of an image, and copy it again if it is truncated or damaged"
+      "path of an image, and copy it again if it is truncated or damaged",
     ) from None
 
 

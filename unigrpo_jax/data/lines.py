@@ -41,7 +41,9 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, str]]:
       f"{where}: byte {error.start + 1} is not UTF-8 text; save the file as UTF-8"
     ) from None
   except OSError as error:
-    raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raise errors.unreadable(
+      error, path, f"{path}: cannot be read: {error.strerror or error}"
+    ) from None
 
 
 def parse(text: str, where: str, expected: str, kind: type = dict) -> Any:

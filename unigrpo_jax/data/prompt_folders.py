@@ -97,8 +97,9 @@ class Split:
       builder = tfds.builder_from_directory(folder)
       fields = sorted(builder.info.features)
     except Exception as error:  # TFDS raises whatever its parsers raise.
-      raise errors.InputError(
-        f"{folder}: not a readable TFDS folder ({errors.first_line(error)}); {_BUILD_AGAIN}"
+      raise errors.unreadable(
+        error, folder,
+        f"{folder}: not a readable TFDS folder ({errors.first_line(error)}); {_BUILD_AGAIN}",
       ) from None
     if not {"prompt", "metadata"} <= set(fields):
       raise errors.InputError(
@@ -121,7 +122,8 @@ class Split:
       record = self._records[i]
       return record["prompt"].decode("utf-8"), json.loads(record["metadata"])
     except Exception as error:  # Of ArrayRecord, protobuf or JSON.
-      raise errors.InputError(
+      raise errors.unreadable(
+        error, self._folder,
         f"{self._folder}: record {i} of split {self._split} cannot be read "
-        f"({errors.first_line(error)}); {_BUILD_AGAIN}"
+        f"({errors.first_line(error)}); {_BUILD_AGAIN}",
       ) from None

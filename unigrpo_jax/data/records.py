@@ -46,7 +46,9 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as file:
       head = file.read(len(errors.LFS))
   except OSError as error:
-    raise errors.InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raise errors.unreadable(
+      error, path, f"{path}: cannot be read: {error.strerror or error}"
+    ) from None
   if head == errors.LFS:
     raise errors.InputError(f"{path}: {errors.POINTER}")
   empty = True

@@ -243,7 +243,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except FileNotFoundError:
     raise errors.InputError(f"{path}: file not found; a BAGEL folder must contain it") from None
   except (OSError, ValueError, RecursionError) as error:
-    raise errors.InputError(f"{path}: not readable as JSON ({error})") from None
+    raise errors.unreadable(error, path, f"{path}: not readable as JSON ({error})") from None
   if not isinstance(value, dict):
     raise errors.InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
   return value

@@ -73,7 +73,9 @@ class SafetensorsFile:
         f"{self.path}: file not found; a BAGEL folder must contain it"
       ) from None
     except OSError as error:
-      raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+      raise errors.unreadable(
+        error, self.path, f"{self.path}: cannot be read ({error.strerror})"
+      ) from None
     try:
       with errors.at(str(self.path)):
         self._read_header()
@@ -153,7 +155,9 @@ class SafetensorsFile:
           )
         left, offset = left[count:], offset + count
     except OSError as error:
-      raise errors.InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+      raise errors.unreadable(
+        error, self.path, f"{self.path}: cannot be read ({error.strerror})"
+      ) from None
 
   def _read_at(self, buffer: memoryview, offset: int) -> int:
     try:

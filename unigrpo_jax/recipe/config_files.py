@@ -98,9 +98,10 @@ def _run(path: pathlib.Path, variants: str) -> None:
     runpy.run_path(str(path))["get_config"](*[variants] * bool(variants))
   except OSError as error:
     names = ", ".join(f"configs/{file.name}" for file in sorted(FOLDER.glob("*.py")))
-    raise errors.InputError(
+    raise errors.unreadable(
+      error, path,
       f"--config={path}: cannot be read ({error.strerror}); give a file of your own or one of "
-      f"{names}, with a variant as in configs/unigrpo.py:tiny"
+      f"{names}, with a variant as in configs/unigrpo.py:tiny",
     ) from None
   except ValueError as error:
     raise errors.InputError(f"--config={path}:{variants}: {error}") from None

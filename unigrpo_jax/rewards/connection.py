@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import socket
 import threading
 import time
 
@@ -81,7 +82,7 @@ class Client:
       backoff: seconds of waiting before the first of these, about; see the class.
       outage: most seconds that a server which has answered before may be away.
       token, token_env: bearer token, or the environment variable that holds it.
-      seed: of the random part of the waiting.
+      seed: of the random part of the waiting, and of which server is the first; with the process.
 
     Raises:
       InputError: an argument is out of range or not a URL.
@@ -97,9 +98,10 @@ class Client:
     self._backoff, self._outage = backoff, outage
     self._attempts = retries + len(self._servers)
     self._token = read_token(token, token_env)
-    self._jitter = random.Random(seed)
+    # Other numbers in each process: the hosts of a pod would turn to one server, all at a moment.
+    self._jitter = random.Random(f"{seed} {socket.gethostname()} {os.getpid()}")
     self._closed = threading.Event()
-    self._turns = itertools.count()
+    self._turns = itertools.count(self._jitter.randrange(len(self._servers)))
     self._lock = threading.Lock()  # Over what follows, and the servers' states.
     self._has_answered = False
 

@@ -199,10 +199,7 @@ class TrainCheckpoints:
       try:
         with hosts.raise_on_all_hosts():
           if step in self._names.unreadable:
-            raise errors.Damaged(
-              f"{self._path(step)} is damaged: its metadata cannot be read "
-              f"({self._names.unreadable[step]})"
-            )
+            raise _metadata_error(self._names.unreadable[step], self._path(step))
           if hosts.first():
             checksums.verify(self._path(step))
         found = read(step)
@@ -277,14 +274,12 @@ class TrainCheckpoints:
     """The JSON object that was saved with `step`.
 
     Raises:
-      Damaged: it is missing, or cannot be read.
+      Damaged: it is missing, or cannot be read; Storage where trying again may help.
     """
     try:
       record = dict(self._checkpointer.metadata(step).custom_metadata or {})
     except Exception as error:
-      raise errors.Damaged(
-        f"{self._path(step)} is damaged: its metadata cannot be read ({first_line(error)})"
-      ) from error
+      raise _metadata_error(error, self._path(step)) from error
     if not record:
       raise errors.Damaged(f"{self._path(step)} is damaged: it has no metadata")
     return record
@@ -310,6 +305,8 @@ class TrainCheckpoints:
       # The other hosts would wait for one that goes on alone.
       if cause := _damage(error) if hosts.count() == 1 else None:
         raise errors.Damaged(f"{self._path(step)} is damaged: {cause}") from error
+      if passing := _passing(error, self._path(step)):
+        raise passing from error
       raise errors.InputError(
         f"{self._checkpointer.directory}: checkpoint {step} cannot be loaded "
         f"({first_line(error.__cause__ or error)}); to resume from the one before, move "
@@ -350,17 +347,29 @@ def _damage(error: BaseException | None) -> str | None:
   return None
 
 
+def _passing(error: Exception, path: Any) -> errors.Storage | None:
+  """The error of a read that failed for a reason that may pass, so that the file may be sound."""
+  failed = errors.of_storage(error, path, "read")
+  return failed if isinstance(error, OSError) and isinstance(failed, errors.Storage) else None
+
+
+def _metadata_error(error: Exception, path: Any) -> errors.InputError:
+  return _passing(error, path) or errors.Damaged(
+    f"{path} is damaged: its metadata cannot be read ({first_line(error)})"
+  )
+
+
 class _ReadableNames:
   """Orbax's names of checkpoint folders, without those whose metadata it fails to read: one alone
   would keep it from opening any.
 
   Attributes:
-    unreadable: {step: why}, of the last search.
+    unreadable: {step: the error}, of the last search.
   """
 
   def __init__(self):
     self._names = path_lib.step.standard_name_format()
-    self.unreadable: dict[int, str] = {}
+    self.unreadable: dict[int, Exception] = {}
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._names, name)
@@ -369,12 +378,12 @@ class _ReadableNames:
     self.unreadable.clear()
     for path in folder.iterdir() if folder.exists() else ():
       if path.name.isdecimal() and not path.is_dir():  # A file, or a link to nowhere.
-        self.unreadable[int(path.name)] = "it is no folder"
+        self.unreadable[int(path.name)] = ValueError("it is no folder")
     for found in self._names.find_all(folder):
       try:
         _ = found.commit_timestamp  # It keeps what it reads.
       except Exception as error:
-        self.unreadable[found.step] = first_line(error)
+        self.unreadable[found.step] = error
       else:
         yield found
 

@@ -22,6 +22,8 @@ def use(default: pathlib.Path) -> None:
   folder = jax.config.jax_compilation_cache_dir or str(default)
   try:
     with errors.at(folder):
+      with errors.storage(""):  # Else a host would remove the folder that another one probes.
+        files.path(folder).mkdir(parents=True, exist_ok=True)
       atomic.probe(files.path(folder) / "probe")
   except errors.InputError as error:
     hosts.print_first(f"note: compiled programs are not kept: {error}")

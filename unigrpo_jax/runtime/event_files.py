@@ -9,6 +9,8 @@ from typing import Any
 from unigrpo_jax import errors
 from unigrpo_jax.data import files
 
+# An object is written anew as a whole for each row, so a long run has one after the other.
+OBJECT_BYTES = 1 << 22
 _PREFIX = "unigrpo"  # Of a file's name for tensorboardX, which chooses by it who writes the file.
 
 
@@ -20,14 +22,19 @@ class EventFile:
 
   def __init__(self, path: pathlib.Path):
     self._path, self._failed, self._is_object = path, None, files.is_object(path)
+    self._first, self._objects = path, 1
     self._file = io.BytesIO() if self._is_object else path.open("wb")
 
   def write(self, data: bytes) -> None:
     self._attempt(self._file.write, data)
 
   def flush(self) -> None:
-    if self._is_object:  # It is written anew as a whole.
+    if self._is_object:
       self._attempt(self._path.write_bytes, self._file.getvalue())
+      if self._file.tell() > OBJECT_BYTES:
+        # TensorBoard reads the files of a folder in the order of their names.
+        self._path = self._first.with_name(f"{self._first.name}.{self._objects:06d}")
+        self._file, self._objects = io.BytesIO(), self._objects + 1
     self._attempt(self._file.flush)
 
   def close(self) -> None:

@@ -214,7 +214,7 @@ def gather_texts(text: str) -> list[str]:
   sizes = gather(np.int32(len(encoded)))
   if not sizes.any():
     return [""] * count()
-  padded = gather(np.pad(encoded, (0, sizes.max() - len(encoded))))
+  padded = gather(_padded(encoded, sizes.max()))
   return [row[:size].tobytes().decode(errors="surrogatepass") for row, size in zip(padded, sizes)]
 
 
@@ -222,7 +222,16 @@ def broadcast(value: Any) -> Any:
   """A JSON value of the first host, on all."""
   if count() == 1:
     return value
-  return json.loads(gather_texts(json.dumps(value) if first() else "")[0])
+  encoded = np.frombuffer(json.dumps(value).encode() if first() else b"", np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+  padded = multihost_utils.broadcast_one_to_all(_padded(encoded, size))
+  return json.loads(np.asarray(padded)[:size].tobytes())
+
+
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
+  """An array of at most `size` numbers, followed by zeros. There are few lengths, powers of two,
+  since each is another program of a collective."""
+  return np.pad(array, (0, (1 << (int(size) - 1).bit_length()) - len(array)))
 
 
 def gather_rows(

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 import time
 from typing import Any
 
@@ -91,14 +92,25 @@ class MetricsLog:
       for file in self._event_files:
         file.raise_failed()
     if self._wandb:
-      shown = {name: panel.captioned(self._wandb_library) for name, panel in pictures.items()}
-      self._wandb.log(values | shown, step=step)
+      with self._without_wandb():
+        shown = {name: panel.captioned(self._wandb_library) for name, panel in pictures.items()}
+        self._wandb.log(values | shown, step=step)
 
   def close(self) -> None:
     if self._board:
       self._board.close()
     if self._wandb:
-      self._wandb.finish()
+      with self._without_wandb():
+        self._wandb.finish()
+
+  @contextlib.contextmanager
+  def _without_wandb(self) -> Iterator[None]:
+    """Goes on without W&B after an error of its client: the run is worth more than its copy."""
+    try:
+      yield
+    except Exception as error:
+      print(f"note: nothing more goes to W&B ({errors.describe(error)})", file=sys.stderr)
+      self._wandb = None
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -160,7 +160,8 @@ class Run:
         hosts see the folder.
     """
     def read(step: int) -> tuple[dict[str, Any], types.TrainState]:
-      record = self._saved.record(step)
+      with hosts.raise_on_all_hosts():
+        record = self._saved.record(step)
       # Another kind of training has other positions: first what it is, then whether it is whole.
       if "config" in record:
         self._check(record)
@@ -375,7 +376,7 @@ class Run:
       values = values | self.timer.read_and_reset()
       values["seconds/compile"] = self._compiling.read_and_reset()
       values[f"{name}_per_second"] = count / values["seconds/total"]
-    self._log.write(self.step, values)
+    self._write(values)
     names = [*spec.shown, *(name for name in spec.alarms if values.get(name))]
     shown = {name: values[name] for name in names if name in values}
     hosts.print_first(self._clock.line(self.step, shown))
@@ -400,9 +401,14 @@ class Run:
     self.raise_if_stopped()
     start = time.monotonic()
     results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped, self.wait))
-    self._log.write(self.step, results | {EVALUATION_SECONDS: time.monotonic() - start})
+    self._write(results | {EVALUATION_SECONDS: time.monotonic() - start})
     self._evaluations[self.step] = results.get(self._spec.best_metric)
     self._worth_saving = True
+
+  def _write(self, values: Mapping[str, Any]) -> None:
+    """A row of the log. Where the first host cannot write it, all end alike, and save."""
+    with hosts.raise_on_all_hosts():
+      self._log.write(self.step, values)
 
   def _logged_evaluations(self) -> dict[int, float | None]:
     """Those of the log, which the first host has."""

@@ -159,9 +159,10 @@ class Reader:
     try:
       yield
     except Exception as error:
-      raise errors.InputError(
+      raise errors.unreadable(
+        error, self.path,
         f"{self.path}: parameter {'/'.join(leaf.path)} cannot be read "
-        f"({checkpoints.first_line(error)}); {AGAIN}"
+        f"({checkpoints.first_line(error)}); {AGAIN}",
       ) from error
 
   def __enter__(self) -> Reader:
