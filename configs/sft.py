@@ -33,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
   config.data.wrong_plan_rate = 0.0  # IconWorld: part of the reasonings that go wrong
   config.sequences_per_step = 64  # of all hosts together; a multiple of microbatch
   config.microbatch = 8  # sequences at once, all hosts together
+  # () keeps their shapes, and the autoencoder compiles for each size: a minute's wait on a TPU.
+  config.image_sizes = ()  # (height, width), pixels: images to draw or edit are cropped to them
   config.noise_draws = 1  # noisy copies of each target image, which share its context
   config.timestep_shift = 4.0  # of the training times towards noise; 1 for none
   config.drop_text = 0.1  # probability of drawing without prompt and reasoning, for guidance

@@ -17,7 +17,7 @@ from unigrpo_jax import errors, finetune
 from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.episodes import packing, programs
 from unigrpo_jax.recipe import config_files, sft
-from unigrpo_jax.runtime import folders, sharding
+from unigrpo_jax.runtime import folders, sharding, state
 from unigrpo_jax.supervised import corpus, feed
 
 LIMITS = packing.PadTo(
@@ -270,8 +270,43 @@ def test_a_host_has_its_share_of_rows_and_images(monkeypatch, golden):
   assert made().limits.images == 2 and made().local_rows.tolist() == [2, 3]
   assert made().limits.tokens == config.limits.tokens
   config.limits.images = 6
-  message = refusals.refusal(sft.check_fits, sft.read(config), mesh)
+  message = refusals.refusal(sft.check_fits, sft.read(config), network)
   assert "config.limits.images=6 does not divide" in message and "4 hosts" in message
+
+
+def test_images_are_cropped_to_few_sizes(config, tokenizer):
+  """A size that has not been encoded yet compiles; what is only asked about is not encoded."""
+  picture = lambda width, height: PIL.Image.new("RGB", (width, height), (9, 9, 9))
+
+  def sizes_of(examples, image_sizes):
+    recipe, seen = feed.Recipe(image_sizes=image_sizes), []
+    made = _feed(config, tokenizer, examples=lambda number, rng: examples[number % len(examples)],
+                 recipe=recipe, sequences_per_step=len(examples), microbatch=len(examples))
+    for number in range(len(examples)):
+      example = made._row(number).example
+      seen.append(tuple(image and image.size for image in (example.target, example.source)))
+    return seen
+
+  shapes = (37, 32), (99, 50), (32, 70)
+  drawn = [corpus.Example("a kite", target=picture(*shape)) for shape in shapes]
+  edited = corpus.Example("blue", target=picture(64, 32), source=picture(33, 70))
+  asked = corpus.Example("how many?", "one", source=picture(48, 32))
+  sizes = ((32, 32), (16, 32), (32, 16))
+  assert sizes_of([*drawn, edited, asked], sizes) == [
+    ((32, 32), None), ((32, 16), None), ((16, 32), None), ((32, 16), (16, 32)), (None, (48, 32)),
+  ]
+  assert len(set(sizes_of(drawn, ()))) == 3
+
+
+def test_sizes_that_the_model_cannot_draw_are_refused():
+  config = config_files.load("configs/sft.py")
+  config.image_sizes = ((1024, 1000),)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  network = state.Network(folders.open_folder(folders.TINY), None, None, mesh)
+  message = refusals.refusal(sft.check_fits, sft.read(config), network)
+  assert message.startswith("config.image_sizes: height=1024: an image side must be a multiple of")
+  config.image_sizes = (1024, 1024)
+  assert "config.image_sizes=1024 must be a tuple of 2" in refusals.refusal(sft.read, config)
 
 
 def test_a_thread_prefetches_and_knows_what_is_bad_before_it_is_needed():

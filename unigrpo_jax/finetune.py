@@ -37,7 +37,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
   with hosts.raise_on_all_hosts():
     spec = sft.read(config)
     network = state.open_network(spec.network, devices)
-    sft.check_fits(spec, network.mesh)
+    sft.check_fits(spec, network)
     examples, data, pinned = make_corpus(spec), spec.data, {}
     if data.folder:
       pinned["data.folder"] = corpus.fingerprint(data.folder)
@@ -120,7 +120,7 @@ def examples_beside(spec: sft.Spec | None, network: state.Network, steps: Iterab
     yield lambda: None
     return
   with hosts.raise_on_all_hosts():
-    sft.check_fits(spec, network.mesh)
+    sft.check_fits(spec, network)
     examples = make_corpus(spec)
   with contextlib.closing(feed.Prefetch(make_feed(spec, network, examples).batch, steps)) as made:
     def next_batch() -> types.PackedBatch:

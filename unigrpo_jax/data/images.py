@@ -1,10 +1,12 @@
 """Images on the host: loading, the official resize rule, patches and their position ids.
 
-The rules are those of the official BAGEL transforms, bit for bit.
+The rules are those of the official BAGEL transforms, bit for bit; only `crop` is not among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import math
 import pathlib
 import warnings
 
@@ -143,6 +145,19 @@ def resize(image: PIL.Image.Image, rule: config_lib.ImageSizeRule) -> PIL.Image.
       f"of {width}x{height} pixels would become {new_width}x{new_height}; make it a multiple"
     )
   return image.resize((new_width, new_height), PIL.Image.Resampling.BICUBIC)
+
+
+def crop(image: PIL.Image.Image, sizes: Sequence[tuple[int, int]]) -> PIL.Image.Image:
+  """Crops an RGB image around its centre to the shape of one of `sizes`, and resizes it to that.
+
+  It is the (height, width) in pixels whose shape is nearest, and of several the nearest in pixels.
+  """
+  def distance(size: tuple[int, int]) -> tuple[float, float]:
+    height, width = (math.log(new / old) for new, old in zip(size, (image.height, image.width)))
+    return round(abs(height - width), 9), abs(height + width)
+
+  height, width = min(sizes, key=distance)
+  return PIL.ImageOps.fit(image, (width, height), PIL.Image.Resampling.BICUBIC)
 
 
 def to_array(image: PIL.Image.Image) -> np.ndarray:

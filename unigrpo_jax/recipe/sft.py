@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.episodes import packing
+from unigrpo_jax.episodes import packing, requests
 from unigrpo_jax.recipe import checks, sections
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.runtime import sharding, state
@@ -21,10 +21,12 @@ MUTABLE_KEYS = {"limits", "microbatch", "remat"}
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
   "attention": "auto", "keep_every": 0, "lora.rank": 0, "lora.alpha": 128.0, "lora.adapter": "",
+  "image_sizes": [],
 }
 _COUNT, _PART = checks.Integer(low=1), checks.Number(low=0, high=1)
 KEYS: checks.Keys = {
   "data.folder": checks.Text(), "data.mixture": checks.Table(checks.Number(low=0)),
+  "image_sizes": checks.Several(checks.Several(_COUNT, 2)),
   "data.wrong_plan_rate": _PART, "sequences_per_step": _COUNT, "noise_draws": _COUNT,
   "timestep_shift": checks.Number(above=0), "drop_text": _PART, "drop_vit": _PART,
   "drop_vae": _PART, "limits.tokens": _COUNT, "limits.labels": _COUNT, "limits.images": _COUNT,
@@ -95,12 +97,16 @@ def read(config: ConfigDict) -> Spec:
   )
 
 
-def check_fits(spec: Spec, mesh) -> None:
-  """Refuses what cannot run on these devices, before anything is loaded or compiled.
+def check_fits(spec: Spec, network: state.Network) -> None:
+  """Refuses what this model or its devices cannot run, before anything is loaded or compiled.
 
   Raises:
     InputError: names the key, its value, and what to do.
   """
+  if spec.feed.image_sizes:
+    with errors.at("config.image_sizes"):
+      requests.check_sizes(network.config, spec.feed.image_sizes)
+  mesh = network.mesh
   ways, hosts = sharding.batch_multiple(mesh), jax.process_count()
   for key, size in (("microbatch", spec.microbatch), ("limits.images", spec.limits.images)):
     if size % ways or size % hosts:

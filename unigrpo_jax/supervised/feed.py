@@ -43,6 +43,8 @@ class Recipe:
 
   noise_draws: int = 1  # noisy copies of each target, which share its context
   timestep_shift: float = 1.0  # of the training times
+  # (height, width) in pixels to which images to draw or edit are cropped, the nearest; () for none.
+  image_sizes: tuple[tuple[int, int], ...] = ()
   # Probability of leaving a condition out, so that guidance has an unconditional model to compare
   # with.
   drop_text: float = 0.1
@@ -94,9 +96,14 @@ class Feed:
     rng = np.random.default_rng((self.seed, corpus.ROWS, number))
     example = self.examples(number, rng)
     with errors.at(example.where):
-      resize = lambda image: image and images_lib.resize(image, self.config.vae_image)
+      images = {name: getattr(example, name) for name in ("target", "source")}
+      # An image that is only asked about is not encoded, and stays whole.
+      sizes = self.recipe.image_sizes if example.target is not None else ()
+      resize = lambda image: (
+        images_lib.crop(image, sizes) if sizes else images_lib.resize(image, self.config.vae_image)
+      )
       return _Row(rng, dataclasses.replace(
-        example, target=resize(example.target), source=resize(example.source)
+        example, **{name: image and resize(image) for name, image in images.items()}
       ))
 
   def _encode(self, rows: Sequence[_Row]) -> None:

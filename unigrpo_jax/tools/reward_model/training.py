@@ -72,7 +72,7 @@ def train(
   """
   spec = sft.read(config)
   network = state.open_network(spec.network, devices)
-  sft.check_fits(spec, network.mesh)
+  sft.check_fits(spec, network)
   yes_id, no_id = learned.answer_ids(network.tokenizer)
   if vit_max is not None:
     network = _seeing(network, vit_max)
