@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ def scores(path, report):
   config = config_lib.read(folder)
   see = preprocess.read_pixels(folder, config.vision.image_size)
   read = preprocess.Words(folder, config.text.max_positions, config.text.vocab_size)
-  images = [recorded.pop(name) for name in sorted(recorded) if name.startswith("image_")
-            and name != "image_features"]
+  count = sum(re.fullmatch(r"image_\d+", name) is not None for name in recorded)
+  images = [recorded.pop(f"image_{number}") for number in range(count)]
   pixels = np.stack([see(image) for image in images])
   ids = read(json.loads((folder / "recorded.json").read_text())["prompts"])
   end = (ids == ids[:, -1:]).argmax(1)

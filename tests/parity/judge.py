@@ -35,11 +35,17 @@ def read_points(path, report):
     found = [
       [point.question, point.answer, str(list(point.needs))] for point in exam_points.read(record)
     ]
-    expected = [
-      [point["question"], point.get("answer", "yes"), str(point.get("needs", []))]
-      for point in record["points"]
-    ]
+    expected = [_point(item) for item in record.get("points") or record["vqa_list"]]
     report.check_equal("points", record["prompt"], found, expected, cases.EXACT)
+
+
+def _point(item: Any) -> list[str]:
+  """[question, answer, needs] of an object, a question, or GenEval2's [question, answer]."""
+  if isinstance(item, str):
+    return [item, "yes", "[]"]
+  if isinstance(item, list):
+    return [item[0], str(item[1]), "[]"]
+  return [item["question"], str(item.get("answer", "yes")), str(item.get("needs", []))]
 
 
 @cases.file_case("*judge/templates.json")

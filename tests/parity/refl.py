@@ -102,6 +102,9 @@ def _late_step(a):
 def last_steps(folder, rec):
   for m in rec.matches(r"(.+)/k(\d+)/x0"):
     values, gradients = _last_steps(read(rec, m[1], "x_init", "schedule"), int(m[2]))
+    # A mean of rewards of either sign: as exact as they are.
+    exact = VALUE.relative * float(jnp.abs(values["reward"]).max())
+    rec.check("loss", f"{m[1]}/k{m[2]}/loss", values.pop("loss"), cases.Tolerance(exact, 0.0))
     compare(rec, f"{m[1]}/k{m[2]}", values, gradients)
 
 
@@ -135,7 +138,12 @@ def direct_alignment(folder, rec):
       branches[branch] = dict(t=t, t_next=t_next, k=rec[f"{m[1]}/{branch}/k"])
     values, gradients = _direct_alignment(a, branches)
     for branch, of_branch in values.items():
-      compare(rec, f"{m[1]}/{branch}", of_branch)
+      # Two rewards of the size of the gain, of which one is taken from the other.
+      exact = VALUE.relative * float(2 * (1 + branches[branch]["k"].max()) * a["head/gain"])
+      score = values[branch]["score"]
+      rec.check("scores", f"{m[1]}/{branch}/score", score, cases.Tolerance(exact, 0.0))
+      compare(rec, f"{m[1]}/{branch}",
+              {key: value for key, value in of_branch.items() if key != "score"})
     # The loss that is left is that of the last branch.
     scores = values[[*branches][-1]]["score"]
     loss = jax.nn.relu(SRPO_MARGIN - scores).mean() / len(branches)
