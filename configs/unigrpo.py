@@ -103,7 +103,8 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.scale_with_size = True  # of SDEs, clip and regulariser: by sqrt(262,144 / elements)
   config.flow.grad_reweight = "none"  # or "inv_dt"
   config.flow.regulariser = "velocity_mse"  # "latent_kl", "latent_kl_exact" or "none"
-  config.flow.regulariser_weight = 1.5e-5  # at 262,144 latent elements; without an SDE at any size
+  # At 262,144 latent elements; without an SDE at any size. 0 only measures the distance.
+  config.flow.regulariser_weight = 1.5e-5  # how much the distance from the reference counts
   config.flow.routing = "expert"  # gradients reach the generation expert; "markers", "full"
   config.flow.reference_context = "reference"  # or "policy": whose context its velocities see
   config.flow.dppo_threshold = 1e-5  # divergence from which on "dppo" drops a step
