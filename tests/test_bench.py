@@ -103,6 +103,8 @@ def test_a_trainer_that_drifts_is_not_timed(small, monkeypatch):
   (["--repeats=0"], "--repeats=0 must be at least 1"),
   (["--shape=huge"], "invalid choice: 'huge'"),
   (["--json=nowhere/out.json"], "nowhere/out.json: no such folder"),
+  (["--layers=3"], "--layers is only with --device-check"),
+  (["--toy"], "--toy is only with --device-check"),
 ])
 def test_bad_arguments_are_named(arguments, words):
   with pytest.raises(errors.InputError, match=words):

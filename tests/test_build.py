@@ -93,6 +93,7 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
     (["--seed=1"], "--seed=1 but the build in"),
     (["--vae_rows=8"], "--vae_rows=8 but the build in"),
     (["--config.steps=3"], "--config=['--config.steps=3'] but the build in"),
+    (["--workdir=damaged"], "damaged/build.json: not readable as JSON"),
   ],
 )
 def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch, args, words):
@@ -103,6 +104,8 @@ def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch
   monkeypatch.setattr(build, "make_base", None)
   (tmp_path / "there").mkdir()
   (tmp_path / "file").write_text("")
+  (tmp_path / "damaged").mkdir()
+  (tmp_path / "damaged/build.json").write_text('{"x')
   before = sorted(tmp_path.rglob("*"))
   assert words in refusal(build.main, ["--workdir=w", "--out=o", *args])
   assert sorted(tmp_path.rglob("*")) == before

@@ -219,6 +219,10 @@ def test_the_page_has_the_learned_rewards_agreement_and_what_regularisers_cost(t
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
   text = made.write()
   assert "| plain | 0.750 (0.700 to 0.800) | 0.500 (0.400 to 0.600) | 40 |" in text
+  # Where all answers are the same there is no kappa.
+  of |= {"accuracy": [1.0, None, None], "kappa": [None, None, None]}
+  (sft / "benchmarks.json").write_text(json.dumps({"plain": {"ta": {"agreement": of}}}))
+  assert "| plain | 1.000 | – | 40 |" in made.write()
   assert "that training with each of them reached: velocity MSE 0.500, none 0.250." in text
 
 
@@ -340,6 +344,7 @@ def test_a_run_of_another_configuration_is_not_read(tmp_path, monkeypatch):
   (["--start=nowhere"], "--start=nowhere"),
   (["--variants=tinny"], "'tinny' is none of"),
   (["--config.flow.wieght=1"], "no key 'wieght'"),
+  (["--config.steps=0"], "config.steps=0 must be at least 1"),
   (["--config.flow.weight=two"], "--config.flow.weight=two"),
   (["--config=configs/sft.py"], "--config=configs/sft.py"),
   (["--set", "steps=3"], "Unknown command line flag 'set'"),

@@ -320,25 +320,33 @@ def test_the_commands_run(tmp_path, my_rewards):
   (tmp_path / "runs").mkdir()
   for name in ("a", "b"):
     (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a red kite"}\n')
+  [exam] = [b for b in pages.blocks("json") if "how many kites are there?" in b.text]
+  (tmp_path / "exam.jsonl").write_text(exam.text)
+  (tmp_path / "question.txt").write_text("{question}")
   environment = os.environ | {"PYTHONPATH": str(tmp_path)}
   environment.pop("XLA_FLAGS")  # eight devices are for tests within this process
   python = lambda words: [sys.executable if words[0] == "python" else words[0], *words[1:]]
   done = set()
-  for param in COMMANDS:
-    [command] = param.values
-    if _why_not_run(command) or command in done:
-      continue
-    done.add(command)
-    words = shlex.split(command)
-    for pattern, less in LESS.items():
-      words += less * bool(re.search(pattern, command))
-    if "unigrpo_jax.rewards.serve" in words:
-      _serve_and_ask(python(words), tmp_path, environment)
-      continue
-    ended = subprocess.run(
-      python(words), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000
-    )
-    assert ended.returncode == 0, f"{param.id}: {shlex.join(words)}\n{ended.stdout}{ended.stderr}"
+  with contextlib.ExitStack() as servers:
+    for param in COMMANDS:
+      [command] = param.values
+      if _why_not_run(command) or command in done:
+        continue
+      done.add(command)
+      words = shlex.split(command)
+      for pattern, less in LESS.items():
+        words += less * bool(re.search(pattern, command))
+      if "unigrpo_jax.rewards.serve" in words:
+        with _served(python(words), tmp_path, environment, port=8901):
+          _ask_reward()
+        continue
+      if "unigrpo_jax.serve" in words:  # for the commands below it
+        servers.enter_context(_served(python(words), tmp_path, environment, port=8000))
+        continue
+      ended = subprocess.run(
+        python(words), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000
+      )
+      assert not ended.returncode, f"{param.id}: {shlex.join(words)}\n{ended.stdout}{ended.stderr}"
   assert (tmp_path / "runs/tiny.png").stat().st_size > 10_000
   client = "\n".join(b.text for b in pages.blocks("python") if "pipeline" in b.text)
   subprocess.run(
@@ -346,19 +354,25 @@ def test_the_commands_run(tmp_path, my_rewards):
   )
 
 
-def _serve_and_ask(words, folder: pathlib.Path, environment) -> None:
-  """Runs the server of rewards.md, and the client of the same page."""
+def _ask_reward() -> None:
+  """Runs the client of rewards.md."""
   [client] = [b for b in pages.blocks("python") if "http://127.0.0.1:8901" in b.text]
+  names = {"image": np.full((8, 8, 3), 255, np.uint8)}
+  exec(compile(client.text, client.page, "exec"), names)
+  np.testing.assert_allclose(names["total"], [1.0])
+
+
+@contextlib.contextmanager
+def _served(words, folder: pathlib.Path, environment, *, port: int):
+  """Within, the server that a command starts answers."""
   server = subprocess.Popen(words, cwd=folder, env=environment)
   try:
     for _ in range(120):
       time.sleep(1)
       with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", 8901), timeout=1).close()
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
         break
-    names = {"image": np.full((8, 8, 3), 255, np.uint8)}
-    exec(compile(client.text, client.page, "exec"), names)
-    np.testing.assert_allclose(names["total"], [1.0])
+    yield
   finally:
     server.terminate()
     server.wait(60)

@@ -126,14 +126,16 @@ def broken(samples):
 
 
 def test_rewards_of_the_users_own(golden, tmp_path, capsys):
-  """Any prompt is scored by them; what one cannot score is reported, not a 0."""
+  """Any prompt is scored by them; what one cannot score is reported, not a 0. One that scored
+  nothing is an error, once the results are written."""
   path = tmp_path / "mine.txt"
   path.write_text("a red kite\ntwo birds\n")
-  evaluate.main([
-    f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
-    "--modes", "plain", "--size", "32", "32", *QUICK,
-    "--rewards", "brightness", "mine=tests.test_evaluate:broken",
-  ])
+  with pytest.raises(errors.Unavailable, match="reward mine scored none of 2 pictures"):
+    evaluate.main([
+      f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
+      "--modes", "plain", "--size", "32", "32", *QUICK,
+      "--rewards", "brightness", "mine=tests.test_evaluate:broken",
+    ])
   rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
   assert [set(row["rewards"]) for row in rows] == [{"brightness"}, {"brightness"}]
   assert all(0 < row["rewards"]["brightness"] < 1 for row in rows)
@@ -190,6 +192,61 @@ def test_a_killed_evaluation_continues_as_if_it_had_not_been(golden, tmp_path, m
     for file, path in files.items():
       same = path.read_bytes().replace(b"whole", b"killed")
       assert file == "contact.png" or same == (tmp_path / f"killed{name}" / file).read_bytes(), file
+
+
+def test_a_finished_evaluation_is_replaced_only_where_that_is_asked_for(golden, tmp_path, capsys):
+  path = tmp_path / "mine.txt"
+  path.write_text("a red kite\n")
+
+  def call(*more):
+    evaluate.main([
+      f"--checkpoint={golden}", f"--prompts_from={path}", f"--out={tmp_path / 'out'}",
+      "--modes", "plain", "--size", "32", "32", *QUICK, "--rewards=brightness", *more,
+    ])
+
+  call()
+  results_file = tmp_path / "out/results.json"
+  before = results_file.read_bytes(), results_file.stat().st_mtime_ns
+  capsys.readouterr()
+  call()
+  assert "holds this evaluation already; --overwrite makes it again" in capsys.readouterr().out
+  message = refusal(call, "--seed=1")
+  assert "holds a finished evaluation of seed=0, not 1; give another --out, or --over" in message
+  again = [f"--images={tmp_path / 'out'}", "--rewards=brightness"]
+  evaluate.main([*again, f"--out={tmp_path / 'rated'}"])
+  message = refusal(evaluate.main, [f"--images={tmp_path / 'rated'}", "--rewards=brightness",
+                                    f"--out={tmp_path / 'out'}"])
+  assert "holds a finished evaluation of images_from=None" in message
+  capsys.readouterr()
+  evaluate.main([*again, f"--out={tmp_path / 'rated'}"])
+  assert "holds this evaluation already" in capsys.readouterr().out
+  assert before == (results_file.read_bytes(), results_file.stat().st_mtime_ns)
+  call("--seed=1", "--overwrite")
+  assert json.loads(results_file.read_text())["seed"] == 1
+  (tmp_path / "rated/unfinished.jsonl").write_text("{}\n")
+  assert "holds an unfinished evaluation" in refusal(evaluate.main, [*again, "--overwrite",
+                                                     f"--out={tmp_path / 'rated'}"])
+
+
+@pytest.mark.parametrize("flags, words", [
+  (["--images=a", "--checkpoint=b"], "--checkpoint has no effect with --images; leave it out"),
+  (["--images=a", "--temperature=1"], "--temperature has no effect with --images"),
+  (["--geneval_results=a", "--rewards", "brightness"], "--rewards has no effect with --geneval_re"),
+  (["--temperature=1e-20"], "--temperature=1e-20 must be at least 1e-06, or 0, which takes"),
+])
+def test_flags_that_would_do_nothing_are_refused(flags, words):
+  assert words in refusal(evaluate.main, ["--out=o", *flags])
+
+
+@pytest.mark.parametrize("changes", [
+  {"image": 5}, {"prompt": None}, {"mode": 7}, {"number": "a"}, {"metadata": "x"}, {"rewards": 3},
+  {"rewards": {"a": "b"}},
+])
+def test_results_with_a_member_of_another_kind_are_refused(tmp_path, changes):
+  row = dict(mode="plain", category="all", prompt="a", text=None, rewards={}, image=None)
+  (tmp_path / "results.json").write_text(json.dumps({"rows": [row | changes]}))
+  message = refusal(results.read, tmp_path)
+  assert "results.json: not the results of an evaluation (a row has " in message
 
 
 def test_iconworld_has_rewards_and_tasks(golden, tmp_path, capsys):

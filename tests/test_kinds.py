@@ -158,7 +158,7 @@ def test_options_are_dicts_by_reward(text, words):
 
 @pytest.mark.parametrize("change, words", [
   ("rollout.shift=1e300", "config.rollout.shift=1e\\+300 must be 0, or of a size from 1.2e-38 to"),
-  ("rollout.temperature=1e-300", "config.rollout.temperature=1e-300 must be 0, or of a size"),
+  ("rollout.shift=1e-300", "config.rollout.shift=1e-300 must be 0, or of a size"),
   ("rewards={'brightness': -1e39}", "config.rewards.brightness=-1e\\+39 must be 0, or of a size"),
   ("b1=1.0", "config.b1=1.0 must be less than 1"), ("b2=0.99999999", "config.b2=0.99999999 must"),
   ("group_size=2147483647", "config.group_size=2147483647 must be .* at most 1000000"),

@@ -188,6 +188,8 @@ def test_fetching(package, tmp_path, monkeypatch, capsys):
   (package.folder() / "a.bin").write_bytes(b"1235")
   with pytest.raises(errors.InputError, match=r"a.bin has the sha256 .*, not "):
     package.check(package.folder())
+  with pytest.raises(errors.InputError, match="missing.tgz: cannot be read .No such file"):
+    package.unpack(tmp_path / "missing.tgz", tmp_path)
   (tmp_path / "no.tgz").write_bytes(b"no archive")
   with pytest.raises(errors.InputError, match="is no archive"):
     package.unpack(tmp_path / "no.tgz", tmp_path)

@@ -411,7 +411,8 @@ def test_one_picture_of_before_and_after(folder, tmp_path, capsys):
   with PIL.Image.open(tmp_path / "a.png") as picture:
     assert picture.size == tuple(int(side * figure.DPI) for side in figure.SIZE)
   with pytest.raises(errors.InputError, match="ending of --figure='nothing' is none of png"):
-    report.main([str(run), f"--figure={tmp_path / 'a.nothing'}"])
+    report.main([str(run), f"--figure={tmp_path / 'a.nothing'}", f"--out={tmp_path / 'none.html'}"])
+  assert not (tmp_path / "none.html").exists()  # It is said before anything is written.
 
 
 def test_a_picture_needs_two_evaluations(tmp_path):

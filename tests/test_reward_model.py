@@ -218,15 +218,23 @@ def test_the_command_refuses(tmp_path, flags, words):
 
 def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
   work, pairs = f"--workdir={tmp_path / 'work'}", lines(tmp_path, {"prompt": "a", "picture": "b"})
+  record = tmp_path / "work" / "reward_model.json"
   refusal(command.main, ["train", work])
-  assert not (tmp_path / "work" / "reward_model.json").exists()  # It has not begun with anything.
   begin = [f"--train_file={pairs}", f"--validation_file={pairs}", "--triples=500"]
-  assert "key='picture'" in refusal(command.main, ["train", work, *begin])
+  for stage in ("make", "train"):
+    assert "key='picture'" in refusal(command.main, [stage, work, *begin])
+  assert not record.exists()  # It has not begun with anything.
+  lines(tmp_path, {"prompt": "a", "chosen": "a.png", "rejected": "b.png"})
+  command.main(["make", work, *begin])
   message = refusal(command.main, ["train", work, "--seed=1"])
   assert message.startswith("seed=1 but the stages in") and "have 0" in message
   # What is left out is as it was.
-  assert "key='picture'" in refusal(command.main, ["train", work])
-  assert "triples=600 but" in refusal(command.main, ["train", work, "--triples=600"])
+  command.main(["make", work])
+  assert "triples=600 but" in refusal(command.main, ["make", work, "--triples=600"])
+  for damaged in ("[]", '{"tr'):
+    record.write_text(damaged)
+    message = refusal(command.main, ["make", work])
+    assert message.startswith(f"{record}: ") and "JSON" in message
 
 
 @pytest.mark.slow

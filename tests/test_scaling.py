@@ -72,3 +72,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
   assert "image tokens" in printed and "2.00      1.00 *" in printed
   with pytest.raises(errors.InputError, match="scaling.json is of another shape"):
     bench.main([*command, "--shape=small"])
+  for damaged in ("", "[]", "3", "[" * 100_000):
+    path.write_text(damaged)
+    with pytest.raises(errors.InputError, match="scaling.json: .*JSON"):
+      bench.main(command)

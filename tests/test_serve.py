@@ -170,6 +170,7 @@ def bomb():
   (message() | {"max_tokens": 65}, 400, "max_tokens=65 must be at least 1 and at most 64"),
   (message() | {"max_tokens": "8"}, 400, "max_tokens='8' must be an integer"),
   (message() | {"temperature": -1}, 400, "temperature=-1"),
+  (message() | {"temperature": 1e-30}, 400, "temperature=1e-30 must be at least 1e-06, or 0"),
   (message() | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs=true"),
   (message() | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs=21"),
   (message() | {"logprobs": 3}, 400, "logprobs=3"), (message() | {"seed": "x"}, 400, "seed='x'"),

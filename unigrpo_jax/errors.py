@@ -91,6 +91,7 @@ POINTER = (
 # Bounds of a seed: with the number of a row added to it, it is still a seed of `jax.random.key`,
 # which would take the lowest 32 bits of another.
 SEED = {"low": 0, "high": 2**31 - 1}
+LEAST_TEMPERATURE = 1e-6
 # The longest limit of time, in seconds: the system takes a few times more.
 MAX_SECONDS = 1e9
 # In which threads and processes end that a reward began, after the program's last line.
@@ -123,6 +124,17 @@ def require(
   if not is_number:
     wanted.insert(0, "an integer" if integer else "a number")
   raise InputError(f"{name}={shown(value)} must be {' and '.join(wanted) or 'finite'}")
+
+
+def require_temperature(name: str, value: Any, *, high: float | None = None) -> None:
+  """Raises InputError unless `value` is None or the temperature of a softmax: 0, which stands for
+  the likeliest token, or one by which float32 can divide logits."""
+  require(name, value, low=0, high=high)
+  if value and value < LEAST_TEMPERATURE:
+    raise InputError(
+      f"{name}={value:g} must be at least {LEAST_TEMPERATURE:g}, or 0, which takes the likeliest "
+      "token"
+    )
 
 
 def _is_finite(value: numbers.Real) -> bool:

@@ -54,15 +54,26 @@ benchmarks:
 examples:
   python -m unigrpo_jax.evaluate --out=runs/eval
   python -m unigrpo_jax.evaluate --checkpoint=runs/tiny_model --modes think think+guidance \\
-    --out=runs/eval
-  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/eval
+    --out=runs/tiny_eval
+  python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.txt --out=runs/mine
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=geneval --samples=4 \\
-    --modes think+guidance --keep=all --keep_official=runs/official --out=runs/eval
-  python -m unigrpo_jax.evaluate --images=runs/eval --rewards=brightness --out=runs/again
-  python -m unigrpo_jax.evaluate --geneval_results=results.jsonl --out=runs/eval
+    --modes think+guidance --keep=all --keep_official=runs/official --out=runs/drawn
+  python -m unigrpo_jax.evaluate --images=runs/drawn --rewards=brightness --out=runs/again
+  python -m unigrpo_jax.evaluate --geneval_results=results.jsonl --out=runs/geneval
   python -m unigrpo_jax.evaluate --checkpoint=BAGEL-7B-MoT --prompts_from=mine.jsonl \\
-    --rewards red=my_rewards:redness taste=http://127.0.0.1:8901 --out=runs/eval
+    --rewards red=my_rewards:redness taste=http://127.0.0.1:8901 --out=runs/rated
 """
+
+
+# Flags about how pictures are drawn, which existing ones do not take, and about those to score.
+_OF_DRAWING = (
+  "checkpoint", "adapter", "samples", "modes", "size", "keep_official", "num_timesteps", "shift",
+  "cfg_text_scale", "cfg_interval", "cfg_renorm", "temperature", "max_tokens",
+)
+_WITHOUT = {
+  "images": _OF_DRAWING,
+  "geneval_results": (*_OF_DRAWING, "prompts", "points_judge", "rewards"),
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,12 +82,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--checkpoint", default="tiny",
+  add("--checkpoint",
       help="official or converted folder, a name of the Hugging Face hub, downloaded once, "
-      'or "tiny", the embedded one (default: %(default)s)')
+      'or "tiny", the embedded one (default: tiny)')
   add("--adapter", metavar="FOLDER",
       help="LoRA adapters for the checkpoint, from PEFT or export --adapter")
   add("--out", type=files.path, required=True, metavar="FOLDER", help="where the results go")
+  add("--overwrite", action="store_true", help="replace a finished evaluation in --out")
   add("--prompts_from", default="iconworld",
       help="iconworld, geneval or another generated set, or a file or folder that "
       "unigrpo_jax.data reads "
@@ -115,6 +127,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   errors.require("--samples", args.samples, low=1, high=1000)
   if args.images is not None and args.geneval_results is not None:
     raise errors.InputError("--images and --geneval_results: give one of them")
+  for flag, names in _WITHOUT.items():
+    for name in names if getattr(args, flag) is not None else ():
+      if getattr(args, name) is not None:
+        raise errors.InputError(f"--{name} has no effect with --{flag}; leave it out")
+  args.checkpoint = args.checkpoint or "tiny"
   return args
 
 

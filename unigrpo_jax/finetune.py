@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -182,3 +183,9 @@ def put(batch: types.PackedBatch, mesh) -> types.PackedBatch:
   """The batch of all hosts, on the devices, from each host's part of it; see `feed.Feed.batch`."""
   where = sharding.along_batch(mesh, axis=1)
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
+
+
+if __name__ == "__main__":
+  sys.exit(
+    "error: no command; run python -m unigrpo_jax.train --config=configs/sft.py --workdir=WORKDIR"
+  )

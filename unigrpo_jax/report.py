@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   out = args.out or args.workdir / "report.html"
   if out.is_dir():
     raise errors.InputError(f"--out={out} is a folder; name a file in it")
+  if args.figure:
+    figure.check_name(args.figure)
   run = workdir.read(args.workdir)
   text = page.render(run)
   with errors.storage(f"--out={out}"):

@@ -33,6 +33,13 @@ def file_name(mode: str) -> str:
   return mode.replace(" + ", "_")
 
 
+# What the members of a row are in a file.
+_KINDS = {
+  "mode": str, "category": str, "prompt": str, "text": str | None, "rewards": dict,
+  "image": str | None, "number": int | None, "k": int, "details": dict, "metadata": dict,
+}
+
+
 @dataclasses.dataclass
 class Row:
   """One image of a prompt, drawn in one mode.
@@ -313,6 +320,18 @@ def _line(rows: Sequence[Row]) -> str:
   return json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
 
 
+def _row(values: Mapping[str, Any]) -> Row:
+  """A row of a file; raises TypeError where a member is of another kind."""
+  row = Row(**values)
+  for name, kind in _KINDS.items():
+    if not isinstance(getattr(row, name), kind):
+      raise TypeError(f"a row has {name}={errors.shown(getattr(row, name))}")
+  for name, value in row.rewards.items():
+    if not isinstance(value, int | float):
+      raise TypeError(f"a row has the reward {name}={errors.shown(value)}")
+  return row
+
+
 def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[Row]]]:
   """(what identifies the evaluation, rows of each batch) of a file; ({}, []) without one."""
   if not path.exists():
@@ -322,9 +341,35 @@ def _read_unfinished(path: pathlib.Path) -> tuple[dict[str, Any], list[list[Row]
   whole = text.split("\n")[:-1]  # What follows the last end of a line was cut off by a kill.
   try:
     about, *batches = [json.loads(line) for line in whole] or [{}]
-    return dict(about), [[Row(**row) for row in batch] for batch in batches]
+    return dict(about), [[_row(row) for row in batch] for batch in batches]
   except (ValueError, TypeError, RecursionError):
     raise errors.InputError(f"{path}: damaged; delete it to begin the evaluation anew") from None
+
+
+def is_finished(
+  folder: pathlib.Path, about: Mapping[str, Any], names: Sequence[str], modes: Sequence[str]
+) -> bool:
+  """Whether a folder holds this evaluation, finished, and with every score.
+
+  Args:
+    folder: of the evaluation.
+    about: what identifies it, as JSON.
+    names, modes: rewards that every row of these modes should have.
+
+  Raises:
+    InputError: it holds the results of another evaluation.
+  """
+  # Of both files the unfinished one is newer: a kill came before it could be deleted.
+  if not (folder / FINISHED).exists() or (folder / UNFINISHED).exists():
+    return False
+  before, rows = read(folder)
+  for key, value in json.loads(json.dumps(about)).items():
+    if before.get(key) != value:
+      raise errors.InputError(
+        f"--out={folder} holds a finished evaluation of {key}={errors.shown(before.get(key))}, not "
+        f"{errors.shown(value)}; give another --out, or --overwrite"
+      )
+  return all(name in row.rewards for row in rows if row.mode in modes for name in names)
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
@@ -342,7 +387,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
     return (about, [row for batch in batches for row in batch]) if batches else None
   try:
     record = json.loads(path.read_text(encoding="utf-8"))
-    return record, [Row(**row) for row in record.pop("rows")]
+    return record, [_row(row) for row in record.pop("rows")]
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise errors.InputError(
       f"{path}: not the results of an evaluation ({errors.first_line(error)})"

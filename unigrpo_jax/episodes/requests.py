@@ -73,7 +73,7 @@ class Settings:
   def __post_init__(self):
     errors.require("num_timesteps", self.num_timesteps, low=2)
     errors.require("shift", self.shift, above=0)
-    errors.require("temperature", self.temperature, low=0)
+    errors.require_temperature("temperature", self.temperature)
     errors.require("max_tokens", self.max_tokens, low=1)
     errors.require("guidance.text_scale", self.guidance.text_scale, low=0)
     errors.require("guidance.image_scale", self.guidance.image_scale, low=0)

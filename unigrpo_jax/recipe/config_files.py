@@ -59,6 +59,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     words = f"--config has no key {'. '.join(str(error.args[0]).splitlines())}"
     if any(argument.lstrip("-").startswith("config.reward_options.") for argument in overrides):
       words += "; new options come as a whole, --config.reward_options=\"{'NAME': {'KEY': 1}}\""
+    if any(argument.lstrip("-").startswith("config.rewards.") for argument in overrides):
+      words += "; rewards come as a whole, --config.rewards=\"{'NAME': 1.0}\""
     raise errors.InputError(words) from None
   except (TypeError, ValueError) as error:
     raise errors.InputError(f"--config: {' '.join(str(error).split())}") from None

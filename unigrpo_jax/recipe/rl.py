@@ -69,7 +69,7 @@ KEYS: checks.Keys = {
   "rollout.layout": checks.OneOf(tuple(sharding.LAYOUTS)),
   "rollout.tensor": checks.Integer(low=0),
   "rollout.prompt_tokens": checks.Integer(low=3, high=checks.MANY),
-  "rollout.max_tokens": _COUNT, "rollout.temperature": checks.Number(above=0),
+  "rollout.max_tokens": _COUNT, "rollout.temperature": checks.Number(low=errors.LEAST_TEMPERATURE),
   "rollout.height": _COUNT, "rollout.width": _COUNT,
   "rollout.num_timesteps": _POINTS, "rollout.shift": checks.Number(above=0),
   "rollout.sde": checks.OneOf(sde.KINDS), "rollout.noise_level": _SCALE,

@@ -106,7 +106,8 @@ def _same(data: bytes, expected: str, where: str) -> None:
 
 def _opened(archive: pathlib.Path) -> tarfile.TarFile:
   try:
-    return tarfile.open(archive)
+    with errors.storage(archive, "read"):
+      return tarfile.open(archive)
   except (tarfile.TarError, EOFError):
     raise errors.InputError(f"{archive} is no archive; give the .tgz of an npm package") from None
 

@@ -242,7 +242,8 @@ class Run:
       if count:
         trained = f"learning rate {rate:g}" if rate else "frozen"
         text.append(f"  {group:7} {count:>15,} parameters, {trained}")
-    hosts.print_first("\n".join([*text, "compiling"]))
+    left = self.step < self._spec.steps
+    hosts.print_first("\n".join([*text, "compiling" if left else "all steps are taken already"]))
 
   # --- Within the run.
 

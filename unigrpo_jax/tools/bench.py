@@ -92,6 +92,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="with --device-check: a tiny width, to try the script on a CPU")
   args = parser.parse_args(argv)
   errors.require("--layers", args.layers, low=0)
+  if not args.device_check and (args.layers or args.toy):
+    flag = "--layers" if args.layers else "--toy"
+    raise errors.InputError(f"{flag} is only with --device-check; leave it out")
   if args.shape == "all" and args.scaling:
     raise errors.InputError("--shape=all: --scaling starts from one shape; name it")
   errors.require("--repeats", args.repeats, low=1)

@@ -206,11 +206,11 @@ def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> Non
   """Records the arguments of a build; raises InputError where it was begun with others."""
   record = workdir / "build.json"
   if record.exists():
-    before = {"config": []} | json.loads(record.read_text(encoding="utf-8"))
+    before = {"config": []} | config_lib.read_json(record)
     for name, value in arguments.items():
-      if value != before[name]:
+      if value != before.get(name):
         raise errors.InputError(
-          f"--{name}={value} but the build in {workdir} has {before[name]}; give it back its "
+          f"--{name}={value} but the build in {workdir} has {before.get(name)}; give it back its "
           "value, or choose a new --workdir"
         )
   elif pathlib.Path(arguments["out"]).exists():

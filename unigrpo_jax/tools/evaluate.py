@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -86,6 +84,22 @@ def evaluate(args: argparse.Namespace) -> None:
       seed=args.seed, num_saved_images=keep, size=args.size and tuple(args.size), images=samples,
     )
     about["batch_size"] = drawing.batch_size
+  about |= {
+    "weights": pipeline.network.folder.fingerprint(),
+    "prompts_digest": rescore.digest([[one.prompt, one.metadata] for one in examples]),
+    "reward_options": rescore.digest(
+      [args.reward_options, {} if scorer is None else scorer.fingerprints()]
+    ),
+    "tasks": list(tasks),
+  }
+  with hosts.raise_on_all_hosts():
+    held = hosts.first() and rescore.holds(
+      args, about, () if scorer is None else list(scorer.failures), about["drawn"]
+    )
+  if hosts.broadcast(held):
+    if scorer is not None:
+      scorer.close()
+    return
   with hosts.raise_on_all_hosts():
     observers = rescore.make_exam(args, examples, of_iconworld)
   hosts.print_first(
@@ -95,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> None:
   kept: Unfinished | None = None
   if drawing is not None:
     total = len(modes) * len(examples) * samples
-    kept = Unfinished(args, about, pipeline, examples, scorer)
+    kept = Unfinished(args, about, examples)
     if len(kept.rows) < total or tasks:
       pipeline.load()
     found = draw(drawing, total, kept, observers)
@@ -129,6 +143,7 @@ def evaluate(args: argparse.Namespace) -> None:
       )
       if kept is not None:
         kept.end()
+      rescore.raise_if_none(list(reasons), drawn)
 
 
 def mode_names(args: argparse.Namespace) -> Sequence[str]:
@@ -166,8 +181,7 @@ class Unfinished:
   """
 
   def __init__(
-    self, args: argparse.Namespace, about: dict[str, Any], pipeline: pipeline_lib.Pipeline,
-    examples: Sequence[Any], scorer: rewards.Scorer | None,
+    self, args: argparse.Namespace, about: dict[str, Any], examples: Sequence[Any]
   ):
     """Reads what an interrupted run left, and prepares the folders.
 
@@ -181,14 +195,7 @@ class Unfinished:
     rows: list[dict[str, Any]] = []
     with hosts.raise_on_all_hosts():
       if hosts.first():
-        # As digests, since options may contain a password.
-        self._file = results_lib.Unfinished(args.out, about | {
-          "weights": pipeline.network.folder.fingerprint(),
-          "prompts": _digest([[example.prompt, example.metadata] for example in examples]),
-          "reward_options": _digest([
-            args.reward_options, {} if scorer is None else scorer.fingerprints()
-          ]),
-        })
+        self._file = results_lib.Unfinished(args.out, about)
         rows = [dataclasses.asdict(row) for row in self._file.rows]
         for mode in about["drawn"] if self._official is not None else ():
           official.begin(
@@ -218,10 +225,6 @@ class Unfinished:
     """Deletes what is no longer needed; to be called after the results were saved."""
     if self._file is not None:
       self._file.end()
-
-
-def _digest(value: Any) -> str:
-  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def draw(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -23,29 +24,28 @@ from unigrpo_jax.rewards import iconworld as iconworld_rewards
 from unigrpo_jax.rewards import scorer as scorer_lib
 
 WAITING_SECONDS = 30.0  # From one line about a reward that is waited for to the next.
-# Flags about how pictures are drawn, which existing pictures do not take.
-_OF_DRAWING = ("adapter", "samples", "modes", "size", "keep_official")
 
 
 def run(args: argparse.Namespace) -> None:
   """Scores the pictures in --images, or summarises --geneval_results."""
   check_out(args.out)
+  if (args.out / results_lib.UNFINISHED).exists():
+    raise errors.InputError(f"--out={args.out} holds an unfinished evaluation; give another --out")
   with locks.hold(locks.inside(args.out), f"--out={args.out}"):
     if args.geneval_results is not None:
       rows = official.read_results(args.geneval_results)
-      finish(
-        args.out, results_lib.Results(rows, {}), of=f"GenEval's own script, {args.geneval_results}",
-        about={}, settings={}, names=["geneval"], of_geneval=True,
-      )
+      title = f"GenEval's own script, {args.geneval_results}"
+      if not holds(args, {"of": title}):
+        finish(
+          args.out, results_lib.Results(rows, {}), of=title, about={}, settings={},
+          names=["geneval"], of_geneval=True,
+        )
     else:
       score_pictures(args)
 
 
 def score_pictures(args: argparse.Namespace) -> None:
   """Scores the pictures in --images, and writes the results to --out."""
-  for name in _OF_DRAWING:
-    if getattr(args, name) is not None:
-      raise errors.InputError(f"--{name} is of drawing; --images={args.images} draws nothing")
   about, rows = read_pictures(args.images, args.prompts)
   if args.out.absolute() == args.images.absolute():
     raise errors.InputError(
@@ -58,6 +58,14 @@ def score_pictures(args: argparse.Namespace) -> None:
       f"--images={args.images} needs --rewards, such as geneval; see docs/rewards.md"
     )
   observers = make_exam(args, rows, of_iconworld)
+  of_scores = {
+    "images_from": str(args.images), "rewards": args.rewards, "prompts": len({r.key for r in rows}),
+    "reward_options": digest([args.reward_options, scorer.fingerprints() if scorer else {}]),
+  }
+  if holds(args, of_scores, list(scorer.failures) if scorer else (), {row.mode for row in rows}):
+    if scorer is not None:
+      scorer.close()
+    return
   made: list[results_lib.Row] = []
   with progress.bar(len(rows), "scoring", unit="pictures") as bar:
     for start in range(0, len(rows), args.batch_size):
@@ -94,10 +102,11 @@ def score_pictures(args: argparse.Namespace) -> None:
   finish(
     args.out, results_lib.Results(made, pictures),
     of=f"{about.get('of', 'pictures')}, scored again of {args.images}",
-    about=about | {"images_from": str(args.images), "rewards": args.rewards},
+    about=about | of_scores,
     settings=settings, observers=observers,
     names=list(reasons), of_geneval=not of_iconworld and measured.is_geneval(made),
   )
+  raise_if_none(list(reasons), made)
 
 
 def wait(pending: scorer_lib.Pending) -> Mapping[str, rewards.Scores]:
@@ -138,6 +147,28 @@ def read_pictures(
       f"--images={folder}: its results have no pictures; evaluate with --keep=all keeps them"
     )
   return about, rows
+
+
+def holds(
+  args: argparse.Namespace, about: Mapping[str, Any], names: Collection[str] = (),
+  modes: Collection[str] = (),
+) -> bool:
+  """Whether --out holds this evaluation already, and says so; see `results.is_finished`.
+
+  Raises:
+    InputError: it holds another one, and there is no --overwrite.
+  """
+  if args.overwrite:
+    return False
+  found = results_lib.is_finished(args.out, about, names, modes)
+  if found:
+    print(f"{args.out} holds this evaluation already; --overwrite makes it again")
+  return found
+
+
+def digest(value: Any) -> str:
+  """Identifies a JSON value that is long, or may contain a password."""
+  return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def check_out(folder: pathlib.Path) -> None:
@@ -200,6 +231,15 @@ def rewriter(prompts: Sequence[Any]) -> str:
   different = {json.dumps(one.metadata): (one.prompt, one.metadata) for one in prompts}
   rewritten = geneval_prompts.is_rewritten(different.values())
   return "; prompts by a rewriter, not GenEval's own" if rewritten else ""
+
+
+def raise_if_none(names: Sequence[str], rows: Sequence[results_lib.Row]) -> None:
+  """Raises Unavailable, once results are written, where a reward scored no picture at all."""
+  if dead := [name for name in names if not any(name in row.rewards for row in rows)]:
+    raise errors.Unavailable(
+      f"reward {', '.join(dead)} scored none of {len(rows)} pictures, see above; mend that and run "
+      "the same command again"
+    )
 
 
 def print_failures(

@@ -9,8 +9,8 @@ from unigrpo_jax import errors
 
 BOUNDS = {
   "seed": errors.SEED, "shift": dict(above=0, high=1e6),
-  "cfg_text_scale": dict(low=0, high=1e6), "temperature": dict(low=0, high=1e6),
-  "max_tokens": dict(low=1, high=10**6), "batch_size": dict(low=1, high=10**6),
+  "cfg_text_scale": dict(low=0, high=1e6), "max_tokens": dict(low=1, high=10**6),
+  "batch_size": dict(low=1, high=10**6),
 }
 
 
@@ -42,6 +42,7 @@ def check(args: argparse.Namespace) -> None:
   errors.require("--num_timesteps", args.num_timesteps, low=2, high=100_000)
   for name, bounds in BOUNDS.items():
     errors.require(f"--{name}", getattr(args, name), **bounds)
+  errors.require_temperature("--temperature", args.temperature, high=1e6)
   if args.cfg_interval and not 0 <= args.cfg_interval[0] < args.cfg_interval[1]:
     low, high = args.cfg_interval
     raise errors.InputError(f"--cfg_interval={low} {high} must have 0 <= LOW < HIGH")

@@ -16,6 +16,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, progress
+from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.runtime import compile_timer
 from unigrpo_jax.tools import timing, workloads
 from unigrpo_jax.tools.plan import planner
@@ -160,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
   jax.config.update("jax_platforms", "cpu")  # as in the processes
   report = settings | {"points": {}}
   if args.json is not None and args.json.exists():
-    report = json.loads(args.json.read_text(encoding="utf-8"))
+    report = config_lib.read_json(args.json)
     if any(report.get(name) != value for name, value in settings.items()):
       raise errors.InputError(
         f"--json={args.json} is of another shape, dtype, remat or number of repeats; name another "

@@ -114,6 +114,7 @@ def prepare(
   ours = [*shared, f"--config.init_from={init_from}", f"--config.eval.modes={m.modes}"]
   given = [*ours, *m.overrides, *overrides, f"--config.seed={seed}"]
   config = config_files.load(file, given)
+  errors.require("config.steps", config.steps, low=1, integer=True)
   steps = max(round(config.steps * m.share), 1)
   given.append(f"--config.steps={steps}")
   if rate * m.rate != 1:

@@ -65,8 +65,8 @@ class Benchmark:
     return [
       sys.executable, "-m", "unigrpo_jax.evaluate", f"--checkpoint={checkpoint}", f"--out={out}",
       f"--prompts={self.prompts}", f"--samples={self.images}", f"--seed={self.seed}",
-      "--modes", *modes, "--rewards", *names, f"--reward_options={json.dumps(options)}", *judged,
-      *self.arguments,
+      "--overwrite", "--modes", *modes, "--rewards", *names,
+      f"--reward_options={json.dumps(options)}", *judged, *self.arguments,
     ]
 
 

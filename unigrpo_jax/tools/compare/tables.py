@@ -140,13 +140,18 @@ def _sweep(sweep: Mapping[str, Any]) -> str:
 def _agreement(by_mode: Mapping[str, Mapping[str, Any]]) -> str:
   head, lines = ["SFT, evaluated", "same answer", "Cohen's kappa", "answers"], []
   for mode, of in by_mode.items():
-    shares = (f"{of[name][0]:.3f} ({of[name][1]:.3f} to {of[name][2]:.3f})"
-              for name in ("accuracy", "kappa"))
+    shares = (_interval(*of[name]) for name in ("accuracy", "kappa"))
     lines.append([mode, *shares, str(of["answers"])])
   return (
     "TA is the verifier's verdict on each exam point. How often the learned reward, asked about "
     "the point alone, gives the same (intervals over prompts):\n\n" + markdown.table(head, lines)
   )
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+  """A value with its interval; kappa has none where all answers are the same."""
+  ends = "" if None in (low, high) else f" ({low:.3f} to {high:.3f})"
+  return DASH if value is None else f"{value:.3f}{ends}"
 
 
 def _regularisers(strict: Mapping[str, float]) -> str:

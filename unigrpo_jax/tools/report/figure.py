@@ -23,6 +23,14 @@ CHANGED = 0.4  # least change of the reward of a prompt that is shown
 SIZE, DPI = (11, 9.4), 130  # inches, dots per inch
 
 
+def check_name(out: pathlib.Path) -> str:
+  """The kind of picture that the suffix of `out` says; raises InputError if it is none of FORMATS.
+  """
+  kind = out.suffix.removeprefix(".")
+  errors.choose("the ending of --figure", kind, FORMATS)
+  return kind
+
+
 @matplotlib.rc_context(fname=charts.STYLE)
 def draw(run: workdir.Run, out: pathlib.Path) -> None:
   """Writes the picture of a run to `out`, whose suffix is one of FORMATS.
@@ -30,8 +38,7 @@ def draw(run: workdir.Run, out: pathlib.Path) -> None:
   Raises:
     InputError: `out` has another suffix or cannot be written, or the run was not evaluated twice.
   """
-  kind = out.suffix.removeprefix(".")
-  errors.choose("the ending of --figure", kind, FORMATS)
+  kind = check_name(out)
   headline = page.headline(run)
   if headline is None:
     evaluates = not run.config or (run.config.get("eval") or {}).get("every")

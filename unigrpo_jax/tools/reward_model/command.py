@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import hashlib
-import json
 import sys
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic, files
+from unigrpo_jax.models import config as config_lib
 from unigrpo_jax.recipe import config_files
 from unigrpo_jax.reward_models import learned
 from unigrpo_jax.runtime import hosts
@@ -123,7 +123,7 @@ class Stages:
     self._record = self._workdir / "reward_model.json"
     self._before: dict[str, str] = {}
     if self._record.exists():
-      self._before = json.loads(self._record.read_text(encoding="utf-8"))
+      self._before = config_lib.read_json(self._record)
     for name, kind in SAME.items():
       if getattr(self._args, name) is None:
         recorded = self._before.get(name, "None")
@@ -146,6 +146,8 @@ class Stages:
     """Runs the requested stages, until a signal stops one of them."""
     stages = STAGES if self._args.stage == ALL else (self._args.stage,)
     if not self._before and ("make" in stages or (not self._iconworld and "train" in stages)):
+      for path in () if self._iconworld else (self._args.train_file, self._args.validation_file):
+        triples_lib.read_lines(path, self._question, 0)  # One that cannot be read begins nothing.
       run_lib.check_workdir(self._workdir)
       self._workdir.mkdir(parents=True, exist_ok=True)
       run_lib.write_json(self._record, self._now)
@@ -229,7 +231,7 @@ class Stages:
         f"{record}: there is no temperature; run the stage calibrate first, with the same --workdir"
       )
     model, params, triples, found = self._asked()
-    model = dataclasses.replace(model, tau=json.loads(record.read_text(encoding="utf-8"))["tau"])
+    model = dataclasses.replace(model, tau=config_lib.read_json(record)["tau"])
     measured = measuring.measure(triples, found, model.tau)
     measured["steps"] = int(self._config.steps)
     if self._iconworld:

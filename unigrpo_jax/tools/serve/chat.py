@@ -64,7 +64,7 @@ def read(body: bytes, model: str, max_tokens: int) -> batches.Question:
   most = max_tokens if most is None else most
   errors.require("max_tokens", most, low=1, high=max_tokens, integer=True)
   temperature = 1.0 if given.get("temperature") is None else given["temperature"]
-  errors.require("temperature", temperature, low=0, high=2)
+  errors.require_temperature("temperature", temperature, high=2)
   request = requests_lib.Request(text, seed=seed % 2**32, image=image)
   return batches.Question(request, most, float(temperature), _read_top(given))
 
