@@ -136,7 +136,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def number_or_all(text: str) -> int | str:
-  return text if text == "all" else int(text)
+  if text == "all":
+    return text
+  try:
+    return int(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
