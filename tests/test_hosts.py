@@ -86,6 +86,34 @@ errors.report(main)
 """
 
 
+ALONE = """
+from unigrpo_jax import errors
+from unigrpo_jax.runtime import checkpoints, hosts, metrics
+import errno, jax, pathlib, sys
+def main():
+  workdir, failing, number = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[-1][-1])
+  hosts.start(sys.argv[3].partition("=")[2], 2, number)
+  from tests import test_run, toy_run  # They compute.
+  append, record = metrics.files.append_text, checkpoints.TrainCheckpoints.record
+  def append_text(path, text):
+    if failing == "log" and '"step": 4' in text:
+      raise OSError(errno.EROFS, "Read-only file system")
+    append(path, text)
+  def read_record(self, step):
+    if failing == "record" and step == 4 and number == 1:
+      raise errors.Damaged("checkpoint 4 is damaged: so it is")
+    return record(self, step)
+  metrics.files.append_text = append_text
+  checkpoints.TrainCheckpoints.record = read_record
+  hosts.run(lambda: toy_run.train(
+    toy_run.make_network("a/folder", jax.devices()), workdir,
+    test_run._spec(steps=6, checkpoint_every=2, keep_checkpoints=9, evaluate_every=0), size=8,
+    evaluate=None, in_step=lambda step: None, metrics=lambda step, by: {"loss": 1.0},
+  ), lambda: "")
+errors.report(main)
+"""
+
+
 def _start(commands, environ):
   """Starts `commands`, arguments of python, each as a host of its own; one as a whole machine."""
   with socket.socket() as free:
@@ -227,6 +255,28 @@ def test_what_hosts_exchange():
     assert number or out[8].startswith("no longer waiting for reward a, after ")
 
 
+def test_collectives_of_texts_have_few_lengths():
+  lengths = {len(hosts._padded(np.ones(size, np.uint8), size)) for size in range(1, 1001)}
+  assert lengths == {2**power for power in range(11)}
+  assert hosts._padded(np.ones(2, np.uint8), 5).tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_hosts_end_alike_where_one_cannot_write_or_read(tmp_path):
+  """The first its log, in step 4; then the second what was saved with step 4."""
+  train = lambda failing: [["-c", ALONE, str(tmp_path / "run"), failing]] * 2
+  ended = _end(_start(train("log"), {}))
+  for number, (status, _, err) in enumerate(ended):
+    assert status == 2, err
+    words = "" if number else "metrics.jsonl: cannot be written (Read-only file system); give"
+    assert f"error: {'host 0 of 2: ' * number}" in err and words in err
+  kept = lambda: {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+  assert {"2", "4"} <= kept()
+  ended = _end(_start(train("record"), {}))
+  assert [status for status, *_ in ended] == [0, 0], ended
+  assert any("resumed" in line and "at step 2" in line for line in ended[0][1]), ended[0][1]
+  assert "6" in kept() and len(list((tmp_path / "run/checkpoints_damaged").iterdir())) == 1
+
+
 def test_what_may_work_the_next_time_has_another_status(capsys):
   for kind, status in ((errors.InputError, 2), (errors.Storage, 1), (errors.Unavailable, 1)):
     def main(kind=kind):
@@ -252,12 +302,6 @@ def test_one_host_asks_nobody(monkeypatch):
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", None)
   assert hosts.any_host(True) and not hosts.any_host(False) and hosts.first()
   assert hosts.broadcast({"a": 1}) == {"a": 1} and hosts.gather_texts("x") == ["x"]
-
-
-def test_collectives_of_texts_have_few_lengths():
-  lengths = {len(hosts._padded(np.ones(size, np.uint8), size)) for size in range(1, 1001)}
-  assert lengths == {2**power for power in range(11)}
-  assert hosts._padded(np.ones(2, np.uint8), 5).tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
   rows = hosts.gather_rows([2, 0, 1], {"score": np.array([3.0, 1.0, 2.0])}, 3)
   np.testing.assert_array_equal(rows["score"], [1, 2, 3])
   assert list(hosts.share(3)) == [0, 1, 2]

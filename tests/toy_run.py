@@ -33,7 +33,8 @@ class Position:
 
 def make_network(path: str, devices=None) -> state.Network:
   """What `Run` asks of a network: a path, and a mesh, by default of one device."""
-  mesh = sharding.make_mesh(devices=devices or jax.devices()[:1])
+  devices = devices or jax.devices()[:1]
+  mesh = sharding.make_mesh(fsdp=len(devices), devices=devices)
   return state.Network(python_types.SimpleNamespace(path=path), None, None, mesh)
 
 
