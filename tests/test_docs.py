@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
@@ -59,7 +60,10 @@ LESS = {
     "--config.steps=2", "--config.eval.prompts=20", "--config.eval.batch_size=20",
     "--config.prompts_per_step=4", "--config.rollout.prompts_at_once=4",
   ],
-  r"\.evaluate ": ["--prompts=8"],
+  r"\.train .*refl\.py:tiny": [
+    "--config.steps=2", "--config.eval.prompts=20", "--config.eval.batch_size=20",
+  ],
+  r"\.evaluate (?!.*--geneval_results)": ["--prompts=8"],
 }
 OTHERS = {"enable-hierarchical-namespace", "mmproj"}  # flags of other programs
 
@@ -323,6 +327,8 @@ def test_the_commands_run(tmp_path, my_rewards):
   [exam] = [b for b in pages.blocks("json") if "how many kites are there?" in b.text]
   (tmp_path / "exam.jsonl").write_text(exam.text)
   (tmp_path / "question.txt").write_text("{question}")
+  judged = {"prompt": "p", "tag": "colors", "metadata": "{}", "correct": True}
+  (tmp_path / "results.jsonl").write_text(json.dumps(judged) + "\n")
   environment = os.environ | {"PYTHONPATH": str(tmp_path)}
   environment.pop("XLA_FLAGS")  # eight devices are for tests within this process
   python = lambda words: [sys.executable if words[0] == "python" else words[0], *words[1:]]
