@@ -252,7 +252,7 @@ def write(path: pathlib.Path, contents: Contents) -> None:
   text += b" " * (-len(text) % 8)  # The data starts at a multiple of eight bytes.
   first = 8 + len(text)
   missing = {name: math.prod(shape) for name, (_, shape) in contents.tensors.items()}
-  with path.open("wb") as file:
+  with errors.storage(path), path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(first + end)
     for name, row, piece in contents.pieces:
