@@ -34,11 +34,12 @@ def run(args: argparse.Namespace) -> None:
   with locks.hold(locks.inside(args.out), f"--out={args.out}"):
     if args.geneval_results is not None:
       rows = official.read_results(args.geneval_results)
-      title = f"GenEval's own script, {args.geneval_results}"
-      if not holds(args, {"of": title}):
+      of_results = {"results_from": str(args.geneval_results), "results": digest(
+        [[row.mode, row.prompt, row.rewards, row.metadata] for row in rows])}
+      if not holds(args, of_results):
         finish(
-          args.out, results_lib.Results(rows, {}), of=title, about={}, settings={},
-          names=["geneval"], of_geneval=True,
+          args.out, results_lib.Results(rows, {}), about=of_results, settings={},
+          of=f"GenEval's own script, {args.geneval_results}", names=["geneval"], of_geneval=True,
         )
     else:
       score_pictures(args)
@@ -58,11 +59,14 @@ def score_pictures(args: argparse.Namespace) -> None:
       f"--images={args.images} needs --rewards, such as geneval; see docs/rewards.md"
     )
   observers = make_exam(args, rows, of_iconworld)
-  of_scores = {
+  about = about | {
     "images_from": str(args.images), "rewards": args.rewards, "prompts": len({r.key for r in rows}),
+    "pictures": digest([[row.image, (args.images / row.image).stat().st_size] for row in rows]),
     "reward_options": digest([args.reward_options, scorer.fingerprints() if scorer else {}]),
   }
-  if holds(args, of_scores, list(scorer.failures) if scorer else (), {row.mode for row in rows}):
+  # Without what the results say of themselves.
+  as_read = {name: about[name] for name in about if name not in ("of", "title", "settings")}
+  if holds(args, as_read, list(scorer.failures) if scorer else (), {row.mode for row in rows}):
     if scorer is not None:
       scorer.close()
     return
@@ -102,7 +106,7 @@ def score_pictures(args: argparse.Namespace) -> None:
   finish(
     args.out, results_lib.Results(made, pictures),
     of=f"{about.get('of', 'pictures')}, scored again of {args.images}",
-    about=about | of_scores,
+    about=about,
     settings=settings, observers=observers,
     names=list(reasons), of_geneval=not of_iconworld and measured.is_geneval(made),
   )
