@@ -41,7 +41,7 @@ OF_NOTEBOOK = [
 # Why a command is not run by the slow test -> what such commands contain.
 NOT_RUN = {
   "needs the released checkpoint, 27 GiB, or another that users have":
-    r"BAGEL-7B-MoT|SFT_FOLDER|--source=bagel",
+    r"BAGEL-7B-MoT|SFT_FOLDER|--source=bagel|runs/lora",
   "needs a Google Cloud project": r"^gcloud",
   "needs vLLM and an accelerator": r"^vllm",
   "needs a file of a benchmark; tests/test_importers.py has made-up ones": r"--import",

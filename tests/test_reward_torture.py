@@ -174,5 +174,7 @@ def test_training_with_a_faulty_server_drops_its_groups_and_nothing_else(shallow
   for a, b in zip(jax.tree.leaves(served), jax.tree.leaves(by_hand), strict=True):
     np.testing.assert_array_equal(a, b)
   # The mean of the scores themselves is over all that there are.
-  strip = lambda row: {key: value for key, value in row.items() if key != "reward/r"}
-  assert [strip(row) for row in rows] == [strip(row) for row in others]
+  for row, other in zip(rows, others, strict=True):
+    assert row.keys() == other.keys()
+    differ = {key for key in row if row[key] != other[key]}
+    assert differ <= {"reward/r", "reward_std/r", "reward_failed/r"}
