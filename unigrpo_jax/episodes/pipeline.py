@@ -1,7 +1,8 @@
 """A BAGEL on its devices: opens a checkpoint and answers requests.
 
   pipeline = Pipeline.open("BAGEL-7B-MoT")            # config and tokenizer
-  batch = pipeline.prepare([Request("a red kite")], Settings(think=True))
+  settings = Settings.of(pipeline.config.generation, think=True)
+  batch = pipeline.prepare([Request("a red kite")], settings)
   pipeline.load()                                     # the weights
   [result] = pipeline.run(batch)
 """

@@ -70,6 +70,17 @@ class Settings:
   max_tokens: int = 1000
   top: int = 0
 
+  @classmethod
+  def of(cls, defaults: config_lib.GenerationDefaults, **others: Any) -> Settings:
+    """Those that a checkpoint is meant to be sampled with, `config.generation`; and `others`."""
+    d = defaults
+    return cls(**dict(
+      num_timesteps=d.num_timesteps, shift=d.timestep_shift, temperature=d.temperature,
+      max_tokens=d.max_tokens, guidance=flow.Guidance(
+        text_scale=d.cfg_text_scale, interval=tuple(d.cfg_interval), renorm=d.cfg_renorm_type
+      ),
+    ) | others)
+
   def __post_init__(self):
     errors.require("num_timesteps", self.num_timesteps, low=2)
     errors.require("shift", self.shift, above=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from unigrpo_jax import errors
@@ -52,17 +53,13 @@ def settings(args: argparse.Namespace, defaults: Any):
   """`requests.Settings` from the flags, or from `defaults` (`GenerationDefaults`) without one."""
   # Imported here because importing jax takes seconds.
   from unigrpo_jax.episodes import requests
-  from unigrpo_jax.sampling import flow
 
-  given = lambda value, default: default if value is None else value
-  return requests.Settings(
-    num_timesteps=given(args.num_timesteps, defaults.num_timesteps),
-    shift=given(args.shift, defaults.timestep_shift),
-    temperature=given(args.temperature, defaults.temperature),
-    max_tokens=given(args.max_tokens, defaults.max_tokens),
-    guidance=flow.Guidance(
-      text_scale=given(args.cfg_text_scale, defaults.cfg_text_scale),
-      interval=tuple(given(args.cfg_interval, defaults.cfg_interval)),
-      renorm=given(args.cfg_renorm, defaults.cfg_renorm_type),
-    ),
-  )
+  given = lambda **values: {name: value for name, value in values.items() if value is not None}
+  made = requests.Settings.of(defaults, **given(
+    num_timesteps=args.num_timesteps, shift=args.shift, temperature=args.temperature,
+    max_tokens=args.max_tokens,
+  ))
+  return dataclasses.replace(made, guidance=dataclasses.replace(made.guidance, **given(
+    text_scale=args.cfg_text_scale, interval=args.cfg_interval and tuple(args.cfg_interval),
+    renorm=args.cfg_renorm,
+  )))
