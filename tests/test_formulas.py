@@ -25,7 +25,7 @@ RESULTS = {
   "cfg_ema": ("ema/trace", "ema/trace"),
   "refl": ("refl/c1_shift3_crossing/dloss_dv", "gradients"),
   "draft": ("draft/shift3/k2/dloss_dw1", "gradients"),
-  "srpo": ("srpo/c0/inversion/score", "values"),
+  "srpo": ("srpo/c0/inversion/score", "scores"),
   "fpo": ("fpo_pp/aspo/drift3/grad_cfm", "fpo_pp/aspo/grad"),
   "awm": ("times/discrete_wo_init/indices", "times/discrete_wo_init"),
 }

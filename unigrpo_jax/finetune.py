@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unigrpo_jax import types
+from unigrpo_jax import errors, types
 from unigrpo_jax.episodes import programs
 from unigrpo_jax.models import lowering, vae
 from unigrpo_jax.recipe import sft
@@ -185,7 +184,11 @@ def put(batch: types.PackedBatch, mesh) -> types.PackedBatch:
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
 
 
-if __name__ == "__main__":
-  sys.exit(
-    "error: no command; run python -m unigrpo_jax.train --config=configs/sft.py --workdir=WORKDIR"
+def _refuse() -> None:
+  raise errors.InputError(
+    "no command; run python -m unigrpo_jax.train --config=configs/sft.py --workdir=WORKDIR"
   )
+
+
+if __name__ == "__main__":
+  errors.report(_refuse)
