@@ -225,13 +225,12 @@ def find(folder: pathlib.Path, split: str) -> Sequence[pathlib.Path]:
       path.suffix == ".parquet" and not rest[0].isalpha()
     ):
       found[path.name] = [path]
-  is_built = any(map(any, map(folder.glob, ("dataset_info.json", "*/dataset_info.json"))))
-  if not found and is_built:
-    raise errors.InputError(
-      f"{folder}: a set that unigrpo_jax.data built, not prompts to build one of; give the files "
-      "that it was built of"
-    )
   if not found:
+    if any(map(any, map(folder.glob, ("dataset_info.json", "*/dataset_info.json")))):
+      raise errors.InputError(
+        f"{folder}: a set that unigrpo_jax.data built, not prompts to build one of; give the files "
+        "that it was built of"
+      )
     names = ", ".join(path.name for path in here[:8]) or "none"
     raise errors.InputError(
       f"{folder}: no file of the split {split!r}, such as {split}.txt, {split}_metadata.jsonl or "

@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
     "of": f"{checkpoint} on {args.prompts_from}, {args.split}{rescore.rewriter(examples)}",
     "checkpoint": checkpoint, "prompts_from": args.prompts_from, "split": args.split,
     "prompts": len(examples), "samples": samples, "drawn": [mode.name for mode in modes],
-    "size": args.size, "seed": args.seed, "keep": keep, "rewards": args.rewards,
+    "size": args.size, "seed": args.seed, "keep": keep,
     "keep_official": args.keep_official and str(args.keep_official),
     # The settings of sampling, by the names of their flags.
     **{name: getattr(settings, name) for name in (
@@ -84,18 +84,15 @@ def evaluate(args: argparse.Namespace) -> None:
       seed=args.seed, num_saved_images=keep, size=args.size and tuple(args.size), images=samples,
     )
     about["batch_size"] = drawing.batch_size
-  about |= {
-    "weights": pipeline.network.folder.fingerprint(),
-    "prompts_digest": rescore.digest([[one.prompt, one.metadata] for one in examples]),
-    "reward_options": rescore.digest(
-      [args.reward_options, {} if scorer is None else scorer.fingerprints()]
-    ),
-    "tasks": list(tasks),
-  }
+  held = False
   with hosts.raise_on_all_hosts():
-    held = hosts.first() and rescore.holds(
-      args, about, () if scorer is None else list(scorer.failures), about["drawn"]
-    )
+    if hosts.first():  # which alone writes, and so knows all of what it is
+      about |= rescore.of_rewards(args, scorer) | {
+        "weights": pipeline.network.folder.fingerprint(),
+        "prompts_digest": rescore.digest([[one.prompt, one.metadata] for one in examples]),
+        "tasks": list(tasks),
+      }
+      held = rescore.holds(args, about, scorer, about["drawn"])
   if hosts.broadcast(held):
     if scorer is not None:
       scorer.close()

@@ -59,14 +59,13 @@ def score_pictures(args: argparse.Namespace) -> None:
       f"--images={args.images} needs --rewards, such as geneval; see docs/rewards.md"
     )
   observers = make_exam(args, rows, of_iconworld)
-  about = about | {
-    "images_from": str(args.images), "rewards": args.rewards, "prompts": len({r.key for r in rows}),
+  about = about | of_rewards(args, scorer) | {
+    "images_from": str(args.images), "prompts": len({row.key for row in rows}),
     "pictures": digest([[row.image, (args.images / row.image).stat().st_size] for row in rows]),
-    "reward_options": digest([args.reward_options, scorer.fingerprints() if scorer else {}]),
   }
   # Without what the results say of themselves.
   as_read = {name: about[name] for name in about if name not in ("of", "title", "settings")}
-  if holds(args, as_read, list(scorer.failures) if scorer else (), {row.mode for row in rows}):
+  if holds(args, as_read, scorer, {row.mode for row in rows}):
     if scorer is not None:
       scorer.close()
     return
@@ -154,20 +153,28 @@ def read_pictures(
 
 
 def holds(
-  args: argparse.Namespace, about: Mapping[str, Any], names: Collection[str] = (),
+  args: argparse.Namespace, about: Mapping[str, Any], scorer: rewards.Scorer | None = None,
   modes: Collection[str] = (),
 ) -> bool:
-  """Whether --out holds this evaluation already, and says so; see `results.is_finished`.
+  """Whether --out holds this evaluation already, with all scores of `scorer`, and says so; see
+  `results.is_finished`.
 
   Raises:
     InputError: it holds another one, and there is no --overwrite.
   """
   if args.overwrite:
     return False
+  names = () if scorer is None else list(scorer.failures)
   found = results_lib.is_finished(args.out, about, names, modes)
   if found:
     print(f"{args.out} holds this evaluation already; --overwrite makes it again")
   return found
+
+
+def of_rewards(args: argparse.Namespace, scorer: rewards.Scorer | None) -> dict[str, Any]:
+  """What identifies the rewards of an evaluation."""
+  fingerprints = {} if scorer is None else scorer.fingerprints()
+  return {"rewards": args.rewards, "reward_options": digest([args.reward_options, fingerprints])}
 
 
 def digest(value: Any) -> str:
