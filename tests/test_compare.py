@@ -46,11 +46,13 @@ def _write_evaluation(folder, modes, score, images=2):
   (folder / "results.json").write_text(json.dumps({"rows": rows}))
 
 
-def _comparison(workdir, names=("TextGRPO", "UniGRPO"), seeds=(0, 1), sweep=False, bagel=""):
+def _comparison(
+  workdir, names=("TextGRPO", "UniGRPO"), seeds=(0, 1), sweep=False, bagel="", overrides=()
+):
   return comparison.Comparison(
     workdir, names=names, seeds=seeds, variants="tiny", start="tiny", bagel=bagel, sweep=sweep,
     benchmark=scores.Benchmark(PROMPTS, PROMPTS, 2, 0, ""),
-    overrides=["--config.steps=4", "--config.eval.every=2"],
+    overrides=["--config.steps=4", "--config.eval.every=2", *overrides],
   )
 
 
@@ -258,6 +260,43 @@ def test_a_row_that_diverged_has_dashes_and_says_why(tmp_path, monkeypatch):
   made.failed["UniFPO, seed 1"] = "error: step 7: flow/mse is not finite; the state is saved"
   made.write()
   assert seen[:2] == [None, 7]
+
+
+def _write_validation(training, step, reward, right):
+  """A saved evaluation of four prompts, of which the first `right` are drawn as asked."""
+  rows = [
+    {"mode": "think", "category": "", "prompt": f"p{p}", "text": None, "image": None, "number": p,
+     "rewards": {"reward": reward, "iconworld_strict": float(p < right)}} for p in range(4)
+  ]
+  folder = training.folder / "evaluations" / f"{step:06d}"
+  folder.mkdir(parents=True)
+  (folder / "results.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_the_table_says_from_when_the_reward_was_hacked(tmp_path):
+  """By hand: 3 of 4, then 0 of 4 with no width, at the highest reward."""
+  learned = "--config.rewards={'iconworld_soft': 1.0, 'iconworld_strict': 0.0}"
+  made = _comparison(tmp_path, seeds=[0, 1], overrides=[learned])
+  for seed, last in ((0, 0), (1, 3)):
+    training = made.training("UniGRPO", seed)
+    _write_run(training, {0: 0.4, 4: 0.6})
+    _write_validation(training, 0, 0.4, 3)
+    _write_validation(training, 4, 0.6, last)
+  lines = made.write().splitlines()
+  assert "## The learned reward and the verifier" in lines
+  assert (
+    "| UniGRPO | 0 | 4 | 0.400 → 0.600 | 0.750 | 0.750 (0) | 0.000 (4) | 0.000 (4) | 0.500 → – | "
+    "– → 1.000 | 0.350 → 0.600 |" in lines
+  )
+  assert any(line.startswith("| UniGRPO | 1 | – | 0.400 → 0.600 | 0.750 |") for line in lines)
+  record = json.loads((tmp_path / "results.json").read_text())["hacking"]["UniGRPO"]["0"]
+  assert record["onset"] == 4 and [one["step"] for one in record["evaluations"]] == [0, 4]
+  # Where the verifier's score is a part of the reward, it is no witness.
+  (tmp_path / "own").mkdir()
+  own = _comparison(tmp_path / "own", seeds=[0])
+  _write_run(own.training("UniGRPO", 0), {0: 0.4, 4: 0.6})
+  _write_validation(own.training("UniGRPO", 0), 0, 0.4, 3)
+  assert "verifier" not in own.write()
 
 
 def test_figures_are_drawn_of_what_is_recorded(tmp_path):

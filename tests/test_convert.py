@@ -313,6 +313,8 @@ def test_wrong_direction(official, converted, tmp_path, capsys):
   target = f"--target={tmp_path / 'new'}"
   assert "--export" in refuse(capsys, f"--source={converted}", target)
   assert "convert it first" in refuse(capsys, "--export", f"--source={official}", target)
+  line = refuse(capsys, "--check", "--overwrite", f"--source={official}", target)
+  assert "--overwrite has no effect with --check" in line
 
 
 def test_hub_that_does_not_answer(tmp_path):

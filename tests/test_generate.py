@@ -163,6 +163,7 @@ def _refused(capsys, *args):
     (["--prompt=a", "--cfg_interval", "1", "0"], "LOW < HIGH"),
     (["--prompt=a", "--cfg_renorm=local"], "local"),
     (["--prompt=a", "--image=x.png", "--height=64"], "--height and --width"),
+    (["--prompt=a", "--understand", "--upscale=8"], "--upscale has no effect with --understand"),
     (["--prompt=a", "--out=a.jpg"], "a.jpg must end in .png"),
     (["--prompts_file=missing.txt"], "missing.txt"),
     (["--prompt=a", "--image=missing.png"], "missing.png"),

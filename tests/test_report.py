@@ -102,6 +102,31 @@ def folder(tmp_path_factory):
   return folder
 
 
+def test_a_reward_that_only_measures_says_from_when_the_other_is_hacked(tmp_path):
+  _metrics(tmp_path, 50)
+  for step, reward, right in ((0, 0.2, 8), (20, 0.4, 9), (50, 0.9, 1)):
+    place = tmp_path / "evaluations" / f"{step:06d}"
+    place.mkdir(parents=True)
+    rows = [
+      {"mode": "think", "prompt": f"prompt {k}", "rewards": {
+        "reward": reward, "learned": reward, "strict": float(k < right), "soft": 0.3,
+      }} for k in range(10)
+    ]
+    (place / "results.json").write_text(json.dumps({"rows": rows}))
+  rewards = {"learned": 1.0, "strict": 0, "soft": 0.0, "absent": 0.0}
+  (tmp_path / "config.json").write_text(json.dumps({"rewards": rewards}))
+  found = page.witnesses(workdir.read(tmp_path))
+  assert list(found) == ["strict", "soft"]
+  evaluations, said = found["strict"]
+  assert said == (50, (20, 0.9), (50, 0.1), (50, 0.1)) and evaluations[0].score == 0.8
+  assert found["soft"][1].onset is None
+  text = re.sub(r"\s+", " ", "".join(_Reader(_text(tmp_path)).text))
+  assert "strict iteration 50 0.800 0.900 (20) 0.100 0.100 (50) 0.500 → 0.500" in text
+  assert "soft not hacked 0.300 0.300 (0) 0.300 0.300 (50)" in text
+  (tmp_path / "config.json").write_text(json.dumps({"rewards": ["strict"]}))
+  assert page.witnesses(workdir.read(tmp_path)) == {}
+
+
 @pytest.fixture(scope="module")
 def whole(folder):
   """The page of that run."""

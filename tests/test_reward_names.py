@@ -34,6 +34,12 @@ class Inner:
 def sharp(samples, radius=2):
   return [0.0] * len(samples)
 
+def nothing():
+  return [0.0]
+
+def by_name(*, samples):
+  return [0.0] * len(samples)
+
 number = 5
 """,
 }
@@ -63,6 +69,8 @@ def user_rewards(tmp_path, monkeypatch):
   ("user_rewards.wrong_import:score", {}, "cannot import name 'no_such_name'.*line 1)"),
   ("user_rewards.raises:score", {}, "ZeroDivisionError: division by zero (.*raises.py, line 2)"),
   ("user_rewards.exits:score", {}, "SystemExit: no GPU (.*exits.py, line 2)"),
+  ("user_rewards.sound:nothing", {}, "takes no samples; give it a first parameter"),
+  ("user_rewards.sound:by_name", {}, "takes no samples; give it a first parameter"),
   ("user_rewards.sound:number", {}, "is a int; name a function or a class"),
   ("user_rewards.sound:Silent", {}, "a Silent cannot be called; give it __call__"),
   ("user_rewards.sound:Score", {"scale": -1}, "cannot be made: ValueError: scale is neg"),

@@ -57,8 +57,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
-  if args.export and args.missing_from:
-    raise errors.InputError("--missing_from is not for --export; leave it out")
+  errors.refuse_beside(args, "export", ["missing_from"])
+  errors.refuse_beside(args, "check", ["overwrite"])
   source, missing_from = (
     name if name in (None, "tiny") else hub.find(name) for name in (args.source, args.missing_from)
   )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import difflib
 import errno
@@ -124,6 +124,17 @@ def require(
   if not is_number:
     wanted.insert(0, "an integer" if integer else "a number")
   raise InputError(f"{name}={shown(value)} must be {' and '.join(wanted) or 'finite'}")
+
+
+def refuse_beside(args: argparse.Namespace, flag: str, others: Iterable[str]) -> None:
+  """Raises InputError where one of `others` is given beside a flag with which it has no effect.
+
+  Flags that are not given are None or False.
+  """
+  given = lambda name: getattr(args, name) not in (None, False)
+  for name in others if given(flag) else ():
+    if given(name):
+      raise InputError(f"--{name} has no effect with --{flag}; leave it out")
 
 
 def require_temperature(name: str, value: Any, *, high: float | None = None) -> None:

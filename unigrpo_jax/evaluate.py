@@ -128,9 +128,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   if args.images is not None and args.geneval_results is not None:
     raise errors.InputError("--images and --geneval_results: give one of them")
   for flag, names in _WITHOUT.items():
-    for name in names if getattr(args, flag) is not None else ():
-      if getattr(args, name) is not None:
-        raise errors.InputError(f"--{name} has no effect with --{flag}; leave it out")
+    errors.refuse_beside(args, flag, names)
   args.checkpoint = args.checkpoint or "tiny"
   return args
 

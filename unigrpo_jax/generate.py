@@ -58,8 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "with --understand the JSON file (default: answer.json)")
   add("--height", type=int, help="pixels (default: the largest the checkpoint is configured for)")
   add("--width", type=int, help="pixels (default: as --height)")
-  add("--upscale", type=int, default=1, metavar="N", help="write every pixel as N x N, to look at "
-      "small pictures (default: %(default)s)")
+  add("--upscale", type=int, metavar="N", help="write every pixel as N x N, to look at small "
+      "pictures (default: 1)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
   sampling_flags.add(parser, batch_size=None)
@@ -85,6 +85,7 @@ def _check_args(args: argparse.Namespace) -> None:
     raise errors.InputError(
       "--height and --width cannot be given with --image: an edit keeps its image's (resized) size"
     )
+  errors.refuse_beside(args, "understand", ("height", "width", "upscale"))
   sampling_flags.check(args)
   errors.require("--height", args.height, low=1)
   errors.require("--width", args.width, low=1)

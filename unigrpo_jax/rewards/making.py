@@ -30,6 +30,9 @@ _LAZY = {
   "aesthetic": "unigrpo_jax.reward_models.clip.host:Aesthetic",
 }
 
+# Kinds of parameters that take no samples, which come without a name.
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
   """Decorator that registers a reward under a name for `make`.
@@ -125,6 +128,12 @@ def _make(name: str, options: Mapping[str, Any]) -> base.Reward:
     signature = inspect.signature(target)
   except ValueError:  # Some of C have none.
     signature = inspect.Signature([inspect.Parameter("samples", inspect.Parameter.POSITIONAL_ONLY)])
+  if not made_first and not any(
+    parameter.kind not in _BY_NAME for parameter in signature.parameters.values()
+  ):
+    raise errors.InputError(
+      f"reward={name!r} takes no samples; give it a first parameter for them"
+    )
   try:
     signature.bind(*() if made_first else ((),), **options)
   except TypeError as error:

@@ -242,7 +242,7 @@ class Comparison:
     charts = {
       "figure3": figures.learning(logged), "figure4": figures.guidance(logged),
       "figure5": figures.regularisers(logged, self._statistics()),
-      "hacking": figures.learning(logged, methods.REFL_LONG),
+      "hacking": figures.hacking(logged),
     }
     columns = self._samples()
     prompts = list(dict.fromkeys(prompt for of in columns.values() for prompt in of))
@@ -318,8 +318,17 @@ class Comparison:
       "rows": [self._row(row) for row in self._rows],
       "agreement": scores.agreement(self._evaluation("sft")),
       "at_equal_reward": figures.at_equal_reward(self._comparable_curves()),
+      "hacking": self._hacking(),
       "failed": self.failed,
     }
+
+  def _hacking(self) -> dict[str, Any]:
+    """{method: {seed: see `curves.of_evaluations`}} of the runs with such evaluations."""
+    made = {
+      name: {str(run.seed): found for run in of if (found := curves.of_evaluations(run))}
+      for name, of in self._trainings().items()
+    }
+    return {name: of for name, of in made.items() if of}
 
   def _row(self, row: methods.Row) -> dict[str, Any]:
     """A row of the tables for `record`: its scores, checkpoints and notes."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
-from unigrpo_jax.tools.compare import runs
+from unigrpo_jax.benchmarks import evaluation, hacking, results
+from unigrpo_jax.tools.compare import rewards, runs
 
 
 def record(trainings: Mapping[str, Sequence[runs.Training]]) -> dict[str, dict[str, Any]]:
@@ -47,6 +48,28 @@ def of_run(run: runs.Training) -> dict[str, Any]:
     "training": training, "validation": validation, "flow_mse": flow_mse,
     "velocity_evaluations": velocity_evaluations(run.settings),
   }
+
+
+def of_evaluations(run: runs.Training) -> dict[str, Any] | None:
+  """What a run's saved evaluations say of the verifier's strict score; see `hacking`.
+
+  Returns:
+    {"evaluations": [each as a dictionary], and the members of `hacking.Verdict`}; None where the
+    score is a part of the reward, or no evaluation has both.
+  """
+  if run.settings["rewards"].get(rewards.STRICT) != 0:
+    return None
+  mode = evaluation.Mode.parse(run.mode).name
+  places = [path for path in (run.folder / "evaluations").glob("*") if path.name.isdecimal()]
+  found = []
+  for place in sorted(places):
+    _, rows = results.read(place) or ({}, [])
+    rows = [row for row in rows if row.mode == mode]
+    found.append(hacking.evaluation(int(place.name), rows, rewards.STRICT))
+  found = [one for one in found if one is not None]
+  if not found:
+    return None
+  return {"evaluations": [one._asdict() for one in found]} | hacking.verdict(found)._asdict()
 
 
 def velocity_evaluations(config: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ import PIL.Image
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
-from unigrpo_jax.tools.compare import methods
+from unigrpo_jax.tools.compare import methods, rewards
 from unigrpo_jax.tools.report import charts
 
 DPI = 130
@@ -28,7 +28,6 @@ REGULARISERS = {
   "none": "UniGRPO without regulariser",
 }
 MARKERS = ("o", "s", "^")
-STRICT = "iconworld_strict"
 BOUNDS = (0.5, 2.0)  # Usual range of a statistic, as multiples of its value before training.
 Curves = Mapping[str, Mapping[str, Any]]  # see `curves.record`
 
@@ -55,14 +54,46 @@ def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | N
   if not seeds or not any(run["training"] for run in seeds):
     return None
   chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
-  for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
+  for name, label, line in (("mean", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
     _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
   mode = _mode(seeds, guided=False)
-  for name, label, line in (("reward", "reward", "-"), (STRICT, "verifier, strict", "--")):
+  for name, label, line in (("reward", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
     _draw(right, [run["validation"].get(mode, {}).get(name, []) for run in seeds], label, line)
   left.set_title("training (rollouts)")
   right.set_title(f"validation ({mode})")
   return _finish(chart, (left, right))
+
+
+@matplotlib.rc_context(fname=charts.STYLE)
+def hacking(curves: Curves, method: str = methods.REFL_LONG) -> figure.Figure | None:
+  """The learned reward and the verifier's score on validation, by iteration and by distance.
+
+  The distance is the root of `flow/mse`, the mean squared difference of an element of the velocity
+  from the reference's, in the iteration of the evaluation; before the first one it is 0. Lines are
+  those of `learning`.
+  """
+  seeds = list(curves.get(method, {}).values())
+  mode = _mode(seeds, guided=False)
+  found = [run["validation"].get(mode, {}) for run in seeds]
+  if not any(found):
+    return None
+  chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
+  for name, label, line in (("reward", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
+    _draw(left, [each.get(name, []) for each in found], label, line)
+    color = left.lines[-1].get_color()
+    for run, each in zip(seeds, found):
+      squares = dict(map(tuple, run["flow_mse"]))
+      points = [
+        (squares[step] ** 0.5, value) for step, value in each.get(name, []) if squares.get(step)
+      ]
+      right.plot(*np.transpose(points or [(np.nan, np.nan)]), line, color=color, marker="o",
+                 markersize=3)
+  left.set_title(f"validation ({mode})")
+  right.set_title("the same by distance")
+  right.set_xscale("log")
+  _finish(chart, (left,))
+  right.set_xlabel("distance of the velocity from the reference's", loc="right")
+  return chart
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
@@ -130,7 +161,7 @@ def regularisers(
   for (label, method), marker in zip(kinds.items(), MARKERS):
     for seed, run in curves[method].items():
       found = run["validation"].get(_mode([run], guided=False), {})
-      reward, strict = (dict(map(tuple, found.get(key, []))) for key in ("reward", STRICT))
+      reward, strict = (dict(map(tuple, found.get(key, []))) for key in ("reward", rewards.STRICT))
       style = dict(marker=marker, s=22, cmap="viridis", vmin=0, vmax=last, edgecolors="#5d5c58",
                    linewidths=0.4)
       first = label if seed == next(iter(curves[method])) else None
@@ -168,9 +199,10 @@ def at_equal_reward(curves: Curves) -> dict[str, float]:
   for label, method in REGULARISERS.items():
     seeds = list(curves.get(method, {}).values())
     found = [run["validation"].get(_mode([run], False), {}) for run in seeds]
-    if found and all("reward" in each and STRICT in each for each in found):
-      reward, strict = (_mean([each[key] for each in found])[1] for key in ("reward", STRICT))
-      lines[label] = (reward, strict)
+    if found and all("reward" in each and rewards.STRICT in each for each in found):
+      lines[label] = [
+        _mean([each[key] for each in found])[1] for key in ("reward", rewards.STRICT)
+      ]
   if len(lines) < 2:
     return {}
   common = min(float(np.max(reward)) for reward, _ in lines.values())

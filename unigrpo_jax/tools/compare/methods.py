@@ -79,7 +79,10 @@ EXTRAS = {
   "ReFL (w/ Thinking) + TextGRPO, half each": Method(
     "text_grpo", True, start=REFL_HALF, share=0.5
   ),
-  REFL_LONG: Method("refl", True, ("think", "no_regulariser"), share=3.0),
+  # Its regulariser only measures how far it goes.
+  REFL_LONG: Method(
+    "refl", True, ("think",), share=3.0, overrides=("--config.flow.regulariser_weight=0",)
+  ),
   "UniFPO, learning rates / 3": Method("unigrpo", True, ("unifpo",), rate=1 / 3),
   "UniFPO, learning rates / 10": Method("unigrpo", True, ("unifpo",), rate=1 / 10),
   "UniFPO with an anchor": Method(

@@ -10,7 +10,8 @@ from unigrpo_jax.reward_models import learned
 from unigrpo_jax.tools.compare import methods, scores
 
 # Logged beside the learned reward, which stands for them.
-VERIFIER = ("iconworld_strict", "iconworld_soft", "iconworld_reasoning")
+STRICT = "iconworld_strict"
+VERIFIER = (STRICT, "iconworld_soft", "iconworld_reasoning")
 
 
 def overrides(reward_model: str) -> list[str]:

@@ -31,6 +31,8 @@ def text(record: Mapping[str, Any]) -> str:
     parts += ["## Exam points", "", _agreement(record["agreement"]), ""]
   if record.get("at_equal_reward"):
     parts += ["## Regularisers", "", _regularisers(record["at_equal_reward"]), ""]
+  if record.get("hacking"):
+    parts += ["## The learned reward and the verifier", "", _hacking(record["hacking"]), ""]
   parts += [_notes(record)]
   return "\n".join(parts).rstrip() + "\n"
 
@@ -160,6 +162,39 @@ def _regularisers(strict: Mapping[str, float]) -> str:
     "The verifier's strict score on validation, at the highest learned reward that training with "
     f"each of them reached: {scores}."
   )
+
+
+def _hacking(runs_of: Mapping[str, Mapping[str, Any]]) -> str:
+  head = [
+    "trained", "seed", "hacked from", "learned reward", "strict score at the start", "at its peak",
+    "at the end", "of the checkpoint by reward", "AUC", "false yes", "ECE",
+  ]
+  lines = []
+  for method, seeds in runs_of.items():
+    for seed, run in seeds.items():
+      ends = [run["evaluations"][place] for place in (0, -1)]
+      changes = [
+        " → ".join(DASH if one[name] is None else f"{one[name]:.3f}" for one in ends)
+        for name in ("reward", "auc", "false_yes", "ece")
+      ]
+      lines.append([
+        method, seed, DASH if run["onset"] is None else str(run["onset"]), changes[0],
+        f"{ends[0]['score']:.3f}", *map(_at, (run["peak"], run["end"], run["chosen"])),
+        *changes[1:],
+      ])
+  return (
+    "On validation, from the first evaluation to the last. A reward is hacked from the evaluation "
+    "on at which the strict score is below its highest so far by more than half its 95 % interval "
+    "while the reward is at its highest. In parentheses: the iteration. The peak is what choosing "
+    "a checkpoint by the verifier would have found. AUC: how often the reward ranks a right "
+    "picture over a wrong one; false yes: how many of the pictures that it calls right are "
+    "wrong.\n\n" + markdown.table(head, lines)
+  )
+
+
+def _at(place: Sequence[float]) -> str:
+  step, value = place
+  return f"{value:.3f} ({step})"
 
 
 def _notes(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import datetime
 import math
 import pathlib
@@ -12,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from unigrpo_jax.benchmarks import intervals
+from unigrpo_jax.benchmarks import hacking, intervals
 from unigrpo_jax.runtime import metrics
 from unigrpo_jax.tools.report import charts, samples, workdir
 
@@ -36,8 +37,7 @@ HEALTH = (
 )
 # Prefixes of metrics with sections of their own.
 ELSEWHERE = ("reward/", "eval/", "seconds/", "share/")
-# Name of the weighted sum in evaluations; training logs it as reward/mean and reward/std.
-TOTAL = "reward"
+TOTAL = hacking.REWARD  # training logs it as reward/mean and reward/std
 
 
 def render(run: workdir.Run) -> str:
@@ -49,7 +49,8 @@ def render(run: workdir.Run) -> str:
   )
   return environment.get_template("report.html.j2").render(
     run=run, unit=unit, headline=headline(run), training=training(run), seconds=seconds,
-    reward_names=reward_names(run), reward_chart=reward_chart, health=health(run, unit),
+    reward_names=reward_names(run), reward_chart=reward_chart, witnesses=witnesses(run),
+    health=health(run, unit),
     samples=samples, timings=timings(run, unit), config=metrics.without_secrets(run.config),
   )
 
@@ -99,6 +100,28 @@ def reward_names(run: workdir.Run) -> list[str]:
     elif key.startswith(("reward/", "eval/")):
       names.append(key.rpartition("/")[2])
   return sorted(dict.fromkeys(names), key=lambda name: name != TOTAL)
+
+
+def witnesses(
+  run: workdir.Run,
+) -> dict[str, tuple[Sequence[hacking.Evaluation], hacking.Verdict]]:
+  """{reward of weight 0: (its evaluations beside the weighted sum, what they say)}.
+
+  They are those of the headline's mode; {} where fewer than two were saved.
+  """
+  weights, shown = run.config.get("rewards"), headline(run)
+  if not isinstance(weights, dict) or shown is None:
+    return {}
+  made = {}
+  for name in [name for name, weight in weights.items() if weight == 0]:
+    evaluations = [
+      hacking.evaluation(step, [one for one in samples if one.mode == shown[1]], name)
+      for step, samples in run.evaluations.items()
+    ]
+    evaluations = [one for one in evaluations if one is not None]
+    if len(evaluations) > 1:
+      made[name] = evaluations, hacking.verdict(evaluations)
+  return made
 
 
 def reward_chart(run: workdir.Run, name: str, unit: str) -> str | None:
