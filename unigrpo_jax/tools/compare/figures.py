@@ -91,6 +91,8 @@ def hacking(curves: Curves, method: str = methods.REFL_LONG) -> figure.Figure | 
   left.set_title(f"validation ({mode})")
   right.set_title("the same by distance")
   right.set_xscale("log")
+  right.xaxis.set_major_formatter("{x:g}")
+  right.xaxis.set_minor_formatter("{x:g}")
   _finish(chart, (left,))
   right.set_xlabel("distance of the velocity from the reference's", loc="right")
   return chart
