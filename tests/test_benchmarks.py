@@ -1,5 +1,6 @@
 """GenEval's summary and layout, and intervals of prompts: numbers worked out by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ import pytest
 from tests.refusals import refusal
 from unigrpo_jax import rewards
 from unigrpo_jax.benchmarks import (
+  contact_sheet,
   geneval,
   intervals,
   measured,
@@ -207,6 +209,32 @@ def test_ta_is_a_mean_of_means_and_a_failed_point_drops_its_image():
   # m_p = 3/4 and 0.
   assert made.ta.se == pytest.approx(0.75 / math.sqrt(2) / math.sqrt(2))
   assert math.isnan(ta.summary([[NAN]], ["a"]).ta.mean)
+
+
+def test_a_prompt_that_is_repeated_is_one_prompt():
+  """Two prompts, ten times each in the set, are two values of the standard error."""
+  exam = ta.Exam(lambda images, statements: np.float64([s == "a cat" for s in statements]))
+  for number in range(20):
+    metadata = {"points": ["a cat" if number % 2 else "a dog"]}
+    row = results.Row(
+      "plain", "all", f"p{number % 2}", None, {}, None, number, metadata=metadata
+    )
+    exam([row], [rewards.Sample(row.prompt, np.zeros((4, 4, 3), np.uint8), None, metadata)])
+  made = exam.summaries("plain")["judge"].ta
+  assert (made.mean, made.se, made.prompts) == (0.5, 0.5, 2)
+
+
+def test_a_sheet_shows_a_prompt_with_its_own_pictures():
+  """Also where one mode kept no picture of a prompt, and where prompts have no numbers."""
+  row = lambda mode, number, image: results.Row(mode, "all", "p", None, {}, image, number)
+  rows = [row("a", 0, "a0"), row("a", 1, "a1"), row("b", 1, "b1"), row("b", 2, "b2")]
+  images = {each.image: np.zeros((4, 4, 3), np.uint8) for each in rows}
+  found = contact_sheet.by_prompt(rows, images)
+  assert [[each.image for each in of] for of in found] == [["a0"], ["a1", "b1"], ["b2"]]
+  alone = [dataclasses.replace(each, number=None) for each in rows]
+  found = contact_sheet.by_prompt(alone, images)
+  assert [[each.image for each in of] for of in found] == [["a0", "b1"], ["a1", "b2"]]
+  assert contact_sheet.draw("t", rows, images).size[0] > 0
 
 
 def test_agreement_of_two_judges():

@@ -77,6 +77,35 @@ def test_credit_is_of_the_first_word(text, expected, credit):
     assert credit is None
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_thoughts_that_do_not_end_are_no_answer(tmp_path, cut):
+  """Neither a word nor a number is read out of them, and no answer is never a wrong one."""
+  given = reply("<think>\nfrom Final Score: 1 to 5, red. Score: 4", [("<think>", .99)], cut)
+  path = tmp_path / "mine.txt"
+  path.write_text("{prompt}")
+  custom = make(form="custom", template=str(path), pattern=r"Score: (\d+)", high=10)
+  for read in (
+    lambda: answers.credit(given, "red"), lambda: answers.credit(given, "4"),
+    lambda: answers.text(given), lambda: answers.SCALES["unified_reward_1"].read(given),
+    lambda: answers.p_answer(given, "red", 0.05, False),
+    lambda: custom.questions(sample())[0].read(given),
+  ):
+    with pytest.raises(answers.Unreadable, match="thinking used up max_tokens"):
+      read()
+
+
+@pytest.mark.parametrize(("pattern", "text"), [
+  (r'overall_score"?:\s*(\d+)', 'so: {"overall_score": 7}'), (r"#### (\d+)", "good.\n#### 7"),
+  (r"`(\d+)`", "it is `7`"), (r"Score: (\d+)", "**Score:** 7"), (r"score: (\d+)", "## Score: *7*"),
+])
+def test_a_pattern_may_ask_for_marks_that_are_ignored_otherwise(tmp_path, pattern, text):
+  path = tmp_path / "mine.txt"
+  path.write_text("{prompt}")
+  form = make(form="custom", template=str(path), pattern=pattern, high=10)
+  [question] = form.questions(sample())
+  assert form.score(sample(), [question.read(reply(text))])[0] == 0.7
+
+
 def test_all_forms_of_a_token_count_and_no_other_word():
   top = [("Yes", .3), ("\u0120yes", .2), ("\u2581YES", .1), ("No", .2), ("Yesterday", .2)]
   assert answers.p_yes(reply(top=top), 0.05) == pytest.approx(0.75)

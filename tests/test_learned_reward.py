@@ -223,6 +223,10 @@ def test_the_host_reward_gives_the_same_numbers_from_uint8(folder, opened):
   pixels = jnp.asarray(images[:2], jnp.float32) / 255 * 2 - 1
   scores = jax.jit(model.score)(params, pixels, model.questions(["two red kites", "a bird"]))
   np.testing.assert_allclose(found.values[:2], scores, atol=1e-6)
+  assert reward.settings == {
+    "model": model.checksum, "readout": model.readout, "tau": model.tau,
+    "question": model.question, "prompt_form": model.prompt_form, "vit_max": model.vit_max,
+  }
 
 
 def test_a_run_keeps_to_its_reward_model(folder, tmp_path):
@@ -244,6 +248,7 @@ def test_words_are_plain_only_where_the_world_has_them(opened):
   kite = {"class": "kite", "count": 1}
   ask = lambda **entry: model.words("a riddle", {"include": [kite | entry]})
   assert ask(color="red") == "a red kite" and ask(count=3) == "three kites"
+  assert ask(count=12) == "12 kites"
   assert ask(**{"class": "dog"}) == model.words("a riddle", {}) == "a riddle"
   above = {"include": [{"class": "apple", "count": 1},
                        {"class": "bird", "count": 1, "position": ["above", 0]}]}

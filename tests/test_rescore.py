@@ -108,6 +108,18 @@ def test_an_evaluation_is_scored_again(tmp_path, capsys):
   assert "needs --rewards" in message
 
 
+def test_other_prompts_of_the_same_pictures_are_another_evaluation(tmp_path, capsys):
+  draw(tmp_path / "pictures", 2, 1)
+  flags = [f"--images={tmp_path / 'pictures'}", f"--out={tmp_path / 'out'}", "--rewards=brightness"]
+  evaluate.main(flags)
+  evaluate.main(flags)
+  assert "holds this evaluation already" in capsys.readouterr().out
+  record = tmp_path / "pictures/00001/metadata.jsonl"
+  record.write_text(record.read_text().replace("}", ', "corrected": 1}', 1))
+  assert "--overwrite" in refusal(evaluate.main, flags)
+  evaluate.main([*flags, "--overwrite"])
+
+
 def test_jax_is_not_imported(tmp_path):
   draw(tmp_path / "pictures", 2, 1)
   program = (

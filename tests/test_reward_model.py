@@ -1,6 +1,8 @@
 """The stages that make a reward model: balanced triples, the loss, the gates, refusals."""
 
+import dataclasses
 import json
+import types as types_lib
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +163,45 @@ def test_gates_and_page(triples):
   assert error.value.status == 1  # as docs/reward_model.md says
 
 
+def test_pictures_of_a_file_have_a_gate_too(triples):
+  """A model at chance is no reward, whatever it was measured on."""
+  of_file = dataclasses.replace(
+    triples, source=np.full(len(triples), "file"), group=np.full(len(triples), -1)
+  )
+  nothing = np.zeros(len(triples))
+  found = dict.fromkeys(("z", "no_picture", "no_prompt", "verbatim"), nothing)
+  with pytest.raises(measuring.MissedGates, match="^missed: AUC of the file's pictures; "):
+    measuring.check_gates(measuring.measure(of_file, found, tau=1.0))
+  found |= {"z": np.where(triples.yes, 2.0, -2.0)}
+  measuring.check_gates(measuring.measure(of_file, found, tau=1.0))
+
+
+def test_other_triples_are_asked_about_again(triples, tmp_path, monkeypatch):
+  """Margins on disk are of their triples in their order, or they are not used."""
+  asked = []
+
+  def margins(model, params, pixels, prompts, label):
+    asked.append(label)
+    return np.arange(len(prompts), dtype=np.float32)
+
+  monkeypatch.setattr(measuring, "margins", margins)
+  model = types_lib.SimpleNamespace(question="{prompt}?", vit_max=64)
+  few = dataclasses.replace(
+    triples, **{name: getattr(triples, name)[:9] for name in vars(triples) if name != "pixels"})
+  found = measuring.ask(model, {}, few, tmp_path / "asked.npz")
+  calls = len(asked)
+  again = measuring.ask(model, {}, few, tmp_path / "asked.npz")
+  assert len(asked) == calls > 0 and set(again) == set(found)
+  turned = dataclasses.replace(
+    few, **{name: getattr(few, name)[::-1] for name in vars(few) if name != "pixels"})
+  measuring.ask(model, {}, turned, tmp_path / "asked.npz")
+  assert len(asked) == 2 * calls
+  measuring.ask(
+    types_lib.SimpleNamespace(question="is it {prompt}?", vit_max=64), {}, turned,
+    tmp_path / "asked.npz")
+  assert len(asked) == 3 * calls
+
+
 def test_the_temperature_is_that_of_a_policys_pictures(triples):
   rows = np.isin(triples.source, ["policy", "group"])
   z = np.random.default_rng(0).normal(np.where(triples.yes, 2.0, -2.0), 2.0)
@@ -235,6 +276,32 @@ def test_a_workdir_goes_on_with_what_it_began_with(tmp_path):
     record.write_text(damaged)
     message = refusal(command.main, ["make", work])
     assert message.startswith(f"{record}: ") and "JSON" in message
+
+
+def test_a_prompt_that_cannot_be_asked_about_begins_nothing(tmp_path):
+  pictures = {"chosen": "a.png", "rejected": "b.png"}
+  path = lines(tmp_path, {"prompt": 'a sign that says "OPEN"'} | pictures)
+  flags = [f"--train_file={path}", f"--validation_file={path}", f"--workdir={tmp_path / 'work'}"]
+  message = refusal(command.main, ["make", *flags])
+  assert message.startswith(f"{path}, line 1: ") and "holds quotation marks" in message
+  assert not (tmp_path / "work" / "reward_model.json").exists()
+  # Braces of a question are itself, in training as when it is asked.
+  question = 'reply {"answer": "yes"} or {{no}}: is it {prompt}?'
+  command.main(["make", *flags, f"--question={question}"])
+  PIL.Image.new("RGB", (40, 32)).save(tmp_path / "b.png")
+  assert "b.png has 40x32 pixels, the first picture 32x32" in refusal(command.main, ["make", *flags])
+  assert learned.asked(question, "a kite") == 'reply {"answer": "yes"} or {{no}}: is it a kite?'
+
+
+def test_a_network_that_is_trained_keeps_its_steps(tmp_path):
+  path = lines(tmp_path, {"prompt": "a", "chosen": "a.png", "rejected": "b.png"})
+  flags = [f"--train_file={path}", f"--validation_file={path}", f"--workdir={tmp_path / 'work'}"]
+  command.main(["make", *flags])
+  (tmp_path / "work/trained").mkdir()
+  (tmp_path / "work/training").mkdir()
+  (tmp_path / "work/training/config.json").write_text('{"steps": 2}')
+  command.main(["train", *flags, "--config.steps=2"])
+  assert "config.steps=60 but" in refusal(command.main, ["train", *flags, "--config.steps=60"])
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax import rewards
+from unigrpo_jax import errors, rewards
 from unigrpo_jax.iconworld import plans, prompts, renderer, verifier
-from unigrpo_jax.rewards import making
+from unigrpo_jax.rewards import base, making
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAN = np.nan
@@ -303,6 +303,33 @@ def test_a_reward_may_give_the_reason_for_a_missing_score(scorer):
   one.score([sample(prompt=""), sample()])
   assert one.failures["partial"].last == "no score for 1 of 2 samples, as ''"
   assert one.failures["partial"].count == 2
+
+
+def test_each_sample_that_cannot_be_read_has_its_own_reason():
+  def encode(one):
+    if one.prompt != "prompt 1":
+      raise errors.InputError(f"{one.prompt} is none")
+    return one.prompt
+
+  found = rewards.score_encodable(numbered(3), encode, lambda able, encoded: np.ones(len(able)))
+  assert np.isnan(found.values).tolist() == [True, False, True]
+  assert found.reason == "prompt 0 is none"
+  assert [found.detail(i) for i in range(3)] == [
+    {"reason": "prompt 0 is none"}, {}, {"reason": "prompt 2 is none"}]
+
+
+def test_a_time_limit_lets_a_reward_keep_its_answers(tmp_path):
+  class Keeps:
+    def __call__(self, samples):
+      return [1.0] * len(samples)
+
+    def cache_in(self, path):
+      self.path = path
+
+  keeps = Keeps()
+  base.TimeLimited(keeps, 9.0).cache_in(tmp_path / "answers")
+  assert keeps.path == tmp_path / "answers"
+  base.TimeLimited(len, 9.0).cache_in(tmp_path)  # It has none to keep.
 
 
 def test_evaluate_checks_what_scores_hold():

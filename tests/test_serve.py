@@ -18,7 +18,7 @@ from tests.refusals import refusal
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.tools.serve import batches as batches_lib
-from unigrpo_jax.tools.serve import command
+from unigrpo_jax.tools.serve import chat, command
 
 WORDS = ["yes", "no", "maybe", "<|im_end|>"]
 END = 3
@@ -147,6 +147,19 @@ def with_url(url):
   body = message()
   body["messages"][0]["content"][0]["image_url"]["url"] = url
   return body
+
+
+def test_a_picture_is_seen_as_everywhere_else():
+  """Transparency on white, and as its EXIF orientation turns it."""
+  logo, upright = io.BytesIO(), io.BytesIO()
+  PIL.Image.new("RGBA", (40, 60), (255, 0, 0, 0)).save(logo, "PNG")
+  exif = PIL.Image.Exif()
+  exif[PIL.ExifTags.Base.Orientation] = 6
+  PIL.Image.new("RGB", (40, 60), "red").save(upright, "PNG", exif=exif)
+  for file, size, color in ((logo, (40, 60), (255, 255, 255)), (upright, (60, 40), (255, 0, 0))):
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image = chat._read_image(url)
+    assert image.size == size and image.getpixel((0, 0)) == color
 
 
 def bomb():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import textwrap
@@ -49,10 +50,17 @@ def draw(title: str, rows: Sequence[Any], images: dict[str, np.ndarray]) -> PIL.
 
 
 def by_prompt(rows: Sequence[Any], images: dict[str, np.ndarray]) -> list[tuple[Any, ...]]:
-  """For each prompt that has pictures, the rows of its first image (k = 0), one per mode."""
-  kept = [row for row in rows if row.image in images and not row.k]
-  modes = list(dict.fromkeys(row.mode for row in kept))
-  return list(zip(*[[row for row in kept if row.mode == mode] for mode in modes]))
+  """For each prompt that has pictures, the rows of its first image (k = 0), one per mode.
+
+  Rows without a prompt's number belong together by their place in their mode.
+  """
+  prompts: dict[int, list[Any]] = {}
+  places = collections.Counter()
+  for row in rows:
+    if row.image in images and not row.k:
+      prompts.setdefault(places[row.mode] if row.number is None else row.number, []).append(row)
+      places[row.mode] += 1
+  return [tuple(prompts[number]) for number in sorted(prompts)]
 
 
 def panel(rows: Sequence[Any], images: dict[str, np.ndarray]) -> panels.Panel:

@@ -32,15 +32,14 @@ class Answers:
   """The judges' answers about one image.
 
   Attributes:
-    mode, number, k: of the image; see `results.Row`.
+    mode, prompt: of the image; the `mode` and `key` of its `results.Row`.
     points: the K questions or statements.
     verifier, judge: answers of the verifier and of the learned reward, [K]: 1.0 where the point is
       met, 0.0 where not, NaN where a call failed; None where that judge was not asked.
   """
 
   mode: str
-  number: int | None
-  k: int
+  prompt: Hashable
   points: tuple[str, ...]
   verifier: tuple[float, ...] | None
   judge: tuple[float, ...] | None
@@ -180,7 +179,7 @@ class Exam:
       verifier, of = None, tuple(point.question for point in of)
       if not exam_points.read(sample.metadata):
         verifier = tuple(points.met(iconworld.detect(sample), sample.metadata))
-      self.answers.append(Answers(row.mode, row.number, row.k, of, verifier, judge))
+      self.answers.append(Answers(row.mode, row.key, of, verifier, judge))
       row.details["exam"] = {"points": list(of)} | {
         name: [None if math.isnan(answer) else answer for answer in answers]
         for name, answers in (("verifier", verifier), ("judge", judge)) if answers is not None
@@ -195,7 +194,7 @@ class Exam:
         for name in ("verifier", "judge")
       )
       self.answers.append(
-        Answers(row.mode, row.number, row.k, tuple(kept["points"]), verifier, judge)
+        Answers(row.mode, row.key, tuple(kept["points"]), verifier, judge)
       )
 
   def summaries(self, mode: str) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class Exam:
     Without judges that were not asked about all images.
     """
     of_mode = [answers for answers in self.answers if answers.mode == mode]
-    prompts = [answers.number for answers in of_mode]
+    prompts = [answers.prompt for answers in of_mode]
     made: dict[str, Any] = {}
     for judge in ("verifier", "judge"):
       given = [getattr(answers, judge) for answers in of_mode]

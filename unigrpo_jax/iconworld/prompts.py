@@ -255,7 +255,8 @@ def plain(metadata: Mapping[str, Any]) -> str:
     noun = f"{color} {noun}" if color else noun
     if "position" in entry:
       relation = entry["position"]
-    nouns.append(f"{riddles.NUMBERS[count]} {noun}" if count > 1 else classes.with_article(noun))
+    number = riddles.NUMBERS[count] if count < len(riddles.NUMBERS) else str(count)
+    nouns.append(f"{number} {noun}" if count > 1 else classes.with_article(noun))
   if relation is not None:
     name, target = relation
     return f"{nouns[-1]} {name} {nouns[target]}"

@@ -64,7 +64,12 @@ class LearnedReward:
     if readout:
       self._model = dataclasses.replace(self._model, readout=readout)
     self._score = jax.jit(self._model.score)
-    self.fingerprint = f"{self._model.checksum} {self._model.readout}"
+    made = self._model
+    self.fingerprint = f"{made.checksum} {made.readout}"
+    self.settings = {"model": made.checksum} | {
+      name: getattr(made, name)
+      for name in ("readout", "tau", "question", "prompt_form", "vit_max")
+    }
 
   def __call__(self, samples: Sequence[rewards.Sample]) -> rewards.Scores:
     """Scores N pictures; see the class."""

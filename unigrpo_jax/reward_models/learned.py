@@ -129,16 +129,8 @@ class RewardModel:
     return Questions(ids, mask.sum(axis=1).astype(np.int32))
 
   def _encode(self, prompt: str) -> list[int]:
-    if not prompt.strip():
-      raise errors.InputError("a prompt is empty; the reward model needs to know what to look for")
-    before, after = self.question.split("{prompt}")
-    if before.endswith('"') and after.startswith('"') and '"' in prompt:
-      raise errors.InputError(
-        f"prompt {errors.shown(prompt)} holds quotation marks, and the model's question puts it "
-        "between such; write ' instead"
-      )
     t = self.tokenizer
-    ids = [t.im_start, *t.encode(f"{before}{prompt}{after}"), t.im_end, t.im_start]
+    ids = [t.im_start, *t.encode(asked(self.question, prompt)), t.im_end, t.im_start]
     room = self.model.config.llm.max_positions - 1  # The picture takes one.
     if len(ids) > room:
       raise errors.InputError(
@@ -232,6 +224,23 @@ def check_question(question: str) -> None:
     raise errors.InputError(
       f"question={errors.shown(question)} must hold {{prompt}} once, where the prompt goes"
     )
+
+
+def asked(question: str, prompt: str) -> str:
+  """The question about a prompt.
+
+  Raises:
+    InputError: the prompt is empty, or holds the quotation marks that the question has around it.
+  """
+  if not prompt.strip():
+    raise errors.InputError("a prompt is empty; the reward model needs to know what to look for")
+  before, after = question.split("{prompt}")
+  if before.endswith('"') and after.startswith('"') and '"' in prompt:
+    raise errors.InputError(
+      f"prompt {errors.shown(prompt)} holds quotation marks, and the model's question puts it "
+      "between such; write ' instead"
+    )
+  return f"{before}{prompt}{after}"
 
 
 def vit_rule(config: config_lib.BagelConfig, vit_max: int) -> config_lib.ImageSizeRule:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import pathlib
 import threading
 import time
 from typing import Any
@@ -172,17 +173,20 @@ def score_encodable(
     encode: sample -> what the model reads of its prompt; raises InputError where it cannot.
     score: (n samples, what `encode` returned for each) -> scores, [n]; n >= 1.
   """
-  values, reason = np.full(len(samples), np.nan, np.float32), None
+  values, reasons = np.full(len(samples), np.nan, np.float32), {}
   rows, encoded = [], []
   for row, sample in enumerate(samples):
     try:
       encoded.append(encode(sample))
       rows.append(row)
     except errors.InputError as error:
-      reason = str(error)
+      reasons[row] = str(error)
   if rows:
     values[rows] = score([samples[row] for row in rows], encoded)
-  return Scores(values, reason)
+  if not reasons:
+    return Scores(values)
+  details = [{"reason": reasons[row]} if row in reasons else None for row in range(len(samples))]
+  return Scores(values, next(iter(reasons.values())), details=details)
 
 
 def evaluate_together(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
@@ -282,6 +286,11 @@ class TimeLimited:
     if not self.concurrent:
       self._overdue = call
     raise TimeoutError(f"it took longer than time_limit={self._seconds:g} s")
+
+  def cache_in(self, path: pathlib.Path) -> None:
+    """Has the reward keep its answers in a file, if it can."""
+    if hasattr(self._reward, "cache_in"):
+      self._reward.cache_in(path)
 
   def ready(self) -> None:
     """Asks the reward, if it has `ready`."""

@@ -33,6 +33,7 @@ import zipfile
 import numpy as np
 import PIL.Image
 
+from unigrpo_jax.data import images as images_lib
 from unigrpo_jax.rewards import base
 
 PREFIX = "/v1/rewards"
@@ -89,7 +90,9 @@ def encode(image: np.ndarray, encoding: str) -> bytes:
 
 
 def decode(file: bytes) -> np.ndarray:
-  """The image in a PNG or JPEG file, [H, W, 3] uint8. The bytes may be malicious.
+  """The image in a PNG or JPEG file as `data.images.to_rgb` shows it, [H, W, 3] uint8.
+
+  The bytes may be malicious.
 
   Raises:
     ValueError: it is no such file, or has more than `MAX_PIXELS`, which is checked before decoding.
@@ -97,7 +100,7 @@ def decode(file: bytes) -> np.ndarray:
   try:
     image = PIL.Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
     if math.prod(image.size) <= MAX_PIXELS:
-      return np.asarray(image.convert("RGB"))
+      return np.asarray(images_lib.to_rgb(image))
     claim = "{} x {} pixels".format(*image.size)
   except PIL.Image.DecompressionBombError as error:  # Its own limit is higher.
     claim = str(error)

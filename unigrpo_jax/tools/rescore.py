@@ -62,6 +62,7 @@ def score_pictures(args: argparse.Namespace) -> None:
   about = about | of_rewards(args, scorer) | {
     "images_from": str(args.images), "prompts": len({row.key for row in rows}),
     "pictures": digest([[row.image, (args.images / row.image).stat().st_size] for row in rows]),
+    "rows_digest": digest([[row.prompt, row.metadata, row.text] for row in rows]),
   }
   # Without what the results say of themselves.
   as_read = {name: about[name] for name in about if name not in ("of", "title", "settings")}

@@ -79,8 +79,11 @@ def first_word(text: str) -> str:
 
 
 def after_thinking(text: str) -> str:
-  """The part of a text that follows its reasoning ("</think>"); all of it where there is none."""
-  return text.rpartition("</think>")[2].strip()
+  """The part of a text that follows its reasoning ("</think>"): all of it where there is none, ""
+  where that does not end.
+  """
+  rest = text.rpartition("</think>")[2].strip()
+  return "" if rest.startswith("<think>") else rest
 
 
 def kind(expected: str) -> str:
@@ -121,7 +124,7 @@ def text(reply: Reply) -> str:
 def _no_answer(reply: Reply, asked: str) -> str:
   """Why a reply does not answer a question of the kind `asked`, for an error message."""
   rest = after_thinking(reply.text)
-  if reply.cut and (not rest or rest.startswith("<think>")):
+  if not rest and (reply.cut or "<think>" in reply.text):
     return THINKING
   what = {"yes_no": "yes or no", "count": "a number"}.get(asked, "an answer")
   return f"the answer {_quoted(rest)} does not begin with {what}" if rest else "the answer is empty"
@@ -156,7 +159,7 @@ def p_answer(reply: Reply, expected: str, min_mass: float, renormalise: bool) ->
       mass = sum(p for token, p in reply.top if number(_word(token)) is not None)
       what = "a number"
     case _:  # Any word is an answer.
-      mass, what = sum(p for _, p in reply.top), "an answer"
+      mass, what = sum(p for token, p in reply.top if "<think" not in token), "an answer"
   _check_mass(reply, mass, min_mass, what)
   return min(mine / mass if renormalise else mine, 1.0)
 
@@ -229,11 +232,14 @@ class Scale:
 
   def read(self, reply: Reply) -> dict[str, float | None]:
     """{name: number}; None where the text has none, or an invalid one."""
-    text = re.sub(r"[*_`#]", "", after_thinking(reply.text))
-    return {name: self._number(pattern, text) for name, pattern in self.axes.items()}
+    said = text(reply)
+    return {name: self._number(pattern, said) for name, pattern in self.axes.items()}
 
   def _number(self, pattern: str, text: str) -> float | None:
-    found = re.search(pattern, text, re.IGNORECASE)
+    # Without Markdown's marks first, which a model may put around the number; a user's pattern may
+    # ask for them.
+    found = re.search(pattern, re.sub(r"[*_`#]", "", text), re.IGNORECASE)
+    found = found or re.search(pattern, text, re.IGNORECASE)
     try:
       value = float(found[1]) if found else math.nan
     except (TypeError, ValueError):  # The group matched nothing, or no number.

@@ -48,6 +48,7 @@ DEFAULTS = {"triples": 30_000, "validation": 3000, "groups": 64, "seed": 0}
 SAME = dict.fromkeys(("triples", "validation", "groups", "vit_max", "seed"), int) | {
   "question": str, "train_file": files.path, "validation_file": files.path,
 }
+TEMPERATURE = "temperature.json"  # what calibrate writes
 COMPARED = 96  # number of pictures whose scores as floats and as uint8 are compared
 
 
@@ -170,6 +171,7 @@ class Stages:
       for path in (self._args.train_file, self._args.validation_file):
         _, count = triples_lib.read_lines(path, self._question, 0)
         print(f"{path}: {count} answers")
+      triples_lib.load_lines(self._args.validation_file)  # refused now, not after the training
       return
     for split in ("validation", "train"):
       triples = self._triples(split)
@@ -183,6 +185,11 @@ class Stages:
 
   def _train(self) -> bool:
     if self._trained.exists():
+      if (steps := self._steps()) != self._config.steps:
+        raise errors.InputError(
+          f"config.steps={self._config.steps} but {self._trained} took {steps}; leave it out, or "
+          f"choose a new --workdir, which may go on with --config.init_from={self._trained}"
+        )
       print(f"{self._trained} is there already")
       return True
     config = self._config.copy_and_resolve_references()
@@ -218,22 +225,30 @@ class Stages:
     found = measuring.ask(model, params, triples, self._workdir / "asked.npz")
     return model, params, triples, found
 
+  def _steps(self) -> int:
+    """How many steps the trained network took."""
+    return int(config_lib.read_json(self._workdir / "training" / "config.json")["steps"])
+
+  def _calibrated(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
+    """As `_asked`, but with the fitted temperature."""
+    model, params, triples, found = self._asked()
+    model = dataclasses.replace(model, tau=measuring.temperature(triples, found))
+    run_lib.write_json(self._workdir / TEMPERATURE, {"tau": model.tau})
+    return model, params, triples, found
+
   def _calibrate(self) -> None:
-    _, _, triples, found = self._asked()
-    tau = measuring.temperature(triples, found)
-    run_lib.write_json(self._workdir / "temperature.json", {"tau": tau})
-    print(f"tau = {tau:.4f}")
+    model, *_ = self._calibrated()
+    print(f"tau = {model.tau:.4f}")
 
   def _measure(self) -> None:
-    record = self._workdir / "temperature.json"
+    record = self._workdir / TEMPERATURE
     if not record.exists():
       raise errors.InputError(
         f"{record}: there is no temperature; run the stage calibrate first, with the same --workdir"
       )
-    model, params, triples, found = self._asked()
-    model = dataclasses.replace(model, tau=config_lib.read_json(record)["tau"])
+    model, params, triples, found = self._calibrated()  # The triples may have changed since.
     measured = measuring.measure(triples, found, model.tau)
-    measured["steps"] = int(self._config.steps)
+    measured["steps"] = self._steps()
     if self._iconworld:
       rows = np.flatnonzero(triples.source == "render")[:COMPARED]
       decoded = pictures.Painter(self._config.init_from).decoded(

@@ -113,9 +113,8 @@ def learnt(triples: Triples, question: str, seed: int) -> corpus.Corpus:
   """Triples as examples of answering; every epoch has each of them once, shuffled."""
   def example(number: int) -> corpus.Example:
     image = PIL.Image.fromarray(triples.pixels[triples.image[number]])
-    return corpus.Example(
-      question.format(prompt=triples.prompt[number]), _answer(triples.yes[number]), source=image
-    )
+    asked = learned.asked(question, str(triples.prompt[number]))
+    return corpus.Example(asked, _answer(triples.yes[number]), source=image)
 
   return corpus.epochs(len(triples), example, seed)
 
@@ -170,12 +169,16 @@ def read_lines(
       file, line and key. Later the corpus raises it for a picture that cannot be read.
   """
   rows = _rows(files.path(path))
+  for where, prompt, *_ in rows:
+    with errors.at(where):
+      learned.asked(question, prompt)
 
   def example(number: int) -> corpus.Example:
     where, prompt, image, yes = rows[number]
     with errors.at(where):
       picture = images_lib.load_rgb(image)
-    return corpus.Example(question.format(prompt=prompt), _answer(yes), source=picture, where=where)
+    asked = learned.asked(question, prompt)
+    return corpus.Example(asked, _answer(yes), source=picture, where=where)
 
   return corpus.epochs(len(rows), example, seed), len(rows)
 
