@@ -136,6 +136,10 @@ def test_jax_is_not_imported(tmp_path):
 @pytest.mark.parametrize("more, words", [
   (["--samples=2"], "--samples has no effect with --images"),
   (["--modes", "plain"], "--modes has no effect with --images"),
+  (["--prompts_from=a.jsonl"], "--prompts_from has no effect with --images"),
+  (["--split=train"], "--split has no effect with --images"),
+  (["--keep=all"], "--keep has no effect with --images"),
+  (["--seed=7"], "--seed has no effect with --images"),
   (["--geneval_results=x"], "--images and --geneval_results: give one"),
 ])
 def test_what_does_not_go_with_pictures_is_refused(tmp_path, more, words):

@@ -289,7 +289,8 @@ def test_a_prompt_that_cannot_be_asked_about_begins_nothing(tmp_path):
   question = 'reply {"answer": "yes"} or {{no}}: is it {prompt}?'
   command.main(["make", *flags, f"--question={question}"])
   PIL.Image.new("RGB", (40, 32)).save(tmp_path / "b.png")
-  assert "b.png has 40x32 pixels, the first picture 32x32" in refusal(command.main, ["make", *flags])
+  message = refusal(command.main, ["make", *flags])
+  assert "b.png has 40x32 pixels, the first picture 32x32" in message
   assert learned.asked(question, "a kite") == 'reply {"answer": "yes"} or {{no}}: is it a kite?'
 
 
@@ -325,8 +326,8 @@ def test_a_reward_model_of_preference_pairs_is_trained_and_opened(shallow, tmp_p
   ]
   try:
     command.main(flags)
-  except errors.InputError as error:  # Two steps may well miss the gate of the hidden picture.
-    assert str(error).startswith("missed: AUC with the")
+  except errors.InputError as error:  # Two steps miss gates.
+    assert str(error).startswith("missed: AUC of the file's pictures")
   reward_model, params = learned.open_folder(tmp_path / "out")
   assert reward_model.prompt_form == "prompt" and reward_model.tau > 0
   before = folders.open_folder(shallow).load_params(parts=("bagel",))["bagel"]["layers"]

@@ -52,13 +52,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing model folder, after success only"
   )
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  errors.refuse_beside(parser, args, "export", ["missing_from"])
+  errors.refuse_beside(parser, args, "check", ["overwrite"])
+  return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parse_args(sys.argv[1:] if argv is None else argv)
-  errors.refuse_beside(args, "export", ["missing_from"])
-  errors.refuse_beside(args, "check", ["overwrite"])
   source, missing_from = (
     name if name in (None, "tiny") else hub.find(name) for name in (args.source, args.missing_from)
   )

@@ -126,12 +126,14 @@ def require(
   raise InputError(f"{name}={shown(value)} must be {' and '.join(wanted) or 'finite'}")
 
 
-def refuse_beside(args: argparse.Namespace, flag: str, others: Iterable[str]) -> None:
+def refuse_beside(
+  parser: argparse.ArgumentParser, args: argparse.Namespace, flag: str, others: Iterable[str]
+) -> None:
   """Raises InputError where one of `others` is given beside a flag with which it has no effect.
 
-  Flags that are not given are None or False.
+  Flags whose value is their default count as not given.
   """
-  given = lambda name: getattr(args, name) not in (None, False)
+  given = lambda name: getattr(args, name) != parser.get_default(name)
   for name in others if given(flag) else ():
     if given(name):
       raise InputError(f"--{name} has no effect with --{flag}; leave it out")

@@ -67,8 +67,9 @@ examples:
 
 # Flags about how pictures are drawn, which existing ones do not take, and about those to score.
 _OF_DRAWING = (
-  "checkpoint", "adapter", "samples", "modes", "size", "keep_official", "num_timesteps", "shift",
-  "cfg_text_scale", "cfg_interval", "cfg_renorm", "temperature", "max_tokens",
+  "checkpoint", "adapter", "prompts_from", "split", "samples", "modes", "keep", "size", "seed",
+  "keep_official", "num_timesteps", "shift", "cfg_text_scale", "cfg_interval", "cfg_renorm",
+  "temperature", "max_tokens", "batch_size",
 )
 _WITHOUT = {
   "images": _OF_DRAWING,
@@ -128,7 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   if args.images is not None and args.geneval_results is not None:
     raise errors.InputError("--images and --geneval_results: give one of them")
   for flag, names in _WITHOUT.items():
-    errors.refuse_beside(args, flag, names)
+    errors.refuse_beside(parser, args, flag, names)
   args.checkpoint = args.checkpoint or "tiny"
   return args
 

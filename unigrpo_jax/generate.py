@@ -58,8 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "with --understand the JSON file (default: answer.json)")
   add("--height", type=int, help="pixels (default: the largest the checkpoint is configured for)")
   add("--width", type=int, help="pixels (default: as --height)")
-  add("--upscale", type=int, metavar="N", help="write every pixel as N x N, to look at small "
-      "pictures (default: 1)")
+  add("--upscale", type=int, default=1, metavar="N", help="write every pixel as N x N, to look at "
+      "small pictures (default: %(default)s)")
   add("--dtype", choices=("float32", "bfloat16"),
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
   sampling_flags.add(parser, batch_size=None)
@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       "as the official code does to a pack; an image then depends on its neighbours")
   host_flags.add_arguments(parser)
   args = parser.parse_args(argv)
+  errors.refuse_beside(parser, args, "understand", ("height", "width", "upscale"))
   _check_args(args)
   return args
 
@@ -85,7 +86,6 @@ def _check_args(args: argparse.Namespace) -> None:
     raise errors.InputError(
       "--height and --width cannot be given with --image: an edit keeps its image's (resized) size"
     )
-  errors.refuse_beside(args, "understand", ("height", "width", "upscale"))
   sampling_flags.check(args)
   errors.require("--height", args.height, low=1)
   errors.require("--width", args.width, low=1)

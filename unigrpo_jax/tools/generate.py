@@ -94,7 +94,7 @@ def generate(args: argparse.Namespace) -> None:
     with hosts.raise_on_all_hosts():
       if hosts.first():
         for path, request, result in zip(paths[first:], requests[first:], results):
-          _save(path, request, result, record, args.upscale or 1)
+          _save(path, request, result, record, args.upscale)
           _print(path, request, result, args.understand)
 
 
