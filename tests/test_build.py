@@ -84,6 +84,9 @@ def test_a_build_interrupted_in_each_stage_makes_the_same_files(tmp_path, monkey
     (["--seed=-1"], "--seed=-1 must be at least 0"),
     (["--vae_steps=0"], "--vae_steps=0 must be at least 1"),
     (["--config.stepz=1"], "stepz"),
+    (["--config.microbatch=7"], "config.sequences_per_step=48 is not a multiple of config.microb"),
+    (["--config.seed=7"], "--config.seed=7: the stages set config.seed themselves; leave it out"),
+    (["--config.export_to=x"], "the stages set config.export_to themselves"),
     (["--set", "steps=3"], "Unknown command line flag 'set'"),
     (["--workdir=w2", "--out=there"], "there exists already; choose another folder"),
     (["--out=file/o"], "--out: target "),
@@ -109,6 +112,20 @@ def test_mistakes_give_one_line_before_anything_is_trained(tmp_path, monkeypatch
   before = sorted(tmp_path.rglob("*"))
   assert words in refusal(build.main, ["--workdir=w", "--out=o", *args])
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_config_may_change_until_the_supervised_training_begins(tmp_path, monkeypatch):
+  """What only its devices refuse must not cost the autoencoder again."""
+  seen = []
+  monkeypatch.setattr(build, "make_base", lambda *_, **__: None)
+  monkeypatch.setattr(build.finetune, "train", lambda config, *_: seen.append(config.microbatch))
+  place = [f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'o'}"]
+  build.main([*place, "--config.microbatch=6"])
+  build.main([*place, "--config.microbatch=8"])
+  (tmp_path / "w/sft").mkdir()
+  assert "--config=['--config.microbatch=6'] but" in refusal(
+    build.main, [*place, "--config.microbatch=6"])
+  assert seen == [6, 8]
 
 
 def test_a_build_resumes_under_another_spelling_of_its_folder(tmp_path, monkeypatch):

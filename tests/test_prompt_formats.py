@@ -4,6 +4,7 @@ import datetime
 import json
 import sys
 import types
+import uuid
 
 import pytest
 
@@ -66,7 +67,9 @@ def test_columns_of_json_are_metadata_as_in_geneval(tmp_path):
   ("prompt,a\nx\n", "line 2: 1 cells, and the first line names 2 columns"),
   ('prompt,a\nx,1\n"x,1\n', "line 3: not a table"),
   ("Prompt;a\nx;1\n", 'line 2: no key "prompt" (its keys: Prompt;a)'),
-  ("prompt,a\n,1\n", 'line 2: no key "prompt" (its keys: a)'),
+  ("prompt,a\n,1\n", "line 2: the prompt is empty; write it, or delete the line"),
+  ("prompt,text\na,A\n,B\n", "line 3: the prompt is empty"),  # B is not the prompt
+  ("text,caption\nA,a\nB,\n", "line 3: the caption is empty"),
   ("prompt,a\n", "no prompts in it; expected at least one"),
   (b"prompt\ncaf\xe9\n", "byte 11 is not UTF-8"),
 ])
@@ -198,6 +201,12 @@ def test_parquet_rows_without_bytes_and_nulls(pyarrow, tmp_path):
     f"{path}: not a readable parquet file (magic bytes); an incomplete download?")
 
 
+def test_a_null_prompt_of_parquet_is_none_of_the_other_columns(pyarrow, tmp_path):
+  rows = [{"prompt": "a", "text": "x"}, {"prompt": None, "text": "y"}]
+  path = stand_in(tmp_path / "a.parquet", rows)
+  assert f"{path}, row 2: the prompt is empty" in refusals.refusal(read, path)
+
+
 def test_without_pyarrow_its_extra_is_named(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   message = refusals.refusal(read, write(tmp_path / "a.parquet", b"PAR1"))
@@ -207,8 +216,10 @@ def test_without_pyarrow_its_extra_is_named(monkeypatch, tmp_path):
 def test_what_parquet_has_is_made_json():
   plain = records._plain({
     "day": datetime.date(2026, 1, 2), "none": None, "nan": float("nan"), "n": 1, "pair": (1, None),
-    "in": {"x": None, "y": [{"z": None}]}})
-  assert plain == {"day": "2026-01-02", "n": 1, "pair": [1, None], "in": {"y": [{}]}}
+    "in": {"x": None, "y": [{"z": None}]}, "id": uuid.UUID(int=7), "yes": True})
+  assert plain == {
+    "day": "2026-01-02", "n": 1, "pair": [1, None], "in": {"y": [{}]},
+    "id": "00000000-0000-0000-0000-000000000007", "yes": True}
 
 
 def test_real_parquet(tmp_path):

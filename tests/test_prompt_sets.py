@@ -144,6 +144,16 @@ def test_set_is_read_by_folder_version_and_name(built, monkeypatch):
       assert list(opened) == [prompts.Prompt(*pair) for pair in expected]
 
 
+def test_a_path_is_no_name_of_a_built_set(built, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(built.parent))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "both").mkdir()
+  (tmp_path / "both/train.txt").write_text("a new prompt\n")
+  assert [one.prompt for one in prompts.open_set("./both", "train")] == ["a new prompt"]
+  assert len(prompts.open_set("both", "train")) == 5
+  assert "name of the split is empty" in refusals.refusal(prompts.open_set, "./both", "")
+
+
 def test_set_and_file_hold_the_same(tmp_path):
   path = jsonl(tmp_path / "a.jsonl")
   folder = prompt_folders.build("a", {"test": prompts.read_file(path)}, tmp_path)

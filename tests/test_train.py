@@ -190,6 +190,11 @@ def test_an_unreadable_image_stops_by_file_and_line(shallow, tmp_path):
   with pytest.raises(errors.InputError, match=f"a.jsonl, line {bad + 1}: .*{bad}.png: not reada"):
     _train(config, tmp_path / "run")
   assert _steps(tmp_path / "run") == [1]
+  # Without that line the run goes on.
+  del lines[bad]
+  (shards / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  _train(config, tmp_path / "run")
+  assert _steps(tmp_path / "run")[-1] == config.steps
 
 
 @pytest.mark.parametrize(

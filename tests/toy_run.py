@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import pathlib
 import types as python_types
 from typing import Any
@@ -57,11 +57,12 @@ def train(
   network: state.Network, workdir: pathlib.Path, spec: run.RunSpec, *, size: int,
   evaluate: Callable[..., Any], in_step: Callable[[int], Any],
   metrics: Callable[[int, int], Mapping[str, float]], pinned: Mapping[str, str] | None = None,
+  may_change: Collection[str] = (),
 ) -> types.TrainState:
   """Runs in, or continues from, a folder.
 
   Args:
-    network, workdir, spec, pinned: of the run.
+    network, workdir, spec, pinned, may_change: of the run.
     size: of the state.
     evaluate: see `Run.evaluate`.
     in_step: called in the middle of each step.
@@ -72,7 +73,8 @@ def train(
   """
   stream, first = Position(), first_state(network.mesh, size)
   made = run.Run(
-    workdir, spec, network, positions={"prompt_position": stream}, pinned=pinned
+    workdir, spec, network, positions={"prompt_position": stream}, pinned=pinned,
+    may_change=may_change,
   )
   layout = state.StateLayout(
     jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), first),

@@ -70,7 +70,10 @@ def learn(
   )
   with hosts.raise_on_all_hosts():
     pinned = state.pinned(spec.network, network) | dict(pinned)
-  run = run_lib.Run(workdir, spec.run, network, pinned=pinned, deferred_stop=True)
+  # A bad example may be mended or left out before the run goes on.
+  run = run_lib.Run(
+    workdir, spec.run, network, pinned=pinned, may_change={"data.folder"}, deferred_stop=True
+  )
   train_state = run.restore(layout, lambda: state.first_state(
     network, optimizer, layout, random_init=spec.network.random_init, seed=spec.seed,
     adapter=spec.network.adapter,

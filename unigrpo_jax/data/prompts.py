@@ -19,7 +19,7 @@ from unigrpo_jax.geneval import rules
 from unigrpo_jax.iconworld import prompts as iconworld
 
 FILE_ENDINGS = tuple(records.READERS)
-PROMPT_KEYS = ("prompt", "Prompt", "caption", "text", "prompt_en")  # The first that is there.
+PROMPT_KEYS = records.PROMPT_KEYS
 TAG_KEYS = ("tag", "Category", "category")
 ICONWORLD = "iconworld"
 ICONWORLD_COUNTS = {"train": 10_000, "validation": 300, "test": 600}  # Prompts by split.
@@ -165,7 +165,7 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
     source: the name of a set in `default_folder()`; the folder of a set, with or without its
       version; a file with an ending of FILE_ENDINGS, which has all its prompts in every split; a
       folder of such files, one a split, see `records.find`; or a name of `GENERATED`, such as
-      "iconworld" ("./iconworld" is a folder of that name).
+      "iconworld". What has a slash is a path: "./iconworld" is a folder of that name.
     split: which part of the set.
 
   Raises:
@@ -179,7 +179,7 @@ def open_set(source: pathlib.Path | str, split: str) -> PromptSet:
   from unigrpo_jax.data import prompt_folders  # Imports TFDS, which takes a second.
 
   places = [path, path / prompt_folders.VERSION]
-  if not files.is_object(path):
+  if not files.is_object(path) and os.sep not in str(source):  # a name, not a path
     places.append(default_folder() / path / prompt_folders.VERSION)
   for folder in places:
     if (folder / "dataset_info.json").is_file():

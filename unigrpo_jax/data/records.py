@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import csv
-import datetime
-import decimal
 import io
 import math
 import pathlib
@@ -20,6 +18,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.data import files, lines
 
 Record = dict[str, Any]
+PROMPT_KEYS = ("prompt", "Prompt", "caption", "text", "prompt_en")  # The first that is there.
 _EXPECTED = 'expected an object with a prompt, like {"prompt": "a red kite"}'
 _STUB = "; a Git LFS pointer or an incomplete download?"
 _LICENCE = re.compile(
@@ -112,6 +111,7 @@ def _table(
         continue
       if not names:
         names = cells
+        prompt = next((key for key in PROMPT_KEYS if key in names), None)
         if twice := next((name for name in names if name and names.count(name) > 1), None):
           raise errors.InputError(f"{where}: the column {twice!r} is there twice")
         continue
@@ -119,7 +119,9 @@ def _table(
         raise errors.InputError(
           f"{where}: {len(cells)} cells, and the first line names {len(names)} columns"
         )
-      yield where, _columns({n: cell for n, cell in zip(names, cells) if n and cell}, where)
+      # An empty prompt is one all the same: no other column is taken for it.
+      row = {n: cell for n, cell in zip(names, cells) if n and (cell or n == prompt)}
+      yield where, _columns(row, where)
   except csv.Error as error:
     raise errors.InputError(f"{path}, line {rows.line_num}: not a table ({error})") from None
 
@@ -150,13 +152,15 @@ def _parquet(path: pathlib.Path) -> Iterator[tuple[str, Record]]:
     source = pyarrow.BufferReader(path.read_bytes()) if files.is_object(path) else path
     with parquet.ParquetFile(source) as file:
       names = [field.name for field in file.schema_arrow if not _has_bytes(field.type, pyarrow)]
-      row = 0
+      row, prompt = 0, next((key for key in PROMPT_KEYS if key in names), None)
       for batch in file.iter_batches(columns=names):
         for record in batch.to_pylist():
           row += 1
-          where = f"{path}, row {row}"
-          yield where, _columns(_plain(record), where)
-  except (pyarrow.ArrowException, OSError) as error:
+          where, record = f"{path}, row {row}", _plain(record)
+          if prompt is not None:
+            record.setdefault(prompt, "")  # As an empty cell of a table.
+          yield where, _columns(record, where)
+  except (pyarrow.ArrowException, OSError, ValueError) as error:
     raise errors.InputError(
       f"{path}: not a readable parquet file ({errors.first_line(error)}); an incomplete download?"
     ) from None
@@ -173,7 +177,7 @@ def _has_bytes(kind: Any, pyarrow: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-  """A value as JSON has it: without nulls in objects; times and decimals are text."""
+  """A value as JSON has it: without nulls in objects; times, decimals and UUIDs are text."""
   if isinstance(value, dict):
     plain = {key: _plain(item) for key, item in value.items()}
     return {key: item for key, item in plain.items() if item is not None}
@@ -181,9 +185,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
-  if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
-    return str(value)
-  return value
+  if value is None or isinstance(value, str | int | float):
+    return value
+  return str(value)
 
 
 READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[str, Record]]]] = {
@@ -210,6 +214,8 @@ def find(folder: pathlib.Path, split: str) -> Sequence[pathlib.Path]:
   Raises:
     InputError: there is none or there are two, or a shard is missing.
   """
+  if not split:
+    raise errors.InputError(f"{folder}: the name of the split is empty; give one, such as train")
   found: dict[str, list[pathlib.Path]] = {}
   here = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS)
   data = folder / "data"

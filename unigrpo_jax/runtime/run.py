@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -104,7 +104,7 @@ class Run:
   def __init__(
     self, workdir: pathlib.Path, spec: RunSpec, network: state.Network, *,
     positions: Mapping[str, Position] | None = None, pinned: Mapping[str, Any] | None = None,
-    deferred_stop: bool = False,
+    may_change: Collection[str] = (), deferred_stop: bool = False,
   ):
     """Opens the folder's checkpoints.
 
@@ -115,6 +115,7 @@ class Run:
       positions: by name: kept with every checkpoint and restored from it.
       pinned: {key or section of the config: fingerprint of what it reads}, which must be the same
         on all hosts and as when the run began. Where it lies may then change.
+      may_change: names of these of which a change since then is only printed.
       deferred_stop: hosts agree on a stop one step late, without waiting for each other.
 
     Raises:
@@ -123,6 +124,7 @@ class Run:
     self.step, self.timer = 0, metrics.PhaseTimer(begins=self._say_phase)
     self._workdir, self._spec, self._network = workdir, spec, network
     self._positions, self._pinned = dict(positions or {}), dict(pinned or {})
+    self._may_change = may_change
     self._deferred = hosts.AgreedFlag(network.mesh) if deferred_stop else None
     self._within = hosts.AgreedFlag(network.mesh)
     self._stop_requested, self._stack = threading.Event(), contextlib.ExitStack()
@@ -189,11 +191,12 @@ class Run:
     known = {name for name in self._pinned if name in record}
     resumption.check(before, spec.config, keys | known, spec.defaults)
     for name, value in self._pinned.items():
-      if record.get(name, value) != value:
-        raise errors.InputError(
-          f"config.{name} reads other contents than when the run in the workdir began; restore "
-          "them, or choose a new --workdir"
-        )
+      if record.get(name, value) == value:
+        continue
+      changed = f"config.{name} reads other contents than when the run in the workdir began"
+      if name not in self._may_change:
+        raise errors.InputError(f"{changed}; restore them, or choose a new --workdir")
+      hosts.print_first(f"note: {changed}")
 
   def _make_record(self) -> dict[str, Any]:
     return {"config": self._spec.config, "run_id": self._run_id} | self._pinned | {

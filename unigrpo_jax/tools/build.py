@@ -31,7 +31,7 @@ from unigrpo_jax.data import tokenizer as tokenizer_lib
 from unigrpo_jax.iconworld import prompts, renderer, tasks
 from unigrpo_jax.models import bagel, vae
 from unigrpo_jax.models import config as config_lib
-from unigrpo_jax.recipe import config_files
+from unigrpo_jax.recipe import config_files, sft
 from unigrpo_jax.runtime import checkpoints, folders, hosts, metrics, optim, sharding
 from unigrpo_jax.runtime import run as run_lib
 
@@ -180,6 +180,12 @@ def build(
   workdir = workdir.resolve()  # The configs contain its path, which must not depend on the cwd.
   file = config_files.FOLDER / "sft.py"
   first, look = (config_files.load(f"{file}:{name}", overrides) for name in ("tiny", "tiny_look"))
+  for argument in overrides:
+    key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
+    if key in ("seed", "init_from", "random_init", "export_to"):
+      raise errors.InputError(f"{argument}: the stages set config.{key} themselves; leave it out")
+  for config in (first, look):
+    sft.read(config)  # Before the autoencoder is trained.
   with errors.at("--out"):
     for stage in ("base", "draft", "vae", "sft", "first", "look"):
       folders.check_target(workdir / stage, out, overwrite=True)
@@ -203,12 +209,16 @@ def build(
 
 
 def _check_arguments(workdir: pathlib.Path, arguments: Mapping[str, Any]) -> None:
-  """Records the arguments of a build; raises InputError where it was begun with others."""
+  """Records the arguments of a build; raises InputError where it was begun with others.
+
+  Those of the supervised training may change until it begins.
+  """
   record = workdir / "build.json"
   if record.exists():
     before = {"config": []} | config_lib.read_json(record)
+    trains = any((workdir / stage).exists() for stage in ("sft", "first"))
     for name, value in arguments.items():
-      if value != before.get(name):
+      if value != before.get(name) and (name != "config" or trains):
         raise errors.InputError(
           f"--{name}={value} but the build in {workdir} has {before.get(name)}; give it back its "
           "value, or choose a new --workdir"
