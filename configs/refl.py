@@ -32,7 +32,8 @@ def get_config(variants: str = "") -> ConfigDict:
   config.epochs, config.minibatches = 1, 2  # two halves, two optimizer steps
   config.text.train, config.rollout.think = False, thinks
   config.learning_rate.und = 0.0  # without a gradient, weight decay would still move it
-  config.learning_rate.gen = 1e-4 if is_tiny else 1e-5
+  if "lora" not in variants.split(","):  # which has its own
+    config.learning_rate.gen = 1e-4 if is_tiny else 1e-5
   config.flow.regulariser_weight = 0.1  # as it is, at any size
   config.schedule = "constant"
   modes = ("think", "plain") if thinks else ("plain", "think")

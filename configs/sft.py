@@ -89,6 +89,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.log_every = 1  # steps
   config.checkpoint_every = 500  # steps
   config.keep_checkpoints = 3  # the last so many
+  config.keep_every = 0  # checkpoints of steps that are its multiples stay; 0 for none
   known = ("", "reward_model", "tiny", "tiny_look", "tiny_reward_model")
   if variant not in known:
     raise ValueError(f"variant {variant!r} is none of {', '.join(known[1:])}")

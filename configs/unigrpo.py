@@ -98,9 +98,10 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.weight = 1.0  # lambda of eq 7
   # "nft", "awm", "fpo" have variants, "refl" has configs/refl.py
   config.flow.objective = "grpo"  # or "dppo", "nft", "awm", "fpo", "refl"
-  config.flow.ratio = "norm"  # RatioNorm; "plain" without
+  config.flow.ratio = "norm"  # RatioNorm, but for "dppo" and the SDE "cps"; "plain" without
   config.flow.clip = 1e-6  # both sides, at 262,144 latent elements
-  config.flow.scale_with_size = True  # of SDEs, clip and regulariser: by sqrt(262,144 / elements)
+  # By sqrt(262,144 / elements), where there is an SDE.
+  config.flow.scale_with_size = True  # clip, regulariser and anchor
   config.flow.grad_reweight = "none"  # or "inv_dt"
   config.flow.regulariser = "velocity_mse"  # "latent_kl", "latent_kl_exact" or "none"
   # At 262,144 latent elements; without an SDE at any size. 0 only measures the distance.
@@ -126,7 +127,7 @@ def get_config(variants: str = "") -> ConfigDict:
   config.flow.fpo_clip = 0.05  # of the ratios of "fpo", both sides, at any size
   config.flow.fpo_cap = 0.0  # largest matching error where the advantage is negative; 0 for none
   # The anchor is a moving average of what the flow trains, moved once a rollout.
-  config.flow.anchor_weight = 0.0  # of the squared distance from its velocities; 0 for none
+  config.flow.anchor_weight = 0.0  # of the distance from its velocities, scaled likewise; 0: none
   config.flow.anchor_decay = 0.3  # of that average, at most
   config.flow.anchor_rise = 0.001  # by which the decay grows, an optimizer step
 
@@ -203,6 +204,9 @@ def get_config(variants: str = "") -> ConfigDict:
   chosen = set(filter(None, variants.split(",")))
   for variant in chosen - VARIANTS.keys():
     raise ValueError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+  for group in ALTERNATIVES:
+    if len(both := [variant for variant in group if variant in chosen]) > 1:
+      raise ValueError(f"variants {' and '.join(both)} exclude each other; leave one out")
   for variant in VARIANTS:  # In their own order, whatever that of the command.
     if variant in chosen:
       VARIANTS[variant](config)
@@ -343,6 +347,8 @@ def pickscore(config: ConfigDict) -> None:
   config.reward_options = ConfigDict({"pickscore": {"folder": "PickScore_v1"}})
 
 
+# Of each at most one: objectives of the drawing; tasks.
+ALTERNATIVES = (("fpo", "awm", "nft", "unifpo"), ("ocr", "geneval", "judge", "pickscore"))
 VARIANTS = {
   "tiny": tiny, "lora": lora, "cfg": cfg, "latent_kl": latent_kl, "no_regulariser": no_regulariser,
   "fpo": fpo, "awm": awm, "nft": nft, "unifpo": unifpo, "ocr": ocr, "geneval": geneval,

@@ -197,6 +197,41 @@ def test_all_combinations_of_variants_can_run(name):
     module.get_config("tyni")
 
 
+@pytest.mark.parametrize("chosen", ["unifpo,awm", "tiny,fpo,nft", "ocr,judge"])
+def test_variants_of_which_one_can_be_are_refused_together(chosen):
+  with pytest.raises(ValueError, match="exclude each other; leave one out"):
+    _load(UNIGRPO).get_config(chosen)
+
+
+def test_the_rate_of_adapters_is_theirs_in_refl_too():
+  assert _load("refl").get_config("lora").learning_rate.gen == 1e-4
+  assert _load("refl").get_config().learning_rate.gen == 1e-5
+
+
+@pytest.mark.parametrize(("changes", "kept"), [
+  ({}, set()),
+  ({"minibatches": 2, "old_values": "recomputed"},
+   {"microbatch", "mesh", "rollout.prompts_at_once"}),
+  ({"rollout.window": "per_rank_const"}, {"mesh", "rollout.prompts_at_once"}),
+])
+def test_what_says_which_trajectories_are_learnt_from_together_stays(changes, kept):
+  """Elsewhere these keys are of memory and speed, and may change when a run continues."""
+  config = _load(UNIGRPO).get_config("tiny")
+  config.update_from_flattened_dict(changes)
+  layout = {"microbatch", "mesh", "rollout.prompts_at_once"}
+  assert layout - rl.read(config).run.mutable_keys == kept
+  # Without groups only the microbatch says it: ReFL's halves are of its prompts.
+  assert layout - rl.read(_load("refl").get_config()).run.mutable_keys == {"microbatch"}
+
+
+def test_keys_of_other_objectives_may_change():
+  mutable = rl.read(_load(UNIGRPO).get_config()).run.mutable_keys
+  assert {"flow.dppo_threshold", "flow.awm_clip", "flow.draws"} < mutable
+  config = _load(UNIGRPO).get_config("fpo")
+  mutable = rl.read(config).run.mutable_keys
+  assert "flow.awm_clip" in mutable and not {"flow.fpo_clip", "flow.draws"} & mutable
+
+
 TASKS = {  # their rewards
   "ocr": {"ocr": 1.0, "ocr_exact": 0.0, "ocr_extra_characters": 0.0}, "geneval": {"geneval": 1.0},
   "judge": {"judge": 1.0},
@@ -319,6 +354,9 @@ REFUSED = [
   ("learning_rate.gen", 0.0, "config.flow.train=True but config.learning_rate.gen=0"),
   ("ema_decay", 1.5, "config.ema_decay=1.5 must be"),
   ("minibatches", 2, "config.minibatches=2: .* set config.old_values=recomputed"),
+  ("steps", 2**31 - 1, "config.steps x epochs x minibatches=4294967294 must be at most 2147483647"),
+  ("eps", 0.0, "config.eps=0.0 must be .*more than 0"),
+  ("eval.modes", (), "config.eval.modes: there is none; give one, such as think"),
   ("prompts_per_step", 33, "config.prompts_per_step=33 does not divide by .*prompts_at_once=16"),
   ("microbatch", 100, "trajectories of an iteration, .*=768 does not divide by .*=100"),
 ]
@@ -419,6 +457,8 @@ SFT_REFUSED = [
   ("export_dtype", "float23", "config.export_dtype='float23'"),
   ("ce_weighting", "tokens", "config.ce_weighting='tokens' .* did you mean 'token'"),
   ("sequences_per_step", 12, "config.sequences_per_step=12 is not a multiple of .*microbatch=8"),
+  ("learning_rate", dict.fromkeys(("und", "gen", "text", "latent", "vit", "tables"), 0.0),
+   "config.learning_rate is 0 for all groups; give one of them a rate"),
 ]
 
 
@@ -428,7 +468,10 @@ SFT_REFUSED = [
 def test_what_supervised_training_refuses_names_its_key_in_a_line(key, value, words):
   config = _load(SFT).get_config()
   _read_sft(config)
-  config.update_from_flattened_dict({key: value})
+  if isinstance(value, dict):
+    config[key] = value
+  else:
+    config.update_from_flattened_dict({key: value})
   with pytest.raises(errors.InputError, match=words) as refused:
     _read_sft(config)
   assert "\n" not in str(refused.value)

@@ -107,7 +107,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     run.evaluate(evaluation, train_state)  # before the first step, or what a stop left out
     for step in run.steps():  # saves a step that is due after its body, and ends at a signal
       key = jax.random.fold_in(jax.random.key(spec.seed), step)
-      # Which denoising steps of each trajectory are drawn with noise, and trained.
+      # Which denoising steps of each trajectory are recorded: those with noise, ReFL's late one.
       window = rl.window_steps(spec, step, sharding.batch_multiple(network.mesh))
       # Think and draw; each chunk is read and rewarded in threads while the next is drawn.
       params = rollout.sampler.cast_and_reshard(train_state.params)  # the network's dtype

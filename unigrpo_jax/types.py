@@ -108,7 +108,8 @@ class FlowRollout:
   x_t: chex.Array | None = None  # latents before each step of the window, [B, W, I, C] float32
   x_next: chex.Array | None = None  # and after it
   mean: chex.Array | None = None  # of the Gaussian that `x_next` was drawn from, likewise
-  logp: chex.Array | None = None  # log-density of the draw, a mean over elements, [B, W] float32
+  # Log-density of the draw, a mean over elements, [B, W] float32; ratios are of means instead.
+  logp: chex.Array | None = None
   t: chex.Array | None = None  # flow time of each step, [B, W] float32
   t_next: chex.Array | None = None
 

@@ -338,10 +338,11 @@ def cut(experience: types.Experience, parts: int, group_parts: int) -> types.Exp
   strided, so that each microbatch takes its share of every device's rows.
   """
   prompts, prompt_parts = experience.prompt.ids.shape[0], parts // group_parts
-  few = prompts // prompt_parts
+  few = prompts // prompt_parts  # prompts of a microbatch
 
   def trajectories(a):
-    size = a.shape[0] // prompts // group_parts
+    # Prompt p goes to prompt part p % prompt_parts, its trajectory k to group part k % group_parts.
+    size = a.shape[0] // prompts // group_parts  # trajectories of each
     a = a.reshape(few, prompt_parts, size, group_parts, *a.shape[1:])
     return jnp.moveaxis(a, (1, 3), (0, 1)).reshape(parts, few * size, *a.shape[4:])
 
@@ -364,21 +365,18 @@ def _joined(array: jax.Array, prompts: int, group_parts: int) -> jax.Array:
 
 def _reference(
   reference_model, model, state, micro: types.Experience, grid, algorithm: base.Algorithm,
-  own_context: bool,
+  reference_context: bool,
 ) -> dict[str, Any]:
-  """The reference's `velocity_ref` and `logp_ref` of a microbatch; None where not needed.
-
-  `own_context` is `reference_context` of `make_update`.
-  """
+  """The reference's `velocity_ref` and `logp_ref` of a microbatch; None where not needed."""
   config = algorithm.replay
   flow = config.flow and algorithm.regulariser != "none"
   params = state.params if state.reference is None else state.reference
   own = dataclasses.replace(
-    config, text=config.text and algorithm.text.kl_weight > 0, flow=flow and own_context,
+    config, text=config.text and algorithm.text.kl_weight > 0, flow=flow and reference_context,
     guidance=dataclasses.replace(config.guidance, text_scale=1.0),
   )
   output = replay.replay(reference_model, params, micro, grid, own)
-  if flow and not own_context:
+  if flow and not reference_context:
     velocity = _velocities(
       model, reference_model, state.params, params, micro, grid, algorithm
     )

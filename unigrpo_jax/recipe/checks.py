@@ -173,7 +173,7 @@ KEYS: Keys = {
   # "base" lies under adapters, in the network's dtype: it stays as it is.
   "learning_rate": Table(Number(low=0), tuple(name for name in optim.GROUPS if name != "base")),
   "schedule": OneOf(("constant", "cosine")), "warmup_steps": Integer(low=0),
-  "b1": Number(low=0, high=1), "b2": Number(low=0, high=1), "eps": Number(low=0),
+  "b1": Number(low=0, high=1), "b2": Number(low=0, high=1), "eps": Number(low=0, above=0),
   "weight_decay": Number(low=0), "clip_norm": Number(above=0),
   "ema_decay": Number(low=0, high=1), "dtype": OneOf(state.DTYPES),
   "remat": OneOf(tuple(layers.REMAT)), "attention": OneOf(lowering.ATTENTION),

@@ -20,6 +20,8 @@ def check(config: ConfigDict, *, forward: bool, by_gradient: bool) -> None:
     InputError: names the keys, their values, and what to do.
   """
   with errors.at("config.eval.modes"):
+    if config.eval.every and not config.eval.modes:
+      raise errors.InputError("there is none; give one, such as think, or set config.eval.every=0")
     for mode in config.eval.modes:
       evaluation.Mode.parse(mode)
   for section in ("rollout", "eval"):

@@ -10,34 +10,25 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from unigrpo_jax import errors
-from unigrpo_jax.algorithms import base, forward, grpo, refl, update
+from unigrpo_jax.algorithms import base, grpo, refl, update
+from unigrpo_jax.algorithms import forward as forward_lib
 from unigrpo_jax.benchmarks import evaluation, monitor, validation
 from unigrpo_jax.episodes import replay, requests, rollout
 from unigrpo_jax.episodes import sampler as sampler_lib
 from unigrpo_jax.losses import advantages, forward_process
 from unigrpo_jax.losses import flow as flow_losses
 from unigrpo_jax.losses import text as text_losses
-from unigrpo_jax.recipe import checks, combinations, sections
+from unigrpo_jax.recipe import checks, combinations, resuming, sections
 from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import direct, flow, sde, times, windows
 
+MUTABLE_KEYS = resuming.MUTABLE_KEYS
 SDE_OBJECTIVES = {"grpo": grpo.GRPO, "dppo": grpo.DPPO}
-FORWARD_OBJECTIVES = {"nft": forward.NFT, "awm": forward.AWM, "fpo": forward.FPO}
-GRADIENT_OBJECTIVES = {"refl": refl.ReFL}  # of a differentiable reward
-# What a resumed run may change, besides `resumption.MUTABLE_KEYS`: the last ones change memory and
-# speed alone.
-MUTABLE_KEYS = {
-  "eval", "drift", "reward.threads", "reward.max_failed_fraction", "reward.watch_images",
-  "rollout.prompts_at_once", "rollout.layout", "rollout.tensor", "text.chunk", "microbatch",
-  "remat", "pictures_every",
+FORWARD_OBJECTIVES = {
+  "nft": forward_lib.NFT, "awm": forward_lib.AWM, "fpo": forward_lib.FPO,
 }
-SERVED = ("http", "judge", "unirl", "flow_factory")
-# Of these rewards: where they are and how they are asked, not what is asked.
-ENDPOINT_KEYS = (
-  "url", "timeout", "retries", "backoff", "outage", "batch_size", "token", "token_env", "key_env",
-  "workers", "deadline", "probe",
-)
+GRADIENT_OBJECTIVES = {"refl": refl.ReFL}  # of a differentiable reward
 # Keys that configs of older runs lack, with what those runs did.
 DEFAULTS = {
   "attention": "auto", "text.ratio": "token", "flow.awm_clip": 1e-4, "flow.awm_ratio": "exp_first",
@@ -334,11 +325,16 @@ def read(config: ConfigDict) -> Spec:
   errors.require(
     "config.prompts_per_step x group_size", c.prompts_per_step * c.group_size, high=checks.MANY
   )
-  combinations.check(c, forward=c.flow.objective in FORWARD_OBJECTIVES, by_gradient=by_gradient)
+  errors.require(
+    "config.steps x epochs x minibatches", c.steps * c.epochs * c.minibatches, high=checks.MOST
+  )
+  forward = c.flow.objective in FORWARD_OBJECTIVES
+  combinations.check(c, forward=forward, by_gradient=by_gradient)
   spec = Spec(
     seed=c.seed, network=sections.network(c), pictures_every=c.pictures_every,
     run=sections.run(
-      c, MUTABLE_KEYS | _call_keys(c) | _idle_keys(c), _older(c), evaluate_every=e.every,
+      c, resuming.mutable_keys(c, KEYS, SDE_OBJECTIVES | FORWARD_OBJECTIVES, forward), _older(c),
+      kept=resuming.kept_keys(c), evaluate_every=e.every,
       best_metric=f"{validation.metric(e.modes[0])}/reward" if e.modes else "",
       shown=("reward/mean", "text/entropy", "text/clip_fraction", "flow/clip_fraction", "flow/mse",
              "drift/text"),
@@ -408,23 +404,6 @@ def _guidance(section: ConfigDict) -> flow.Guidance:
     text_scale=section.cfg_text_scale, interval=tuple(section.cfg_interval),
     renorm=section.cfg_renorm,
   )
-
-
-def _call_keys(config: ConfigDict) -> set[str]:
-  """Options of rewards that say how they are called, not what they score."""
-  return {
-    f"reward_options.{name}.{key}" for name, options in config.reward_options.items()
-    for key in ("time_limit", *(ENDPOINT_KEYS if options.get("kind", name) in SERVED else ()))
-  }
-
-
-def _idle_keys(config: ConfigDict) -> set[str]:
-  """Keys of objectives that the run has not: they may differ when it continues."""
-  objective, keys = config.flow.objective, {"draws", "times"}
-  others = {name for name in KEYS if name.split("_")[0] in {
-    f"flow.{other}" for other in FORWARD_OBJECTIVES if other != objective
-  }}
-  return others | {f"flow.{key}" for key in keys if objective not in FORWARD_OBJECTIVES}
 
 
 def _older(config: ConfigDict) -> dict[str, Any]:

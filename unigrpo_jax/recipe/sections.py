@@ -105,11 +105,20 @@ def optimizer(config: ConfigDict, steps: int) -> OptimizerSpec:
 
 
 def run(
-  config: ConfigDict, mutable_keys: Collection[str], defaults: Mapping[str, Any], **more: Any
+  config: ConfigDict, mutable_keys: Collection[str], defaults: Mapping[str, Any],
+  kept: Collection[str] = (), **more: Any
 ) -> run_lib.RunSpec:
-  """What a run is around its steps; `more` are other fields of `RunSpec`."""
+  """What a run is around its steps.
+
+  Args:
+    config: of the run.
+    mutable_keys: what it may change when it continues, besides `resumption.MUTABLE_KEYS`.
+    defaults: of keys that an older config lacks.
+    kept: of both sets, what it may not.
+    more: other fields of `RunSpec`.
+  """
   return fill(
     run_lib.RunSpec, config, config=plain(config), defaults=dict(defaults),
-    mutable_keys=resumption.MUTABLE_KEYS | set(mutable_keys),
+    mutable_keys=(resumption.MUTABLE_KEYS | set(mutable_keys)) - set(kept),
     **more,
   )

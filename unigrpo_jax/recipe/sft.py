@@ -88,6 +88,8 @@ def read(config: ConfigDict) -> Spec:
       f"config.sequences_per_step={config.sequences_per_step} is not a multiple of "
       f"config.microbatch={config.microbatch}; change one of them"
     )
+  if not any(config.learning_rate.values()):
+    raise errors.InputError("config.learning_rate is 0 for all groups; give one of them a rate")
   return sections.fill(
     Spec, config, network=sections.network(config),
     run=sections.run(config, MUTABLE_KEYS, DEFAULTS, shown=("ce", "mse")),

@@ -28,7 +28,8 @@ class Times:
 
     uniform             of [0.01, 1], each by itself
     grid                points of the grid, each by itself; t = 1 is one of them (FPO)
-    stratified          points of the grid without the first and the last tenth, one a stratum (AWM)
+    stratified          points of the grid but t = 1 and the last tenth of them (rounded up), one a
+                        stratum (AWM)
     stratified_uniform  of [0.2, 1], one a stratum, then shifted (AWM)
     logit_normal        sigmoid of a normal variable, one a stratum, then shifted (AWM)
 
@@ -52,8 +53,9 @@ class Times:
     errors.choose("times", self.kind, KINDS)
     if self.kind == "stratified" and self._end <= 1:
       raise errors.InputError(
-        f"times=stratified leaves out the first and the last tenth of {self.num_timesteps - 1} "
-        "velocity evaluations, which is all of them; use at least 3 or another kind"
+        f"times=stratified leaves out the first point and the last tenth of the "
+        f"{self.num_timesteps - 1} velocity evaluations, which is all of them; use at least 3 or "
+        "another kind"
       )
 
   @property
