@@ -87,6 +87,20 @@ def test_figure_5_has_a_dot_an_evaluation(written):
   assert written(chart).std() > 5
 
 
+def test_hacking_is_shown_by_iteration_and_by_distance(written):
+  run = _run(0.2) | {"flow_mse": [[step, 0.01 * step] for step in range(1, 13)]}
+  chart = figures.hacking({"ReFL": {"0": run, "1": _run(0.1, seed=3)}}, "ReFL")
+  by_iteration, by_distance = chart.axes
+  assert list(by_iteration.lines[0].get_xdata()) == [0, 3, 6, 9, 12]
+  # The evaluation before training is at no distance, and a run may not have measured it.
+  x, y = by_distance.lines[0].get_data()
+  assert list(x) == pytest.approx([0.03**0.5, 0.06**0.5, 0.09**0.5, 0.12**0.5])
+  assert list(y) == [value for _, value in run["validation"]["think"]["reward"][1:]]
+  assert np.isnan(by_distance.lines[1].get_xdata()).all() and by_distance.get_xscale() == "log"
+  assert written(chart).std() > 5
+  assert figures.hacking({}, "ReFL") is None
+
+
 def test_the_verifier_at_the_reward_that_all_reach():
   points = lambda values: list(map(list, enumerate(values)))
   line = lambda rewards, strict: {"0": {"training": {}, "validation": {"think": {

@@ -28,6 +28,7 @@ REGULARISERS = {
   "none": "UniGRPO without regulariser",
 }
 MARKERS = ("o", "s", "^")
+STRICT = rewards.STRICT
 BOUNDS = (0.5, 2.0)  # Usual range of a statistic, as multiples of its value before training.
 Curves = Mapping[str, Mapping[str, Any]]  # see `curves.record`
 
@@ -54,10 +55,10 @@ def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | N
   if not seeds or not any(run["training"] for run in seeds):
     return None
   chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
-  for name, label, line in (("mean", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
+  for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
   mode = _mode(seeds, guided=False)
-  for name, label, line in (("reward", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
+  for name, label, line in (("reward", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(right, [run["validation"].get(mode, {}).get(name, []) for run in seeds], label, line)
   left.set_title("training (rollouts)")
   right.set_title(f"validation ({mode})")
@@ -78,7 +79,7 @@ def hacking(curves: Curves, method: str = methods.REFL_LONG) -> figure.Figure | 
   if not any(found):
     return None
   chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
-  for name, label, line in (("reward", "reward", "-"), (rewards.STRICT, "verifier, strict", "--")):
+  for name, label, line in (("reward", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(left, [each.get(name, []) for each in found], label, line)
     color = left.lines[-1].get_color()
     for run, each in zip(seeds, found):
@@ -163,7 +164,7 @@ def regularisers(
   for (label, method), marker in zip(kinds.items(), MARKERS):
     for seed, run in curves[method].items():
       found = run["validation"].get(_mode([run], guided=False), {})
-      reward, strict = (dict(map(tuple, found.get(key, []))) for key in ("reward", rewards.STRICT))
+      reward, strict = (dict(map(tuple, found.get(key, []))) for key in ("reward", STRICT))
       style = dict(marker=marker, s=22, cmap="viridis", vmin=0, vmax=last, edgecolors="#5d5c58",
                    linewidths=0.4)
       first = label if seed == next(iter(curves[method])) else None
@@ -201,10 +202,9 @@ def at_equal_reward(curves: Curves) -> dict[str, float]:
   for label, method in REGULARISERS.items():
     seeds = list(curves.get(method, {}).values())
     found = [run["validation"].get(_mode([run], False), {}) for run in seeds]
-    if found and all("reward" in each and rewards.STRICT in each for each in found):
-      lines[label] = [
-        _mean([each[key] for each in found])[1] for key in ("reward", rewards.STRICT)
-      ]
+    if found and all("reward" in each and STRICT in each for each in found):
+      reward, strict = (_mean([each[key] for each in found])[1] for key in ("reward", STRICT))
+      lines[label] = (reward, strict)
   if len(lines) < 2:
     return {}
   common = min(float(np.max(reward)) for reward, _ in lines.values())
