@@ -86,12 +86,13 @@ def test_thoughts_that_do_not_end_are_no_answer(tmp_path, cut):
   custom = make(form="custom", template=str(path), pattern=r"Score: (\d+)", high=10)
   for read in (
     lambda: answers.credit(given, "red"), lambda: answers.credit(given, "4"),
-    lambda: answers.text(given), lambda: answers.SCALES["unified_reward_1"].read(given),
+    lambda: answers.text(given),
     lambda: answers.p_answer(given, "red", 0.05, False),
     lambda: custom.questions(sample())[0].read(given),
   ):
     with pytest.raises(answers.Unreadable, match="thinking used up max_tokens"):
       read()
+  assert answers.SCALES["unified_reward_1"].read(given) == {"score": None}
 
 
 @pytest.mark.parametrize(("pattern", "text"), [

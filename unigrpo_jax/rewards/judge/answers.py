@@ -232,7 +232,7 @@ class Scale:
 
   def read(self, reply: Reply) -> dict[str, float | None]:
     """{name: number}; None where the text has none, or an invalid one."""
-    said = text(reply)
+    said = after_thinking(reply.text)
     return {name: self._number(pattern, said) for name, pattern in self.axes.items()}
 
   def _number(self, pattern: str, text: str) -> float | None:

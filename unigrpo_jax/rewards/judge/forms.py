@@ -318,6 +318,7 @@ class _Numbers(Form):
 
   def questions(self, sample):
     def read(reply: answers.Reply) -> tuple[float, dict[str, Any]]:
+      answers.text(reply)  # There is one.
       values = self._scale.read(reply)
       return self._scale.score(values, self._axes), values
 
