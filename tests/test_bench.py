@@ -105,6 +105,7 @@ def test_a_trainer_that_drifts_is_not_timed(small, monkeypatch):
   (["--json=nowhere/out.json"], "nowhere/out.json: no such folder"),
   (["--layers=3"], "--layers is only with --device-check"),
   (["--toy"], "--toy is only with --device-check"),
+  (["--device-check", "--shape=small"], "--shape has no effect with --device-check"),
 ])
 def test_bad_arguments_are_named(arguments, words):
   with pytest.raises(errors.InputError, match=words):

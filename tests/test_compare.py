@@ -165,7 +165,32 @@ def test_a_sweep_chooses_by_validation_alone(tmp_path):
   assert "| TextGRPO | 0.400 | 0.500 | 0.700 | x 3 |" in made.write()
 
 
+def test_a_sweep_goes_on_without_a_rate_that_diverged(tmp_path):
+  made = _comparison(tmp_path, names=["TextGRPO"], sweep=True)
+  names = lambda: [job.name for job in made.jobs()]
+  for rate, reward in ((1 / 3, 0.4), (1.0, 0.5)):
+    _write_run(made._prepare("TextGRPO", 0, rate), {4: reward})
+  assert made.chosen("TextGRPO") is None
+  last = "TextGRPO, seed 0, learning rates x 3"
+  assert last in names()
+  made.failed[last] = "error: the disk is full"
+  assert made.chosen("TextGRPO") is None  # The same command may do better.
+  made.failed[last] = "error: step 3: grad_norm/gen not finite; lower the learning rate"
+  assert made.chosen("TextGRPO") == 1.0 and "TextGRPO, seed 1" in names()
+  assert "| TextGRPO | 0.400 | 0.500 | – | x 1 |" in made.write()
+
+
 # --- The tables.
+
+def test_the_page_says_whose_iterations_and_whose_reward(tmp_path):
+  """Those of the methods that share a budget; and what chose the best checkpoint."""
+  made = _comparison(tmp_path, names=["UniGRPO", methods.REFL_LONG], seeds=[0])
+  assert made.record()["iterations"] == 4
+  _finish(made, tmp_path, "UniGRPO", 0, {2: 0.7, 4: 0.6}, lambda p, k: 1)
+  text = made.write()
+  assert "## Table 1: best checkpoint by the reward on validation, with guidance" in text
+  assert _comparison(tmp_path, names=[methods.REFL_LONG], seeds=[0]).record()["iterations"] == 12
+
 
 def test_the_tables_by_hand(tmp_path):
   made = _comparison(tmp_path)
@@ -411,10 +436,12 @@ def _job(folder, name, *codes, ready=True):
   return processes.Job(name, commands, folder / f"{name}.log", 1.0, ready)
 
 
-def _run(folder, jobs, cores=(None, None)):
+def _run(folder, jobs, cores=(None, None), failed=None):
   """Runs jobs, each of which is done when its folder's file NAME is there."""
   left = lambda: [job for job in jobs if not (folder / job.name).exists()]
-  return processes.run(left, cores=cores, environment=os.environ, on_end=lambda: None)
+  return processes.run(
+    left, cores=cores, environment=os.environ, on_end=lambda: None, failed=failed
+  )
 
 
 def _touch(folder, name):
@@ -435,9 +462,17 @@ def test_jobs_run_beside_each_other_and_a_failure_stops_no_other(tmp_path, capsy
     _job(tmp_path, "empty", "print('hm')"),
     _job(tmp_path, "waits", "1 / 0", ready=False),
   ]
-  assert _run(tmp_path, jobs) == {"bad": "error: a key", "empty": "hm"}
+  seen = {}
+  assert _run(tmp_path, jobs, failed=seen) == {"bad": "error: a key", "empty": "hm"} == seen
   out = capsys.readouterr().out
   assert "== a\n== b\n" in out and "failed: bad: error: a key" in out and "waits" not in out
+
+
+def test_why_a_job_failed_is_kept_whole(tmp_path):
+  """What a run says last may name many metrics before it says that they are not finite."""
+  line = f"error: step 1: {', '.join(f'flow/metric_{n}' for n in range(30))} not finite; lower it"
+  job = _job(tmp_path, "b", f"import sys; print({line!r}); sys.exit(2)")
+  assert _run(tmp_path, [job]) == {"b": line}
 
 
 def test_a_job_has_a_core_of_its_own(tmp_path):

@@ -278,6 +278,48 @@ def test_broken_pieces_are_noted(tmp_path):
     assert piece in text, piece
 
 
+def test_evaluations_that_a_run_went_back_from_do_not_count(tmp_path):
+  """It reached 30, was continued from 10, and is at 14."""
+  for step, right in ((0, 3), (10, 5), (20, 9), (30, 1)):
+    _evaluation(tmp_path, step, right)
+  (tmp_path / "run.json").write_text('{"run_id": "a", "resumed": true}')
+  _log(tmp_path, [{"step": step, "reward/mean": 0.5} for step in range(1, 15)])
+  assert list(workdir.read(tmp_path).evaluations) == [0, 10]
+
+
+def test_what_geneval_says_by_tag_is_no_reward_of_its_own(tmp_path):
+  _evaluation(tmp_path, 0, 3)
+  _evaluation(tmp_path, 10, 5)
+  tags = {f"eval/think/strict/{tag}": 0.5 for tag in ("counting", "overall")}
+  _log(tmp_path, [{"step": 0, "eval/think/strict": 0.3} | tags, {"step": 10, "reward/mean": 0.5}])
+  run = workdir.read(tmp_path)
+  assert page.scored_names(run) == ["strict"]
+  section = _between(_text(tmp_path), "By category", "Versions")
+  assert "strict, iteration 10" in section and "overall" not in section
+
+
+def test_a_figure_pairs_prompts(tmp_path):
+  """With several images of each, and where the second evaluation has other prompts too."""
+  for step, prompts in ((0, range(6)), (10, range(2, 8))):
+    place = tmp_path / "evaluations" / f"{step:06d}"
+    (place / "images").mkdir(parents=True)
+    PIL.Image.new("RGB", (32, 32)).save(place / "images" / "a.png")
+    rows = [
+      {"mode": "think", "prompt": f"prompt {number}", "number": number, "k": k,
+       "image": "images/a.png", "rewards": {"reward": float(step > 0)}}
+      for number in prompts for k in range(4)
+    ]
+    (place / "results.json").write_text(json.dumps({"rows": rows}))
+  _log(tmp_path, [{"step": step, "reward/mean": 0.5} for step in range(1, 11)])
+  run = workdir.read(tmp_path)
+  assert figure.pairs(run, "think")[0][0].prompt == "prompt 2"
+  assert [[one.key[0] for one in pair] for pair in figure.pairs(run, "think")] == [
+    [f"prompt {number}"] * 2 for number in range(2, 6)]
+  assert [one.step for one in figure.pairs(run, "think")[0]] == [0, 10]
+  assert figure.pairs(run, "plain") == []
+  figure.draw(run, tmp_path / "a.png")
+
+
 def test_a_supervised_run_shows_its_losses(tmp_path):
   rows = [{"step": s, "ce": 3 / s, "mse": 1.0, "grad_norm_und": 0.5} for s in range(1, 5)]
   _log(tmp_path, rows)

@@ -95,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
   if not args.device_check and (args.layers or args.toy):
     flag = "--layers" if args.layers else "--toy"
     raise errors.InputError(f"{flag} is only with --device-check; leave it out")
+  if args.device_check and args.shape != parser.get_default("shape"):
+    raise errors.InputError("--shape has no effect with --device-check; leave it out")
   if args.shape == "all" and args.scaling:
     raise errors.InputError("--shape=all: --scaling starts from one shape; name it")
   errors.require("--repeats", args.repeats, low=1)

@@ -120,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(args.workdir / "compiled")}
     environment = cache | os.environ | {"PYTHONUNBUFFERED": "1"}
     try:
-      made.failed = processes.run(
-        made.jobs, cores=processes.cores(args.jobs), environment=environment, on_end=made.write
+      processes.run(
+        made.jobs, cores=processes.cores(args.jobs), environment=environment, on_end=made.write,
+        failed=made.failed,
       )
     except processes.Stopped:
       made.write()

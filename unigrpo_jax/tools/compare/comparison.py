@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import functools
+import math
 import pathlib
 import sys
 from typing import Any
@@ -125,10 +126,14 @@ class Comparison:
     if not self._sweep:
       return 1.0
     found = self._swept(name)
-    return max(found, key=found.get) if len(found) == len(FACTORS) else None
+    if len(found) < len(FACTORS) or max(found.values()) == -math.inf:
+      return None
+    return max(found, key=found.get)
 
   def _swept(self, name: str) -> dict[float, float]:
-    """{factor: learned reward on validation after the last iteration} of the sweep's finished runs.
+    """{factor: reward on validation after the last iteration} of the sweep's finished runs.
+
+    It is -inf where a run ended with numbers that are not finite.
     """
     start = methods.ALL[name].start
     if start and self.chosen(start) is None:
@@ -138,7 +143,13 @@ class Comparison:
       training = self._prepare(name, self._seeds[0], rate)
       if training.is_done():
         made[rate] = training.validation()[training.steps]
+      elif divergence.NOT_FINITE in self.failed.get(self._sweep_name(training, rate), ""):
+        made[rate] = -math.inf
     return made
+
+  @staticmethod
+  def _sweep_name(training: runs.Training, rate: float) -> str:
+    return f"{training.name}, learning rates x {rate:.3g}"
 
   def _sweep_jobs(self, name: str) -> Iterator[processes.Job]:
     """The unfinished trainings of a method's sweep; none while its start's sweep goes on."""
@@ -148,7 +159,7 @@ class Comparison:
     for rate in FACTORS if not start or self.chosen(start) is not None else ():
       training = self._prepare(name, self._seeds[0], rate)
       if not training.is_done():
-        yield self._train_job(training, f"{training.name}, learning rates x {rate:.3g}")
+        yield self._train_job(training, self._sweep_name(training, rate))
 
   def _jobs_of(self, name: str, seed: int) -> Iterator[processes.Job]:
     """What is left to do for a method and a seed: its training, or what follows it."""
@@ -305,7 +316,11 @@ class Comparison:
       "start": self._start, "start_checkpoint": runs.fingerprint(self._start),
       "reward": b.reward_model or rewards.described(config),
       "reward_checksum": rewards.checksum(b.reward_model),
-      "iterations": max(self._prepare(name, self._seeds[0], 1.0).steps for name in self._names),
+      # Without those that are trained for longer than the others, which their names say.
+      "iterations": max(
+        self._prepare(name, self._seeds[0], 1.0).steps
+        for name in [name for name in self._names if methods.ALL[name].share <= 1] or self._names
+      ),
       "reward_calls": config["prompts_per_step"] * config["group_size"],
       "seeds": self._seeds,
       "benchmark": {"prompts": b.prompts, "ta_prompts": b.ta_prompts, "images": b.images,

@@ -60,7 +60,11 @@ def of_evaluations(run: runs.Training) -> dict[str, Any] | None:
   if run.settings["rewards"].get(rewards.STRICT) != 0:
     return None
   mode = evaluation.Mode.parse(run.mode).name
-  places = [path for path in (run.folder / "evaluations").glob("*") if path.name.isdecimal()]
+  last = max(run.rows(), default=0)  # Later ones are of before the run went back to a checkpoint.
+  places = [
+    path for path in (run.folder / "evaluations").glob("*")
+    if path.name.isdecimal() and int(path.name) <= last
+  ]
   found = []
   for place in sorted(places):
     _, rows = results.read(place) or ({}, [])

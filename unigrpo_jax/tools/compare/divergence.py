@@ -8,7 +8,7 @@ import re
 from unigrpo_jax.benchmarks import verdict
 from unigrpo_jax.tools.compare import methods, runs
 
-_NOT_FINITE, _STEP = "not finite", re.compile(r"step (\d+):")  # of the line that ended a run
+NOT_FINITE, _STEP = "not finite", re.compile(r"step (\d+):")  # of the line that ended a run
 
 
 def note(method: str, trainings: Sequence[runs.Training], failed: Mapping[str, str]) -> str:
@@ -27,7 +27,7 @@ def note(method: str, trainings: Sequence[runs.Training], failed: Mapping[str, s
   found = []
   for run in trainings:
     reason, iteration = failed.get(run.name, ""), None
-    if _NOT_FINITE in reason:
+    if NOT_FINITE in reason:
       step = _STEP.search(reason)
       iteration = int(step[1]) if step else max(run.rows(), default=0) + 1
     if run.is_done() or iteration is not None:

@@ -92,6 +92,7 @@ class _Running:
 def run(
   plan: Callable[[], Sequence[Job]], *, cores: Sequence[int | None],
   environment: Mapping[str, str], on_end: Callable[[], None],
+  failed: dict[str, str] | None = None,
 ) -> dict[str, str]:
   """Runs jobs until none is left that can be run.
 
@@ -101,6 +102,7 @@ def run(
     cores: so many jobs run at a time, each on one of these cores; None: on any core.
     environment: of the processes.
     on_end: called after each job.
+    failed: what is returned is added to it as it happens, for `on_end` to read.
 
   Returns:
     {name: why it failed} of the failed jobs; they do not stop the others.
@@ -110,7 +112,7 @@ def run(
   """
   running: list[_Running] = []
   free = list(cores)
-  failed: dict[str, str] = {}
+  failed = {} if failed is None else failed
   stopped = False
 
   def stop(*_) -> None:
@@ -141,7 +143,7 @@ def run(
         free.append(each.core)
         done, done_cost = done + 1, done_cost + each.job.cost
         if each.status:
-          failed[each.job.name] = last_line(each.job.log) or f"status {each.status}"
+          failed[each.job.name] = last_line(each.job.log, None) or f"status {each.status}"
           print(f"failed: {each.job.name}: {failed[each.job.name]}", flush=True)
         on_end()
       if ended:
@@ -180,8 +182,8 @@ def _progress(
   return "\n".join(lines)
 
 
-def last_line(log: pathlib.Path) -> str:
-  """The last line of a log with a letter or digit, at most 200 characters; "" without a log.
+def last_line(log: pathlib.Path, most: int | None = 200) -> str:
+  """The last line of a log with a letter or digit, cut after `most` characters; "" without a log.
 
   Of a progress bar that is its latest state.
   """
@@ -191,7 +193,7 @@ def last_line(log: pathlib.Path) -> str:
     file.seek(max(log.stat().st_size - 4096, 0))
     text = file.read().decode("utf-8", "replace").replace("\r", "\n")
   lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
-  return lines[-1][:200] if lines else ""
+  return lines[-1][:most] if lines else ""
 
 
 def cores(jobs: int) -> list[int | None]:

@@ -11,7 +11,7 @@ from unigrpo_jax.tools.compare import runs
 
 DASH = "–"
 YES = {True: "yes", False: "no", None: DASH}
-WHICH = {runs.LAST: "last checkpoint", runs.BEST: "best checkpoint by the learned reward"}
+WHICH = {runs.LAST: "last checkpoint", runs.BEST: "best checkpoint by the {} on validation"}
 GUIDANCE = {True: "with guidance", False: "without guidance"}
 
 
@@ -22,7 +22,8 @@ def text(record: Mapping[str, Any]) -> str:
     for guided in (True, False):
       key = f"{which}, {GUIDANCE[guided]}"
       if any(key in row["scores"] for row in record["rows"]):
-        title = f"{WHICH[which]}, {GUIDANCE[guided]}"
+        reward = "learned reward" if record["reward_checksum"] else "reward"
+        title = f"{WHICH[which].format(reward)}, {GUIDANCE[guided]}"
         parts += [f"## Table 1: {title}", "", table1(record, key), ""]
         parts += [f"## Table 2: {title}", "", table2(record, key), ""]
   if record.get("sweep"):

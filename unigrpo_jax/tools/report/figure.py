@@ -63,15 +63,15 @@ def draw(run: workdir.Run, out: pathlib.Path) -> None:
   )
   axes.legend(loc="lower right")
 
-  pairs = [pair for pair in zip(*samples.by_mode(run).get(mode, [])) if len(pair) == 2]
-  change = np.array([_reward(after, reward) - _reward(before, reward) for before, after in pairs])
+  both = pairs(run, mode)
+  change = np.array([_reward(after, reward) - _reward(before, reward) for before, after in both])
   bottom.text(
     0.02, 0.99, f"The first prompts whose reward changed by more than {CHANGED}: of all, "
     f"{(change > CHANGED).sum()} rose so much, {(change < -CHANGED).sum()} fell",
     va="top", weight="bold",
   )
   shown = [
-    pair for pair, difference in zip(pairs, change)
+    pair for pair, difference in zip(both, change)
     if abs(difference) > CHANGED and all(sample.image for sample in pair)
   ]
   # Room above each picture for a prompt, and below for a reasoning of some eight lines.
@@ -86,6 +86,15 @@ def draw(run: workdir.Run, out: pathlib.Path) -> None:
   with errors.storage(f"--figure={out}"):
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(out, lambda partial: whole.savefig(partial, format=kind))
+
+
+def pairs(run: workdir.Run, mode: str) -> list[tuple[workdir.Sample, workdir.Sample]]:
+  """(before, after) of each prompt that both ends of a run evaluated: its first image."""
+  sides = [{one.key: one for one in reversed(side)} for side in samples.by_mode(run).get(mode, [])]
+  if len(sides) < 2:
+    return []
+  before, after = sides
+  return [(before[key], after[key]) for key in reversed(before) if key in after]
 
 
 def _reward(sample: workdir.Sample, name: str) -> float:

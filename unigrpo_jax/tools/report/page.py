@@ -50,7 +50,7 @@ def render(run: workdir.Run) -> str:
   return environment.get_template("report.html.j2").render(
     run=run, unit=unit, headline=headline(run), training=training(run), seconds=seconds,
     reward_names=reward_names(run), reward_chart=reward_chart, witnesses=witnesses(run),
-    health=health(run, unit),
+    health=health(run, unit), scored_names=scored_names(run),
     samples=samples, timings=timings(run, unit), config=metrics.without_secrets(run.config),
   )
 
@@ -90,10 +90,16 @@ def seconds(run: workdir.Run, phase: str) -> datetime.timedelta:
   return datetime.timedelta(seconds=round(math.fsum(run.finite(f"seconds/{phase}"))))
 
 
+def scored_names(run: workdir.Run) -> list[str]:
+  """Names of the rewards that saved evaluations have, the weighted sum first."""
+  samples_of_all = (sample for samples in run.evaluations.values() for sample in samples)
+  names = dict.fromkeys(name for sample in samples_of_all for name in sample.rewards)
+  return sorted(names, key=lambda name: name != TOTAL)
+
+
 def reward_names(run: workdir.Run) -> list[str]:
   """Names of the rewards that were evaluated or logged; the weighted sum first."""
-  samples_of_all = (sample for samples in run.evaluations.values() for sample in samples)
-  names = [name for sample in samples_of_all for name in sample.rewards]
+  names = scored_names(run)
   for key in run.keys:
     if key in ("reward/mean", "reward/std"):
       names.append(TOTAL)

@@ -101,6 +101,8 @@ def read(folder: pathlib.Path) -> Run:
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
   config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
   places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
+  if info.get("resumed"):  # Later ones are of before it went back to a checkpoint.
+    places = [path for path in places if int(path.name) <= max(steps)]
   evaluations = {int(path.name): _samples(path, notes) for path in sorted(places)}
   return Run(
     name=folder.resolve().name + (f", run {info['run_id']}" if "run_id" in info else ""),
