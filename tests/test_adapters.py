@@ -128,6 +128,20 @@ def test_merged_weights_are_those_of_the_merged_network(folder, written, params,
   assert state.open_for_sampling(folder.path, adapter=written).folder.adapter.lora == LORA
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "CorDA", "loftq"])
+def test_adapters_whose_start_changed_the_base_are_refused(written, tmp_path, start):
+  """PEFT takes the first product off the base when it loads them."""
+  config = json.loads((written / adapters.CONFIG_FILE).read_text())
+  for value, refused in ((start, True), (True, False), ("gaussian", False)):
+    config["init_lora_weights"] = value
+    (tmp_path / adapters.CONFIG_FILE).write_text(json.dumps(config))
+    if refused:
+      with pytest.raises(errors.InputError, match="init_lora_weights=.* changed the weights ben"):
+        adapters.read_config(tmp_path)
+    else:
+      adapters.read_config(tmp_path)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_adapters_that_peft_trained(folder, config, tmp_path, rslora):
   """Of some layers, with ranks and alphas of their own, in bfloat16, of the language model."""
@@ -142,7 +156,7 @@ def test_adapters_that_peft_trained(folder, config, tmp_path, rslora):
   }
   path = _folder_of(
     tmp_path, tensors, use_rslora=rslora, rank_pattern={"mlp.down_proj": 5},
-    alpha_pattern={r"layers.\d+.mlp.down_proj": 7},
+    alpha_pattern={r"^model.layers.\d+.mlp.down_proj": 7},  # as PEFT's names begin here
   )
   adapter = adapters.Adapter(path, config)
   assert len(adapter) == 2 and adapter.lora.rank == 5

@@ -20,6 +20,20 @@ def test_sizes_come_from_the_files(golden):
   assert (config.latent_dim, config.latent_stride, config.max_image_side) == (16, 16, 128)
 
 
+def test_rope_as_transformers_5_writes_it(golden, tmp_path):
+  for name in (LLM, VIT):
+    shutil.copy(golden / name, tmp_path)
+  values = json.loads((golden / LLM).read_text())
+  theta = values.pop("rope_theta")
+  values["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+  (tmp_path / LLM).write_text(json.dumps(values))
+  assert config_lib.read_config(tmp_path).llm.rope_theta == theta != 10_000
+  values["rope_parameters"]["rope_type"] = "yarn"
+  (tmp_path / LLM).write_text(json.dumps(values))
+  with pytest.raises(errors.InputError, match="rope_type"):
+    config_lib.read_config(tmp_path)
+
+
 def test_without_its_own_file_a_folder_has_the_releases_values(golden, tmp_path):
   for name in (LLM, VIT):
     shutil.copy(golden / name, tmp_path)

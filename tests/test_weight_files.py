@@ -179,6 +179,57 @@ def test_a_fine_tune_for_drawing_says_how_to_merge_it(folder, released, tmp_path
       np.testing.assert_array_equal(file.read(name), value)
 
 
+@pytest.mark.parametrize("make", [
+  lambda f: None, lambda f: (f / "pytorch_model.bin").write_bytes(b"PK"),
+  lambda f: ((f / "checkpoint-2").mkdir(), (f / "checkpoint-2/model.safetensors").touch()),
+])
+def test_a_fine_tune_without_weights_is_not_the_original(tmp_path, golden, make):
+  (tmp_path / "tuned").mkdir()
+  make(tmp_path / "tuned")
+  message = refusal(folders.open_folder, tmp_path / "tuned", golden)
+  assert "holds no weights of a network, so all would be those of" in message
+
+
+@pytest.mark.parametrize("name", ["vit_config.json", "vocab.json", "bagel_config.json"])
+def test_a_fine_tune_takes_the_small_files_that_it_lacks(folder, released, golden, name):
+  _write(folder / "ema.safetensors", released["ema.safetensors"])
+  (folder / "mine.json").write_text("{}")
+  before = config_lib.read_config(folder)
+  (folder / name).unlink()
+  opened = folders.open_folder(folder, golden)
+  names = {path.name for path in folders.other_files(opened)}
+  assert opened.config == before and names >= {name, "mine.json", "llm_config.json"}
+  assert (folder / "mine.json").exists() and not (folder / name).exists()
+
+
+def test_an_index_of_another_model_hides_no_weights(folder, released):
+  """As of the release, copied beside a fine-tune with its small files."""
+  _write(folder / "my_tuned.safetensors", released["ema.safetensors"])
+  shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": shards}))
+  with folders.open_folder(folder).open_params() as reader:
+    name = next(iter(released["ema.safetensors"]))
+    np.testing.assert_array_equal(
+      reader.files["ema.safetensors"].read(name), released["ema.safetensors"][name])
+  (folder / "my_tuned.safetensors").unlink()
+  assert "2 of its shards are missing" in refusal(
+    weights.OfficialReader, folder, config_lib.read_config(folder))
+
+
+def test_what_is_trained_has_no_weights_of_before_beside_it(folder, released, tmp_path, golden):
+  """Whoever loads them would have another model; a conversion keeps every file."""
+  _write(folder / "ema.safetensors", released["ema.safetensors"])
+  _write(folder / "model.safetensors", released["ema.safetensors"])
+  (folder / "optimizer.00000-of-00001.pt").write_bytes(b"PK")
+  opened = folders.open_folder(folder)
+  params = opened.load_params()
+  folders.write_official(tmp_path / "out", opened, params, dtype=np.float32)
+  kept = {path.name for path in (tmp_path / "out").iterdir()}
+  assert {"ema.safetensors", "ae.safetensors", "llm_config.json"} <= kept
+  assert not {"model.safetensors", "optimizer.00000-of-00001.pt"} & kept
+
+
 def test_weights_alone_take_the_rest_from_the_original(tmp_path, released, golden):
   folder = tmp_path / "tuned"
   folder.mkdir()

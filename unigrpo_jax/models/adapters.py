@@ -38,6 +38,9 @@ _UNSUPPORTED = {
   "velora_config": None,
 }
 
+# Starts (init_lora_weights) that take scale B A, or what quantising loses, off the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def is_folder(path: pathlib.Path) -> bool:
   """Whether `path` is a folder of adapters."""
@@ -62,6 +65,13 @@ def read_config(path: pathlib.Path) -> tuple[dict[str, Any], layers.Lora]:
         f"{where}: {key}={config[key]!r} is not supported; merge the adapters with PEFT "
         "(merge_and_unload) and give the merged checkpoint"
       )
+  start = str(config.get("init_lora_weights")).lower()
+  if start.startswith(_CHANGES_BASE):
+    raise errors.InputError(
+      f"{where}: init_lora_weights={config['init_lora_weights']!r} changed the weights beneath the "
+      "adapters too; save them with path_initial_model_for_weight_conversion, or merge them with "
+      "PEFT (merge_and_unload) and give the merged checkpoint"
+    )
   ranks, alphas = (config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
   for values in (ranks, alphas):
     if not isinstance(values, dict):
@@ -105,9 +115,11 @@ class Adapter:
       for name in leaf.names
     }
     self._tensors: dict[str, dict[str, str]] = {}
+    self._peft_names: dict[str, str] = {}
     for name in self._file.entries:
       module, letter = self._parse(name)
       self._tensors.setdefault(f"{module}.weight", {})[letter] = name
+      self._peft_names[f"{module}.weight"] = _TENSOR.fullmatch(name)[1]
     for name, pair in self._tensors.items():
       self._check(name, pair)
 
@@ -152,9 +164,10 @@ class Adapter:
     pair = self._tensors[name]
     a = self._file.read(pair["A"], (slice(None), inputs)).astype(np.float32)
     b = self._file.read(pair["B"], (outputs,)).astype(np.float32)
-    module, alpha = name.removesuffix(".weight"), self._config["lora_alpha"]
+    alpha = self._config["lora_alpha"]
     for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-      if re.fullmatch(rf"(.*\.)?({pattern})", module):
+      # As PEFT named it: without the prefix where it wrapped the language model alone.
+      if re.fullmatch(rf"(.*\.)?({pattern})", self._peft_names[name]):
         alpha = value
         break
     root = 0.5 if self._config.get("use_rslora") else 1.0

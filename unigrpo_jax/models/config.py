@@ -285,6 +285,11 @@ def _read_llm(path: pathlib.Path) -> LLMConfig:
   values = read_json(path)
   values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
   section = Section(path, values)
+  if values.get("rope_parameters") is not None:  # where transformers keeps both since version 5
+    rope = section.section("rope_parameters")
+    rope.get("rope_type", one_of("default"), "default")
+    if "rope_theta" not in values:
+      values["rope_theta"] = rope.get("rope_theta", POSITIVE, 10_000.0)
   section.get("hidden_act", one_of("silu"), "silu")
   section.get("use_sliding_window", one_of(False), False)
   section.get("rope_scaling", one_of(None), None)

@@ -50,18 +50,28 @@ def find(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
     return _find(folder, name)
 
 
+def is_weights(path: pathlib.Path) -> bool:
+  """Whether a file holds weights, or says where they are, by its name."""
+  return path.suffix in (_SUFFIX, *_PICKLES) or path.name.endswith(_INDEX)
+
+
 def _find(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+  found = sorted(path for path in folder.iterdir() if path.is_file())
+  found = [path for path in found if path.name == name or path.name not in FILES.values()]
+  indices = [path for path in found if path.name.endswith(_INDEX)]
+  files = [path for path in found if path.name.endswith(_SUFFIX)]
   names = [name] if name == FILES["vae"] else [name, "model.safetensors"]
+  if len(files) == 1 and files[0].name not in names and not any(
+    shard in files for index in indices for shard in _with_shards(index)[1:]
+  ):
+    indices = []  # They are another model's, of which the folder has no shard.
   for candidate in names:
     for path in (folder / candidate, folder / f"{candidate.removesuffix(_SUFFIX)}{_INDEX}"):
-      if path.is_file():
+      if path in files or path in indices:
         return _with_shards(path)
   if name == FILES["vae"]:
     return []
-  found = sorted(path for path in folder.iterdir() if path.is_file())
-  found = [path for path in found if path.name not in FILES.values()]
-  indices = [path for path in found if path.name.endswith(_INDEX)]
-  singles = indices or [path for path in found if path.name.endswith(_SUFFIX)]
+  singles = indices or files
   sets = {_SHARD.sub(r"\1-of-\3", path.name) for path in singles}
   if len(sets) > 1:
     raise errors.InputError(
@@ -130,7 +140,7 @@ class Tensors(contextlib.ExitStack):
     if not paths and fallback is not None:
       folder, paths = fallback, find(fallback, name)
     if not paths:
-      raise errors.InputError(f"{folder / name}: file not found; {_advice(folder, name)}")
+      raise errors.InputError(f"{folder / name}: file not found; {advice(folder, name)}")
     if missing := [path.name for path in paths if not path.is_file()]:
       raise errors.InputError(
         f"{folder}: {len(missing)} of its shards are missing ({', '.join(missing[:5])}); download "
@@ -183,7 +193,7 @@ class Tensors(contextlib.ExitStack):
     return file.read(own, index)
 
 
-def _advice(folder: pathlib.Path, name: str) -> str:
+def advice(folder: pathlib.Path, name: str) -> str:
   """What to do where a folder has no file `name`."""
   if name == FILES["vae"]:
     return "fine-tunes leave the autoencoder out: copy it from the original BAGEL folder"

@@ -23,7 +23,7 @@ import numpy as np
 
 from unigrpo_jax import errors, types
 from unigrpo_jax.data import locks, progress
-from unigrpo_jax.models import bagel, safetensors_files, weights
+from unigrpo_jax.models import bagel, safetensors_files, weight_files, weights
 from unigrpo_jax.runtime import checkpoints, folders, stored_params
 
 # What is read, transformed and written at once; one layer of BAGEL-7B's widest kernel fits.
@@ -61,6 +61,8 @@ def convert(
   ) as reader:
     if reader.filled:
       print(f"{len(reader.filled)} tensors are those of {folder.fallback}", flush=True)
+    if folder.fallback and not weight_files.find(folder.path, weights.FILES["vae"]):
+      print(f"the autoencoder is that of {folder.fallback}", flush=True)
     arrays = {
       leaf.path: stored_params.NewArray(leaf.shape, _piece_shape(leaf, dtype.itemsize), dtype)
       for leaf in reader.leaves for dtype in [reader.dtype(leaf)]
@@ -197,7 +199,7 @@ def export(source: pathlib.Path | str, target: pathlib.Path, *, overwrite: bool 
       )
       for file, record in recorded.items()
     }
-    folders.write_files(folder, target, files, overwrite=overwrite)
+    folders.write_files(folder, target, files, overwrite=overwrite, with_weights=True)
   print(f"wrote {target}", flush=True)
 
 

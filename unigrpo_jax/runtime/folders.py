@@ -8,6 +8,7 @@ A converted folder holds
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
@@ -169,9 +170,20 @@ def open_folder(
     base = open_folder(missing_from)
     if base.kind != "official":
       raise errors.InputError(f"{missing_from}: expected an official folder; export it first")
+    if not weight_files.find(path, weights.FILES["bagel"]):
+      raise errors.InputError(
+        f"{path}: holds no weights of a network, so all would be those of {missing_from}; "
+        f"{weight_files.advice(path, weights.FILES['bagel'])}"
+      )
     files = base.files
     if (path / config_lib.LLM_FILE).is_file():
       files = files_lib.local_copy(path, leave_out=_weight_names(path))
+      needed = (config_lib.LLM_FILE, config_lib.VIT_FILE, config_lib.BAGEL_FILE)
+      lacking = [name for name in needed if not (files / name).is_file()]
+      has = lambda *names: all((files / name).is_file() for name in names)
+      if not has("tokenizer.json") and not has("vocab.json", "merges.txt"):
+        lacking += tokenizer.FILES
+      files = _with_files_of(files, base.files, lacking, _weight_names(path))
     return ModelFolder(path, "official", files, config_lib.read_config(files), fallback=base.path)
   if is_folder(path):
     files = files_lib.local_copy(path, leave_out=_weight_names(path))
@@ -197,6 +209,23 @@ def open_folder(
     f"{path}: not a BAGEL folder: it holds neither {config_lib.LLM_FILE} and "
     f"{' and '.join(weights.FILES.values())} (official) nor {MANIFEST} (converted)"
   )
+
+
+def _with_files_of(
+  folder: pathlib.Path, other: pathlib.Path, names: Collection[str], weight_names: Collection[str]
+) -> pathlib.Path:
+  """`folder`, or a copy of its small files with those of `other` that it lacks."""
+  names = [name for name in names if (other / name).is_file()]
+  if not names:
+    return folder
+  merged = pathlib.Path(tempfile.mkdtemp())
+  atexit.register(shutil.rmtree, merged, ignore_errors=True)
+  for file in folder.iterdir():
+    if file.is_file() and file.name not in weight_names:
+      shutil.copyfile(file, merged / file.name)
+  for name in names:
+    shutil.copyfile(other / name, merged / name)
+  return merged
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -274,13 +303,16 @@ def check_target(
 
 def write_files(
   folder: ModelFolder, target: pathlib.Path, files: Mapping[str, safetensors_files.Contents], *,
-  overwrite: bool,
+  overwrite: bool, with_weights: bool,
 ) -> None:
   """Makes an official folder of weight `files` and the other files of `folder`.
 
-  It replaces one on success only; raises InputError if it cannot be made, see `check_target`.
+  These include other weights only `with_weights`. It replaces one on success only; raises
+  InputError if it cannot be made, see `check_target`.
   """
   others = other_files(folder, note=True)
+  if not with_weights:
+    others = [path for path in others if not weight_files.is_weights(path)]
   needed = sum(safetensors_files.total_bytes(contents.tensors) for contents in files.values())
   needed += sum(path.stat().st_size for path in others)
   check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
@@ -324,7 +356,8 @@ def write_official(
       for leaf, value in values.items() for name in leaf.names
     }
     files[file] = safetensors_files.Contents(tensors, _official_tensors(values))
-  write_files(folder, target, files, overwrite=True)
+  # Beside them the folder may have weights of before this training, and an optimizer's.
+  write_files(folder, target, files, overwrite=True, with_weights=False)
 
 
 def _official_tensors(
