@@ -203,7 +203,7 @@ def test_a_run_from_adapters_has_their_rank_and_its_own_reference(written):
   spec = read(f"--config.lora.adapter={written}")
   assert spec.network.lora == LORA and spec.run.config["lora"]["rank"] == 3
   assert spec.copies_reference and not read("--config.lora.rank=3").copies_reference
-  with pytest.raises(errors.InputError, match="config.lora.adapter: /none: no such folder"):
+  with pytest.raises(errors.InputError, match="lora.adapter: /none: no such folder.*lora.rank"):
     read("--config.lora.adapter=/none")
 
 

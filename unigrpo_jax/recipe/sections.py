@@ -94,8 +94,15 @@ def fill_rank(config: ConfigDict) -> None:
     InputError: the folder cannot be read.
   """
   if config.lora.adapter and not config.lora.rank:
-    with errors.at("config.lora.adapter"):
-      _, lora = adapters.read_config(hub.find(config.lora.adapter))
+    try:
+      with errors.at("config.lora.adapter"):
+        _, lora = adapters.read_config(hub.find(config.lora.adapter))
+    except errors.InputError as error:
+      error.args = (
+        f"{error}; a run that goes on does not need it where config.lora.rank and "
+        "config.lora.alpha are given, as in its config.json",
+      )
+      raise
     config.lora.rank, config.lora.alpha = lora.rank, float(lora.alpha)
 
 
