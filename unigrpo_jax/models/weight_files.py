@@ -140,7 +140,7 @@ class Tensors(contextlib.ExitStack):
     if not paths and fallback is not None:
       folder, paths = fallback, find(fallback, name)
     if not paths:
-      raise errors.InputError(f"{folder / name}: file not found; {advice(folder, name)}")
+      raise errors.InputError(f"{folder / name}: file not found; {_advice(folder, name)}")
     if missing := [path.name for path in paths if not path.is_file()]:
       raise errors.InputError(
         f"{folder}: {len(missing)} of its shards are missing ({', '.join(missing[:5])}); download "
@@ -193,10 +193,15 @@ class Tensors(contextlib.ExitStack):
     return file.read(own, index)
 
 
-def advice(folder: pathlib.Path, name: str) -> str:
+def _advice(folder: pathlib.Path, name: str) -> str:
   """What to do where a folder has no file `name`."""
   if name == FILES["vae"]:
     return "fine-tunes leave the autoencoder out: copy it from the original BAGEL folder"
+  return of_pickles(folder, name) or "a BAGEL folder must contain it"
+
+
+def of_pickles(folder: pathlib.Path, name: str) -> str:
+  """How to make file `name` of the pickles in a folder; "" where it has none."""
   pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
   if pickles:
     target = f"{pathlib.Path(name).stem}{_SUFFIX}"
@@ -205,4 +210,4 @@ def advice(folder: pathlib.Path, name: str) -> str:
       f"python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in "
       f"torch.load('{pickles[0]}', weights_only=True).items()}}, '{target}')\""
     )
-  return "a BAGEL folder must contain it"
+  return ""

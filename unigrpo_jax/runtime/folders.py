@@ -173,7 +173,7 @@ def open_folder(
     if not weight_files.find(path, weights.FILES["bagel"]):
       raise errors.InputError(
         f"{path}: holds no weights of a network, so all would be those of {missing_from}; "
-        f"{weight_files.advice(path, weights.FILES['bagel'])}"
+        + (weight_files.of_pickles(path, weights.FILES["bagel"]) or "give the folder that has some")
       )
     files = base.files
     if (path / config_lib.LLM_FILE).is_file():
