@@ -372,6 +372,12 @@ def is_finished(
   return all(name in row.rewards for row in rows if row.mode in modes for name in names)
 
 
+def of_run(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+  """{step: folder} of the evaluations that a run saved, in order."""
+  places = (workdir / "evaluations").glob("*")
+  return dict(sorted((int(place.name), place) for place in places if place.name.isdecimal()))
+
+
 def read(folder: pathlib.Path) -> tuple[dict[str, Any], list[Row]] | None:
   """Reads the results in a folder, finished or not.
 

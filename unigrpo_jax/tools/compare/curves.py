@@ -61,16 +61,13 @@ def of_evaluations(run: runs.Training) -> dict[str, Any] | None:
     return None
   mode = evaluation.Mode.parse(run.mode).name
   last = max(run.rows(), default=0)  # Later ones are of before the run went back to a checkpoint.
-  places = [
-    path for path in (run.folder / "evaluations").glob("*")
-    if path.name.isdecimal() and int(path.name) <= last
-  ]
   found = []
-  for place in sorted(places):
+  for step, place in results.of_run(run.folder).items():
     _, rows = results.read(place) or ({}, [])
     rows = [row for row in rows if row.mode == mode]
-    found.append(hacking.evaluation(int(place.name), rows, rewards.STRICT))
-  found = [one for one in found if one is not None]
+    one = hacking.evaluation(step, rows, rewards.STRICT)
+    if one is not None and step <= last:
+      found.append(one)
   if not found:
     return None
   return {"evaluations": [one._asdict() for one in found]} | hacking.verdict(found)._asdict()

@@ -122,9 +122,9 @@ def measure(run: pathlib.Path) -> dict[int, dict[str, float]]:
   count = min(evaluations["keep"], evaluations["prompts"])
   if evaluations["source"] == prompts_lib.ICONWORLD and count > 1:
     rendered = features.vit(render(evaluations["split"], count))
-  places = [path for path in (run / "evaluations").glob("*") if path.name.isdecimal()]
   return {
-    int(path.name): of_evaluation(path, mode, features, rendered) for path in sorted(places)
+    step: of_evaluation(place, mode, features, rendered)
+    for step, place in results_lib.of_run(run).items()
   }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import intervals
+from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.runtime import metrics
 
 
@@ -100,10 +101,10 @@ def read(folder: pathlib.Path) -> Run:
   steps = metrics.by_step(rows)
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
   config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
-  places = [path for path in (folder / "evaluations").glob("*") if path.name.isdecimal()]
+  places = results_lib.of_run(folder)
   if info.get("resumed"):  # Later ones are of before it went back to a checkpoint.
-    places = [path for path in places if int(path.name) <= max(steps)]
-  evaluations = {int(path.name): _samples(path, notes) for path in sorted(places)}
+    places = {step: place for step, place in places.items() if step <= max(steps)}
+  evaluations = {step: _samples(place, notes) for step, place in places.items()}
   return Run(
     name=folder.resolve().name + (f", run {info['run_id']}" if "run_id" in info else ""),
     rows=[steps[step] for step in sorted(steps)], config=config, info=info,
