@@ -221,6 +221,8 @@ def _without(key):
   (_without("model.layers.0.mlp.up_proj.lora_B.weight"), "not A .r, 64. and"),
   (lambda t, c: t.update({"model.layers.9.mlp.up_proj.lora_A.weight": np.ones((2, 64), "f4")}),
    "layers.9.mlp.up_proj.lora_A.weight belongs to no linear layer"),
+  (lambda t, c: t.update({"model.layers.0.mlp.up_proj.lora_A.b.weight": np.ones((2, 64), "f4")}),
+   "lora_A.b.weight and model.layers.0.mlp.up_proj.lora_A.weight adapt the same layer"),
   (lambda t, c: t.update({"lm_head.weight": np.ones((2, 2), "f4")}), "lm_head.weight belongs"),
 ])
 def test_what_cannot_be_added_is_refused(config, tmp_path, damage, words):

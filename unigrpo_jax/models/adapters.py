@@ -118,7 +118,13 @@ class Adapter:
     self._peft_names: dict[str, str] = {}
     for name in self._file.entries:
       module, letter = self._parse(name)
-      self._tensors.setdefault(f"{module}.weight", {})[letter] = name
+      pair = self._tensors.setdefault(f"{module}.weight", {})
+      if letter in pair:
+        raise errors.InputError(
+          f"{self._file.path}: tensors {pair[letter]} and {name} adapt the same layer; save one of "
+          "the adapters with save_pretrained(FOLDER, selected_adapters=[NAME])"
+        )
+      pair[letter] = name
       self._peft_names[f"{module}.weight"] = _TENSOR.fullmatch(name)[1]
     for name, pair in self._tensors.items():
       self._check(name, pair)
