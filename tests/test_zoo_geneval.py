@@ -112,7 +112,8 @@ def test_missing_packages_and_files_are_one_line(monkeypatch, tmp_path):
                      (geneval.Transformers, "geneval-transformers.txt")):
     with pytest.raises(errors.InputError, match=f"pip install -r zoo/requirements-{name}"):
       make(weights="w")
-  monkeypatch.setitem(sys.modules, "open_clip", types.ModuleType("open_clip"))
+  for name in ("open_clip", "safetensors.torch"):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
   with pytest.raises(errors.InputError, match="no such file; it is hf download timm/vit_large"):
     geneval.ClipColors(weights=str(tmp_path / "no"))
 
@@ -134,6 +135,10 @@ def test_clip_colours_by_texts(monkeypatch, tmp_path):
 
   class Network:
     visual = types.SimpleNamespace(preprocess_cfg={})
+
+    def load_state_dict(self, state, strict):
+      assert not strict
+      return sorted({"w"} - state.keys()), sorted(state.keys() - {"w"})
 
     def eval(self):
       pass
@@ -157,14 +162,27 @@ def test_clip_colours_by_texts(monkeypatch, tmp_path):
 
   def create_model(model, *, pretrained, force_quick_gelu, precision, device):
     assert (model, force_quick_gelu, precision) == ("ViT-L-14", True, "fp32")
+    assert pretrained is None, "old versions of open_clip unpickle a file that they are given"
     return Network()
+
+  def load_file(path):
+    state = json.loads(path.read_bytes())
+    if not state:
+      raise ValueError("Error while deserializing header")
+    return state
 
   clip.create_model, clip.PreprocessCfg = create_model, lambda **options: options
   clip.image_transform_v2 = lambda options, is_train: lambda crop: np.eye(10)[crop.width]
   clip.get_tokenizer = lambda model: Texts
-  for name, module in (("torch", torch), ("open_clip", clip)):
+  safetensors = types.ModuleType("safetensors.torch")
+  safetensors.load_file = load_file
+  for name, module in (("torch", torch), ("open_clip", clip), ("safetensors.torch", safetensors)):
     monkeypatch.setitem(sys.modules, name, module)
-  (tmp_path / "w").write_bytes(b"")
+  for state, what in (({}, "deserializing header"), ({"v": 1}, "are not its own: 1 missing")):
+    (tmp_path / "w").write_text(json.dumps(state))
+    with pytest.raises(errors.InputError, match=what):
+      geneval.ClipColors(weights=str(tmp_path / "w"), device="cpu")
+  (tmp_path / "w").write_text(json.dumps({"w": 1}))
   colors = geneval.ClipColors(weights=str(tmp_path / "w"), device="cpu")
   crops = [PIL.Image.new("RGB", (number, 1)) for number in (3, 9)]
   assert colors(crops, "cup") == ["green", "white"]

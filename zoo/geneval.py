@@ -201,20 +201,25 @@ class ClipColors:
   """Colours by OpenAI's CLIP ViT-L/14 in open_clip, zero-shot, as GenEval's own script has them."""
 
   def __init__(self, *, weights: str, device: str = "cuda", model: str = "ViT-L-14"):
-    """Loads the network from the file `weights`: open_clip's "openai" weights.
+    """Loads the network from the safetensors file `weights`: open_clip's "openai" weights.
 
     Raises:
       InputError: a package or the file is missing, or it has not this network's weights.
     """
-    torch, open_clip = (base.load_module(name, "geneval") for name in ("torch", "open_clip"))
+    torch, open_clip, safetensors = (
+      base.load_module(name, "geneval") for name in ("torch", "open_clip", "safetensors.torch")
+    )
     _exact_products(torch)
     path = _file(weights, "hf download timm/vit_large_patch14_clip_224.openai (1.7 GB)")
+    self._model = open_clip.create_model(
+      model, pretrained=None, force_quick_gelu=True, precision="fp32", device=device
+    )
+    # Given the file, open_clip before 2.28 would unpickle it, whatever it is.
     try:
-      self._model = open_clip.create_model(
-        model, pretrained=str(path), force_quick_gelu=True, precision="fp32", device=device
-      )
-    except RuntimeError as error:  # Of load_state_dict, strict.
+      found = self._model.load_state_dict(safetensors.load_file(path), strict=False)
+    except Exception as error:  # No safetensors file, or RuntimeError for other shapes.
       raise errors.InputError(f"color_weights={weights!r}: {errors.first_line(error)}") from None
+    base.refuse_other_weights(weights, *found)
     self._model.eval()
     self._transform = open_clip.image_transform_v2(
       open_clip.PreprocessCfg(**self._model.visual.preprocess_cfg), is_train=False
