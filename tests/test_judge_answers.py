@@ -131,6 +131,8 @@ def test_probabilities_that_are_none(given, reason):
 @pytest.mark.parametrize("body", [
   None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]},
   {"choices": [{"message": {}, "logprobs": {"content": [{"top_logprobs": [{}]}]}}]},
+  *({"choices": [{"message": {}, "logprobs": {"content": [
+    {"top_logprobs": [{"token": "yes", "logprob": value}]}]}}]} for value in ("x", 10**400)),
 ])
 def test_bodies_that_are_no_completion(body):
   with pytest.raises(answers.Unreadable, match="no chat completion"):

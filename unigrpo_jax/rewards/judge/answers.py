@@ -51,7 +51,7 @@ class Reply:
       if not isinstance(content, str | None):
         raise TypeError
       return cls(content or "", choice.get("finish_reason") == "length", _top(choice))
-    except (TypeError, KeyError, IndexError, AttributeError):
+    except (TypeError, ValueError, OverflowError, LookupError, AttributeError):
       raise Unreadable("the answer is no chat completion") from None
 
 
