@@ -125,9 +125,11 @@ def test_an_answer_with_its_probabilities(served):
   (4, "yes yes yes", "stop"),
 ])
 def test_max_tokens_cut_an_answer(served, most, text, reason):
-  choice = ask(served, message("one two three four") | {"max_tokens": most})[1]["choices"][0]
-  assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
-  assert choice["logprobs"] is None
+  for given in ({"max_tokens": most}, {"max_completion_tokens": most, "max_tokens": 64},
+                {"max_completion_tokens": None, "max_tokens": most}):
+    choice = ask(served, message("one two three four") | given)[1]["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+    assert choice["logprobs"] is None
 
 
 def test_text_alone_and_an_empty_answer(served):

@@ -60,8 +60,8 @@ def read(body: bytes, model: str, max_tokens: int) -> batches.Question:
   text, image = _read_message(given.get("messages"))
   seed = given.get("seed") or 0
   errors.require("seed", seed, integer=True)
-  most = given.get("max_completion_tokens", given.get("max_tokens"))
-  most = max_tokens if most is None else most
+  limits = (given.get("max_completion_tokens"), given.get("max_tokens"), max_tokens)
+  most = next(limit for limit in limits if limit is not None)
   errors.require("max_tokens", most, low=1, high=max_tokens, integer=True)
   temperature = 1.0 if given.get("temperature") is None else given["temperature"]
   errors.require_temperature("temperature", temperature, high=2)
