@@ -92,6 +92,8 @@ def test_oneig_has_json_in_json_and_prompts_without_questions(folder, tmp_path):
     ({"000": asked["000"]}, "no questions of id 1"),
     (asked | {"000": {"question": "{", "dependency": "{}"}}, "json, id 000: question: not JSON"),
     (asked | {"000": {"question": '{"a": "b"}', "dependency": "{}"}}, "question='a' must be"),
+    (asked | {"000": {"question": {"1": 3}, "dependency": {}}}, "id 000: points, point 1: quest"),
+    (asked | {"000": {"question": {"1": "q"}, "dependency": {"1": 0}}}, "dependency=0 must be a"),
   ):
     questions.write_text(json.dumps(damaged))
     assert words in refusals.refusal(list, importers.oneig(tmp_path / "OneIG-Bench.csv"))
@@ -137,6 +139,31 @@ def test_a_file_of_something_else_is_refused_by_its_line(name, tmp_path):
   (tmp_path / "Q_D").mkdir()
   message = refusals.refusal(import_all, name, tmp_path / "a.jsonl", {"other": "x"})
   assert message.startswith(f"{tmp_path / 'a.jsonl'}, line 1: no ") and "other" in message
+
+
+@pytest.mark.parametrize(("name", "row", "words"), [
+  ("dsg", {"item_id": 7, "text": 5, "proposition_id": 1, "question_natural_language": "q"},
+   "text=5 must be text"),
+  ("dsg", {"item_id": 7, "text": "x", "proposition_id": 1, "question_natural_language": ["q"]},
+   "question_natural_language="),
+  ("tifa", {"id": 1, "caption": ["x"], "question": "q", "answer": "a"}, "caption="),
+  ("tifa", {"id": 1, "caption": "x", "question": 3, "answer": "a", "choices": ["a"]}, "question=3"),
+  ("tifa", {"id": 1, "caption": "x", "question": "q", "answer": ["a"]}, "answer=['a'] must be"),
+  ("oneig", {"id": 1, "category": ["x"], "prompt_en": "x"}, "category="),
+  ("geneval2", {"prompt": ["x"], "vqa_list": [["q", "yes"]]}, "prompt="),
+  ("wise", {"prompt_id": 1, "Prompt": 5}, "Prompt=5 must be text"),
+])
+def test_what_is_no_text_is_refused_by_its_line(name, row, words, tmp_path):
+  (tmp_path / "Q_D").mkdir()
+  message = refusals.refusal(import_all, name, tmp_path / "a.jsonl", row)
+  assert message.startswith(f"{tmp_path / 'a.jsonl'}, line 1: ") and words in message
+
+
+def test_numbers_of_json_are_those_of_a_table(tmp_path):
+  rows = [{"item_id": 7, "text": "x", "proposition_id": number, "dependency": number - 1,
+           "question_natural_language": f"q{number}"} for number in (1, 2)]
+  [record] = import_all("dsg", tmp_path / "a.json", rows)
+  assert record["item_id"] == "7" and points_of(record) == [("q1", "yes", ()), ("q2", "yes", (1,))]
 
 
 def test_the_command_writes_points_that_open_as_prompts(tmp_path, capsys, monkeypatch):

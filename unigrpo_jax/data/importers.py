@@ -7,7 +7,7 @@ dpg_bench.csv, which DPG-Bench's own script leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import pathlib
 import re
 import sys
@@ -23,8 +23,8 @@ def dsg(path: pathlib.Path) -> Iterator[Record]:
   """DSG-1k (Cho et al., arXiv 2310.18235): dsg-1k-anns.csv, a row a question."""
   by_item: dict[str, tuple[str, dict[int, Record], dict[int, list[int]]]] = {}
   for where, row in records.read(path):
-    _require(row, where, "item_id", "text", "proposition_id", "question_natural_language")
-    prompt, points, parents = by_item.setdefault(row["item_id"], (row["text"], {}, {}))
+    _require(row, where, "item_id", "proposition_id", texts=("text", "question_natural_language"))
+    prompt, points, parents = by_item.setdefault(str(row["item_id"]), (row["text"], {}, {}))
     number = _integer(row["proposition_id"], f"{where}: proposition_id")
     if row["text"] != prompt:
       raise errors.InputError(f"{where}: item_id={row['item_id']} has another text than before")
@@ -32,7 +32,7 @@ def dsg(path: pathlib.Path) -> Iterator[Record]:
     if "category_broad" in row:
       points[number]["category"] = row["category_broad"]
     parents[number] = [
-      _integer(n, f"{where}: dependency") for n in row.get("dependency", "0").split(",")
+      _integer(n, f"{where}: dependency") for n in str(row.get("dependency", 0)).split(",")
     ]
   for item, (prompt, points, parents) in by_item.items():
     points = _ordered(points, parents, f"{path}, item_id={item}")
@@ -43,7 +43,7 @@ def tifa(path: pathlib.Path) -> Iterator[Record]:
   """TIFA (Hu et al., arXiv 2303.11897): tifa_v1.0_question_answers.json, an item a question."""
   by_item: dict[str, Record] = {}
   for where, row in records.read(path):
-    _require(row, where, "id", "caption", "question", "answer")
+    _require(row, where, "id", "answer", texts=("caption", "question"))
     question, choices = row["question"], row.get("choices", [])
     if not isinstance(choices, list):
       raise errors.InputError(f"{where}: choices={errors.shown(choices)} must be a list")
@@ -54,6 +54,8 @@ def tifa(path: pathlib.Path) -> Iterator[Record]:
       point["category"] = row["element_type"]
     item = str(row["id"])
     record = {"prompt": row["caption"], **_tag(item), "item_id": item, "points": []}
+    with errors.at(where):
+      exam_points.read({"points": [point]})
     by_item.setdefault(item, record)["points"].append(point)
   yield from by_item.values()
 
@@ -76,7 +78,7 @@ def oneig(path: pathlib.Path) -> Iterator[Record]:
     )
   asked: dict[str, Mapping[str, Any]] = {}
   for where, row in records.read(path):
-    _require(row, where, "category", "id", "prompt_en")
+    _require(row, where, "id", texts=("category", "prompt_en"))
     name = _ONEIG_FILES.get(row["category"])
     if name is None:
       continue
@@ -89,10 +91,17 @@ def oneig(path: pathlib.Path) -> Iterator[Record]:
     place = f"{source}, id {row['id']}"
     with errors.at(place):
       questions, parents = (_numbered(entry, key) for key in ("question", "dependency"))
+      for number, wanted in parents.items():
+        if not isinstance(wanted, list):
+          raise errors.InputError(f"dependency={errors.shown(wanted)} must be a list of numbers")
+        parents[number] = [_integer(parent, "dependency") for parent in wanted]
     points = {number: {"question": question} for number, question in questions.items()}
+    points = _ordered(points, parents, place)
+    with errors.at(place):
+      exam_points.read({"points": points})
     yield {
       "prompt": row["prompt_en"], "tag": row["category"], "item_id": str(row["id"]),
-      "points": _ordered(points, parents, place),
+      "points": points,
     }
 
 
@@ -102,7 +111,7 @@ def geneval2(path: pathlib.Path) -> Iterator[Record]:
   The tag is the number of atoms, by which soft-TIFA's geometric mean is reported.
   """
   for where, row in records.read(path):
-    _require(row, where, "prompt")
+    _require(row, where, texts=("prompt",))
     skills = row.get("skills", [])
     with errors.at(where):
       points = [
@@ -128,7 +137,7 @@ def wise(path: pathlib.Path) -> Iterator[Record]:
   The judge's forms `wise_verified` and `wise_legacy` score them by a template of the user's.
   """
   for where, row in records.read(path):
-    _require(row, where, "Prompt", "prompt_id")
+    _require(row, where, "prompt_id", texts=("Prompt",))
     number = _integer(row["prompt_id"], f"{where}: prompt_id")
     tag = next((name for last, name in _WISE.items() if 1 <= number <= last), None)
     if tag is None:
@@ -181,11 +190,14 @@ def _tag(item: str) -> dict[str, str]:
   return {"tag": source} if source else {}
 
 
-def _require(row: Mapping[str, Any], where: str, *keys: str) -> None:
-  for key in keys:
+def _require(row: Record, where: str, *keys: str, texts: Sequence[str] = ()) -> None:
+  """Raises InputError unless a row has all of these keys, and text under those of `texts`."""
+  for key in (*keys, *texts):
     if row.get(key) in (None, ""):
       names = ", ".join(map(str, row))[:100]
       raise errors.InputError(f"{where}: no {key} (it has {names}); give the set's own file")
+  for key in texts:
+    lines.check_text(row, key, where)
 
 
 def _integer(value: Any, name: str) -> int:
