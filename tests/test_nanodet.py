@@ -2,9 +2,11 @@
 the photograph as recorded, where the weights are there."""
 
 import base64
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
@@ -175,6 +177,26 @@ def package(tmp_path):
       tar.addfile(info, io.BytesIO(data))
   hashes = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
   return fetch.Package("small", "a small model (MIT; 1 kB)", "small@1.0.0", hashes)
+
+
+def test_a_damaged_archive_is_refused(package, tmp_path):
+  tar = io.BytesIO()
+  with tarfile.open(fileobj=tar, mode="w") as file:
+    info = tarfile.TarInfo("package/models/a.json")
+    info.size = 2**18
+    file.addfile(info, io.BytesIO(np.random.default_rng(0).bytes(info.size)))
+  for pack in (gzip.compress, lzma.compress):
+    whole = pack(tar.getvalue())
+    middle = bytes([whole[2**17] ^ 255])
+    for damaged in (whole[: 2**17], whole[: 2**17] + middle + whole[2**17 + 1 :]):
+      (tmp_path / "damaged.tgz").write_bytes(damaged)
+      with pytest.raises(errors.InputError, match="damaged.tgz"):
+        package.unpack(tmp_path / "damaged.tgz", tmp_path)
+  checksum = gzip.compress(tar.getvalue())
+  checksum = checksum[:-8] + bytes([checksum[-8] ^ 1]) + checksum[-7:]
+  (tmp_path / "damaged.tgz").write_bytes(checksum)
+  with pytest.raises(errors.InputError, match="damaged.tgz"):
+    package.unpack(tmp_path / "damaged.tgz", tmp_path)
 
 
 def test_fetching(package, tmp_path, monkeypatch, capsys):

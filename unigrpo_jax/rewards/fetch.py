@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import dataclasses
+import gzip
 import hashlib
+import lzma
 import os
 import pathlib
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 
 from unigrpo_jax import errors
 from unigrpo_jax.data import atomic
 
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 _SECONDS = 1800.0  # Time limit of a download.
 
 
@@ -74,8 +78,12 @@ class Package:
       for path, expected in self.files.items():
         try:
           data = tar.extractfile(path).read()
-        except (KeyError, AttributeError, tarfile.TarError, EOFError):
+        except (KeyError, AttributeError):
           raise errors.InputError(f"{archive} holds no {path}; give {self.package}") from None
+        except (*_DAMAGED, gzip.BadGzipFile) as error:
+          raise errors.InputError(
+            f"{archive} ends early or is damaged ({errors.first_line(error)}); give {self.package}"
+          ) from None
         _same(data, expected, f"{archive}: {path}")
         target = folder / pathlib.PurePosixPath(path).name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +116,7 @@ def _opened(archive: pathlib.Path) -> tarfile.TarFile:
   try:
     with errors.storage(archive, "read"):
       return tarfile.open(archive)
-  except (tarfile.TarError, EOFError):
+  except _DAMAGED:
     raise errors.InputError(f"{archive} is no archive; give the .tgz of an npm package") from None
 
 
