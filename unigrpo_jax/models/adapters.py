@@ -29,6 +29,7 @@ TARGET_MODULES = (
 )
 # With a name between the letter and "weight" where the state of a PeftModel was saved as it is.
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_PATTERN = r"(.*\.)?({})"  # What a key of alpha_pattern matches.
 # What changes the network beyond W + scale B A, with the value that does not.
 _UNSUPPORTED = {
   "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False,
@@ -76,12 +77,19 @@ def read_config(path: pathlib.Path) -> tuple[dict[str, Any], layers.Lora]:
   for values in (ranks, alphas):
     if not isinstance(values, dict):
       raise errors.InputError(f"{where}: rank_pattern and alpha_pattern map names to numbers")
+    for pattern in values:
+      try:
+        re.compile(_PATTERN.format(pattern))
+      except re.error as error:
+        raise errors.InputError(f"{where}: {pattern!r} is no pattern of names: {error}") from None
   for name, value in (("r", config.get("r")), *ranks.items()):
-    if type(value) is not int or value < 1:
-      raise errors.InputError(f"{where}: rank {name}={value!r} must be a whole number from 1")
+    if type(value) is not int or not 1 <= value < 2**31:
+      raise errors.InputError(
+        f"{where}: rank {name}={errors.shown(value)} must be a whole number from 1"
+      )
   for name, value in (("lora_alpha", config.get("lora_alpha")), *alphas.items()):
-    if type(value) not in (int, float) or not math.isfinite(value):
-      raise errors.InputError(f"{where}: {name}={value!r} must be a number")
+    if type(value) not in (int, float) or not -1e30 < value < 1e30:
+      raise errors.InputError(f"{where}: {name}={errors.shown(value)} must be a number")
   rank = max(config["r"], *ranks.values(), 1)
   root = config["r"] ** 0.5 if config.get("use_rslora") else 1.0
   return config, layers.Lora(rank, config["lora_alpha"] * rank / config["r"] * root)
@@ -173,7 +181,7 @@ class Adapter:
     alpha = self._config["lora_alpha"]
     for pattern, value in (self._config.get("alpha_pattern") or {}).items():
       # As PEFT named it: without the prefix where it wrapped the language model alone.
-      if re.fullmatch(rf"(.*\.)?({pattern})", self._peft_names[name]):
+      if re.fullmatch(_PATTERN.format(pattern), self._peft_names[name]):
         alpha = value
         break
     root = 0.5 if self._config.get("use_rslora") else 1.0
