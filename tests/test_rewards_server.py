@@ -282,6 +282,8 @@ def test_a_port_that_is_taken(serving):
     (["--rewards", "brightness", "--reward_options", "{"], "--reward_options"),
     (["--rewards", "brightness", "--reward_options", "[]"], "--reward_options"),
     (["--rewards", "brightness", "--reward_options", '{"jpeg_size": {}}'], "jpeg_size"),
+    (["--rewards", "brightness", "--reward_options", "[" * 100_000], "--reward_options: not JSON"),
+    (["--rewards", "a=jpeg_size", "--reward_options", '{"a": {"quality": 1}, "a": {}}'], "twice"),
     (["--rewards", "a=jpeg_size", "--reward_options", '{"a": {"qualty": 1}}'], "qualty"),
   ],
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import json
 
 from unigrpo_jax import errors
+from unigrpo_jax.data import lines
 from unigrpo_jax.rewards import base, making
 
 
@@ -42,11 +42,8 @@ def make(items: Sequence[str], options: str) -> dict[str, base.Reward]:
   Raises:
     InputError: a name is given twice or its reward does not exist, or the options are malformed.
   """
-  try:
-    by_name = json.loads(options)
-  except ValueError as error:
-    raise errors.InputError(f"--reward_options is not JSON: {error}") from None
-  if not isinstance(by_name, dict) or not all(isinstance(o, dict) for o in by_name.values()):
+  by_name = lines.parse(options, "--reward_options", 'write {"NAME": {"option": value}}')
+  if not all(isinstance(of_reward, dict) for of_reward in by_name.values()):
     raise errors.InputError(f"--reward_options={options} must be an object of objects, by reward")
   rewards: dict[str, base.Reward] = {}
   for item in items:
