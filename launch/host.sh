@@ -108,12 +108,20 @@ start() {
   echo $! > "$pid_file"
 }
 
+# Where a signal ends bash before the training does, the status is of the command before: often 0.
+write_status() {
+  local status=$1
+  if [[ $status == 0 && -z $trained ]]; then status=143; fi
+  echo "$status" > "$STATUS_FILE"
+}
+
+trained=""
 case $verb in
   install) mount_bucket; install ;;
   run)
     # Of a run in the background: written whatever ends it.
-    if [[ -n ${STATUS_FILE:-} ]]; then trap 'echo $? > "$STATUS_FILE"' EXIT; fi
-    check_training; mount_bucket; install; train ;;
+    if [[ -n ${STATUS_FILE:-} ]]; then trap 'write_status $?' EXIT; fi
+    check_training; mount_bucket; install; train; trained=1 ;;
   start) check_training; start ;;
   status)
     if running; then echo running

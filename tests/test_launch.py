@@ -339,6 +339,15 @@ def test_a_run_in_the_background_is_started_once_and_stopped(clone):
   assert "nothing runs" in _host(clone, "stop").stdout
 
 
+def test_a_run_that_is_stopped_while_it_installs_is_not_finished(clone):
+  python = clone / "python"
+  python.write_text(PYTHON.replace("mkdir -p", "touch installs; exec sleep 20; mkdir -p"))
+  assert _host(clone, "start", *TRAIN).returncode == 0
+  _until((clone / "installs").exists)
+  assert _host(clone, "stop").returncode == 0
+  assert _host(clone, "status").stdout.strip() == "ended 143"
+
+
 @pytest.mark.parametrize("status, restarts, requeued", [
   (0, "0", False), (1, "", True), (2, "0", False), (75, "9", True), (137, "0", True),
   (1, "1000", False),
