@@ -8,6 +8,7 @@ name=unigrpo project="" zone="" type="" version="" bucket="" slices=1 verb=""
 spot="" poll=60
 # shellcheck source=launch/shell.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell.sh"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 check_place() {
   require project "the Google Cloud project that pays"
@@ -57,9 +58,10 @@ on() {
   done
 }
 
-# The commit at HEAD goes to every host; the hosts compare it before they train.
+# The commit at HEAD of this clone goes to every host; the hosts compare it before they train.
 install_all() {
   local bundle node
+  cd "$root" || return
   bundle=${TMPDIR:-/tmp}/unigrpo.bundle
   do_ git bundle create "$bundle" HEAD || return
   for node in $(nodes); do

@@ -203,6 +203,17 @@ def test_a_printed_command_is_the_one_that_would_run():
   assert shlex.split(remote)[-3:] == [*TRAIN[1:], word]
 
 
+def test_this_clone_is_installed_whatever_the_current_folder_is(tmp_path):
+  for name, text in {"gcloud": "", "git": f"pwd -P >> {tmp_path}/places\n"}.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+    (tmp_path / name).chmod(0o755)
+  subprocess.run(
+    ["bash", LAUNCH / "tpu_vm.sh", "install", *PLACE], cwd=tmp_path, check=True,
+    env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+  )
+  assert (tmp_path / "places").read_text().strip() == str(ROOT.resolve())
+
+
 GCLOUD = r"""#!/usr/bin/env bash
 # Says what the next line of a file says where it is asked for a state, and records all.
 cd "$(dirname "$0")"
