@@ -56,8 +56,9 @@ apt() {
 }
 
 install() {
-  local python=${PYTHON:-python3}
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  # That of a TPU VM may be too old. Of another, or of PYTHON, launch/venv.sh says so.
+  local recent='import sys; sys.exit(sys.version_info < (3, 11))'
+  if [[ $backend == tpu && -z ${PYTHON:-} ]] && ! python3 -c "$recent"; then
     apt python3.11 python3.11-venv
     export PYTHON=python3.11
   fi

@@ -159,6 +159,16 @@ def no_tools(tmp_path):
   assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.parametrize("backend, python", [("gpu", ""), ("gpu", "old"), ("tpu", "old")])
+def test_python_is_installed_only_on_tpu_vms_and_where_none_is_given(no_tools, backend, python):
+  for name in ("old", "python3", "sleep"):
+    (no_tools / name).write_text('#!/bin/sh\n[ "$2" = "" ] || [ "$1" = --version ]\n')
+    (no_tools / name).chmod(0o755)
+  refused = _bash("host", "install", f"--backend={backend}", path=no_tools, PYTHON=python)
+  assert refused.returncode == 2, refused.stderr
+  assert "is too old; set PYTHON to a Python of at least 3.11" in refused.stderr
+
+
 def test_a_workdir_in_a_bucket_needs_no_mount(no_tools):
   arguments = ["--", "--config=configs/unigrpo.py", "--workdir=gs://b/runs/a"]
   done = _bash("tpu_vm", "run", "--dry-run", *PLACE, *arguments, path=no_tools)
