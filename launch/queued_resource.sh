@@ -83,6 +83,7 @@ begun=""
 keep() {
   check_type
   check_run
+  [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll is no number of seconds"
   if [[ -n $dry_run ]]; then create; begin; return; fi
   local now
   while true; do

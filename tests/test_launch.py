@@ -82,6 +82,8 @@ BAD = {
   "tpu_vm run --project=p --zone=z --bucket=b -- --config=c --workdir=runs/a":
     "give --workdir=gs://...",
   "queued_resource keep --project=p --zone=z --type=v4-8": "--config is missing",
+  "queued_resource keep --project=p --zone=z --type=v4-8 --poll=1m -- --config=c --workdir=gs://b":
+    "--poll=1m is no number of seconds",
   "slurm": "--config is missing",
   "slurm --nodes=0 -- --config=c --workdir=w": "--nodes=0",
   "slurm run": "'run' is no flag",
