@@ -3,7 +3,7 @@
 #
 #   launch/rewards.sh NAME [--port=8901] [-- ARGUMENTS of unigrpo_jax.rewards.serve]
 #   launch/rewards.sh pickscore -- --reward_options='{"pickscore": {"weights": "FOLDER"}}'
-#   launch/rewards.sh NAME --selftest      pickscore, clip and aesthetic on small random weights
+#   launch/rewards.sh NAME --selftest [-- FOLDER ...]   pickscore, clip and aesthetic on small CLIPs
 #
 # NAME: pickscore, clip, aesthetic, hpsv2, hpsv3, imagereward, deqa, geneval, geneval-transformers;
 # see zoo/README.md. It listens on this machine alone; for others give -- --host=0.0.0.0 and
@@ -31,7 +31,7 @@ esac
 command=(-m unigrpo_jax.rewards.serve --rewards "${name%%-*}=zoo.$class" "--port=$port" "${rest[@]}")
 if [[ -n $selftest ]]; then
   [[ $name =~ ^(pickscore|clip|aesthetic)$ ]] || die "--selftest is of pickscore, clip and aesthetic"
-  command=(-m zoo.selftest)
+  command=(-m zoo.selftest "${rest[@]}")
 fi
 [[ $name == geneval ]] && export OLDEST=3.10 PYTHON=${PYTHON:-python3.10}  # as mmdet 2.x
 export VENV=.venv-$name REQUIREMENTS=zoo/requirements-$name.txt

@@ -56,7 +56,7 @@ DRY = {
     ["VENV=.venv-pickscore REQUIREMENTS=zoo/requirements-pickscore.txt source launch/venv.sh",
      "--rewards pickscore=zoo.pickscore:PickScore --port=9000 --warm"],
   ),
-  "rewards clip --selftest": ([], ["+ .venv-clip/bin/python -m zoo.selftest"]),
+  "rewards clip --selftest": (["--", "F"], ["+ .venv-clip/bin/python -m zoo.selftest F"]),
   "host install": ([], ["REQUIREMENTS=requirements-tpu.txt source launch/venv.sh"]),
   "host run": (
     ["--bucket=b", *TRAIN],
