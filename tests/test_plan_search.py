@@ -262,7 +262,7 @@ def test_a_process_says_why_it_refuses(monkeypatch):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(search, "compiler", lambda *_: Compiler())
-  results = tmp_path / "results.jsonl"
+  results = tmp_path / "new" / "results.jsonl"
   command.main([
     f"--config={UNIGRPO}", f"--topology={TOPOLOGY}", "--search", "--tensor=4,2",
     "--rollout_tensor=2", "--remat=full",
@@ -282,10 +282,13 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   (["--search", "--remat=ful"], "did you mean 'full'"),
   (["--search", "--best=0"], "--best=0 must be at least 1"),
   (["--search", "--results=FILE"], "line 1: no result of a search"),
+  (["--search", "--results=PICTURE"], "line 1: no result of a search"),
 ])
 def test_refusals(tmp_path, arguments, words):
   (tmp_path / "other.jsonl").write_text("{}\n")
-  arguments = [a.replace("FILE", str(tmp_path / "other.jsonl")) for a in arguments]
+  (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+  for word, name in (("FILE", "other.jsonl"), ("PICTURE", "a.png")):
+    arguments = [a.replace(word, str(tmp_path / name)) for a in arguments]
   with pytest.raises(errors.InputError) as caught:
     command.main([f"--config={UNIGRPO}", f"--topology={TOPOLOGY}", *arguments])
   assert words in str(caught.value) and "\n" not in str(caught.value)

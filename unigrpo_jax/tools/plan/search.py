@@ -175,7 +175,8 @@ class Store:
     """
     self._path = path
     self._results: dict[str, dict[str, Any]] = {}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    # Where it is no text, the first line says so.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     self._cut = not text.endswith("\n") and bool(text)
     for number, line in enumerate(text.splitlines(), 1):
       try:
@@ -199,6 +200,7 @@ class Store:
     """Appends a row with a key."""
     row = {"key": dict(key), **values}
     self._results[self._hash(key)] = row
+    self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._path.open("a", encoding="utf-8") as file:
       file.write("\n" * self._cut + json.dumps(row) + "\n")
     self._cut = False
