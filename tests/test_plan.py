@@ -316,6 +316,15 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     command.main([f"--config={UNIGRPO}", "--topology=v5p:4x4x4"])
 
 
+def test_a_compiler_that_another_process_has_may_be_free_later(monkeypatch):
+  def busy(**_):
+    raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+  monkeypatch.setattr(topology.topologies, "get_topology_desc", busy)
+  with pytest.raises(errors.Unavailable, match="lockfile"):
+    command.main([f"--config={UNIGRPO}", "--topology=v5p:4x4x4"])
+
+
 @pytest.mark.parametrize("words, wanted", [
   ("RESOURCE_EXHAUSTED: Used 97.51G of 95.74G hbm. Exceeded", 97.51),
   ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "

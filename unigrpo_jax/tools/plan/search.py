@@ -379,9 +379,11 @@ def compiler(config: str, arguments: Sequence[str], topology: str) -> Compile:
       if done.returncode == 0:
         return json.loads(path.read_text(encoding="utf-8"))[topology]
       last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-      if last.startswith("error: "):
-        raise errors.InputError(last.removeprefix("error: "))
-      raise subprocess.CalledProcessError(done.returncode, command, stderr=last)
+      reason = last.removeprefix("error: ")
+      # Of other statuses, such as after a full disk, the next search may make more.
+      if done.returncode == errors.InputError.status and reason != last:
+        raise errors.InputError(reason)
+      raise subprocess.CalledProcessError(done.returncode, command, stderr=reason)
 
   return compile_point
 

@@ -21,7 +21,8 @@ def devices(name: str) -> tuple[chips.Chip, list]:
   """(the chip, the devices) of a topology such as "v5p:4x4x4".
 
   Raises:
-    InputError: the TPU compiler is not installed, or there is no such topology.
+    InputError: the TPU compiler is not installed, or there is no such topology; `Unavailable` where
+      another process has the compiler.
   """
   kind, _, shape = name.partition(":")
   if kind not in chips.CHIPS or not shape:
@@ -32,7 +33,9 @@ def devices(name: str) -> tuple[chips.Chip, list]:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
   except (RuntimeError, ImportError) as error:
     reason = " ".join(str(error).split())
-    missing = "not installed" in reason or ("libtpu" in reason and "lockfile" not in reason)
+    if "lockfile" in reason:
+      raise errors.Unavailable(f"--topology={name}: {reason}") from None
+    missing = "not installed" in reason or "libtpu" in reason
     raise errors.InputError(
       f"--topology={name}: {INSTALL} ({reason})" if missing else f"--topology={name}: {reason}"
     ) from None
