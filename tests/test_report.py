@@ -278,11 +278,12 @@ def test_broken_pieces_are_noted(tmp_path):
     assert piece in text, piece
 
 
-def test_evaluations_that_a_run_went_back_from_do_not_count(tmp_path):
-  """It reached 30, was continued from 10, and is at 14."""
+@pytest.mark.parametrize("resumed", ["true", "false"])
+def test_evaluations_that_a_run_went_back_from_do_not_count(tmp_path, resumed):
+  """It reached 30, was continued from 10 or begun anew, and is at 14."""
   for step, right in ((0, 3), (10, 5), (20, 9), (30, 1)):
     _evaluation(tmp_path, step, right)
-  (tmp_path / "run.json").write_text('{"run_id": "a", "resumed": true}')
+  (tmp_path / "run.json").write_text(f'{{"run_id": "a", "resumed": {resumed}}}')
   _log(tmp_path, [{"step": step, "reward/mean": 0.5} for step in range(1, 15)])
   assert list(workdir.read(tmp_path).evaluations) == [0, 10]
 

@@ -102,7 +102,7 @@ def read(folder: pathlib.Path) -> Run:
   notes = [f"{skipped} line(s) of metrics.jsonl were unreadable and left out."] if skipped else []
   config, info = (_json(folder / name, name, notes) for name in ("config.json", "run.json"))
   places = results_lib.of_run(folder)
-  if info.get("resumed"):  # Later ones are of before it went back to a checkpoint.
+  if "resumed" in info:  # Later ones are of before this start, which may have had no checkpoint.
     places = {step: place for step, place in places.items() if step <= max(steps)}
   evaluations = {step: _samples(place, notes) for step, place in places.items()}
   return Run(
