@@ -493,6 +493,7 @@ def test_rematerialisation_is_a_policy_by_name(name, read, value):
   [
     ({"text.train": False, "flow.train": False}, "text.train and config.flow.train are both"),
     ({"rollout.think": False, "flow.train": False}, "think=False leaves no text to train"),
+    ({"flow.objective": "refl", "flow.train": False}, "refl trains nothing else; .*=grpo"),
     ({"flow.objective": "nft", "old_values": "rollout"}, "flow.objective=nft compares velocities"),
     ({"flow.objective": "awm", "flow.regulariser": "latent_kl"}, "regulariser=latent_kl needs the"),
     ({"flow.objective": "fpo", "flow.fpo_surrogate": "aspo", "flow.fpo_clip": 0.0},

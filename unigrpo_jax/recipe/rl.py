@@ -328,6 +328,11 @@ def read(config: ConfigDict) -> Spec:
   errors.require(
     "config.steps x epochs x minibatches", c.steps * c.epochs * c.minibatches, high=checks.MOST
   )
+  if c.flow.objective in GRADIENT_OBJECTIVES and not c.flow.train:
+    raise errors.InputError(
+      f"config.flow.train=False: config.flow.objective={c.flow.objective} trains nothing else; set "
+      "config.flow.objective=grpo"
+    )
   forward = c.flow.objective in FORWARD_OBJECTIVES
   combinations.check(c, forward=forward, by_gradient=by_gradient)
   spec = Spec(
