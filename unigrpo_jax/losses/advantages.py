@@ -29,8 +29,7 @@ def group_advantages(
 
   Returns:
     (adv [B] float32, 0 where invalid; valid [B] bool; metrics, each [] float32:
-    `zero_std_fraction` of the valid groups, `dropped_groups`, `reward_mean` and `reward_std` of the
-    valid rewards, `group_std_mean`).
+    `zero_std_fraction` and `group_std_mean` of the valid groups, `dropped_groups`).
   """
   if std not in STDS:
     raise ValueError(f"std={std!r} is none of {STDS}")
@@ -49,14 +48,10 @@ def group_advantages(
   deviation = above - (total(above) / jnp.maximum(members, 1))[group]
   squares = total(jnp.square(deviation))
   group_std = jnp.sqrt(squares / jnp.maximum(members - ddof, 1))
-  count = valid.sum()
-  mean = rewards.sum() / jnp.maximum(count, 1)
-  spread = jnp.sum(jnp.where(valid, jnp.square(rewards - mean), 0.0))
-  batch_std = jnp.sqrt(spread / jnp.maximum(count - ddof, 1))
 
   adv = deviation
   if std != "none":
-    scale = (group_std[group] if std == "group" else batch_std) + eps
+    scale = (group_std[group] if std == "group" else _std(rewards, valid, ddof)) + eps
     adv = deviation / jnp.where(scale > 0, scale, 1.0)  # eps may be 0, and rewards equal.
   if clip is not None:
     adv = jnp.clip(adv, -clip, clip)
@@ -65,8 +60,14 @@ def group_advantages(
   metrics = {
     "zero_std_fraction": (counted & (group_std == 0)).sum() / groups,
     "dropped_groups": (~whole).sum().astype(jnp.float32),
-    "reward_mean": mean,
-    "reward_std": batch_std,
     "group_std_mean": jnp.where(counted, group_std, 0.0).sum() / groups,
   }
   return jnp.where(valid, adv, 0.0), valid, metrics
+
+
+def _std(rewards: chex.Array, valid: chex.Array, ddof: int) -> chex.Array:
+  """Standard deviation of the valid rewards, [] float32; the others are 0."""
+  count = valid.sum()
+  mean = rewards.sum() / jnp.maximum(count, 1)
+  spread = jnp.sum(jnp.where(valid, jnp.square(rewards - mean), 0.0))
+  return jnp.sqrt(spread / jnp.maximum(count - ddof, 1))
