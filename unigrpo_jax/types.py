@@ -102,11 +102,14 @@ class TextRollout:
 
 @struct.dataclass
 class FlowRollout:
-  """Sampled images of B rows, and the W steps of each that were drawn from a Gaussian."""
+  """Sampled images of B rows, and W steps of each: of the SDE or the ODE, or of noising it again.
 
-  latents: chex.Array  # the images, [B, I, C] float32; an image of the ODE has nothing else
+  Only steps of the SDE have `x_next`, `mean` and `logp`; they and direct alignment have `t_next`.
+  """
+
+  latents: chex.Array  # the images, [B, I, C] float32; without a window there is nothing else
   x_t: chex.Array | None = None  # latents before each step of the window, [B, W, I, C] float32
-  x_next: chex.Array | None = None  # and after it
+  x_next: chex.Array | None = None  # and after it, a draw from a Gaussian
   mean: chex.Array | None = None  # of the Gaussian that `x_next` was drawn from, likewise
   # Log-density of the draw, a mean over elements, [B, W] float32; ratios are of means instead.
   logp: chex.Array | None = None
@@ -233,7 +236,7 @@ class TrainState:
   """All that training changes, and what it must not lose."""
 
   step: chex.Array  # optimizer steps taken, [] int32
-  params: Any  # of the network, float32
+  params: Any  # of the network, float32; what lies under adapters, in its dtype
   opt_state: Any
   ema: Any  # moving average of the parameters, or None
   reference: Any = None  # the parameters that a regulariser holds the policy to, or None
