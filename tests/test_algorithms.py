@@ -72,6 +72,19 @@ def test_a_reward_models_questions_are_as_long_in_every_iteration(tiny):
     parts.make_algorithm(spec, tiny, sampled, prompts.PromptSet([("a kite", {}), (" ", {})]))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_group_may_start_from_the_same_noise(tiny, same):
+  """What follows is each image's own: its tokens, and the noise of its steps."""
+  spec = _spec(f"rollout.same_noise={same}", "group_size=3")
+  sampled = rollout.Rollout(tiny, None, spec.rollout)
+  drawn = sampled.randomness(jax.random.key(0), 6, sampled.prepare(["a kite", "a cat"]))
+  starts = {row.tobytes() for row in np.asarray(drawn.noise)}
+  groups = np.asarray(drawn.noise).reshape(2, 3, -1)
+  assert len(starts) == (2 if same else 6) and (groups[:, 1:] == groups[:, :1]).all() == same
+  for keys in (drawn.text, drawn.steps):
+    assert len({row.tobytes() for row in np.asarray(jax.random.key_data(keys))}) == 6
+
+
 @pytest.fixture(scope="module")
 def adapted(golden):
   """The golden BAGEL in bfloat16 with adapters."""
