@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 
 from tests.refusals import refusal
-from unigrpo_jax import errors, rewards
+from unigrpo_jax import errors, rewards, serve
 from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.tools.serve import batches as batches_lib
 from unigrpo_jax.tools.serve import chat, command
@@ -130,6 +130,36 @@ def test_max_tokens_cut_an_answer(served, most, text, reason):
     choice = ask(served, message("one two three four") | given)[1]["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
     assert choice["logprobs"] is None
+
+
+def test_a_length_that_fits_though_the_next_power_of_two_does_not(served):
+  """The fake model has room for 6 tokens of an answer."""
+  prepare = served.pipeline.prepare
+
+  def limited(requests, settings, rows=1):
+    if settings.max_tokens > 6:
+      raise errors.InputError(f"lower max_tokens={settings.max_tokens}")
+    return prepare(requests, settings, rows)
+
+  served.pipeline.prepare = limited
+  assert ask(served, message() | {"max_tokens": 6})[0] == 200
+  assert served.pipeline.batches[0].settings.max_tokens == 6
+  status, answer = ask(served, message() | {"max_tokens": 7})
+  assert status == 400 and "lower max_tokens=7" in answer["error"]["message"]
+
+
+def test_requests_without_a_limit_fit_into_a_model_of_few_positions(monkeypatch):
+  """By default; a limit of the command line holds."""
+  made = []
+  monkeypatch.setattr(command.pipeline_lib.Pipeline, "load", lambda *_, **__: None)
+  monkeypatch.setattr(command.Server, "run", lambda server, _: made.append(server))
+  for flags in ([], ["--max_tokens=9"]):
+    command.run(serve.parse_args(["--checkpoint=tiny", "--port=0", *flags]))
+    made[-1].server_close()
+  assert [server.max_tokens for server in made] == [512, 9]
+  pipeline = made[0].batches.pipeline
+  question = chat.read(json.dumps(message()).encode(), "tiny", made[0].max_tokens)
+  assert pipeline.prepare([question.request], question.settings).capacity < 1024
 
 
 def test_text_alone_and_an_empty_answer(served):

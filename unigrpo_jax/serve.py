@@ -44,8 +44,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
       help="of the network (default: float32 on CPU, bfloat16 elsewhere)")
   add("--batch_size", type=int, default=32,
       help="most requests that run together (default: %(default)s)")
-  add("--max_tokens", type=int, default=1024,
-      help="most tokens of an answer (default: %(default)s)")
+  add("--max_tokens", type=int,
+      help="most tokens of an answer, also of a request that sets no limit (default: 1024, or half "
+      "of the model's positions where that is less)")
   listening.add_arguments(parser, port=8000)
   args = parser.parse_args(argv)
   errors.require("--batch_size", args.batch_size, low=1, high=1024)

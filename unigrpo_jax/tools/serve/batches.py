@@ -27,20 +27,22 @@ class Question:
     temperature: of sampling; 0 is greedy.
     top: number of likeliest tokens to report for each token of the answer, at most `TOP`; None: no
       probabilities at all.
+    exact: whether `max_tokens` is the program's limit too; see `settings`.
   """
 
   request: requests_lib.Request
   max_tokens: int = 1024
   temperature: float = 1.0
   top: int | None = None
+  exact: bool = False
 
   @property
   def settings(self) -> requests_lib.Settings:
     """Settings of the pipeline. Lengths are rounded up to a power of two: each compiles a program.
     """
+    most = self.max_tokens if self.exact else power_of_two(self.max_tokens)
     return requests_lib.Settings(
-      understand=True, max_tokens=power_of_two(self.max_tokens), temperature=self.temperature,
-      top=TOP,
+      understand=True, max_tokens=most, temperature=self.temperature, top=TOP
     )
 
 
@@ -82,7 +84,11 @@ class Batches:
       RuntimeError: the model failed.
     """
     # Prepared alone first, since an impossible request would make its whole batch fail.
-    alone = self.pipeline.prepare([question.request], question.settings)
+    try:
+      alone = self.pipeline.prepare([question.request], question.settings)
+    except errors.InputError:  # Maybe only the rounded length has no room.
+      question = dataclasses.replace(question, exact=True)
+      alone = self.pipeline.prepare([question.request], question.settings)
     tokens = sum(int(text.mask[0].sum()) for text in alone.texts.values())
     tokens += 0 if alone.patches is None else int(alone.patches.mask[0].sum()) + 2
     future: futures.Future = futures.Future()

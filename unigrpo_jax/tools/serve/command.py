@@ -17,6 +17,7 @@ from unigrpo_jax.tools.serve import batches as batches_lib
 from unigrpo_jax.tools.serve import chat
 
 MODELS, CHAT = "/v1/models", "/v1/chat/completions"
+MAX_TOKENS = 1024  # Length limit of an answer, where the model has room for it.
 
 
 class Server(listening.Server):
@@ -75,8 +76,9 @@ def run(args: argparse.Namespace) -> None:
     dtype=args.dtype and jnp.dtype(args.dtype),
   )
   name = args.name or pathlib.PurePath(args.checkpoint).name
+  most = args.max_tokens or min(MAX_TOKENS, pipeline.config.llm.max_positions // 2)
   server = Server(
-    name, batches_lib.Batches(pipeline, args.batch_size), args.max_tokens, host=args.host,
+    name, batches_lib.Batches(pipeline, args.batch_size), most, host=args.host,
     port=args.port, token=connection.read_token(None, args.token_env),
     max_bytes=args.max_mb << 20,
   )
