@@ -1,8 +1,12 @@
 """The server of a BAGEL's understanding: its protocol, batches, refusals; with a fake pipeline."""
 
 import base64
+from concurrent import futures
 import io
 import json
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -20,6 +24,7 @@ from unigrpo_jax.episodes import pipeline as pipeline_lib
 from unigrpo_jax.tools.serve import batches as batches_lib
 from unigrpo_jax.tools.serve import chat, command
 
+ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ["yes", "no", "maybe", "<|im_end|>"]
 END = 3
 
@@ -291,3 +296,38 @@ def test_the_reward_judge_asks_this_server(served):
   np.testing.assert_allclose(exam(samples).values, [0.495, 0.495], atol=0.01)
   judge.close()
   exam.close()
+
+
+SLOW = """
+import time
+from unigrpo_jax import errors
+from unigrpo_jax.rewards import listening
+
+class Handler(listening.Handler):
+  def get(self):
+    print("begun", flush=True)
+    time.sleep(1)
+    return {"late": True}
+
+errors.report(lambda: listening.Server(Handler).run("it"))
+"""
+
+
+def test_a_stopped_server_ends_after_what_it_answers():
+  """Python aborts where it ends under native code of a thread, such as a compilation."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", SLOW], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    url = process.stdout.readline().split()[-1]
+    with futures.ThreadPoolExecutor(1) as pool:
+      late = pool.submit(lambda: json.load(urllib.request.urlopen(url, timeout=20)))
+      assert process.stdout.readline() == "begun\n"
+      process.terminate()
+      assert late.result() == {"late": True}
+    out, err = process.communicate(timeout=20)
+  finally:
+    process.kill()
+    process.wait()
+  assert (process.returncode, out, err) == (0, "stopped\n", "")

@@ -37,6 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
     max_bytes: of a request's body, at most.
     bodies: semaphore to hold while a body is in memory; see `Handler.read`.
     is_loading: whether requests are still answered with `LOADING`.
+    working: threads whose requests are being answered.
   """
 
   daemon_threads = True
@@ -62,6 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.token, self.max_bytes = token, max_bytes
     self.bodies = threading.BoundedSemaphore(MAX_BODIES)
     self.is_loading = False
+    self.working: set[threading.Thread] = set()
     if token is None and not _loopback(host):
       raise errors.InputError(
         f"--host={host} can be reached from other machines: give --token_env, or --host=127.0.0.1"
@@ -111,6 +113,10 @@ class Server(http.server.ThreadingHTTPServer):
       stop.wait()
     self.shutdown()
     self.server_close()
+    # Where Python ends under native code of a daemon thread, such as a compilation, the program
+    # aborts. Python waits for these threads, but no longer than `errors.report` lets it.
+    for thread in list(self.working):
+      threading.Thread(target=thread.join, name="answering").start()
     print("stopped", flush=True)
 
 
@@ -200,6 +206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def _reply(self, work: Callable[[], dict[str, Any]], unread: float) -> None:
     """Answers with what `work` returns, or with its `Refusal`."""
     self._unread = unread  # Bytes of the body that the client may still be sending.
+    self.server.working.add(threading.current_thread())
     try:
       self._authorise()
       status, answer = 200, work()
@@ -210,6 +217,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = answer | {"status": LOADING}
       else:
         self.log_message("%d %s", status, line)
+    finally:
+      self.server.working.discard(threading.current_thread())
     self._answer(status, answer)
     if status != 200:
       self._linger()
