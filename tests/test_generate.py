@@ -263,12 +263,16 @@ def test_bad_checkpoints_give_one_line(folder, tmp_path, capsys, damage, words):
   assert not (tmp_path / "o.png").exists()
 
 
-def test_an_output_that_is_a_folder_is_refused_before_anything_runs(golden, tmp_path, capsys):
-  (tmp_path / "a.png").mkdir()
+@pytest.mark.parametrize("name", ["a.png", "a.json"])
+def test_an_output_that_is_a_folder_is_refused_before_anything_runs(
+  golden, tmp_path, capsys, name
+):
+  (tmp_path / name).mkdir()
   line = _refused(
     capsys, f"--checkpoint={golden}", "--prompt=a", f"--out={tmp_path / 'a.png'}"
   )
-  assert "a.png is a folder" in line
+  assert f"{name} is a folder" in line
+  assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_as_a_program(golden):

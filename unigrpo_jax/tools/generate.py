@@ -141,7 +141,7 @@ def output_paths(args: argparse.Namespace, count: int) -> list[pathlib.Path]:
     paths = [out / f"{row:05d}{suffix}" for row in range(count)]
   with errors.at(f"--out={out}"):
     atomic.probe(paths[0])
-  for path in paths:
+  for path in (*paths, *(path.with_suffix(".json") for path in paths)):
     if path.is_dir():
       raise errors.InputError(f"--out={out}: {path} is a folder; give a file name")
   return paths
