@@ -227,12 +227,13 @@ def bomb():
   (message("an impossible one"), 400, "at most 3 fit"),
   (with_url("http://example.com/a.png"), 400, "nothing is fetched"),
   (with_url("data:image/png;base64,@@"), 400, "not base64"),
-  (with_url("data:image/png;base64,aGVsbG8="), 400, "no PNG or JPEG"),
+  (with_url("data:image/png;base64,aGVsbG8="), 400, "an image is no PNG or JPEG"),
   (with_url(bomb()), 400, "pixels"),
 ], ids=str)
 def test_requests_that_are_refused(served, body, status, words):
   found, answer = ask(served, body)
   assert found == status and words in answer["error"]["message"]
+  assert "object at 0x" not in answer["error"]["message"]
   assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["code"] == status
   assert not served.pipeline.batches
 

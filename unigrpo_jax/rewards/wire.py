@@ -104,6 +104,8 @@ def decode(file: bytes) -> np.ndarray:
     claim = "{} x {} pixels".format(*image.size)
   except PIL.Image.DecompressionBombError as error:  # Its own limit is higher.
     claim = str(error)
+  except PIL.UnidentifiedImageError:  # It quotes the address of an object.
+    raise ValueError("an image is no PNG or JPEG") from None
   except Exception as error:  # Pillow raises half a dozen kinds for strange bytes.
     raise ValueError(f"an image is no PNG or JPEG: {' '.join(str(error).split())}") from None
   raise ValueError(f"an image of at most {MAX_PIXELS} pixels is taken; this one says {claim}")
