@@ -49,6 +49,11 @@ def evaluate(args: argparse.Namespace) -> None:
     modes = [evaluation.Mode.parse(name) for name in names if name not in tasks]
   if args.rewards and not modes:
     raise errors.InputError(f"--modes {' '.join(names)}: nothing is drawn for --rewards to score")
+  for flag in ("samples", "size", "keep_official") if not modes else ():
+    if getattr(args, flag) is not None:
+      raise errors.InputError(
+        f"--{flag} has no effect with --modes {' '.join(names)} alone; leave it out"
+      )
   hosts.compare(vars(args) | {"process": None})
   with hosts.raise_on_all_hosts():
     examples = read_examples(args)
