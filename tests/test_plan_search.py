@@ -296,6 +296,15 @@ def test_refusals(tmp_path, arguments, words):
   assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_last_topology_is_refused_before_the_first_is_compiled(monkeypatch, tmp_path):
+  monkeypatch.setattr(search, "compiler", lambda *_: pytest.fail("compiled"))
+  with pytest.raises(errors.InputError, match="v9:2x2"):
+    command.main([
+      f"--config={UNIGRPO}", "--topology", TOPOLOGY, "v9:2x2", "--search",
+      f"--results={tmp_path}/results.jsonl",
+    ])
+
+
 @pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5p:4xx4", "v5p:4x0"])
 def test_a_topology_that_cannot_be(name):
   with pytest.raises(errors.InputError, match="expected v5p, v6e, v5e, a colon and a shape"):

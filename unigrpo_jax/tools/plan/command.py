@@ -120,6 +120,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
       words = "not with --search" if args.search else "only with --search"
       raise errors.InputError(f"--{name} is {words}; leave it out")
   errors.require("--best", args.best, low=1)
+  for name in args.topology:  # Before any is compiled, which takes long.
+    search.chip_count(name)
   for name, path in (("json", args.json), ("results", args.search and args.results)):
     if path:
       with errors.at(f"--{name}={path}"):
