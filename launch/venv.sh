@@ -23,6 +23,10 @@ if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ]; then
   fi
 fi
 requirements=${REQUIREMENTS:-requirements.txt}
+if [ ! -f "$requirements" ]; then
+  echo "error: REQUIREMENTS=$requirements is no file of this folder; give one, or unset it" >&2
+  exit 2
+fi
 stamp=$venv/installed-$(cat "$requirements" requirements.txt | sha256sum | cut -c 1-16)
 if [ ! -f "$stamp" ]; then
   echo "== installing $requirements into $venv"

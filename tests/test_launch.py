@@ -126,6 +126,11 @@ def test_a_python_that_does_not_run_is_named():
   assert "python9.9 does not run; set PYTHON to a Python of at least 3.10" in refused.stderr
 
 
+def test_requirements_that_are_not_there_are_named():
+  refused = _bash("host", "install", PYTHON=sys.executable, REQUIREMENTS="no.txt", VENV="/nowhere")
+  assert refused.returncode == 2 and refused.stderr.startswith("error: REQUIREMENTS=no.txt is no")
+
+
 def test_what_a_package_is_built_with_is_installed_before_it(tmp_path):
   shutil.copytree(LAUNCH, tmp_path / "launch")
   for name in ("requirements.txt", "of.txt", "of-first.txt"):
