@@ -3,7 +3,7 @@
 #
 #   bash launch/host.sh install [--backend=tpu] [--bucket=NAME]
 #   bash launch/host.sh run [--backend=tpu] [--bucket=NAME] -- --config=... --workdir=gs://...
-#   bash launch/host.sh start ...     as run, in the background, into ~/unigrpo.log
+#   bash launch/host.sh start ...     as run, in the background; adds to ~/unigrpo.log
 #   bash launch/host.sh status        running, "ended STATUS", or none
 #   bash launch/host.sh stop          SIGTERM, which saves; waits for the end
 #
@@ -103,9 +103,10 @@ start() {
   rm -f "$status_file"
   local again=(bash launch/host.sh run "--backend=$backend")
   if [[ -n $bucket ]]; then again+=("--bucket=$bucket"); fi
-  echo "+ $(quoted "${again[@]}" -- "${rest[@]}") > $log"
+  echo "+ $(quoted "${again[@]}" -- "${rest[@]}") >> $log"
   if [[ -n $dry_run ]]; then return; fi
-  STATUS_FILE=$status_file setsid nohup "${again[@]}" -- "${rest[@]}" > "$log" 2>&1 < /dev/null &
+  # Added to it: it says why the run before this one broke.
+  STATUS_FILE=$status_file setsid nohup "${again[@]}" -- "${rest[@]}" >> "$log" 2>&1 < /dev/null &
   echo $! > "$pid_file"
 }
 

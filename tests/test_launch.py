@@ -376,6 +376,14 @@ def test_a_run_that_is_stopped_while_it_installs_is_not_finished(clone):
   assert _host(clone, "status").stdout.strip() == "ended 143"
 
 
+def test_the_log_of_a_run_that_broke_is_kept_when_it_starts_again(clone):
+  for training, status in (("echo why; exit 1", "ended 1"), ("true", "ended 0")):
+    assert _host(clone, "start", *TRAIN, training=training).returncode == 0
+    _until(lambda ends=status: _host(clone, "status").stdout.strip() == ends)
+  log = (clone / "unigrpo.log").read_text()
+  assert "why" in log and "ended with status 0" in log
+
+
 @pytest.mark.parametrize("status, restarts, requeued", [
   (0, "0", False), (1, "", True), (2, "0", False), (75, "9", True), (137, "0", True),
   (1, "1000", False),
