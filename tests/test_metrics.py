@@ -6,15 +6,17 @@ import math
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
+from tests import toy_run
 from unigrpo_jax import errors
 from unigrpo_jax.benchmarks import results as results_lib
 from unigrpo_jax.data import progress
-from unigrpo_jax.runtime import metrics
+from unigrpo_jax.runtime import metrics, run
 
 
 def _log(workdir, first_step=0):
@@ -314,3 +316,22 @@ def test_writers_that_can_be_opened_pass(monkeypatch):
   assert not library.calls
   metrics.check_writers(metrics.WRITERS)
   assert library.calls == ["login"]
+
+
+def test_what_an_evaluation_compiles_is_no_part_of_the_step_after_it(tmp_path):
+  def evaluate(*_):
+    jax.jit(lambda a: jnp.sort(a) + 1)(jnp.ones(37))
+    return {}
+
+  config = {"steps": 2, "schedule": "constant", "learning_rate": {"und": 1.0}}
+  spec = run.RunSpec(
+    config=config, defaults={}, mutable_keys=frozenset(), steps=2, checkpoint_every=9,
+    keep_checkpoints=1, keep_every=0, writers=(), shown=(), evaluate_every=1, rate=("rows", 1),
+  )
+  toy_run.train(
+    toy_run.make_network("a"), tmp_path, spec, size=3, evaluate=evaluate, in_step=lambda _: None,
+    metrics=lambda step, _: {"loss": 1.0},
+  )
+  rows = [row for row in metrics.read(tmp_path / "metrics.jsonl")[0] if "loss" in row]
+  assert len(rows) == 2
+  assert all(row["seconds/compile"] <= row["seconds/total"] for row in rows)

@@ -405,6 +405,7 @@ class Run:
     self.raise_if_stopped()
     start = time.monotonic()
     results = dict(evaluation(train_state.averaged, self.step, self.raise_if_stopped, self.wait))
+    self._compiling.read_and_reset()  # What it compiled is no part of the next step.
     self._write(results | {EVALUATION_SECONDS: time.monotonic() - start})
     self._evaluations[self.step] = results.get(self._spec.best_metric)
     self._worth_saving = True
