@@ -16,6 +16,7 @@ from unigrpo_jax.episodes import rollout
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import config_files, parts, rl
 from unigrpo_jax.runtime import folders, optim, sharding, state
+from unigrpo_jax.sampling import windows
 
 
 def _spec(*overrides):
@@ -70,6 +71,32 @@ def test_a_reward_models_questions_are_as_long_in_every_iteration(tiny):
   assert not short.ids[0, int(short.lengths[0]) :].any()
   with pytest.raises(errors.InputError, match="a prompt is empty"):  # before anything is sampled
     parts.make_algorithm(spec, tiny, sampled, prompts.PromptSet([("a kite", {}), (" ", {})]))
+
+
+@pytest.mark.parametrize("objective, numbers", [
+  ("dppo", dict(threshold=0.5)), ("nft", dict(beta=0.5, bound=3.0)),
+  ("awm", dict(weighting="t2", ratio="sum_first", clip=0.25, bound=2.0)),
+  ("fpo", dict(weighting="uniform", ratio="per_pair", surrogate="spo", clip=0.25, cap=3.0)),
+])
+def test_an_objective_has_its_own_numbers(tiny, objective, numbers):
+  keys = [f"flow.{objective}_{name}={value}" for name, value in numbers.items()]
+  made = _algorithm(tiny, f"flow.objective={objective}", *keys)
+  assert {name: getattr(made, name) for name in numbers} == numbers
+
+
+def test_bounds_of_zero_are_none(tiny):
+  unbounded = _algorithm(tiny, "flow.objective=awm", "flow.awm_clip=0", "flow.awm_bound=0")
+  assert (unbounded.clip, unbounded.bound) == (float("inf"), None)
+  assert _algorithm(tiny, "flow.objective=fpo", "flow.fpo_cap=0").cap == float("inf")
+
+
+def test_a_window_moves_as_its_keys_say():
+  moves = ("iterations=7", "stride=2", "dwell=linear", "roll_back=True")
+  spec = _spec("rollout.window=progressive", *(f"rollout.moving_{change}" for change in moves))
+  assert spec.window.moving == windows.Moving(7, stride=2, roll_back=True, dwell="linear")
+  assert _spec("rollout.moving_stride=0").window.moving.stride is None
+  first = [int(rl.window_steps(spec, iteration)[0, 0]) for iteration in (1, 7, 8)]
+  assert first == [0, 0, 2]  # it stays where it begins for seven iterations
 
 
 @pytest.mark.parametrize("same", [True, False])
