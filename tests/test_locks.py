@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -134,6 +135,19 @@ def test_a_lock_of_no_process_is_no_obstacle(tmp_path, changes):
   _left_by(tmp_path, **changes)
   with _hold(tmp_path):
     pass
+
+
+@pytest.mark.parametrize("argument", [
+  '{"a": {"url": "u", "token": "hush", "token_env": "SHOWN"}}', "{'a': {'api_key':'hush'}}",
+  "--config.reward_options.a.token=hush", "{a: {password: hush}}",
+])
+def test_a_lock_shows_no_secret_of_the_command(tmp_path, monkeypatch, argument):
+  monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "x", argument, "--out=SHOWN"])
+  with _hold(tmp_path):
+    text = locks.inside(tmp_path).read_text()
+  command = json.loads(text)["command"]
+  assert "hush" not in text and "(hidden)" in command
+  assert command.count("SHOWN") == argument.count("SHOWN") + 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": 3}', "[" * 100_000])

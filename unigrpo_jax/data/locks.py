@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shlex
 import socket
@@ -32,7 +33,9 @@ DEAD_SECONDS = 60
 ABANDONED_SECONDS = 3600  # A beat that old, by any clock, needs no watching.
 SETTLE_SECONDS = 0.5  # Of two processes that replace a dead holder's file, the last one wins.
 POLL_SECONDS = 1
-
+_SECRET = re.compile(
+  r"(token|password|secret|api_?key)([\\'\"\s]*[:=][\\'\"\s]*)[^\s'\",}]+", re.IGNORECASE
+)
 
 _holding: dict[pathlib.Path, Holder] = {}  # by this process
 
@@ -131,7 +134,8 @@ def staging(target: pathlib.Path, last: Sequence[str] = ()) -> Iterator[pathlib.
 
 
 def _this_process() -> Holder:
-  command = shlex.join(sys.orig_argv)
+  # Others read the file: a token in the options of a reward is none of their business.
+  command = _SECRET.sub(r"\1\2(hidden)", shlex.join(sys.orig_argv))
   return Holder(
     token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(),
     command=command if len(command) <= 200 else f"{command[:200]} ...",
