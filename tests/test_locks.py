@@ -130,7 +130,7 @@ def test_a_holder_that_goes_while_it_is_watched(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"pid": 0}, {"pid": -1}, {"pid": 10**30}, {"pid": "x"},
-                                     {"beat": None, "machine": "elsewhere"}])
+                                     {"pid": 1.5}, {"beat": None, "machine": "elsewhere"}])
 def test_a_lock_of_no_process_is_no_obstacle(tmp_path, changes):
   _left_by(tmp_path, **changes)
   with _hold(tmp_path):

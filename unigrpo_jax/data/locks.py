@@ -258,7 +258,8 @@ def _read(path: pathlib.Path) -> Holder | None:
   for _ in range(10):
     try:
       holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
-      if not 0 < holder.pid < 2**31 or not 0 <= holder.beat < math.inf:
+      is_pid = type(holder.pid) is int and 0 < holder.pid < 2**31
+      if not is_pid or not 0 <= holder.beat < math.inf:
         raise ValueError("no process")
       return holder
     except FileNotFoundError:
