@@ -13,6 +13,7 @@ from tests import fake_judge
 from tests.fake_judge import KEY, completion
 from tests.refusals import refusal
 from unigrpo_jax import errors, rewards
+from unigrpo_jax.rewards.judge import answers, cache
 
 RED, BLUE = (np.full((8, 8, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
 POINTS = ["Is it red?", {"question": "Is it not blue?", "needs": [1]}]
@@ -298,3 +299,15 @@ def test_a_server_that_is_away(served):
 ])
 def test_options_that_are_refused(options, message):
   assert message in refusal(rewards.make, "judge", **options)
+
+
+def test_damaged_lines_of_kept_answers_are_ignored(tmp_path):
+  path, reply = tmp_path / "answers.jsonl", answers.Reply("yes", top=(("yes", 0.5),))
+  kept = cache.Cache(path)
+  kept.put("a", reply)
+  kept.close()
+  damaged = b'\xff\xfe\n{"key": "b"}\n' + b"[" * 100_000 + b"\n"
+  path.write_bytes(damaged + path.read_bytes())
+  kept = cache.Cache(path)
+  assert kept.get("a") == reply and kept.get("b") is None
+  kept.close()

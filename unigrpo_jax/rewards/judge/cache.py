@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 import json
 import pathlib
 import threading
+from typing import Any
 
 from unigrpo_jax import errors
 from unigrpo_jax.rewards.judge import answers
@@ -17,7 +19,7 @@ class Cache:
   """{key: reply}, in a file of JSON lines that is only appended to."""
 
   def __init__(self, path: pathlib.Path):
-    """Opens or makes the file; lines that a kill cut off are ignored.
+    """Opens or makes the file; lines that a kill cut off, or a disk damaged, are ignored.
 
     Raises:
       InputError: the file cannot be read or written.
@@ -26,13 +28,14 @@ class Cache:
     self._bytes, self._lock = 0, threading.Lock()
     with errors.storage(path):
       path.parent.mkdir(parents=True, exist_ok=True)
-      self._file = path.open("a+", encoding="utf-8")
+      self._file = path.open("a+", encoding="utf-8", errors="replace")
       self._file.seek(0)
       line = "\n"
       for line in self._file:
         try:
-          self._remember(json.loads(line)["key"], line)
-        except (ValueError, KeyError, TypeError):
+          _reply(record := json.loads(line))
+          self._remember(record["key"], line)
+        except (ValueError, KeyError, TypeError, RecursionError):
           pass
       if not line.endswith("\n"):
         self._file.write("\n")
@@ -44,8 +47,7 @@ class Cache:
       if line is None:
         return None
       self._lines.move_to_end(key)
-    record = json.loads(line)
-    return answers.Reply(record["text"], record["cut"], tuple(map(tuple, record["top"])))
+    return _reply(json.loads(line))
 
   def put(self, key: str, reply: answers.Reply) -> None:
     """Stores a reply; raises InputError or its subclass Storage where it cannot be written."""
@@ -65,3 +67,7 @@ class Cache:
     self._lines[key] = line
     while self._bytes > MEMORY:
       self._bytes -= len(self._lines.popitem(last=False)[1])
+
+
+def _reply(record: Mapping[str, Any]) -> answers.Reply:
+  return answers.Reply(record["text"], record["cut"], tuple(map(tuple, record["top"])))
