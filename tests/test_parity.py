@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.parity import __main__ as runner
-from tests.parity import cases, network, refl, training
+from tests.parity import cases, network, objectives, refl, training
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import packing
 from unigrpo_jax.models import safetensors_files
@@ -192,6 +192,28 @@ def test_a_shape_mismatch_fails(tmp_path):
   recording = cases.Recording(tmp_path / "x.npz")
   recording.check("case", "out_a", np.zeros(2), cases.MODEL)
   assert str(recording.lines[0]).endswith("FAIL  out_a: shape [2], recorded [2, 1]")
+
+
+def run_case(tmp_path, case, arrays) -> dict[str, str]:
+  """{line: result} of a case of formulas, of a recording of these arrays."""
+  np.savez(tmp_path / "made.npz", **arrays)
+  recording = cases.Recording(tmp_path / "made.npz")
+  recording.run(case, None)
+  return {line.name.partition("/")[2]: str(line) for line in recording.lines}
+
+
+def test_a_group_of_one_as_each_project_has_it(tmp_path):
+  """verl-omni takes its reward for its mean, verl takes 0."""
+  rewards = np.array([0.25, 0.5, 1.0], np.float32)
+  arrays = {"a/rewards": rewards, "a/group_index": np.array([0, 1, 1])}
+  pair = np.array([-0.25, 0.25])
+  for name in ("verl_omni_nostd", "verl_drgrpo", "verl_omni_global0", "verl_omni_global1"):
+    alone = 0.25 if name == "verl_drgrpo" else 0.0
+    spread = {"0": np.std(rewards[1:], ddof=1), "1": np.std(rewards, ddof=1)}.get(name[-1])
+    scale = 1.0 if spread is None else spread + 1e-4
+    arrays[f"a/{name}"] = np.array([alone, *(pair / scale)], np.float32)
+  lines = run_case(tmp_path, objectives.group_advantages, arrays)
+  assert len(lines) == 5 and all(line.endswith(cases.PASS) for line in lines.values()), lines
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ CONVENTIONS = {
   "verl_drgrpo": dict(std="none"),
   "unirl": dict(std="group", ddof=1, eps=1e-8),
 }
-# They give a group of one its reward as it is, over 1 + eps where they divide.
-REWARD_OF_ONE = {"verl_omni_global0", "verl_omni_nostd", "verl_grpo", "verl_drgrpo"}
+# They give a group of one its reward as it is, over 1 + eps where they divide; the others 0.
+REWARD_OF_ONE = {"verl_grpo", "verl_drgrpo"}
 
 
 @cases.case("advantage")
