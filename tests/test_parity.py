@@ -216,6 +216,32 @@ def test_a_group_of_one_as_each_project_has_it(tmp_path):
   assert len(lines) == 5 and all(line.endswith(cases.PASS) for line in lines.values()), lines
 
 
+def test_images_of_direct_alignment_need_not_be_square(tmp_path):
+  """Without noise and movement the image is the clean one, scaled; its pixels lie row by row."""
+  rng = np.random.default_rng(0)
+  height, width, channels, colours = 1, 3, 2, 2
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  clean, decoder = draw(1, height * width, 8), draw(channels, colours)
+  sigmas = np.linspace(1, 0, 1000, endpoint=False, dtype=np.float32)
+  image = np.zeros((1, colours, 2 * height, 2 * width), np.float32)
+  for token, column in np.ndindex(width, 2 * 2):
+    row, column = divmod(column, 2)
+    latent = clean[0, token].reshape(channels, 2, 2)[:, row, column]
+    decoded = (0.4 / 0.5 * latent / refl.SCALE + refl.SHIFT) @ decoder
+    image[0, :, row, 2 * token + column] = np.clip(decoded / 2 + 0.5, 0, 1)
+  arrays = {
+    "net/w1": draw(8, 4), "net/b1": draw(4), "net/c1": draw(4), "net/w2": np.zeros((4, 8), "f"),
+    "head/dec": decoder, "head/q": draw(1, 12, colours), "head/gain": np.float32(1),
+    "head/offset": np.float32(0), "clean": clean, "noise": 0 * clean, "sigmas": sigmas,
+    "mid": np.int32(500), "denoise/k": np.full(1, 0.2, np.float32),
+    "denoise/x_t": 0.4 * clean, "denoise/image": image,
+  }
+  lines = run_case(
+    tmp_path, refl.direct_alignment, {f"c/{name}": array for name, array in arrays.items()}
+  )
+  assert list(lines) == ["values"] and lines["values"].endswith(cases.PASS), lines
+
+
 @pytest.fixture
 def training_pack(golden, tmp_path):
   """A function (change of the arrays) -> the recorded training pack after it, and its recording."""

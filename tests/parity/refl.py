@@ -136,7 +136,8 @@ def direct_alignment(folder, rec):
     for branch in (m[1] for m in rec.matches(rf"{m[1]}/(\w+)/x_t")):
       t, t_next = (a["sigmas"][length - at] for at in (ends[branch], middle))
       branches[branch] = dict(t=t, t_next=t_next, k=rec[f"{m[1]}/{branch}/k"])
-    values, gradients = _direct_alignment(a, branches)
+      shape = tuple(side // PATCH for side in rec[f"{m[1]}/{branch}/image"].shape[-2:])
+    values, gradients = _direct_alignment(a, branches, shape)
     for branch, of_branch in values.items():
       # Two rewards of the size of the gain, of which one is taken from the other.
       exact = VALUE.relative * float(2 * (1 + branches[branch]["k"].max()) * a["head/gain"])
@@ -150,10 +151,9 @@ def direct_alignment(folder, rec):
     compare(rec, m[1], {"loss_last": loss}, gradients, "dtotal")
 
 
-@jax.jit
-def _direct_alignment(a, branches):
-  clean, rows = a["clean"], len(a["clean"])
-  side = int(clean.shape[1] ** 0.5)
+@functools.partial(jax.jit, static_argnames="shape")
+def _direct_alignment(a, branches, shape):
+  clean, rows, (height, width) = a["clean"], len(a["clean"]), shape  # in latent tokens
 
   def run(params, t, t_next, k):
     t, t_next = (jnp.full(rows, time) for time in (t, t_next))
@@ -162,11 +162,11 @@ def _direct_alignment(a, branches):
     v = velocity(a, params)(x_t, seen[:, None, None])
     x_0 = direct.align(x_t, v, a["noise"], t, t_next)
     # [B, h w, (C, py, px)] -> [B, (h py w px), C]
-    x_0 = x_0.reshape(rows, side, side, -1, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
-    image = picture(a, x_0.reshape(rows, side * side * PATCH**2, -1) / SCALE + SHIFT)
+    x_0 = x_0.reshape(rows, height, width, -1, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
+    image = picture(a, x_0.reshape(rows, height * width * PATCH**2, -1) / SCALE + SHIFT)
     # (1 + k) times that of the wanted words, less that of the others: of the negative, here.
     scores = (1 + k) * score(a, image) - score(a, 1 - image)
-    square = image.reshape(rows, side * PATCH, side * PATCH, -1)
+    square = image.reshape(rows, height * PATCH, width * PATCH, -1)
     return dict(x_t=x_t, t_model=seen, v=v, image=jnp.moveaxis(square, -1, 1), score=scores)
 
   def total(params):
