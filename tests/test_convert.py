@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 import safetensors
 
+from tests.refusals import refusal
 from unigrpo_jax import convert, errors
 from unigrpo_jax.runtime import conversion, folders, hub, stored_params
 
@@ -146,6 +147,16 @@ def test_what_a_folder_lacks_is_taken_from_the_embedded_checkpoint(tmp_path):
   target = tmp_path / "c"
   convert.main([f"--source={tmp_path / 'tuned'}", "--missing_from=tiny", f"--target={target}"])
   assert folders.open_folder(target).fingerprint() == folders.open_folder("tiny").fingerprint()
+
+
+def test_what_fills_a_fine_tune_is_not_replaced_by_it(official, tmp_path):
+  (tmp_path / "tuned").mkdir()
+  shutil.copy(official / "ema.safetensors", tmp_path / "tuned")
+  before = {path.name: path.read_bytes() for path in official.iterdir()}
+  message = refusal(
+    conversion.convert, tmp_path / "tuned", official, missing_from=official, overwrite=True)
+  assert str(official) in message
+  assert {path.name: path.read_bytes() for path in official.iterdir()} == before
 
 
 def test_round_trip_of_mixed_dtypes_and_an_unusual_header(official, tmp_path, pieces):

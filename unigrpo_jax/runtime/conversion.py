@@ -71,7 +71,8 @@ def convert(
     others = folders.other_files(folder, note=True)
     needed = total + sum(file.stat().st_size for file in others)
     print(f"converting {folder.path}: {len(arrays)} parameters, {total / 1e9:.2f} GB", flush=True)
-    folders.check_target(folder.path, target, overwrite=overwrite, needed_bytes=needed)
+    for source in filter(None, (folder.path, folder.fallback)):
+      folders.check_target(source, target, overwrite=overwrite, needed_bytes=needed)
     with (
       locks.staging(target, last=(folders.MANIFEST,)) as staged,
       progress.bar(total, "converting", unit="B") as bar,
