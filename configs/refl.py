@@ -5,9 +5,9 @@
   python -m unigrpo_jax.train --config=configs/refl.py:tiny,think --workdir=runs/refl_think \\
     --config.refl.reward_model=REWARD_MODEL
 
-Everything else is that of `configs/unigrpo.py`, whose variants and keys it has, but for `cfg` and
-`latent_kl`. It draws from the prompt alone; with the variant `think` it reasons first, by the
-network that training started from.
+Everything else is that of `configs/unigrpo.py`, whose variants and keys it has, but for `cfg`,
+`latent_kl` and those of other objectives. It draws from the prompt alone; with the variant `think`
+it reasons first, by the network that training started from.
 """
 
 import pathlib
@@ -21,6 +21,7 @@ _UNIGRPO = pathlib.Path(__file__).with_name("unigrpo.py")
 def get_config(variants: str = "") -> ConfigDict:
   """As many trajectories an iteration as UniGRPO has, but of as many prompts."""
   unigrpo = runpy.run_path(_UNIGRPO)
+  unigrpo["refuse_objectives"](variants, "the drawing's objective is ReFL here")
   unigrpo["VARIANTS"]["think"] = lambda config: None  # below: it is the default of UniGRPO
   config = unigrpo["get_config"](variants)
   is_tiny, thinks = config.init_from == "tiny", "think" in variants.split(",")

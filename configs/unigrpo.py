@@ -300,6 +300,12 @@ def draw_alone(config: ConfigDict) -> None:
   config.eval.modes = tuple(sorted(config.eval.modes, key=lambda mode: "plain" not in mode))
 
 
+def refuse_objectives(variants: str, reason: str) -> None:
+  """Raises ValueError for a variant that changes the drawing's objective."""
+  for variant in filter(set(ALTERNATIVES[0]).__contains__, variants.split(",")):
+    raise ValueError(f"variant {variant!r} is one of configs/unigrpo.py alone: {reason}")
+
+
 def make_room(config: ConfigDict, tokens: int) -> None:
   """For prompts that are longer than IconWorld's, for which `tiny` has room."""
   config.rollout.prompt_tokens = max(config.rollout.prompt_tokens, tokens)

@@ -105,6 +105,13 @@ def test_refl(variants, steps, prompts):
   assert thinking.window == spec.window and not thinking.trains_text
 
 
+@pytest.mark.parametrize("name", ["refl", TEXT])
+@pytest.mark.parametrize("variant", ["fpo", "awm", "nft", "unifpo"])
+def test_variants_of_another_objective_are_refused(name, variant):
+  with pytest.raises(ValueError, match=f"'{variant}' is one of configs/unigrpo.py alone"):
+    _load(name).get_config(f"tiny,{variant}")
+
+
 @pytest.mark.parametrize("key, value, words", [
   ("text.train", True, "config.text.train=True: .* has no loss of the text; set it to False"),
   ("epochs", 2, "config.epochs=2: .* takes each trajectory once"),
