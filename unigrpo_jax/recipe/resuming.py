@@ -36,8 +36,8 @@ def mutable_keys(
     objectives: of the flow, whose own keys begin with `flow.NAME_`: a run does not read another's.
     noises_again: the run's objective noises finished images.
   """
-  others = {f"flow.{other}" for other in objectives if other != config.flow.objective}
-  idle = {key for key in keys if key.split("_")[0] in others}
+  others = tuple(f"flow.{other}_" for other in objectives if other != config.flow.objective)
+  idle = {key for key in keys if key.startswith(others)}
   if not noises_again:
     idle |= {"flow.draws", "flow.times"}
   calls = {
