@@ -19,7 +19,7 @@ from tests import reward_requests as shared
 from tests.refusals import refusal
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.iconworld import prompts, renderer
-from unigrpo_jax.rewards import arguments, base, serve, wire
+from unigrpo_jax.rewards import arguments, base, listening, serve, wire
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -251,6 +251,30 @@ def test_what_a_client_no_longer_waits_for_is_not_scored(serving, capfd):
   patient.close()
   assert [samples[1].prompt] not in scored and len(scored) == 2
   assert "did not wait for its turn" in capfd.readouterr().err
+
+
+def test_a_body_that_drips_in_is_given_up(serving, monkeypatch):
+  """Each byte comes in time, but not all of them."""
+  monkeypatch.setattr(listening.Handler, "timeout", 0.5)
+  server = serving({"r": shared.value})
+  with socket.create_connection(server.server_address[:2], timeout=10) as connection:
+    connection.sendall(b"POST /v1/rewards/r HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+    connection.settimeout(0.1)
+    for _ in range(100):
+      with contextlib.suppress(OSError):
+        connection.sendall(b"x")
+        if answer := connection.recv(1000):
+          break
+  assert answer.split()[1] == b"400" and b"the body ended after" in answer
+
+
+@pytest.mark.parametrize("token, status", [(None, "403"), ("t0ken", "200")])
+def test_web_pages_are_not_answered_without_a_token(serving, token, status):
+  server = serving({"r": shared.value}, token=token)
+  head = "GET /v1/rewards HTTP/1.1\r\nAuthorization: Bearer t0ken\r\n"
+  assert raw(server, f"{head}\r\n".encode()).split()[1] == "200"
+  answer = raw(server, f"{head}Origin: http://evil.example\r\n\r\n".encode())
+  assert answer.split()[1] == status
 
 
 def test_others_need_a_token():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent import futures
+import contextlib
 import hmac
 import http.server
 import ipaddress
@@ -26,6 +27,7 @@ HEALTH = "/healthz"
 LOADING = "loading"  # Status that HEALTH reports, with HTTP status 503, until the server is ready.
 MAX_BODIES = 16  # Request bodies in memory at once; further requests wait.
 IDLE_TIMEOUT = 60.0  # Seconds to wait for a client's next bytes.
+SLOWEST = 100_000.0  # Bytes a second at which a body arrives, after as long as that.
 LINGER = 5.0  # Seconds to keep reading a body that was refused, so that the client gets the answer.
 
 
@@ -184,7 +186,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     Raises:
       Refusal: the client sent less.
     """
-    body = self.rfile.read(length)
+    # Else a client that sends a byte now and then would hold `bodies` for ever.
+    seconds = self.timeout + length / SLOWEST
+    late = threading.Timer(seconds, _end_reading, (self.connection,))
+    late.daemon = True
+    late.start()
+    try:
+      body = self.rfile.read(length)
+    finally:
+      late.cancel()
     self._unread = 0
     if len(body) < length:
       raise Refusal(400, f"the body ended after {len(body)} of {length} bytes")
@@ -224,11 +234,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self._linger()
 
   def _authorise(self) -> None:
-    """Raises Refusal without the right token, and while the server is loading."""
+    """Raises Refusal without the right token, and while the server is loading.
+
+    Without a token it answers programs of this machine, and no web page that a browser on it shows.
+    """
     token = self.server.token
     given = self.headers.get("Authorization", "").encode("latin-1", "replace")
     if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
       raise Refusal(401, "the bearer token is missing or wrong")
+    if token is None and "Origin" in self.headers:
+      raise Refusal(403, "a web page (header Origin) is answered only with --token_env")
     if self.server.is_loading:
       raise Refusal(503, "it is still loading")
 
@@ -250,6 +265,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     end = time.monotonic() + LINGER
     while self._unread > 0 and time.monotonic() < end and (data := self.rfile.read1(1 << 16)):
       self._unread -= len(data)
+
+
+def _end_reading(connection: socket.socket) -> None:
+  """Ends what waits for data of a client; it then sees the end of the data."""
+  with contextlib.suppress(OSError):
+    connection.shutdown(socket.SHUT_RD)
 
 
 def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
