@@ -7,7 +7,7 @@ import pytest
 
 from unigrpo_jax import errors
 from unigrpo_jax.recipe import config_files
-from unigrpo_jax.tools.plan import chips, command, ranking, search
+from unigrpo_jax.tools.plan import chips, command, ranking, search, topology
 
 UNIGRPO = str(config_files.FOLDER / "unigrpo.py")
 TOPOLOGY = "v5p:4x4x4"
@@ -262,6 +262,23 @@ def test_a_process_says_why_it_refuses(monkeypatch):
       compile_point(point, search.UPDATE)
 
 
+def test_without_the_compiler_the_search_ends_at_once(monkeypatch, tmp_path):
+  tried = []
+
+  def run(arguments, **_):
+    tried.append(arguments)
+    last = f"error: --topology={TOPOLOGY}: {topology.INSTALL} (no module)"
+    return subprocess.CompletedProcess(arguments, 2, stdout="", stderr=last)
+
+  monkeypatch.setattr(search.subprocess, "run", run)
+  results = tmp_path / "results.jsonl"
+  with pytest.raises(errors.InputError, match="install the TPU compiler"):
+    command.main([
+      f"--config={UNIGRPO}", f"--topology={TOPOLOGY}", "--search", f"--results={results}",
+    ])
+  assert len(tried) == 1 and not results.exists()
+
+
 def test_the_command(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(search, "compiler", lambda *_: Compiler())
   results = tmp_path / "new" / "results.jsonl"
@@ -284,6 +301,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
   (["--search", "--remat=ful"], "did you mean 'full'"),
   (["--search", "--best=0"], "--best=0 must be at least 1"),
   (["--search", "--results=FILE"], "line 1: no result of a search"),
+  (["--texts=FILE/x"], "--texts="),
   (["--search", "--results=PICTURE"], "line 1: no result of a search"),
 ])
 def test_refusals(tmp_path, arguments, words):

@@ -122,9 +122,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   errors.require("--best", args.best, low=1)
   for name in args.topology:  # Before any is compiled, which takes long.
     search.chip_count(name)
-  for name, path in (("json", args.json), ("results", args.search and args.results)):
+  for name, path in (
+    ("json", args.json), ("results", args.search and args.results),
+    ("texts", args.texts and args.texts / "read.txt"),
+  ):
     if path:
-      with errors.at(f"--{name}={path}"):
+      with errors.at(f"--{name}={getattr(args, name)}"):
         atomic.probe(path)
   return args, overrides
 

@@ -28,6 +28,7 @@ from unigrpo_jax import errors
 from unigrpo_jax.models import layers
 from unigrpo_jax.recipe import config_files, sections
 from unigrpo_jax.tools.plan import chips, page, plans
+from unigrpo_jax.tools.plan import topology as topology_lib
 
 # Decoding images is left out: it compiles slowly, and no key of the search changes it much.
 SAMPLING = ("layout", "read", "decode", "denoise")
@@ -307,6 +308,8 @@ class Search:
     for whole in self._space.points(UPDATE, point):
       try:
         return self._compile(whole, phases), "", True
+      except errors.Unavailable:
+        raise
       except errors.InputError as error:
         refusal = str(error)
       except subprocess.CalledProcessError as error:
@@ -380,6 +383,8 @@ def compiler(config: str, arguments: Sequence[str], topology: str) -> Compile:
         return json.loads(path.read_text(encoding="utf-8"))[topology]
       last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
       reason = last.removeprefix("error: ")
+      if topology_lib.INSTALL in reason:  # No other point would be compiled either.
+        raise errors.Unavailable(reason)
       # Of other statuses, such as after a full disk, the next search may make more.
       if done.returncode == errors.InputError.status and reason != last:
         raise errors.InputError(reason)
