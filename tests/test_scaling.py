@@ -76,3 +76,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     path.write_text(damaged)
     with pytest.raises(errors.InputError, match="scaling.json: .*JSON"):
       bench.main(command)
+  del report["points"]
+  path.write_text(json.dumps(report))
+  with pytest.raises(errors.InputError, match="scaling.json .* has no points"):
+    bench.main(command)

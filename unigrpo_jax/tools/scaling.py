@@ -162,10 +162,11 @@ def main(args: argparse.Namespace) -> None:
   report = settings | {"points": {}}
   if args.json is not None and args.json.exists():
     report = config_lib.read_json(args.json)
-    if any(report.get(name) != value for name, value in settings.items()):
+    other = any(report.get(name) != value for name, value in settings.items())
+    if other or not isinstance(report.get("points"), dict):
       raise errors.InputError(
-        f"--json={args.json} is of another shape, dtype, remat or number of repeats; name another "
-        "file, or remove it"
+        f"--json={args.json} is of another shape, dtype, remat or number of repeats, or has no "
+        "points; name another file, or remove it"
       )
   missing = [name for name in points() if name not in report["points"]]
   with (
