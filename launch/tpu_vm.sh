@@ -41,5 +41,8 @@ case $verb in
   run) check_run; start_all ;;
   logs) tpus tpu-vm ssh "$(nodes | head -n 1)" --worker=0 "--command=tail -n 100 -F unigrpo.log" ;;
   stop) stop_all ;;
-  delete) for node in $(nodes); do tpus tpu-vm delete "$node" --quiet; done ;;
+  delete)
+    left=0  # What one refuses is no reason to keep, and pay for, the others.
+    for node in $(nodes); do tpus tpu-vm delete "$node" --quiet || left=$?; done
+    exit "$left" ;;
 esac

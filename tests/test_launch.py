@@ -231,6 +231,14 @@ def test_this_clone_is_installed_whatever_the_current_folder_is(tmp_path):
   assert (tmp_path / "places").read_text().strip() == str(ROOT.resolve())
 
 
+def test_a_slice_that_cannot_be_deleted_does_not_keep_the_others(tmp_path):
+  (tmp_path / "gcloud").write_text(f'#!/bin/sh\necho "$5" >> {tmp_path}/calls\n[ "$5" != n-0 ]\n')
+  (tmp_path / "gcloud").chmod(0o755)
+  done = _bash("tpu_vm", "delete", *PLACE, "--name=n", "--slices=3", path=tmp_path)
+  assert (tmp_path / "calls").read_text().split() == ["n-0", "n-1", "n-2"]
+  assert done.returncode == 1
+
+
 GCLOUD = r"""#!/usr/bin/env bash
 # Says what the next line of a file says where it is asked for a state, and records all.
 cd "$(dirname "$0")"
