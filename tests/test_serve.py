@@ -273,6 +273,31 @@ def test_requests_that_wait_together_are_a_batch(served):
   assert sorted(batch.rows for batch in served.pipeline.batches) == [1, 1, 1, 4]
 
 
+def test_questions_of_clients_that_have_gone_are_not_answered(served):
+  served.pipeline.free.clear()
+  with futures.ThreadPoolExecutor(3) as pool:
+    first = pool.submit(ask, served, message("first"))
+    assert served.pipeline.begun.wait(20)
+    asked = served.server.batches
+    question = chat.read(json.dumps(message("gone")).encode(), "tiny", 64)
+    gone = pool.submit(asked.ask, question, lambda: True)
+    _until(lambda: len(asked._waiting) == 1)
+    last = pool.submit(ask, served, message("last"))
+    _until(lambda: len(asked._waiting) == 2)
+    served.pipeline.free.set()
+    assert first.result()[0] == last.result()[0] == 200
+    assert isinstance(gone.exception(), batches_lib.Gone)
+  prompts = [request.prompt for batch in served.pipeline.batches for request in batch.requests]
+  assert len(prompts) == 2 and not any("gone" in prompt for prompt in prompts)
+
+
+def _until(condition):
+  end = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
 def test_a_token_is_asked_for_beyond_loopback():
   batches = batches_lib.Batches(FakePipeline(), 1)
   assert "give --token_env" in refusal(command.Server, "m", batches, 8, host="0.0.0.0")

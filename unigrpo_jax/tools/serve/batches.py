@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from concurrent import futures
 import dataclasses
 import logging
 import threading
+from typing import NamedTuple
 
 from unigrpo_jax import errors
 from unigrpo_jax.episodes import pipeline as pipeline_lib
@@ -66,20 +68,37 @@ class Answer:
   prompt_tokens: int
 
 
+class Gone(Exception):
+  """Nobody waits for the answer any more."""
+
+
+class _Waiting(NamedTuple):
+  """A question, what its answer is put into, and whether its client has gone."""
+
+  question: Question
+  answer: futures.Future
+  has_gone: Callable[[], bool]
+
+
 class Batches:
   """Runs a pipeline in a thread of its own, which batches the questions that are waiting."""
 
   def __init__(self, pipeline: pipeline_lib.Pipeline, batch_size: int):
     """Starts the thread; `batch_size` is the largest number of questions of a batch."""
     self.pipeline, self._batch_size = pipeline, batch_size
-    self._waiting: collections.deque[tuple[Question, futures.Future]] = collections.deque()
+    self._waiting: collections.deque[_Waiting] = collections.deque()
     self._changed = threading.Condition()
     threading.Thread(target=self._work, name="batches", daemon=True).start()
 
-  def ask(self, question: Question) -> Answer:
+  def ask(self, question: Question, has_gone: Callable[[], bool] = lambda: False) -> Answer:
     """Waits for the answer to a question.
 
+    Args:
+      question: what is asked.
+      has_gone: asked when the question's turn has come: whether nobody waits for it any more.
+
     Raises:
+      Gone: nobody did, so it was not answered.
       InputError: the request is impossible: too long, or its picture too narrow.
       RuntimeError: the model failed.
     """
@@ -93,7 +112,7 @@ class Batches:
     tokens += 0 if alone.patches is None else int(alone.patches.mask[0].sum()) + 2
     future: futures.Future = futures.Future()
     with self._changed:
-      self._waiting.append((question, future))
+      self._waiting.append(_Waiting(question, future, has_gone))
       self._changed.notify()
     return self._answer(question, future.result(), tokens)
 
@@ -113,31 +132,37 @@ class Batches:
         self._changed.wait_for(lambda: self._waiting)
         batch = self._take()
       try:
-        self._run(batch)
+        if batch:
+          self._run(batch)
       except Exception as error:
         _log.warning("a batch failed", exc_info=error)
-        for _, future in batch:
-          future.set_exception(RuntimeError(errors.describe(error)))
+        for item in batch:
+          item.answer.set_exception(RuntimeError(errors.describe(error)))
 
-  def _take(self) -> list[tuple[Question, futures.Future]]:
+  def _take(self) -> list[_Waiting]:
     """Removes and returns the first waiting question, with others that fit into one batch with it.
+
+    Questions of clients that have gone are not returned: they would only delay the next ones.
     """
-    key = lambda question: (question.settings, question.request.image is None)
-    first = key(self._waiting[0][0])
+    key = lambda item: (item.question.settings, item.question.request.image is None)
     taken, others = [], collections.deque()
     for item in self._waiting:
-      fits = len(taken) < self._batch_size and key(item[0]) == first
-      (taken if fits else others).append(item)
+      if len(taken) == self._batch_size or taken and key(item) != key(taken[0]):
+        others.append(item)
+      elif item.has_gone():
+        item.answer.set_exception(Gone())
+      else:
+        taken.append(item)
     self._waiting = others
     return taken
 
-  def _run(self, batch: list[tuple[Question, futures.Future]]) -> None:
-    requests = [question.request for question, _ in batch]
+  def _run(self, batch: list[_Waiting]) -> None:
+    requests = [item.question.request for item in batch]
     # Filled up to a power of two, since each number of rows compiles a program.
-    rows = power_of_two(len(requests))
-    results = self.pipeline.run(self.pipeline.prepare(requests, batch[0][0].settings, rows))
-    for (_, future), result in zip(batch, results):
-      future.set_result(result)
+    rows, settings = power_of_two(len(requests)), batch[0].question.settings
+    results = self.pipeline.run(self.pipeline.prepare(requests, settings, rows))
+    for item, result in zip(batch, results):
+      item.answer.set_result(result)
 
 
 def power_of_two(count: int) -> int:

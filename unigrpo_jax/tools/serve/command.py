@@ -54,11 +54,13 @@ class Handler(listening.Handler):
     try:
       with server.bodies:
         question = chat.read(self.read(length), server.name, server.max_tokens)
-      answer = server.batches.ask(question)
+      answer = server.batches.ask(question, self.has_gone)
     except chat.NoModel as error:
       raise listening.Refusal(404, str(error)) from None
     except errors.InputError as error:
       raise listening.Refusal(400, str(error)) from None
+    except batches_lib.Gone:
+      raise listening.Refusal(499, "the client did not wait for its turn") from None
     except RuntimeError as error:
       raise listening.Refusal(500, f"the model failed: {error}") from None
     return chat.write(question, answer, server.name, server.batches.pipeline.network.tokenizer)
