@@ -129,7 +129,7 @@ def test_what_refl_refuses(key, value, words):
     _read(config)
   config = _load("refl").get_config()
   with pytest.raises(errors.InputError, match="set config.refl.reward_model to the folder of a"):
-    parts.pinned(_read(config))
+    parts.pinned(_read(config), None)
 
 
 def _another(key, value):

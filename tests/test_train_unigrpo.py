@@ -1,5 +1,6 @@
 """UniGRPO end to end, small: stopped and resumed it is the same run, bit for bit."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,6 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from tests import toy_run
 from unigrpo_jax import errors, export, train
 from unigrpo_jax.algorithms import update
 from unigrpo_jax.benchmarks import evaluation
@@ -214,6 +216,26 @@ def test_what_a_resumed_run_may_not_change(shallow, changes, words):
   keys = resumption.mutable_keys(before.config, now.config, now.mutable_keys)
   with pytest.raises(errors.InputError, match=words):
     resumption.check(before.config, now.config, keys, now.defaults)
+
+
+def test_a_mesh_of_all_devices_keeps_the_ways_that_say_what_is_learnt(shallow, tmp_path):
+  """The config is the same on another number of devices, but not who shares an optimizer step."""
+  def begin(count, workdir, **changes):
+    network = toy_run.make_network("a/folder", jax.devices()[:count])
+    spec = rl.read(_config(shallow, **changes))
+    toy_run.train(
+      network, workdir, dataclasses.replace(spec.run, evaluate_every=0), size=3, evaluate=None,
+      in_step=lambda step: None, metrics=lambda step, by: {}, pinned=parts.pinned(spec, network),
+    )
+
+  halves = {"minibatches": 2, "old_values": "recomputed"}
+  for number, changes in enumerate((halves, {"rollout.window": "per_rank_const"}, {})):
+    begin(1, tmp_path / str(number), **changes)
+    begin(1, tmp_path / str(number), **changes)
+    with pytest.raises(errors.InputError, match=(
+      "^config.mesh has 2 data x fsdp ways on these devices but had 1 data x fsdp ways when"
+    )) if changes else contextlib.nullcontext():
+      begin(2, tmp_path / str(number), **changes)
 
 
 def test_what_a_resumed_run_may_change(shallow, whole):

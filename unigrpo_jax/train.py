@@ -58,7 +58,7 @@ def train(config, workdir: pathlib.Path, devices=None) -> types.TrainState:
     reward_fns = parts.make_scorer(spec.rewards)
     reward_fns.ready()
     pinned = state.pinned(spec.network, network) | reward_fns.fingerprints()
-    pinned |= {"prompts": prompt_set.fingerprint()} | parts.pinned(spec)
+    pinned |= {"prompts": prompt_set.fingerprint()} | parts.pinned(spec, network)
 
   # --- What samples, what scores, what evaluates.
   rollout = rollout_lib.Rollout(network, network.load_vae(), spec.rollout)

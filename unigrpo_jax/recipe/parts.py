@@ -140,17 +140,24 @@ def check_prompts(spec: rl.Spec, prompts: Sequence[Any]) -> None:
         )
 
 
-def pinned(spec: rl.Spec) -> dict[str, Any]:
-  """{key of the config: fingerprint} of the frozen networks that a run's loss reads; see `Run`."""
+def pinned(spec: rl.Spec, network: state.Network) -> dict[str, Any]:
+  """{key of the config: fingerprint} of what a run's loss reads besides; see `Run`.
+
+  That is a frozen network, and the ways of the mesh where they say what is learnt: a mesh that
+  takes all devices has others where their number is another.
+  """
+  found = {}
+  if "mesh" not in spec.run.mutable_keys:
+    found["mesh"] = f"{sharding.batch_multiple(network.mesh)} data x fsdp ways"
   if not spec.by_gradient:
-    return {}
+    return found
   if not spec.refl.reward_model:
     raise errors.InputError(
       f"config.flow.objective={spec.flow.objective} needs a differentiable reward; set "
       "config.refl.reward_model to the folder of a reward model"
     )
   with errors.at("config.refl.reward_model"):
-    found = {"refl.reward_model": learned.fingerprint(spec.refl.reward_model)}
+    found["refl.reward_model"] = learned.fingerprint(spec.refl.reward_model)
   examples = supervised(spec)
   if examples is not None:  # The file may change while its name stays.
     folder = examples.data.folder

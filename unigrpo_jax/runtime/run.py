@@ -193,6 +193,11 @@ class Run:
     for name, value in self._pinned.items():
       if record.get(name, value) == value:
         continue
+      if name == "mesh":
+        raise errors.InputError(
+          f"config.mesh has {value} on these devices but had {record[name]} when the run in the "
+          "workdir began; give it those, or choose a new --workdir"
+        )
       changed = f"config.{name} reads other contents than when the run in the workdir began"
       if name not in self._may_change:
         raise errors.InputError(f"{changed}; restore them, or choose a new --workdir")
