@@ -333,6 +333,8 @@ def test_command_builds_several_splits(tmp_path, capsys):
   (["--build=FILE", "--split=a", "--build=FILE", "--split=a", "--name=a"], "given twice"),
   (["--build=FILE", "--name=a", "--count=3"], "--count=3 is for iconworld"),
   (["--build=iconworld", "--name=a", "--count=0"], "--count=0"),
+  (["--build=iconworld", "--name=a", "--prompt_key=b"], "--prompt_key=b names a column or key of"),
+  (["--build=FILE", "--name=a", "--prompt_key="], "--prompt_key= names a column or key of a file"),
   (["--build=iconworld", "--split=tset", "--name=a"], "split='tset' is none of train, validation"),
   (["--build=nothing.txt", "--name=a"], "--build=nothing.txt: no such file"),
   (["--build=FILE", "--name=A"], "--name=A"),

@@ -81,6 +81,11 @@ def read_splits(args: argparse.Namespace) -> dict[str, Iterable[tuple[str, dict[
     raise errors.InputError(
       f"--count={args.count} is for {NAMES}; all prompts of a file are used"
     )
+  reads_files = not prompts.GENERATED.keys() >= set(builds)
+  if args.prompt_key is not None and not (args.prompt_key and reads_files):
+    raise errors.InputError(
+      f"--prompt_key={args.prompt_key} names a column or key of a file; give one, or leave it out"
+    )
   splits = {}
   for build, split in zip(builds, names):
     if split in splits:
