@@ -98,6 +98,7 @@ def test_a_line_of_a_shard_is_an_example(shard, row, text, images):
   (DRAWN | {"source": "."}, "source='.' is no file in "),
   (DRAWN | {"source": "b" * 300}, "source='b+' is no file in "),
   (DRAWN | {"source": "a\0.png"}, "is no file in "),
+  (DRAWN | {"source": "a\0/b.png"}, "is no file in "),
 ])
 def test_a_bad_line_of_a_shard_is_named_before_training(shard, line, words):
   folder = shard(DRAWN, line)

@@ -199,5 +199,5 @@ def _files(folder: pathlib.Path) -> frozenset[str]:
     return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
   try:
     return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
-  except OSError:
+  except (OSError, ValueError):  # ValueError: its name holds a zero byte.
     return frozenset()
