@@ -260,8 +260,12 @@ def test_a_folder_has_a_file_a_split(tmp_path, pyarrow):
     stand_in(hub / "data" / f"train-{i:05}-of-00011-abcdef0123.parquet", [{"prompt": f"a {i}"}])
   stand_in(hub / "data" / "test-00000-of-00001.parquet", [{"prompt": "c"}])
   stand_in(tmp_path / "plain" / "test.parquet", [{"prompt": "c"}])
+  for i in (2, 1, 10):
+    stand_in(tmp_path / "numbered" / f"train-{i}.parquet", [{"prompt": f"a {i}"}])
   assert [p.prompt for p in prompts.open_set(flow_grpo, "train")] == ["a", "b"]
   assert [p.prompt for p in prompts.open_set(hub, "train")] == [f"a {i}" for i in range(11)]
+  numbered = prompts.open_set(tmp_path / "numbered", "train")
+  assert [p.prompt for p in numbered] == ["a 1", "a 2", "a 10"]
   for folder in ("ocr", "geneval", "hub", "plain"):
     assert [p.prompt for p in prompts.open_set(str(tmp_path / folder), "test")] == ["c"]
 

@@ -246,6 +246,8 @@ def find(folder: pathlib.Path, split: str) -> Sequence[pathlib.Path]:
     names = " and ".join(str(paths[0].relative_to(folder)) for paths in found.values())
     raise errors.InputError(f"{folder}: {names} are both the split {split!r}; give one of them")
   [paths] = found.values()
+  # By number: train-10 follows train-9.
+  paths.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem.removeprefix(split))])
   for path in paths:
     shard = _SHARD.fullmatch(path.stem.removeprefix(split))
     if shard and shard[1] and int(shard[1]) != len(paths):
