@@ -275,6 +275,8 @@ def test_a_folder_has_a_file_a_split(tmp_path, pyarrow):
   (("test.parquet", "data/test-0.parquet"), "test.parquet and data/test-0.parquet are both"),
   (("test.parquet", "test_hard.parquet"), "test.parquet and test_hard.parquet are both"),
   (("test-00000-of-00002.parquet",), "is of 2 files, of which 1 are there; download the rest"),
+  (("test-00000-of-00001-0a.parquet", "test-00000-of-00001-0b.parquet"),
+   "is of 1 files, of which 2 are there; remove those of another version"),
   (("train.txt", "License.txt", "testing.txt", "mytest.txt"),
    "no file of the split 'test', such as test.txt"),
 ])

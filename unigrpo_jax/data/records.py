@@ -212,7 +212,7 @@ def find(folder: pathlib.Path, split: str) -> Sequence[pathlib.Path]:
   which numbered ones are shards of one.
 
   Raises:
-    InputError: there is none or there are two, or a shard is missing.
+    InputError: there is none or there are two, or a shard is missing or there twice.
   """
   if not split:
     raise errors.InputError(f"{folder}: the name of the split is empty; give one, such as train")
@@ -251,7 +251,9 @@ def find(folder: pathlib.Path, split: str) -> Sequence[pathlib.Path]:
   for path in paths:
     shard = _SHARD.fullmatch(path.stem.removeprefix(split))
     if shard and shard[1] and int(shard[1]) != len(paths):
+      few = len(paths) < int(shard[1])
       raise errors.InputError(
-        f"{path}: is of {int(shard[1])} files, of which {len(paths)} are there; download the rest"
+        f"{path}: is of {int(shard[1])} files, of which {len(paths)} are there; "
+        + ("download the rest" if few else "remove those of another version")
       )
   return paths
