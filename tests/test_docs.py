@@ -259,6 +259,8 @@ def test_the_numbers_of_an_algorithm_have_their_places():
   assert len(places) == 4
   for module, name in places:
     assert hasattr({"rl": rl, "parts": parts}[module], name), name
+  [module] = re.findall(r'an entry `"weighted": (\w+)\.WeightedMatching`', text)
+  assert getattr(rl, module) is forward
   [key] = re.findall(r"`(\"flow\.weighted_scale\": checks\.[^`]+)`", text)
   eval(f"{{{key}}}", {"checks": checks})
 
