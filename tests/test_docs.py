@@ -3,6 +3,7 @@ site builds. `-m slow` runs the commands themselves."""
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -27,6 +28,7 @@ from tests import pages
 from unigrpo_jax import errors, rewards
 from unigrpo_jax.algorithms import forward
 from unigrpo_jax.recipe import checks, config_files, parts, rl, sft
+from unigrpo_jax.rewards.judge import forms
 
 ROOT = pages.ROOT
 COMMANDS = [
@@ -263,6 +265,13 @@ def test_the_numbers_of_an_algorithm_have_their_places():
   assert getattr(rl, module) is forward
   [key] = re.findall(r"`(\"flow\.weighted_scale\": checks\.[^`]+)`", text)
   eval(f"{{{key}}}", {"checks": checks})
+
+
+def test_the_page_of_the_judge_has_its_forms_and_options():
+  text = (ROOT / "docs" / "judge.md").read_text()
+  options = [field.name for field in dataclasses.fields(forms.Options)]
+  for name in [*forms.FORMS, *options]:
+    assert re.search(rf"`{name}[`=]", text), name
 
 
 def test_python_in_the_pages_is_python():
