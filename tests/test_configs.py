@@ -315,6 +315,7 @@ def test_keys_of_other_objectives_may_change_when_a_run_continues():
 
 
 REFUSED = [
+  ("advantage.ddof", 2, "config.advantage.ddof=2 must be .*1"),  # of no estimate
   ("flow.draws", 0, "config.flow.draws=0 must be at least 1"),
   ("flow.times", "random", "config.flow.times='random' is none of uniform, grid"),
   ("flow.awm_ratio", "sum", "config.flow.awm_ratio='sum'"),

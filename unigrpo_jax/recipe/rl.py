@@ -54,7 +54,7 @@ KEYS: checks.Keys = {
   "reward_options": checks.Table(checks.Table(checks.Json())), "reward.threads": _COUNT,
   "reward.normalise": checks.Flag(), "reward.watch_images": checks.Flag(),
   "reward.max_failed_fraction": checks.Number(low=0, high=1),
-  "advantage.std": checks.OneOf(advantages.STDS), "advantage.ddof": checks.Integer(low=0),
+  "advantage.std": checks.OneOf(advantages.STDS), "advantage.ddof": checks.Integer(low=0, high=1),
   "advantage.eps": _SCALE, "advantage.clip": _SCALE,
   "rollout.think": checks.Flag(), "rollout.prompts_at_once": _COUNT,
   "rollout.layout": checks.OneOf(tuple(sharding.LAYOUTS)),
