@@ -234,6 +234,9 @@ def test_a_custom_form(tmp_path):
   ({"form": "custom", "template": "p_yes", "pattern": "("}, "pattern='('"),
   ({"form": "custom", "template": "p_yes", "pattern": "x"}, "must have one group"),
   ({"aggregate": "median"}, "aggregate='median' is none of"),
+  ({"pattern": "(x)"}, "pattern='(x)' has no effect with form=points, only with custom;"),
+  ({"renormalise": True}, "renormalise=True has no effect with form=points, only with points_soft"),
+  ({"form": "p_yes", "aggregate": "all"}, "aggregate='all' has no effect with form=p_yes"),
 ])
 def test_options_that_are_refused(options, message):
   assert message in refusal(make, **options)

@@ -28,6 +28,13 @@ WISE = ("wise_verified", "wise_legacy")
 FORMS = (
   "points", "points_soft", "points_together", "p_yes", "transcribe", *answers.SCALES, "custom")
 NO_TEXT = "[no text]"  # The answer that `transcribe` asks for about a picture without text.
+_EXAMS = ("points", "points_soft", "points_together")
+# Options that not every form uses, and the forms that do.
+_USED_BY = {
+  "metric": (*answers.SCALES, "custom"), "aggregate": _EXAMS, "use_needs": _EXAMS,
+  "min_mass": ("points_soft", "p_yes"), "renormalise": ("points_soft",),
+  **dict.fromkeys(("pattern", "low", "high"), ("custom",)),
+}
 _BY_WORD = {"yes_no": "yes or no", "count": "a number", "one_word": "one word"}
 
 
@@ -52,7 +59,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of all forms; each form uses some of them.
+  """Options of all forms; each form uses some of them, and the others keep their defaults.
 
   Attributes:
     form: one of `FORMS`.
@@ -88,6 +95,13 @@ class Options:
     errors.choose("aggregate", self.aggregate, AGGREGATES)
     errors.require("min_mass", self.min_mass, low=0, high=1)
     errors.require("max_tokens", self.max_tokens, low=0, integer=True)
+    for field in dataclasses.fields(self):
+      value, forms = getattr(self, field.name), _USED_BY.get(field.name, FORMS)
+      if value != field.default and self.form not in forms:
+        raise errors.InputError(
+          f"{field.name}={errors.shown(value)} has no effect with form={self.form}, only with "
+          f"{', '.join(forms)}; leave it out"
+        )
     if self.form in (*WISE, "custom") and not self.template:
       what = "WISE's own text" if self.form in WISE else "the question"
       raise errors.InputError(f"form={self.form} needs template=FILE, {what} with {{prompt}} in it")
