@@ -127,6 +127,7 @@ def test_a_detector_that_fails_is_nan_with_its_reason():
   ({"thresholds": [0.3]}, "must be two numbers"),
   ({"thresholds": [0.3, 2]}, "thresholds=2 must be at least 0 and at most 1"),
   ({"detector_options": {"size": 3}}, "unexpected keyword argument 'size'|unexpected keyword"),
+  (dict(clip=False), "clip=False has no effect with rule=strict, only with soft"),
 ])
 def test_bad_options_are_one_line(options, message):
   with pytest.raises(errors.InputError, match=message) as raised:

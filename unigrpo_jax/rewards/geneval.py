@@ -49,6 +49,10 @@ class GenEval:
       InputError: an option is impossible, or the detector cannot be loaded.
     """
     errors.choose("rule", rule, rules.RULES)
+    if not clip and rule not in ("soft", "soft_flow_grpo"):
+      raise errors.InputError(
+        f"clip=False has no effect with rule={rule}, only with soft; leave it out"
+      )
     self._rule, self._clip = rule, clip
     self._detector = detectors.make(detector, detector_options or {})
     self._colors = colors.make(color, color_options or {})
