@@ -251,6 +251,10 @@ def test_what_an_error_in_a_step_leaves(network, tmp_path, error, kept):
   assert raised.value is error and _kept(tmp_path) == kept
   _train(network, tmp_path, spec)
   assert _rows(tmp_path) == [row for row in WHOLE if "loss" in row]
+  spec, at = _spec(checkpoint_every=3, evaluate_every=0), _raise_at("step", 4, error)
+  with pytest.raises(type(error)):  # A save that is under way ends first.
+    _train(network, tmp_path / "other", spec, at=at)
+  assert (tmp_path / "other" / "checkpoints" / "3" / "checksums.json").exists()
 
 
 def test_an_error_in_an_evaluation_saves_the_step(network, tmp_path):

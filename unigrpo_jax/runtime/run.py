@@ -275,7 +275,8 @@ class Run:
   def __exit__(self, kind, error, trace) -> bool:
     """Saves what is worth saving, after a stop or an error of the user's.
 
-    Not after a failed save: it may have failed on this host alone, and a save needs all of them.
+    Not after a failed read or write: it may have failed on this host alone, and a save needs all of
+    them. One host by itself lets the save under way end, whatever the error.
     """
     with self._stack:
       if error is None:
@@ -287,6 +288,9 @@ class Run:
         hosts.print_first(STOPPED.format(self.step))
       elif isinstance(error, errors.InputError) and not isinstance(error, errors.Storage):
         self._save_before(error)
+      elif hosts.count() == 1:
+        with contextlib.suppress(errors.Storage):  # `error` came first.
+          self._saved.close()
     return isinstance(error, stopping.Stopped)
 
   def _save_before(self, error: errors.InputError) -> None:
@@ -416,7 +420,7 @@ class Run:
     self._worth_saving = True
 
   def _write(self, values: Mapping[str, Any]) -> None:
-    """A row of the log. Where the first host cannot write it, all end alike, and save."""
+    """A row of the log. Where the first host cannot write it, all end alike; see `__exit__`."""
     with hosts.raise_on_all_hosts():
       self._log.write(self.step, values)
 
