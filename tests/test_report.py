@@ -215,6 +215,11 @@ def test_five_thousand_steps_stay_small(tmp_path):
   assert 100 <= max(path.count("L") for path in paths) <= 600
 
 
+def test_estimates_without_an_interval():
+  """Equal scores outside [0, 1] show no range."""
+  assert [samples.estimate(of) for of in ([5.0] * 3, [5.0], [])] == ["5.000", "5.000", "–"]
+
+
 def test_the_summary_gives_the_reward_before_and_after_with_intervals(folder, whole):
   run = workdir.read(folder)
   before, after = (samples.estimate([1.0] * k + [0.0] * (10 - k)) for k in (3, 8))

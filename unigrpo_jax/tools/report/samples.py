@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 import io
+import math
 import pathlib
 
 import PIL.Image
@@ -19,11 +20,12 @@ ALL = "all"  # all categories together
 
 
 def estimate(scores: Sequence[float]) -> str:
-  """Mean and 95 % interval of the prompts' scores; the mean alone for one, a dash for none."""
+  """Mean and 95 % interval of the prompts' scores; the mean alone where it has none, a dash
+  without scores."""
   if not scores:
     return "–"
   mean, low, high = intervals.interval(scores)
-  return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(scores) > 1 else f"{mean:.3f}"
+  return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def ends(run: workdir.Run) -> list[int]:
