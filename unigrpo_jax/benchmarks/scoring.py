@@ -31,8 +31,9 @@ class Pending:
 
   rows: np.ndarray  # numbers of the trajectories in the iteration, [n]
   scores: Any  # the scorer's `Pending`; see `rewards.Scorer.submit`
-  lengths: np.ndarray | None  # sampled tokens, [n] float32; None without text
-  finished: np.ndarray | None  # 1 where the text ended by its terminator, [n] float32
+  # {"lengths": sampled tokens, "finished": 1 where the text ended by its terminator: [n] float32};
+  # {} without text.
+  text: Mapping[str, np.ndarray]
   shown: Mapping[int, rewards.Sample]  # the samples of those trajectories that a panel shows
   images: futures.Future[Mapping[str, np.ndarray]] | None  # see `monitor.of_images`
 
@@ -152,7 +153,10 @@ class Scoring:
       prompt = prompts[row // self._group_size]
       text = None if read.texts is None else read.texts[place]
       samples.append(rewards.Sample(prompt.prompt, image, text, prompt.metadata))
-    text, images = read.text, None
+    text = {} if read.text is None else {
+      "lengths": np.float32(read.text.mask.sum(axis=1)), "finished": np.float32(read.text.finished)
+    }
+    images = None
     if self._statistics is not None:
       groups = (read.rows // self._group_size).tolist()
       images = self._statistics.submit(monitor.of_images, read.images, groups)
@@ -160,11 +164,7 @@ class Scoring:
       row: sample for row, sample in zip((first + read.rows).tolist(), samples)
       if row < PANELS * self._group_size and row % self._group_size < COLUMNS
     }
-    return Pending(
-      first + read.rows, self._scorer.submit(samples),
-      None if text is None else np.float32(text.mask.sum(axis=1)),
-      None if text is None else np.float32(text.finished), shown, images,
-    )
+    return Pending(first + read.rows, self._scorer.submit(samples), text, shown, images)
 
   def gather(
     self, chunks: Sequence[futures.Future[Pending]], prompts: int, wait: Wait = stopping.wait
@@ -187,23 +187,18 @@ class Scoring:
       scores = [part.scores.result() for part in pending]
       images = [part.images.result() for part in pending if part.images is not None]
     rows = np.concatenate([part.rows for part in pending])
-    total = prompts * self._group_size
-    merged = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
-    by_reward = hosts.gather_rows(rows, merged, total)
-    text = {}
-    if pending[0].lengths is not None:
-      text = hosts.gather_rows(rows, {
-        name: np.concatenate([getattr(part, name) for part in pending])
-        for name in ("lengths", "finished")
-      }, total)
-    if images:
-      images = hosts.gather_rows(rows, {
-        name: np.concatenate([part[name] for part in images]) for name in images[0]
-      }, total)
+
+    def gathered(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+      names = parts[0] if parts else ()
+      columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+      return hosts.gather_rows(rows, columns, prompts * self._group_size) if columns else {}
+
+    by_reward = gathered(scores)
     group = np.repeat(np.arange(prompts), self._group_size)
     result = Scores(
       by_reward, self._scorer.total(by_reward, group, self._normalise),
-      self._scorer.total(by_reward), group, text, images or {},
+      self._scorer.total(by_reward), group,
+      gathered([part.text for part in pending]), gathered(images),
       {row: sample for part in pending for row, sample in part.shown.items()},
       {name: sum(part.scores.seconds.get(name, 0.0) for part in pending) for name in by_reward},
     )
