@@ -34,7 +34,7 @@ def by_mode(
     rows = [row for row in found.rows if row.mode == mode]
     of_mode: dict[str, Any] = {}
     for name in ("geneval", "strict") if names is None else names:
-      if names or any(reward(row, name) is not None for row in rows):
+      if names or not all(math.isnan(reward(row, name)) for row in rows):
         of_mode[name] = summary(rows, name)
     for observer in observers:
       if isinstance(observer, ta.Exam) and (summaries := observer.summaries(mode)):
@@ -54,18 +54,15 @@ def is_geneval(prompts: Sequence[Any]) -> bool:
   )
 
 
-def reward(row: results.Row, name: str) -> float | None:
-  """A row's reward `name` or `PREFIX + name`; None where it has neither."""
-  return row.rewards.get(name, row.rewards.get(PREFIX + name))
+def reward(row: results.Row, name: str) -> float:
+  """A row's reward `name` or `PREFIX + name`; NaN where it has neither."""
+  return row.rewards.get(name, row.rewards.get(PREFIX + name, math.nan))
 
 
 def summary(rows: Sequence[results.Row], name: str) -> geneval.Summary:
   """GenEval's summary of one reward of the rows; a row without it is a failure."""
-  values = [reward(row, name) for row in rows]
   return geneval.summary(
-    [math.nan if value is None else value for value in values],
-    [row.category for row in rows],
-    [row.key for row in rows],
+    [reward(row, name) for row in rows], [row.category for row in rows], [row.key for row in rows]
   )
 
 

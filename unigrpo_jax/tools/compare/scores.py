@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -103,12 +104,13 @@ def of_seeds(
   exam = lambda rows: [row for row in rows if row.number is None or row.number < ta_prompts]
   official = measured.summary(pooled, "geneval")
   made: dict[str, Any] = {
-    "ta": _ta(exam(pooled)), "geneval": official.overall, "categories": official.tasks,
+    "ta": _clustered(exam(pooled), "points"),
+    "geneval": official.overall, "categories": official.tasks,
     "strict": measured.summary(pooled, "strict").overall,
     "reward": _clustered(pooled, REWARD_MODEL),
-    "images_dropped": sum(measured.reward(row, "points") is None for row in exam(pooled)),
+    "images_dropped": sum(math.isnan(measured.reward(row, "points")) for row in exam(pooled)),
     "by_seed": {
-      "ta": [_ta(exam(rows)).mean for rows in chosen],
+      "ta": [_clustered(exam(rows), "points").mean for rows in chosen],
       "geneval": [measured.summary(rows, "geneval").overall.mean for rows in chosen],
       "reward": [_clustered(rows, REWARD_MODEL).mean for rows in chosen],
     },
@@ -131,22 +133,17 @@ def _of_mode(rows: Sequence[results_lib.Row], thinks: bool, guided: bool) -> lis
   return [row for row in rows if row.mode == name]
 
 
-def _ta(rows: Sequence[results_lib.Row]) -> intervals.Estimate:
-  return _clustered(rows, "points")
-
-
 def _clustered(rows: Sequence[results_lib.Row], name: str) -> intervals.Estimate:
-  scored = [row for row in rows if measured.reward(row, name) is not None]
-  return intervals.clustered(
-    [measured.reward(row, name) for row in scored], [row.number for row in scored]
-  )
+  return intervals.clustered(*_scores(rows, name))
 
 
 def _means(rows: Sequence[results_lib.Row], name: str) -> dict[Any, float]:
-  scored = [row for row in rows if measured.reward(row, name) is not None]
-  return intervals.prompt_means(
-    [measured.reward(row, name) for row in scored], [row.number for row in scored]
-  )
+  return intervals.prompt_means(*_scores(rows, name))
+
+
+def _scores(rows: Sequence[results_lib.Row], name: str) -> tuple[list[float], list[int | None]]:
+  """(a reward, NaN where it is missing; the prompt's number) of each row."""
+  return [measured.reward(row, name) for row in rows], [row.number for row in rows]
 
 
 def _paired_categories(
