@@ -95,16 +95,8 @@ EXTRAS = {
 ALL = METHODS | EXTRAS
 
 ROWS = (
-  Row(BAGEL, BAGEL, False),
-  Row(BAGEL, BAGEL, True),
-  Row(SFT, SFT, False),
-  Row(SFT, SFT, True),
-  Row("ReFL", "ReFL", False),
-  Row("ReFL", "ReFL", True),
-  Row("FPO", "FPO", False),
-  Row("FPO", "FPO", True),
-  Row("FlowGRPO", "FlowGRPO", False),
-  Row("FlowGRPO", "FlowGRPO", True),
+  *(Row(name, name, thinks) for name in (BAGEL, SFT, "ReFL", "FPO", "FlowGRPO")
+    for thinks in (False, True)),
   Row("TextGRPO", "TextGRPO", True),
   Row(REFL_THINK, REFL_THINK, True),
   Row("… + TextGRPO", REFL_TEXT, True),
