@@ -207,8 +207,13 @@ class Stages:
     )
     return self._trained.exists()
 
-  def _asked(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
-    """(trained model at tau = 1, its parameters, validation triples, `measuring.ask` of them)."""
+  def _steps(self) -> int:
+    """How many steps the trained network took."""
+    return int(config_lib.read_json(self._workdir / "training" / "config.json")["steps"])
+
+  def _calibrated(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
+    """(trained model at the fitted temperature, its parameters, validation triples,
+    `measuring.ask` of them)."""
     if not self._trained.exists():
       raise errors.InputError(
         f"{self._trained}: there is no trained network; run the stage train first, with the same "
@@ -223,15 +228,6 @@ class Stages:
     else:
       triples = triples_lib.load_lines(self._args.validation_file)
     found = measuring.ask(model, params, triples, self._workdir / "asked.npz")
-    return model, params, triples, found
-
-  def _steps(self) -> int:
-    """How many steps the trained network took."""
-    return int(config_lib.read_json(self._workdir / "training" / "config.json")["steps"])
-
-  def _calibrated(self) -> tuple[Any, Any, triples_lib.Triples, dict[str, np.ndarray]]:
-    """As `_asked`, but with the fitted temperature."""
-    model, params, triples, found = self._asked()
     model = dataclasses.replace(model, tau=measuring.temperature(triples, found))
     run_lib.write_json(self._workdir / TEMPERATURE, {"tau": model.tau})
     return model, params, triples, found
