@@ -50,20 +50,22 @@ class Block:
 
   def redrawn(self, pictures: Mapping[Picture, Picture]) -> Block | None:
     """The block with other pictures, {old: new}; None if one of them changes an answer."""
-    triples = tuple((pictures[a], metadata, yes) for a, metadata, yes in self.triples)
-    if all(picture.shows(metadata) == yes for picture, metadata, yes in triples):
-      return Block(self.category, triples)
-    return None
+    return sound(
+      self.category, tuple((pictures[a], metadata, yes) for a, metadata, yes in self.triples)
+    )
+
+
+def sound(category: str, triples: tuple) -> Block | None:
+  """The block of these triples; None if one of its answers is wrong."""
+  holds = all(picture.shows(metadata) == yes for picture, metadata, yes in triples)
+  return Block(category, triples) if holds else None
 
 
 def pair(category: str, a: Picture, b: Picture, p: Any, q: Any) -> Block | None:
   """The block of pictures a, b and metadata p, q; None if p or q is None, or answers are wrong."""
   if p is None or q is None:
     return None
-  triples = ((a, p, True), (a, q, False), (b, q, True), (b, p, False))
-  if all(picture.shows(metadata) == yes for picture, metadata, yes in triples):
-    return Block(category, triples)
-  return None
+  return sound(category, ((a, p, True), (a, q, False), (b, q, True), (b, p, False)))
 
 
 def describe(rng: np.random.Generator, picture: Picture, category: str) -> dict[str, Any] | None:
@@ -226,9 +228,7 @@ def nonsense_block(
     else:
       other = look(nonsense(rng, shown.pixels))
     triples += [(shown, example.metadata, True), (other, example.metadata, False)]
-  if all(picture.shows(metadata) == yes for picture, metadata, yes in triples):
-    return Block(category, tuple(triples))
-  return None
+  return sound(category, tuple(triples))
 
 
 def nonsense(rng: np.random.Generator, shown: np.ndarray) -> np.ndarray:
