@@ -58,6 +58,14 @@ def test_a_question_comes_after_those_that_it_needs(tmp_path, capsys):
   assert message.endswith("item_id=a_1: questions 1, 2 depend on each other")
 
 
+def test_a_question_that_is_there_twice_is_pointed_out(tmp_path, capsys):
+  rows = "a_1,x,k,1,0,c,d,t,old\na_1,x,k,1,0,c,d,t,new\n"
+  [record] = import_all("dpg", tmp_path / "a.csv", DPG.splitlines()[0] + "\n" + rows)
+  assert points_of(record) == [("new", "yes", ())]
+  said = capsys.readouterr().err
+  assert f"note: {tmp_path / 'a.csv'}, line 3: question 1 of item_id=a_1 is there twice" in said
+
+
 def test_tifa_offers_its_choices(tmp_path):
   row = lambda **rest: {"id": "coco_3", "caption": "Two cats.", "element_type": "animal"} | rest
   [record, other] = import_all("tifa", tmp_path / "a.json", [

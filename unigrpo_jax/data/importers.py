@@ -28,6 +28,9 @@ def dsg(path: pathlib.Path) -> Iterator[Record]:
     number = _integer(row["proposition_id"], f"{where}: proposition_id")
     if row["text"] != prompt:
       raise errors.InputError(f"{where}: item_id={row['item_id']} has another text than before")
+    if number in points:
+      print(f"note: {where}: question {number} of item_id={row['item_id']} is there twice; this "
+            "one counts", file=sys.stderr)
     points[number] = {"question": row["question_natural_language"]}
     if "category_broad" in row:
       points[number]["category"] = row["category_broad"]
