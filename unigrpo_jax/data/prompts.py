@@ -30,7 +30,7 @@ class Generated:
   """A set that is made when it is opened, and opened by its name.
 
   Attributes:
-    counts: prompts by split.
+    counts: prompts by split, where no number is given.
     make: (split, count) -> the first so many (prompt, metadata) of the split.
   """
 
@@ -267,7 +267,8 @@ def generated(
   """(prompt, metadata) of the first `count` prompts of a split of a set of `GENERATED`.
 
   Raises:
-    InputError: it has no such split, or `count` is not from 1 to its prompts.
+    InputError: it has no such split, or `count` is below 1 or beyond what it can make, which of
+      iconworld and words is more than their own number.
   """
   made = GENERATED[name]
   errors.choose(f"{name}: split", split, made.counts)

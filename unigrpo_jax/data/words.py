@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-COUNTS = {"train": 20_000, "validation": 200, "test": 1000}  # Prompts by split, at most.
+COUNTS = {"train": 20_000, "validation": 200, "test": 1000}  # Prompts by split, by default.
 # Texts whose checksum leaves one of these remainders are of that split, all others of train.
 _REMAINDERS = {"validation": (0, 1), "test": (2, 3, 4, 5)}
 _MODULUS = 40
