@@ -1,7 +1,9 @@
 """What is learnt: IconWorld's mixtures, and the shards of users, line by line and by epochs."""
 
+import hashlib
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -133,6 +135,19 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(shard):
     orders[seed] = [rows[start : start + 10] for start in (0, 10, 20)]
     assert all(sorted(order, key=int) == [*map(str, range(10))] for order in orders[seed])
   assert len(set(map(tuple, orders[0] + orders[1]))) == 6
+
+
+def test_the_fingerprint_of_a_large_shard_takes_little_memory(shard):
+  folder = shard({"prompt": "a", "answer": "b" * 2**24})
+  tracemalloc.start()
+  try:
+    digits = corpus.fingerprint(folder)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+  finally:
+    tracemalloc.stop()
+  data = (folder / "one.jsonl").read_bytes()
+  whole = b"one.jsonl %d\n" % len(data) + data
+  assert digits == hashlib.blake2b(whole, digest_size=8).hexdigest()
 
 
 def test_an_epoch_may_be_shorter_than_a_step(shard):
