@@ -218,6 +218,9 @@ def test_impossible_evaluations_are_refused(pipe):
     make([], MODES)
   with pytest.raises(errors.InputError, match="may be given only once"):
     make(bare, MODES[:1] * 2)
+  unguided = dataclasses.replace(SETTINGS, guidance=flow.Guidance(text_scale=1.0))
+  with pytest.raises(errors.InputError, match="plain . guidance: cfg_text_scale=1 is no guidance"):
+    _evaluation(pipe, settings=unguided)
   with pytest.raises(errors.InputError, match="batch_size=0"):
     make(bare, MODES[:1], batch_size=0)
   with pytest.raises(errors.InputError, match="height=40"):

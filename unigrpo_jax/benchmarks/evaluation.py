@@ -114,6 +114,12 @@ class Evaluation:
     names = [mode.name for mode in modes]
     if len(set(names)) < len(names):
       raise errors.InputError(f"modes={names}: each may be given only once")
+    scale = settings.guidance.text_scale
+    if scale <= 1 and (guided := [mode.name for mode in modes if mode.guided]):
+      raise errors.InputError(
+        f"mode {guided[0]}: cfg_text_scale={scale:g} is no guidance; give more than 1, or leave "
+        "the modes with guidance out"
+      )
     errors.require("batch_size", batch_size, low=1)
     errors.require("num_saved_images", num_saved_images, low=0)
     errors.require("images", images, low=1, high=MOST_IMAGES)
