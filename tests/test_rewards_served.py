@@ -1,10 +1,12 @@
 """Served rewards: requests in flight, kept connections, several servers and names, encodings,
 details, servers that load, and clients and servers of different age."""
 
+import contextlib
 import http.server
 import io
 import json
 import logging
+import socket
 import struct
 import threading
 import time
@@ -133,6 +135,30 @@ def test_an_end_ends_waiting_and_retries(scripted):
   client = connection.Client(scripted((500, b"")).url, what="r", retries=9, backoff=60)
   with pytest.raises(exchange.Temporary, match="no time left for another; attempts: 1"):
     client.request("POST", "/x", b"", end=time.monotonic() + 20)
+
+
+@pytest.mark.parametrize("begin", [
+  "HTTP/1.1 200 OK\r\nX-Slow: ", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+], ids=["headers", "chunks"])
+def test_an_end_ends_an_answer_that_drips_in(begin):
+  over = threading.Event()
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    def answer():
+      taken, _ = server.accept()
+      with taken, contextlib.suppress(OSError):
+        taken.sendall(begin.encode())
+        while not over.wait(0.05):
+          taken.sendall(b"0")
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    client = connection.Client(f"http://127.0.0.1:{server.getsockname()[1]}", what="r", retries=0)
+    threading.Timer(5.0, over.set).start()
+    with pytest.raises(exchange.Unreachable, match="in the time that was left"):
+      client.request("GET", "/x", end=time.monotonic() + 0.5)
+    assert not over.is_set()
+    over.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("content", [

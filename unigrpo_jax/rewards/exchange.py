@@ -6,9 +6,10 @@ are not followed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import http.client
+import io
 import json
 import re
 import socket
@@ -154,6 +155,9 @@ class Server:
       with self._lock:
         self._open.add(sock)
       sock.settimeout(self._seconds(end))
+      source = _Source(sock, lambda: self._seconds(end))
+      connection.response_class = lambda _, *args, **options: http.client.HTTPResponse(
+        source, *args, **options)
       try:
         connection.request(method, f"{self._path}{path}", body, headers)
       except (BrokenPipeError, ConnectionResetError):
@@ -163,7 +167,6 @@ class Server:
       response = connection.getresponse()
       answer = bytearray()
       while len(answer) <= limit and not response.isclosed():
-        sock.settimeout(self._seconds(end))
         part = response.read1(limit + 1 - len(answer))
         answer += part
         if not part:
@@ -199,6 +202,35 @@ class Server:
     if left <= 0:
       raise TimeoutError
     return min(left, longest)
+
+
+class _Source:
+  """What a response is read from: a socket each of whose reads has a time limit of its own."""
+
+  def __init__(self, sock: socket.socket, seconds: Callable[[], float]):
+    self._sock, self._seconds = sock, seconds
+
+  def makefile(self, mode: str) -> io.BufferedReader:
+    """For `HTTPResponse`."""
+    return io.BufferedReader(_Reads(self._sock, self._sock.makefile(mode, 0), self._seconds))
+
+
+class _Reads(io.RawIOBase):
+  """A socket's file. Without it, headers or chunks that drip in would have no end."""
+
+  def __init__(self, sock: socket.socket, file: io.RawIOBase, seconds: Callable[[], float]):
+    self._sock, self._file, self._seconds = sock, file, seconds
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int | None:
+    self._sock.settimeout(self._seconds())
+    return self._file.readinto(buffer)
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
 
 
 def _failure(response: http.client.HTTPResponse, answer: bytes) -> Failed:
