@@ -121,7 +121,7 @@ def test_a_reward_that_only_measures_says_from_when_the_other_is_hacked(tmp_path
   assert said == (50, (20, 0.9), (50, 0.1), (50, 0.1)) and evaluations[0].score == 0.8
   assert found["soft"][1].onset is None
   text = re.sub(r"\s+", " ", "".join(_Reader(_text(tmp_path)).text))
-  assert "strict iteration 50 0.800 0.900 (20) 0.100 0.100 (50) 0.500 → 0.500" in text
+  assert "strict iteration 50 0.800 0.900 (20) 0.100 0.100 (50) 0.500 → 0.500 – → 0.900" in text
   assert "soft not hacked 0.300 0.300 (0) 0.300 0.300 (50)" in text
   (tmp_path / "config.json").write_text(json.dumps({"rewards": ["strict"]}))
   assert page.witnesses(workdir.read(tmp_path)) == {}
