@@ -44,17 +44,17 @@ def write(chart: figure.Figure | None, path: pathlib.Path) -> bool:
 
 
 @matplotlib.rc_context(fname=charts.STYLE)
-def learning(curves: Curves, method: str = methods.UNIGRPO) -> figure.Figure | None:
+def learning(curves: Curves) -> figure.Figure | None:
   """Figure 3: the learned reward and the verifier's, in training and on validation.
 
   Training shows the rollouts' means (SDE, no guidance), validation pictures of the ODE without
   guidance. Thin lines are single seeds; thick ones the mean over seeds, smoothed in training; bands
   reach from the lowest to the highest seed.
   """
-  seeds = list(curves.get(method, {}).values())
-  if not seeds or not any(run["training"] for run in seeds):
+  seeds = list(curves.get(methods.UNIGRPO, {}).values())
+  if not any(run["training"] for run in seeds):
     return None
-  chart, (left, right) = _panels(2, f"{method}: {len(seeds)} seed(s)")
+  chart, (left, right) = _panels(2, f"{methods.UNIGRPO}: {len(seeds)} seed(s)")
   for name, label, line in (("mean", "reward", "-"), (STRICT, "verifier, strict", "--")):
     _draw(left, [run["training"].get(name, []) for run in seeds], label, line, smooth=True)
   mode = _mode(seeds, guided=False)

@@ -28,7 +28,6 @@ class Benchmark:
     images: images per prompt.
     seed: of the noise; it is the same for all checkpoints, so that they can be compared by prompt.
     reward_model: name or folder of the learned reward; "": none.
-    arguments: further ones of `unigrpo_jax.evaluate`.
   """
 
   prompts: int
@@ -36,7 +35,6 @@ class Benchmark:
   images: int
   seed: int
   reward_model: str
-  arguments: Sequence[str] = ()
 
   @property
   def name(self) -> str:
@@ -67,7 +65,7 @@ class Benchmark:
       sys.executable, "-m", "unigrpo_jax.evaluate", f"--checkpoint={checkpoint}", f"--out={out}",
       f"--prompts={self.prompts}", f"--samples={self.images}", f"--seed={self.seed}",
       "--overwrite", "--modes", *modes, "--rewards", *names,
-      f"--reward_options={json.dumps(options)}", *judged, *self.arguments,
+      f"--reward_options={json.dumps(options)}", *judged,
     ]
 
 

@@ -58,7 +58,7 @@ def answer_loss(
 
 def train(
   config, workdir: pathlib.Path, examples: corpus.Corpus, *, vit_max: int | None,
-  pinned: Mapping[str, Any], devices=None,
+  pinned: Mapping[str, Any],
 ) -> types.TrainState:
   """Trains the network on questions and answers; see `finetune.learn`.
 
@@ -68,10 +68,9 @@ def train(
     examples: their texts are "yes" and "no".
     vit_max: longest side of the ViT's input, in pixels; None: the checkpoint's.
     pinned: further values that must be the same when the run is resumed.
-    devices: to train on; None: all.
   """
   spec = sft.read(config)
-  network = state.open_network(spec.network, devices)
+  network = state.open_network(spec.network)
   sft.check_fits(spec, network)
   yes_id, no_id = learned.answer_ids(network.tokenizer)
   if vit_max is not None:
