@@ -168,7 +168,7 @@ def prepare(
   )
   texts = _texts(tokenizer, [request.prompt for request in requests], settings)
   if reasoning:
-    given = [_wrap(tokenizer, request.reasoning) for request in requests]
+    given = [wrap(tokenizer, request.reasoning) for request in requests]
     texts[script_lib.REASONING] = types.Text(*pad_rows(given, TEXT_BUCKET))
   images, patches = None, None
   if source:
@@ -272,8 +272,8 @@ def split(batch: Batch, rows: int) -> list[Batch]:
   return [part(start) for start in range(0, batch.rows, rows)]
 
 
-def _wrap(tokenizer: tokenizer_lib.Tokenizer, words: str) -> list[int]:
-  """[im_start] ids [im_end]."""
+def wrap(tokenizer: tokenizer_lib.Tokenizer, words: str) -> list[int]:
+  """The ids of a text between its markers: [im_start] ids [im_end]."""
   return [tokenizer.im_start, *tokenizer.encode(words), tokenizer.im_end]
 
 
@@ -285,7 +285,7 @@ def _texts(
 
   Prompts are padded to `room` tokens, or without it to a multiple of TEXT_BUCKET.
   """
-  rows = [_wrap(tokenizer, prompt) for prompt in prompts]
+  rows = [wrap(tokenizer, prompt) for prompt in prompts]
   for prompt, ids in zip(prompts, rows):
     if room is not None and (len(ids) > room or not prompt.strip()):
       raise errors.InputError(
@@ -297,7 +297,7 @@ def _texts(
     words = (
       tokenizer_lib.SYSTEM_PROMPT_VLM if settings.understand else tokenizer_lib.SYSTEM_PROMPT_GEN
     )
-    texts[script_lib.SYSTEM] = types.Text(*pad_rows([_wrap(tokenizer, words)]))
+    texts[script_lib.SYSTEM] = types.Text(*pad_rows([wrap(tokenizer, words)]))
   return texts
 
 

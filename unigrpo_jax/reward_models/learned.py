@@ -130,7 +130,7 @@ class RewardModel:
 
   def _encode(self, prompt: str) -> list[int]:
     t = self.tokenizer
-    ids = [t.im_start, *t.encode(asked(self.question, prompt)), t.im_end, t.im_start]
+    ids = [*requests.wrap(t, asked(self.question, prompt)), t.im_start]
     room = self.model.config.llm.max_positions - 1  # The picture takes one.
     if len(ids) > room:
       raise errors.InputError(

@@ -193,9 +193,7 @@ def splits_of(
     rng.random(3) < (recipe.drop_text, recipe.drop_vit, recipe.drop_vae)
   )
   given = {script_lib.SYSTEM: tokenizer_lib.SYSTEM_PROMPT_GEN, script_lib.PROMPT: example.prompt}
-  ids_of = lambda text: np.array(
-    [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end], np.int32
-  )
+  ids_of = lambda text: np.array(requests.wrap(tokenizer, text), np.int32)
   grid = lambda image: requests.latent_grid(config, [(image.height, image.width)]).ids[0]
   splits: list[packing.Split] = []
   for segment in script.segments:
