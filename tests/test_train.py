@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from unigrpo_jax import errors, finetune
-from unigrpo_jax.recipe import config_files, rl, sft
+from unigrpo_jax.recipe import config_files, resuming, sft
 from unigrpo_jax.runtime import folders, resumption, stopping
 from unigrpo_jax.supervised import feed
 
@@ -133,7 +133,7 @@ def test_another_configuration_does_not_resume(shallow, tmp_path):
     _train(_config(shallow, "steps=2"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", [sft, rl], ids=["sft", "unigrpo"])
+@pytest.mark.parametrize("kind", [sft, resuming], ids=["sft", "unigrpo"])
 def test_what_every_run_may_change_when_it_resumes(kind):
   """What it logs, saves and exports, where it runs, and how much at once; how long, where no rate
   depends on it.

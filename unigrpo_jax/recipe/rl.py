@@ -23,7 +23,6 @@ from unigrpo_jax.runtime import run as run_lib
 from unigrpo_jax.runtime import sharding, state
 from unigrpo_jax.sampling import direct, flow, sde, times, windows
 
-MUTABLE_KEYS = resuming.MUTABLE_KEYS
 SDE_OBJECTIVES = {"grpo": grpo.GRPO, "dppo": grpo.DPPO}
 FORWARD_OBJECTIVES = {
   "nft": forward_lib.NFT, "awm": forward_lib.AWM, "fpo": forward_lib.FPO,
