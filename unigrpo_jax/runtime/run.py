@@ -193,12 +193,9 @@ class Run:
     for name, value in self._pinned.items():
       if record.get(name, value) == value:
         continue
-      if name == "mesh":
-        raise errors.InputError(
-          f"config.mesh has {value} on these devices but had {record[name]} when the run in the "
-          "workdir began; give it those, or choose a new --workdir"
-        )
-      changed = f"config.{name} reads other contents than when the run in the workdir began"
+      ways = f"has {value} on these devices but had {record[name]}"
+      what = ways if name == "mesh" else "reads other contents than"
+      changed = f"config.{name} {what} when the run in the workdir began"
       if name not in self._may_change:
         raise errors.InputError(f"{changed}; restore them, or choose a new --workdir")
       hosts.print_first(f"note: {changed}")
@@ -275,8 +272,8 @@ class Run:
   def __exit__(self, kind, error, trace) -> bool:
     """Saves what is worth saving, after a stop or an error of the user's.
 
-    Not after a failed read or write: it may have failed on this host alone, and a save needs all of
-    them. One host by itself lets the save under way end, whatever the error.
+    Not after a failed read or write, maybe of this host alone: a save needs all of them. One host
+    by itself lets the save under way end, whatever the error.
     """
     with self._stack:
       if error is None:
@@ -297,8 +294,7 @@ class Run:
     """Saves the state before an error, unless it diverged.
 
     Raises:
-      InputError: for an update that was rejected: `error` with its step and what happened to the
-        state.
+      InputError: for a rejected update: `error` with its step and what happened to the state.
     """
     rejected, is_saved = isinstance(error, errors.UpdateRejected), False
     if not isinstance(error, errors.Diverged):
