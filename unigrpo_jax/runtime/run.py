@@ -193,9 +193,9 @@ class Run:
     for name, value in self._pinned.items():
       if record.get(name, value) == value:
         continue
-      ways = f"has {value} on these devices but had {record[name]}"
-      what = ways if name == "mesh" else "reads other contents than"
-      changed = f"config.{name} {what} when the run in the workdir began"
+      changed = f"config.{name} reads other contents than when the run in the workdir began"
+      if name == "mesh":
+        changed = f"config.mesh has {value} on these devices but had {record[name]} when it began"
       if name not in self._may_change:
         raise errors.InputError(f"{changed}; restore them, or choose a new --workdir")
       hosts.print_first(f"note: {changed}")
